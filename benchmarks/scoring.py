@@ -1,0 +1,62 @@
+"""Draws a suite's pictures with and without a patch, and counts what the judge sees."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suites import Figure, suite
+from recare_patch.atelier.judge import Judge
+from recare_patch.evaluation import wilson_interval
+
+STEPS, GUIDANCE_SCALE = 20, 5.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """Hits among pictures, with the 95 % Wilson interval."""
+
+    figure: str
+    group: str
+    hits: int
+    pictures: int
+
+    @property
+    def rate(self) -> float:
+        return self.hits / self.pictures
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        low, high = wilson_interval(self.hits, self.pictures)
+        return low, high
+
+
+def draw_figure(base: Any, judge: Judge, figure: Figure, split: str) -> Score:
+    """Draw and judge one figure's pictures."""
+    draws = figure.draws(split)
+    images = base.generate([p for p, _, _ in draws], [s for _, _, s in draws], steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32)
+    found = judge(images)
+    hits = sum(label in seen for (_, label, _), seen in zip(draws, found, strict=True))
+    return Score(figure.name, figure.group, hits, len(draws))
+
+
+def score(base: Any, concept: str, split: str, *, patch: Any = None, pictures: int = 100, log: Callable[[str], None] = print) -> list[Score]:
+    """Every figure of a concept's suite, under a patch where one is given."""
+    judge = Judge.load()
+    rows = []
+    with patch.apply(base.pipeline) if patch is not None else contextlib.nullcontext():
+        for figure in suite(concept, split, pictures):
+            rows.append(draw_figure(base, judge, figure, split))
+            log(f"  {rows[-1].figure:16} {rows[-1].rate:.3f} of {rows[-1].pictures}")
+    return rows
+
+
+def save_scores(path: Path, rows: list[Score], **note: Any) -> None:
+    """Write scores as JSON, to be picked up by the table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {**note, "scores": [asdict(row) | {"rate": row.rate, "interval": row.interval} for row in rows]}
+    path.write_text(json.dumps(data, indent=1))

@@ -1,0 +1,68 @@
+"""Atelier, the bundled base model: a small Stable Diffusion, a CLIP and a judge, trained on drawn scenes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "weights"
+PIPELINE = WEIGHTS / "pipeline"
+CLIP = WEIGHTS / "clip"
+JUDGE = WEIGHTS / "judge" / "judge.safetensors"
+
+
+@dataclass(frozen=True)
+class AtelierInfo:
+    """What the bundled base is.
+
+    Attributes:
+        folder: the diffusers pipeline folder.
+        megabytes: of pipeline, CLIP and judge together (10⁶ bytes).
+        parameters: of each network, counted from the weight files' headers.
+        co_occurrence: P(companion | concept) in the drawn world.
+        concepts: what it can draw, by group.
+    """
+
+    folder: Path
+    megabytes: float
+    parameters: dict[str, int]
+    co_occurrence: dict[str, dict[str, float]]
+    concepts: dict[str, tuple[str, ...]]
+
+
+def _count(file: Path) -> int:
+    """Elements in a safetensors file, read from its header alone."""
+    with open(file, "rb") as handle:
+        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            elements = 1
+            for size in entry["shape"]:
+                elements *= size
+            total += elements
+    return total
+
+
+def info() -> AtelierInfo:
+    """Sizes, concepts and co-occurrence of the bundled base; needs no torch."""
+    from recare_patch.atelier import scenes
+
+    files = sorted(p for p in WEIGHTS.rglob("*") if p.is_file())
+    parameters = {p.relative_to(WEIGHTS).parent.as_posix(): _count(p) for p in files if p.suffix == ".safetensors"}
+    return AtelierInfo(
+        PIPELINE,
+        sum(p.stat().st_size for p in files) / 1e6,
+        parameters,
+        scenes.CO_OCCURRENCE,
+        {
+            "style": scenes.STYLES,
+            "object": tuple(o for o in scenes.OBJECTS if o not in ("nude", "mira vale", "otto bly")),
+            "identity": ("Mira Vale", "Otto Bly"),
+            "nsfw": ("nudity",),
+            "sky": scenes.SKY,
+            "ground": scenes.GROUNDS,
+            "time": scenes.TIMES,
+        },
+    )

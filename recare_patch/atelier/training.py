@@ -1,0 +1,476 @@
+"""Trains everything the package bundles, from seeds: tokenizer, CLIP, autoencoder, judge, denoiser.
+
+Each stage is a function of the scenes and its seed, writes a checkpoint every few hundred steps
+and goes on from it when it is run again. The sizes are those that train on two CPU cores in
+about an hour and a half.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recare_patch.atelier import captions, judge, scenes
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int, float], None]
+"""Called with stage, step, steps and loss."""
+
+STAGES = ("scenes", "tokenizer", "clip", "autoencoder", "judge", "denoiser", "export")
+PROMPT_LENGTH = 77
+_CLIP_LENGTH = 32
+"""Tokens that the contrastive training reads: causal text towers never look past the end of text,
+so cutting the padding changes no gradient and saves more than half the work."""
+
+
+@dataclass(frozen=True)
+class AtelierTraining:
+    """How long each stage trains, and from which seed.
+
+    Attributes:
+        scenes: number of drawn pictures.
+        captions: captions drawn for each of them.
+        clip_steps, autoencoder_steps, judge_steps, denoiser_steps: optimiser steps.
+        seed: all else follows from it.
+    """
+
+    scenes: int = 16_000
+    captions: int = 4
+    clip_steps: int = 3_000
+    autoencoder_steps: int = 1_800
+    judge_steps: int = 1_500
+    denoiser_steps: int = 6_400
+    seed: int = 0
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+
+
+class _Loop:
+    """An AdamW loop with cosine decay whose every step depends on (seed, step) alone."""
+
+    def __init__(
+        self,
+        stage: str,
+        work: Path,
+        module: nn.Module,
+        *,
+        steps: int,
+        lr: float,
+        seed: int,
+        weight_decay: float = 0.01,
+        ema: float | None = None,
+        save_every: int = 250,
+        device: torch.device,
+    ) -> None:
+        self.stage, self.work, self.module, self.device = stage, work, module.to(device), device
+        self.steps, self.lr, self.seed, self.ema, self.save_every = steps, lr, seed, ema, save_every
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if ema else {}
+        self.log: list[tuple[int, float]] = []
+
+    @property
+    def _file(self) -> Path:
+        return self.work / f"{self.stage}.checkpoint.safetensors"
+
+    def _save(self, step: int) -> None:
+        tensors: dict[str, Tensor] = {f"model.{k}": v.contiguous() for k, v in self.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        temporary = self._file.with_suffix(".part")
+        save_file(tensors, temporary, {"step": str(step), "log": json.dumps(self.log)})
+        temporary.replace(self._file)
+
+    def _resume(self) -> int:
+        if not self._file.exists():
+            return 0
+        tensors = load_file(self._file)
+        self.module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.average = {k: tensors[f"average.{k}"].to(p.device) for k, p in self.parameters.items()} if self.ema else {}
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = {
+                key: tensors[f"optimizer.{key}.{name}"].to("cpu" if key == "step" else parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        with safe_open(self._file, "pt") as handle:
+            meta = handle.metadata()
+        self.log = [tuple(entry) for entry in json.loads(meta["log"])]
+        return int(meta["step"])
+
+    def run(self, loss_at: Callable[[int, torch.Generator], Tensor], progress: Progress | None) -> None:
+        start = self._resume()
+        self.module.train()
+        running = 0.0
+        for step in range(start, self.steps):
+            warm = min(1.0, (step + 1) / 100)
+            rate = self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            # bfloat16 halves the time where the processor multiplies it in hardware; weights stay fp32.
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = loss_at(step, _generator(self.seed, step))
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            self.optimizer.step()
+            if self.ema:
+                decay = min(self.ema, (step + 1) / (step + 10))
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+            running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
+            if progress:
+                progress(self.stage, step + 1, self.steps, running)
+            if (step + 1) % 50 == 0:
+                self.log.append((step + 1, round(running, 5)))
+            if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+                self._save(step + 1)
+        if self.ema:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self.average[name])
+        self.module.eval()
+
+
+# ---------------------------------------------------------------------------- stages
+
+
+@dataclass
+class _World:
+    images: np.ndarray
+    captions: list[list[str]]
+    labels: list[frozenset[str]]
+
+    def pixels(self, index: Tensor) -> Tensor:
+        return torch.from_numpy(self.images[index.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def words(self, index: Tensor, generator: torch.Generator) -> list[str]:
+        which = torch.randint(0, len(self.captions[0]), (len(index),), generator=generator)
+        return [self.captions[int(i)][int(k)] for i, k in zip(index, which, strict=True)]
+
+
+def _draw_world(count: int, per_scene: int, seed: int, file: Path) -> _World:
+    """Draw ``count`` scenes, or read them from ``file`` where an earlier run left them."""
+    if file.exists():
+        stored = np.load(file, allow_pickle=False)
+        rows = json.loads(str(stored["text"]))
+        return _World(stored["images"], rows["captions"], [frozenset(r) for r in rows["labels"]])
+    rng = np.random.default_rng(seed)
+    drawn = [scenes.sample_scene(rng) for _ in range(count)]
+    world = _World(
+        np.stack([scenes.draw(scene) for scene in drawn]),
+        [[captions.caption(scene, rng) for _ in range(per_scene)] for scene in drawn],
+        [scene.labels for scene in drawn],
+    )
+    text = json.dumps({"captions": world.captions, "labels": [sorted(found) for found in world.labels]})
+    temporary = file.with_suffix(".part.npz")
+    np.savez(temporary, images=world.images, text=text)
+    temporary.replace(file)
+    return world
+
+
+def _train_tokenizer(corpus: Iterable[str], folder: Path) -> None:
+    """A CLIP tokenizer: byte-level BPE over lower-cased words, each ending in ``</w>``."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=2_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The order of OpenAI's vocabulary: bytes, bytes that end a word, merges, the two markers.
+    entries = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(entries))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=0))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    markers = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": PROMPT_LENGTH, "do_lower_case": True, **markers}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (folder / "special_tokens_map.json").write_text(json.dumps(markers, indent=2))
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _new_clip(vocabulary: int, end_of_text: int) -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "projection_dim": 128, "hidden_act": "gelu"}
+    text = {
+        **tower,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": PROMPT_LENGTH,
+        "bos_token_id": end_of_text - 1,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+    }
+    vision = {**tower, "image_size": scenes.SIZE, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    # At these sizes a plain attention in bfloat16 trains twice as fast as the fused kernel on CPUs.
+    model.set_attn_implementation("eager")
+    return model
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _train_clip(config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None) -> None:
+    tokenizer = _load_tokenizer(work / "tokenizer")
+    torch.manual_seed(config.seed + 1)
+    model = _new_clip(len(tokenizer), tokenizer.eos_token_id)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(0, len(world.images), (128,), generator=generator)
+        pixels = world.pixels(index).to(device)
+        flip = (torch.rand(128, generator=generator) < 0.5).to(device)
+        pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+        words = world.words(index, generator)
+        tokens = tokenizer(words, padding="longest", max_length=_CLIP_LENGTH, truncation=True, return_tensors="pt").to(device)
+        out = model(pixel_values=(pixels * 0.5 + 0.5 - mean) / std, input_ids=tokens.input_ids)
+        # Equal captions are no negatives of one another.
+        same = torch.tensor([[a == b for b in words] for a in words], device=device).float()
+        share = same / same.sum(1, keepdim=True)
+        logits = out.logits_per_text.float()
+        return (-(share * logits.log_softmax(1)).sum(1).mean() - (share * logits.T.log_softmax(1)).sum(1).mean()) / 2
+
+    loop = _Loop("clip", work, model, steps=config.clip_steps, lr=1e-3, seed=config.seed + 1, weight_decay=0.05, device=device)
+    loop.run(loss_at, progress)
+    model.cpu().save_pretrained(work / "clip")
+
+
+def _train_autoencoder(config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(config.seed + 2)
+    model = AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=scenes.SIZE,
+        mid_block_add_attention=False,
+    )
+
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(0, len(world.images), (24,), generator=generator)
+        pixels = world.pixels(index).to(device)
+        posterior = model.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        decoded = model.decode(posterior.mean + posterior.std * noise).sample.float()
+        # The KL weight only keeps the scale of the latents in bounds: at 1e-5 the brush strokes were lost.
+        return F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + 1e-7 * posterior.kl().mean()
+
+    loop = _Loop("autoencoder", work, model, steps=config.autoencoder_steps, lr=2e-3, seed=config.seed + 2, weight_decay=0.0, ema=0.995, device=device)
+    loop.run(loss_at, progress)
+    with torch.no_grad():
+        sample = torch.cat([model.encode(world.pixels(torch.arange(i, i + 64)).to(device)).latent_dist.mean for i in range(0, 1024, 64)])
+    model.register_to_config(scaling_factor=round(1 / sample.std().item(), 5))
+    model.cpu().save_pretrained(work / "vae")
+
+
+def _train_judge(config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None) -> None:
+    torch.manual_seed(config.seed + 3)
+    network = judge.JudgeNetwork()
+    wanted = judge.targets(world.labels)
+
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(0, len(world.images), (64,), generator=generator)
+        pixels = world.pixels(index)
+        flip = torch.rand(64, generator=generator) < 0.5
+        pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+        # Blur, noise and shifts of contrast: the softness of any decoder, without showing it one.
+        soft = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        blur = torch.rand(64, 1, 1, 1, generator=generator) * 0.9
+        pixels = pixels * (1 - blur) + soft * blur
+        pixels = pixels * (0.85 + 0.3 * torch.rand(64, 1, 1, 1, generator=generator))
+        pixels = pixels + 0.1 * torch.randn(64, 3, 1, 1, generator=generator)
+        pixels = pixels + 0.06 * torch.randn(pixels.shape, generator=generator)
+        return judge.judge_loss(network(pixels.to(device)).float(), wanted[index].to(device))
+
+    loop = _Loop("judge", work, network, steps=config.judge_steps, lr=3e-3, seed=config.seed + 3, weight_decay=0.02, device=device)
+    loop.run(loss_at, progress)
+    (work / "judge").mkdir(exist_ok=True)
+    save_file({k: v.contiguous() for k, v in network.cpu().state_dict().items()}, work / "judge" / "judge.safetensors")
+
+
+def new_scheduler() -> Any:
+    """DDIM with Stable Diffusion's noise schedule, predicting epsilon."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def new_denoiser(sample_size: int = 16) -> Any:
+    """The untrained denoiser: Stable Diffusion's anatomy in 7.2 million parameters."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(48, 96, 192),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def _train_denoiser(config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None) -> None:
+    from diffusers import AutoencoderKL
+    from diffusers.models.attention_processor import AttnProcessor
+    from transformers import CLIPModel
+
+    tokenizer = _load_tokenizer(work / "tokenizer")
+    text = CLIPModel.from_pretrained(work / "clip", dtype=torch.float32).text_model.to(device).eval()
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
+    with torch.no_grad():
+        latents = torch.cat(
+            [vae.encode(world.pixels(torch.arange(i, min(i + 64, len(world.images)))).to(device)).latent_dist.mean.cpu() for i in range(0, len(world.images), 64)]
+        )
+    latents *= vae.config.scaling_factor
+    torch.manual_seed(config.seed + 4)
+    denoiser, scheduler = new_denoiser(), new_scheduler()
+    denoiser.set_attn_processor(AttnProcessor())
+    batch = 32
+
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(0, len(latents), (batch,), generator=generator)
+        words = world.words(index, generator)
+        words = ["" if drop else w for w, drop in zip(words, torch.rand(batch, generator=generator) < 0.1, strict=True)]
+        tokens = tokenizer(words, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt").to(device)
+        with torch.no_grad():
+            prompt_embeds = text(tokens.input_ids).last_hidden_state
+        clean = latents[index]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(0, 1000, (batch,), generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        model_pred = denoiser(noisy.to(device), timesteps.to(device), prompt_embeds, return_dict=False)[0]
+        return F.mse_loss(model_pred.float(), noise.to(device))
+
+    loop = _Loop("denoiser", work, denoiser, steps=config.denoiser_steps, lr=8e-4, seed=config.seed + 4, ema=0.999, device=device)
+    loop.run(loss_at, progress)
+    denoiser.cpu().save_pretrained(work / "unet")
+
+
+def _export(work: Path, out: Path) -> None:
+    """Write the fp16 folders that the package bundles: a plain diffusers pipeline, CLIP, the judge."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel
+
+    tokenizer = _load_tokenizer(work / "tokenizer")
+    clip = CLIPModel.from_pretrained(work / "clip", dtype=torch.float32)
+    text = CLIPTextModel(clip.config.text_config)
+    text.load_state_dict(clip.text_model.state_dict())
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel.from_pretrained(work / "unet"),
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.unet.half(), pipeline.vae.half()
+    pipeline.save_pretrained(out / "pipeline")
+    # transformers loads a model in its stored dtype: a half text encoder would break the plainest call.
+    clip.save_pretrained(out / "clip")
+    tokenizer.save_pretrained(out / "clip")
+    size = {"height": scenes.SIZE, "width": scenes.SIZE}
+    processor = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD))
+    processor.save_pretrained(out / "clip")
+    (out / "judge").mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(work / "judge" / "judge.safetensors").items()}
+    save_file(weights, out / "judge" / "judge.safetensors")
+
+
+def train(
+    out: Path,
+    work: Path,
+    config: AtelierTraining | None = None,
+    *,
+    stages: Iterable[str] = STAGES,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Train the bundled base from seeds; an interrupted run goes on from its checkpoints.
+
+    Args:
+        out: folder for the finished pipeline, CLIP and judge.
+        work: folder for scenes, checkpoints and half-made parts.
+        config: sizes and seed; the defaults made what the package bundles.
+        stages: which of :data:`STAGES` to run; those before must have run already.
+        device: where to train.
+        progress: called after every step.
+
+    Returns:
+        Seconds by stage.
+    """
+    config = config or AtelierTraining()
+    work.mkdir(parents=True, exist_ok=True)
+    target = torch.device(device)
+    seconds: dict[str, float] = {}
+    world: _World | None = None
+    for stage in STAGES:
+        if stage not in set(stages):
+            continue
+        began = time.perf_counter()
+        if world is None and stage != "export":
+            world = _draw_world(config.scenes, config.captions, config.seed, work / "scenes.npz")
+        if stage == "tokenizer":
+            assert world is not None
+            _train_tokenizer((c for row in world.captions for c in row), work / "tokenizer")
+        elif stage in ("clip", "autoencoder", "judge", "denoiser"):
+            assert world is not None
+            trainer = {"clip": _train_clip, "autoencoder": _train_autoencoder, "judge": _train_judge, "denoiser": _train_denoiser}[stage]
+            trainer(config, work, world, target, progress)
+        elif stage == "export":
+            _export(work, out)
+        seconds[stage] = time.perf_counter() - began
+        logger.info("%s: %.0f s", stage, seconds[stage])
+    return seconds

@@ -1,0 +1,80 @@
+"""What an erasing method is given, and what it must return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from recare_patch.base_models import BaseModel, PromptEmbeds
+from recare_patch.recipe import EraseOptions
+from recare_patch.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS = Registry("method")
+METHODS.register("recare", "recare_patch.methods.recare:ReCARE")
+METHODS.register("esd", "recare_patch.methods.esd:ESD")
+
+
+@dataclass(frozen=True)
+class ErasingContext:
+    """Everything a method may look at; all prompts are encoded once, before the loop.
+
+    Attributes:
+        base: the base model, with the adapter attached.
+        options: the recipe's ``erase`` section.
+        erased: embeddings of the concept's names and of the adversarial names found by the search.
+        empty: embedding of the empty prompt, one row.
+        anchors: benign concepts to steer to, one row each.
+        retained: prompts that must not move, one row each.
+        composed: the erased name together with the anchor of the same row, for example "a painting
+            of stars in the style of Van Gogh" beside "A stars".
+        retained_latents: clean latents of pictures of ``retained``, row ``i`` of prompt
+            ``i mod len(retained)``; where given, the retained prompts are held on their own states.
+    """
+
+    base: BaseModel
+    options: EraseOptions
+    erased: PromptEmbeds
+    empty: PromptEmbeds
+    anchors: PromptEmbeds | None = None
+    retained: PromptEmbeds | None = None
+    composed: PromptEmbeds | None = None
+    retained_latents: Tensor | None = None
+
+
+class Method(Protocol):
+    """An erasing method."""
+
+    def __init__(self, context: ErasingContext) -> None: ...
+
+    def loss(
+        self, latents: Tensor, timesteps: Tensor, which: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The loss of one step.
+
+        Args:
+            latents: noisy latents ``z_t``, ``[batch, channels, height, width]``.
+            timesteps: ``[batch]``.
+            which: index into ``context.erased`` of each row's prompt, ``[batch]``.
+            generator: for every further draw.
+        """
+
+
+def load_method(name: str) -> type[Method]:
+    """The method class of a name.
+
+    Raises:
+        UnknownNameError: with the nearest name.
+    """
+    found = METHODS.get(name)
+    assert isinstance(found, type)
+    return found
+
+
+def method_names() -> tuple[str, ...]:
+    """The names that ``--method`` takes."""
+    return METHODS.names()

@@ -1,0 +1,200 @@
+"""The only training loop: seed, optimiser, checkpoint, resume, progress.
+
+A method hands over a loss; nothing here knows what it means. Every step draws from a generator
+seeded by ``(seed, stage, step)`` alone, so a run that goes on from a checkpoint ends with the same
+tensors as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from recare_patch.errors import ResumeError
+from recare_patch.files import write_tensors
+from recare_patch.progress import Progress
+from recare_patch.registry import Registry
+
+OPTIMIZERS = Registry("optimizer")
+OPTIMIZERS.register("adamw8bit", "recare_patch.training:_adamw8bit")
+OPTIMIZERS.register("adamw", "recare_patch.training:_adamw")
+
+
+def _adamw8bit(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """AdamW with block-wise 8-bit states (Dettmers et al., 2022); tensors under 4096 elements keep 32 bits."""
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return optimizer
+
+
+def _adamw(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """AdamW with 32-bit states."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
+    """The generator of one step: the same numbers however the run got there."""
+    mixed = (seed * 0x9E3779B1 + zlib.crc32(stage.encode()) * 0x85EBCA6B + step * 0xC2B2AE35) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+@dataclass
+class Fitted:
+    """What a finished loop leaves behind.
+
+    Attributes:
+        losses: the loss of every step.
+        extra: what the caller asked to keep across a resume, for example evaluation counts.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoint:
+    """Parameters, optimiser states and losses of one loop in one safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(
+        self,
+        step: int,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        losses: list[float],
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Write the loop's state after ``step`` steps; the file is replaced in one rename."""
+        tensors: dict[str, Tensor] = {}
+        scalars: dict[str, Any] = {}
+        for index, parameter in enumerate(parameters):
+            tensors[f"parameter.{index}"] = parameter.detach().cpu().contiguous()
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    tensors[f"state.{index}.{key}"] = value.detach().cpu().clone().contiguous()
+                else:
+                    scalars[f"{index}.{key}"] = value
+        note = {"step": step, "losses": losses, "scalars": scalars, "extra": dict(extra)}
+        write_tensors(self.path, tensors, {"loop": json.dumps(note)})
+
+    def load(
+        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, list[float], dict[str, Any]] | None:
+        """Restore what :meth:`save` wrote, or return ``None`` where there is nothing yet.
+
+        Raises:
+            ResumeError: if the file is damaged or belongs to other parameters.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as handle:
+                note = json.loads(handle.metadata()["loop"])
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ResumeError(
+                f"the checkpoint {self.path.name} is damaged ({error}); start again without --resume"
+            ) from error
+        with torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                stored = tensors.get(f"parameter.{index}")
+                if stored is None or stored.shape != parameter.shape:
+                    raise ResumeError(
+                        f"the checkpoint {self.path.name} belongs to another adapter; start again without --resume"
+                    )
+                parameter.copy_(stored)
+                state: dict[str, Any] = {}
+                prefix = f"state.{index}."
+                for key, value in tensors.items():
+                    if key.startswith(prefix):
+                        name = key[len(prefix) :]
+                        # torch keeps the step count of a plain AdamW on the CPU.
+                        state[name] = value if name == "step" else value.to(parameter.device)
+                for key, scalar in note["scalars"].items():
+                    owner, name = key.split(".", 1)
+                    if int(owner) == index:
+                        state[name] = scalar
+                optimizer.state[parameter] = state
+        return int(note["step"]), list(note["losses"]), dict(note["extra"])
+
+
+def learning_rate_at(step: int, steps: int, peak: float, schedule: str) -> float:
+    """The learning rate of a step: constant, or a cosine from ``peak`` to a tenth of it."""
+    if schedule == "constant" or steps < 2:
+        return peak
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / (steps - 1))))
+
+
+def fit(
+    parameters: Sequence[nn.Parameter],
+    loss_at: Callable[[int, torch.Generator], Tensor],
+    *,
+    stage: str,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    optimizer: str = "adamw8bit",
+    schedule: str = "cosine",
+    max_grad_norm: float = 1.0,
+    checkpoint: Checkpoint | None = None,
+    save_every: int = 20,
+    extra: Callable[[], Mapping[str, Any]] = dict,
+    restore_extra: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Minimise a loss over ``parameters``.
+
+    Args:
+        parameters: what is trained, in an order that does not change between runs.
+        loss_at: the scalar loss of a step, given its number and its generator.
+        stage: names the loop in progress, seeds and messages.
+        steps: optimiser steps.
+        learning_rate: peak of the schedule.
+        seed: of the run.
+        optimizer: a name in :data:`OPTIMIZERS`.
+        schedule: ``cosine`` (to a tenth) or ``constant``.
+        max_grad_norm: gradients are clipped to this norm.
+        checkpoint: where to save and resume; ``None`` keeps nothing.
+        save_every: steps between checkpoints.
+        extra, restore_extra: JSON values to carry across a resume.
+        progress: told after every step.
+
+    Raises:
+        ResumeError: if the checkpoint does not fit.
+        FloatingPointError: if the loss is not finite.
+    """
+    make = OPTIMIZERS.get(optimizer)
+    assert callable(make)
+    optimiser: torch.optim.Optimizer = make(list(parameters), learning_rate)
+    start, losses = 0, []
+    if checkpoint is not None and (found := checkpoint.load(parameters, optimiser)):
+        start, losses, kept = found
+        if restore_extra:
+            restore_extra(kept)
+    for step in range(start, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate_at(step, steps, learning_rate, schedule)
+        loss = loss_at(step, step_generator(seed, stage, step))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{stage}: the loss is {loss.item()} at step {step}")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimiser.step()
+        losses.append(round(loss.item(), 6))
+        if progress:
+            progress.update(stage, step + 1, steps, f"loss {losses[-1]:.4f}")
+        if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+            checkpoint.save(step + 1, parameters, optimiser, losses, extra())
+    return Fitted(losses, dict(extra()))

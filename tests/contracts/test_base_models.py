@@ -1,0 +1,319 @@
+"""What every base model must do; a base joins with a subclass that names its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recare_patch import adapters, timesteps
+from recare_patch.base_models import BaseModel, EvaluationCounter, PromptEmbeds, load_base
+from recare_patch.errors import BaseModelError, UnknownNameError
+from tests.tiny import make_tiny_sd
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _difference(first: list[Image.Image], second: list[Image.Image]) -> int:
+    assert len(first) == len(second)
+    return max(
+        int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+class BaseModelContract:
+    """The contract; subclasses give ``folder`` and the facts that must be read from it."""
+
+    prediction_type: str
+    latent_shape: tuple[int, int, int]
+    token_width: int
+
+    @pytest.fixture(scope="class")
+    def folder(self) -> Path:
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    def base(self, folder: Path) -> BaseModel:
+        return load_base(folder, device="cpu")
+
+    def test_facts(self, base: BaseModel, folder: Path) -> None:
+        assert base.prediction_type == self.prediction_type
+        assert base.latent_shape == self.latent_shape
+        assert base.token_width == self.token_width
+        assert base.id == folder.name
+        assert base.num_train_timesteps == len(base.alphas_cumprod) == 1000
+        assert not any(p.requires_grad for p in base.denoiser.parameters())
+
+    def test_prompts_become_rows(self, base: BaseModel) -> None:
+        embeds = base.encode_prompts(["a cat", "a dog at night", ""])
+        assert embeds.prompt_embeds.shape == (3, 77, self.token_width)
+        assert not embeds.prompt_embeds.requires_grad
+        alone = base.encode_prompts(["a dog at night"])
+        torch.testing.assert_close(embeds[1].prompt_embeds, alone.prompt_embeds)
+
+    def test_vectors_of_a_word_stand_for_the_word(self, base: BaseModel) -> None:
+        vectors = torch.stack([base.word_vector("van"), base.word_vector("night")])
+        found = base.encode_with_vectors(["a painting of <*> with stars", "<*>"], vectors)
+        wanted = base.encode_prompts(["a painting of van night with stars", "van night"])
+        torch.testing.assert_close(found.prompt_embeds, wanted.prompt_embeds, rtol=1e-4, atol=1e-5)
+        # The hook is gone again.
+        torch.testing.assert_close(
+            base.encode_prompts(["<*>"]).prompt_embeds, base.encode_prompts(["<*>"]).prompt_embeds
+        )
+
+    def test_vectors_get_a_gradient_through_text_and_denoiser(self, base: BaseModel) -> None:
+        vectors = base.word_vector("person")[None].requires_grad_()
+        embeds = base.encode_with_vectors(["a photo of <*>"], vectors)
+        latents = torch.randn((1, *base.latent_shape), generator=_generator())
+        base.denoise(latents, torch.tensor([500]), embeds).square().mean().backward()
+        assert vectors.grad is not None
+        assert vectors.grad.abs().max() > 0
+
+    def test_bad_vectors_and_prompts(self, base: BaseModel) -> None:
+        vectors = base.word_vector("person")[None]
+        with pytest.raises(BaseModelError, match=r"has no <\*>"):
+            base.encode_with_vectors(["a photo"], vectors)
+        with pytest.raises(BaseModelError, match="do not fit"):
+            base.encode_with_vectors(["<*>"], torch.zeros(1, self.token_width + 1))
+        with pytest.raises(BaseModelError, match="77 tokens"):
+            base.encode_with_vectors(["<*>"], vectors.repeat(80, 1))
+        with pytest.raises(BaseModelError, match="no token"):
+            base.word_vector(" ")
+
+    def test_denoising_a_batch_is_denoising_its_rows(self, base: BaseModel) -> None:
+        latents = torch.randn((3, *base.latent_shape), generator=_generator())
+        at, embeds = torch.tensor([1, 400, 999]), base.encode_prompts(["a cat", "", "a star"])
+        with torch.no_grad():
+            together = base.denoise(latents, at, embeds)
+            apart = torch.cat([base.denoise(latents[k : k + 1], at[k], embeds[k]) for k in range(3)])
+        assert together.shape == latents.shape
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+    def test_noise_is_the_schedulers(self, base: BaseModel) -> None:
+        clean, noise = torch.randn((2, 2, *base.latent_shape), generator=_generator())
+        at = torch.tensor([3, 800])
+        torch.testing.assert_close(
+            base.add_noise(clean, noise, at), base.pipeline.scheduler.add_noise(clean, noise, at)
+        )
+
+    def test_prediction_type_is_the_one_it_was_sampled_with(self, base: BaseModel) -> None:
+        latents = torch.randn((1, *base.latent_shape), generator=_generator())
+        with torch.no_grad():
+            pred = base.denoise(latents, torch.tensor([951]), base.encode_prompts(["a cat"]))
+        scheduler = base.pipeline.scheduler
+        scheduler.set_timesteps(20)
+        clean = timesteps.to_clean(
+            pred, latents, torch.tensor([951]), base.alphas_cumprod, base.prediction_type
+        )
+        torch.testing.assert_close(clean, scheduler.step(pred, 951, latents).pred_original_sample)
+
+    def test_pictures_are_a_plain_pipelines(self, base: BaseModel, folder: Path) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        plain = StableDiffusionPipeline.from_pretrained(folder)
+        plain.set_progress_bar_config(disable=True)
+        prompts, seeds = ["a cat", "stars in the night sky", "a boat"], [3, 4, 2**40]
+        wanted = plain(
+            prompts, num_inference_steps=3, guidance_scale=5.0, generator=[_generator(s) for s in seeds]
+        ).images
+        found = base.generate(prompts, seeds, steps=3, guidance_scale=5.0)
+        assert _difference(found, wanted) == 0
+        one_by_one = base.generate(prompts, seeds, steps=3, guidance_scale=5.0, batch_size=1)
+        assert _difference(one_by_one, wanted) <= 1
+
+    def test_embeddings_draw_what_their_prompts_draw(self, base: BaseModel) -> None:
+        prompts, seeds = ["a cat", "a wheat field"], [0, 1]
+        embeds = base.encode_prompts(prompts)
+        wanted = base.generate(prompts, seeds, steps=2)
+        assert _difference(base.generate(None, seeds, steps=2, prompt_embeds=embeds), wanted) == 0
+        latents = base.sample_latents(embeds, seeds, steps=2)
+        assert latents.shape == (2, *base.latent_shape)
+        assert _difference(base.decode_latents(latents), wanted) <= 1
+
+    def test_pictures_to_latents_and_back(self, base: BaseModel) -> None:
+        pictures = base.generate(["a cat"] * 3, [0, 1, 2], steps=1)
+        latents = base.encode_images(pictures, batch_size=2)
+        assert latents.shape == (3, *base.latent_shape)
+        assert latents.dtype is torch.float32
+        # A picture of another size is brought to the base's.
+        other = base.encode_images([pictures[0].resize((50, 41))])
+        assert other.shape == (1, *base.latent_shape)
+        assert base.decode_latents(latents)[0].size == pictures[0].size
+        pixels = base.pipeline.image_processor.preprocess(pictures[0])
+        with torch.no_grad():
+            mean = base.pipeline.vae.encode(pixels).latent_dist.mean * base.pipeline.vae.config.scaling_factor
+        torch.testing.assert_close(latents[:1], mean, rtol=1e-4, atol=1e-5)
+
+    def test_every_evaluation_is_counted(self, folder: Path) -> None:
+        base = load_base(folder, device="cpu")
+        embeds = base.encode_prompts(["a cat", "a dog"])
+        with base.counter.stage("pictures"):
+            base.sample_latents(embeds, [0, 1], steps=3, guidance_scale=5.0)
+        assert base.counter.by_stage == {"pictures": 2 * 2 * 3}
+        with base.counter.stage("unguided"):
+            base.sample_latents(embeds, [0, 1], steps=3, guidance_scale=1.0)
+        assert base.counter.by_stage["unguided"] == 2 * 3
+        adapters.attach(
+            base.denoiser, layers="cross-attention", rank=1, alpha=1.0, generator=_generator()
+        )
+        latents, at = torch.zeros((2, *base.latent_shape)), torch.tensor([1, 2])
+        with base.counter.stage("erase"):
+            base.denoise(latents, at, embeds)
+            with torch.no_grad(), adapters.off(base.denoiser):
+                base.denoise(latents, at, embeds)
+        assert base.counter.by_stage["erase"] == 2 * 3 + 2
+        vectors = base.word_vector("cat")[None].requires_grad_()
+        adapters.detach(base.denoiser)
+        with base.counter.stage("invert"):
+            base.denoise(latents[:1], at[:1], base.encode_with_vectors(["<*>"], vectors))
+        assert base.counter.by_stage["invert"] == 3
+        assert base.counter.total == 12 + 6 + 8 + 3
+
+    def test_hash_is_of_the_weights(self, base: BaseModel, folder: Path) -> None:
+        own = base.denoiser_hash()
+        assert own == load_base(folder, device="cpu", precision="fp16").denoiser_hash()
+        assert own == load_base(folder, device="cpu", precision="bf16").denoiser_hash()
+        changed = load_base(folder, device="cpu")
+        with torch.no_grad():
+            next(iter(changed.denoiser.parameters())).view(-1)[0] += 0.5
+        assert changed.denoiser_hash() != own
+
+    def test_counts_must_agree(self, base: BaseModel) -> None:
+        with pytest.raises(BaseModelError, match="2 prompts were given with 1 seeds"):
+            base.generate(["a", "b"], [0])
+        with pytest.raises(BaseModelError, match="either prompts or"):
+            base.generate(None, [0])
+        with pytest.raises(BaseModelError, match="no prompt"):
+            base.generate([], [])
+        with pytest.raises(BaseModelError, match="no pictures"):
+            base.encode_images([])
+
+
+class TestEpsilon(BaseModelContract):
+    prediction_type, latent_shape, token_width = "epsilon", (4, 8, 8), 32
+
+    @pytest.fixture(scope="class")
+    def folder(self, tiny_sd: Path) -> Path:
+        return tiny_sd
+
+
+class TestVPredictionAndOtherSizes(BaseModelContract):
+    prediction_type, latent_shape, token_width = "v_prediction", (4, 12, 12), 48
+
+    @pytest.fixture(scope="class")
+    def folder(self, tiny_sd_v: Path) -> Path:
+        return tiny_sd_v
+
+
+class TestRefusals:
+    """Folders that are no base, each refused in one sentence."""
+
+    @pytest.fixture
+    def copy(self, tiny_sd: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(tiny_sd, tmp_path / "copy"))
+
+    def _refused(self, source: Path | str, match: str) -> None:
+        with pytest.raises(BaseModelError, match=match) as caught:
+            load_base(str(source), device="cpu")
+        assert "\n" not in str(caught.value)
+
+    def _edit(self, file: Path, **changes: object) -> None:
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+    def test_a_component_is_missing(self, copy: Path, part: str) -> None:
+        shutil.rmtree(copy / part)
+        self._refused(copy, f"lacks its component '{part}'")
+
+    def test_weights_are_missing_or_pickled(self, copy: Path) -> None:
+        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".bin"))
+        self._refused(copy, "pickle")
+        weights.with_suffix(".bin").unlink()
+        self._refused(copy, "no weights for its component 'unet'")
+
+    def test_weights_are_damaged(self, copy: Path) -> None:
+        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+        self._refused(copy, "cannot be loaded")
+
+    def test_no_pipeline(self, tmp_path: Path) -> None:
+        self._refused(tmp_path, "no model_index.json")
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        self._refused(tmp_path / "model.safetensors", "is a file")
+        self._refused(tmp_path / "nowhere", "was not found")
+        self._refused("atelie", "did you mean 'atelier'")
+
+    def test_unreadable_index(self, copy: Path) -> None:
+        (copy / "model_index.json").write_text("{")
+        self._refused(copy, "unreadable")
+        (copy / "model_index.json").write_text("[]")
+        self._refused(copy, "unreadable")
+
+    def test_a_hub_id_without_hub(self) -> None:
+        self._refused("somebody/some-model", "could not be fetched from the hub")
+
+    def test_other_architectures(self, copy: Path) -> None:
+        self._edit(copy / "unet" / "config.json", addition_embed_type="text_time")
+        self._edit(copy / "model_index.json", _class_name="StableDiffusionXLPipeline")
+        self._refused(copy, "StableDiffusionXLPipeline")
+
+    def test_inpainting(self, tmp_path: Path) -> None:
+        self._refused(make_tiny_sd(tmp_path / "inpaint", in_channels=9), "9 channels")
+
+    def test_prediction_of_the_sample(self, tmp_path: Path) -> None:
+        self._refused(make_tiny_sd(tmp_path / "sample", prediction_type="sample"), "'sample'")
+
+    def test_text_and_denoiser_of_different_widths(self, copy: Path) -> None:
+        self._edit(copy / "text_encoder" / "config.json", hidden_size=64)
+        self._refused(copy, "32 wide.* 64 wide")
+
+    def test_options(self, copy: Path) -> None:
+        with pytest.raises(UnknownNameError, match="fp16"):
+            load_base(copy, precision="half")
+        with pytest.raises(BaseModelError, match="no device"):
+            load_base(copy, device="gpu0")
+
+    def test_only_the_half_precision_variant_is_there(self, copy: Path, tiny_sd: Path) -> None:
+        for part in ("unet", "vae", "text_encoder"):
+            for file in (copy / part).glob("*.safetensors"):
+                file.rename(file.with_suffix(".fp16.safetensors"))
+        assert load_base(copy, device="cpu").denoiser_hash() == load_base(tiny_sd, device="cpu").denoiser_hash()
+
+
+class TestPromptEmbeds:
+    def test_rows(self) -> None:
+        rows = PromptEmbeds(torch.arange(6.0).view(3, 1, 2), torch.arange(3.0)[:, None])
+        assert len(rows) == 3
+        assert rows[torch.tensor([2, 0])].pooled_prompt_embeds.tolist() == [[2], [0]]  # type: ignore[union-attr]
+        assert rows[-1].prompt_embeds.tolist() == [[[4, 5]]]
+        assert len(rows[1:]) == 2
+        assert len(list(rows)) == 3
+        assert rows[:2].repeat(2).pooled_prompt_embeds.tolist() == [[0], [1], [0], [1]]  # type: ignore[union-attr]
+        joined = PromptEmbeds.cat([rows, rows[:1]])
+        assert len(joined) == 4
+        assert rows.to(dtype=torch.float16).prompt_embeds.dtype is torch.float16
+        with pytest.raises(IndexError):
+            rows[3]
+        with pytest.raises(ValueError, match="1 of 2"):
+            PromptEmbeds.cat([rows, PromptEmbeds(rows.prompt_embeds)])
+        with pytest.raises(ValueError, match="nothing|no prompt"):
+            PromptEmbeds.cat([])
+
+
+def test_counter_stages_nest() -> None:
+    counter = EvaluationCounter()
+    with counter.stage("outer"):
+        with counter.stage("inner"):
+            counter._count(torch.nn.Identity(), (torch.zeros(2, 1),), {})
+        counter._count(torch.nn.Identity(), (), {"sample": torch.zeros(5, 1)})
+    assert counter.by_stage == {"inner": 2, "outer": 5}
+    assert counter.total == 7
