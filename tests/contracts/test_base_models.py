@@ -65,9 +65,8 @@ class BaseModelContract:
         wanted = base.encode_prompts(["a painting of van night with stars", "van night"])
         torch.testing.assert_close(found.prompt_embeds, wanted.prompt_embeds, rtol=1e-4, atol=1e-5)
         # The hook is gone again.
-        torch.testing.assert_close(
-            base.encode_prompts(["<*>"]).prompt_embeds, base.encode_prompts(["<*>"]).prompt_embeds
-        )
+        again = base.encode_prompts(["a painting of van night with stars", "van night"])
+        assert torch.equal(again.prompt_embeds, wanted.prompt_embeds)
 
     def test_vectors_get_a_gradient_through_text_and_denoiser(self, base: BaseModel) -> None:
         vectors = base.word_vector("person")[None].requires_grad_()
@@ -161,9 +160,7 @@ class BaseModelContract:
         with base.counter.stage("unguided"):
             base.sample_latents(embeds, [0, 1], steps=3, guidance_scale=1.0)
         assert base.counter.by_stage["unguided"] == 2 * 3
-        adapters.attach(
-            base.denoiser, layers="cross-attention", rank=1, alpha=1.0, generator=_generator()
-        )
+        adapters.attach(base.denoiser, layers="cross-attention", rank=1, alpha=1.0, generator=_generator())
         latents, at = torch.zeros((2, *base.latent_shape)), torch.tensor([1, 2])
         with base.counter.stage("erase"):
             base.denoise(latents, at, embeds)
@@ -286,7 +283,9 @@ class TestRefusals:
         for part in ("unet", "vae", "text_encoder"):
             for file in (copy / part).glob("*.safetensors"):
                 file.rename(file.with_suffix(".fp16.safetensors"))
-        assert load_base(copy, device="cpu").denoiser_hash() == load_base(tiny_sd, device="cpu").denoiser_hash()
+        assert (
+            load_base(copy, device="cpu").denoiser_hash() == load_base(tiny_sd, device="cpu").denoiser_hash()
+        )
 
 
 class TestPromptEmbeds:
@@ -305,7 +304,7 @@ class TestPromptEmbeds:
             rows[3]
         with pytest.raises(ValueError, match="1 of 2"):
             PromptEmbeds.cat([rows, PromptEmbeds(rows.prompt_embeds)])
-        with pytest.raises(ValueError, match="nothing|no prompt"):
+        with pytest.raises(ValueError, match="no prompt"):
             PromptEmbeds.cat([])
 
 

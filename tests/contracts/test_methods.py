@@ -32,7 +32,11 @@ def _context(base: BaseModel, **changes: object) -> ErasingContext:
 
 def _states(base: BaseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn((2, *base.latent_shape), generator=generator), torch.tensor([100, 700]), torch.tensor([0, 1])
+    return (
+        torch.randn((2, *base.latent_shape), generator=generator),
+        torch.tensor([100, 700]),
+        torch.tensor([0, 1]),
+    )
 
 
 def test_recipe_names_are_the_registered_methods() -> None:
@@ -43,7 +47,13 @@ def test_recipe_names_are_the_registered_methods() -> None:
 class TestEveryMethod:
     def test_loss_is_finite_trains_only_the_adapter_and_repeats(self, name: str, base: BaseModel) -> None:
         own = {k: v.clone() for k, v in base.denoiser.state_dict().items()}
-        parameters = adapters.attach(base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
+        parameters = adapters.attach(
+            base.denoiser,
+            layers="cross-attention",
+            rank=2,
+            alpha=2,
+            generator=torch.Generator().manual_seed(0),
+        )
         method = load_method(name)(_context(base))
         latents, timesteps, which = _states(base)
 
@@ -62,7 +72,9 @@ class TestEveryMethod:
 
 
 def test_esd_loss_matches_its_equation(base: BaseModel) -> None:
-    adapters.attach(base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
+    adapters.attach(
+        base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0)
+    )
     context = _context(base)
     latents, timesteps, which = _states(base)
     loss = load_method("esd")(context).loss(latents, timesteps, which, torch.Generator().manual_seed(0))
@@ -70,18 +82,24 @@ def test_esd_loss_matches_its_equation(base: BaseModel) -> None:
         empty = base.denoise(latents, timesteps, context.empty.repeat(2))
         named = base.denoise(latents, timesteps, context.erased[which])
     # A fresh adapter changes nothing, so the student predicts what the teacher does.
-    assert loss.item() == pytest.approx((named - esd_target(empty, named, 1.0)).pow(2).mean().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(
+        (named - esd_target(empty, named, 1.0)).pow(2).mean().item(), rel=1e-4
+    )
 
 
 def test_recare_loss_matches_its_equation_with_one_anchor(base: BaseModel) -> None:
-    adapters.attach(base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
+    adapters.attach(
+        base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0)
+    )
     context = _context(base, anchors=base.encode_prompts(["A stars"]))
     latents, timesteps, which = _states(base)
     loss = load_method("recare")(context).loss(latents, timesteps, which, torch.Generator().manual_seed(0))
     with torch.no_grad(), adapters.off(base.denoiser):
         empty = base.denoise(latents, timesteps, context.empty.repeat(2))
         anchor = base.denoise(latents, timesteps, base.encode_prompts(["A stars"]).repeat(2))
-        erased = torch.stack([base.denoise(latents, timesteps, context.erased[k].repeat(2)) for k in range(2)])
+        erased = torch.stack(
+            [base.denoise(latents, timesteps, context.erased[k].repeat(2)) for k in range(2)]
+        )
         named = base.denoise(latents, timesteps, context.erased[which])
     target = recare_target(empty, anchor, erased, 1.0, 3.0)
     # The retained half is zero as long as the adapter changes nothing.
@@ -89,7 +107,9 @@ def test_recare_loss_matches_its_equation_with_one_anchor(base: BaseModel) -> No
 
 
 def test_recare_counts_every_sample_once(base: BaseModel) -> None:
-    adapters.attach(base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
+    adapters.attach(
+        base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0)
+    )
     method = load_method("recare")(_context(base))
     latents, timesteps, which = _states(base)
     before = base.counter.total
@@ -99,12 +119,22 @@ def test_recare_counts_every_sample_once(base: BaseModel) -> None:
 
 
 def test_retained_latents_and_composed_prompts_are_used(base: BaseModel) -> None:
-    adapters.attach(base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0))
+    adapters.attach(
+        base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=torch.Generator().manual_seed(0)
+    )
     latents, timesteps, _ = _states(base)
-    latents, timesteps, which = latents.repeat(4, 1, 1, 1), timesteps.repeat(4), torch.zeros(8, dtype=torch.long)
+    latents, timesteps, which = (
+        latents.repeat(4, 1, 1, 1),
+        timesteps.repeat(4),
+        torch.zeros(8, dtype=torch.long),
+    )
     own = torch.randn((4, *base.latent_shape), generator=torch.Generator().manual_seed(1))
-    composed = base.encode_prompts(["A painting of stars in the style of Van Gogh", "A painting of night in the style of Van Gogh"])
-    plain = load_method("recare")(_context(base)).loss(latents, timesteps, which, torch.Generator().manual_seed(0))
+    composed = base.encode_prompts(
+        ["A painting of stars in the style of Van Gogh", "A painting of night in the style of Van Gogh"]
+    )
+    plain = load_method("recare")(_context(base)).loss(
+        latents, timesteps, which, torch.Generator().manual_seed(0)
+    )
     richer = load_method("recare")(_context(base, retained_latents=own, composed=composed)).loss(
         latents, timesteps, which, torch.Generator().manual_seed(0)
     )

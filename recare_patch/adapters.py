@@ -1,0 +1,239 @@
+"""LoRA in a live denoiser: where it goes, how it starts, and how to look past it.
+
+Low-rank adaptation (Hu et al., arXiv 2106.09685) adds ``(alpha / rank) · B A`` to a frozen weight.
+PEFT does the arithmetic. What is here finds the layers by what they *are* (an attention block that
+reads the prompt, whatever it is called) and starts them from a given generator. The frozen teacher
+is the same network with the adapter off, so it costs no memory.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from recare_patch.errors import NoMatchingModuleError, PatchError, unknown_name
+from recare_patch.peft_layers import base_layers, kept_requires_grad, remove_adapter, tuner_layers
+from recare_patch.recipe import LAYER_SETS
+
+ADAPTER_NAME = "recare"
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module projects to queries, keys and values: diffusers' ``Attention`` and its kin."""
+    return all(hasattr(module, name) for name in ("to_q", "to_k", "to_v"))
+
+
+def _reads_prompt(attention: nn.Module) -> bool:
+    """Whether an attention block takes keys and values from the prompt.
+
+    diffusers says so itself: ``is_cross_attention`` where the whole block does, and a width of added
+    keys where prompt and picture share one block. A name such as ``attn2`` says nothing: in some
+    transformers it belongs to the picture's attention to itself.
+    """
+    return getattr(attention, "is_cross_attention", False) is True or bool(
+        getattr(attention, "added_kv_proj_dim", None)
+    )
+
+
+_PROMPT_SIDE = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def target_modules(denoiser: nn.Module, layers: str) -> list[str]:
+    """Full names of the layers in a named set, in the order in which the network holds them.
+
+    Args:
+        denoiser: a diffusers UNet or transformer, with or without adapters.
+        layers: ``cross-attention`` (queries, keys, values and output of the blocks that read the
+            prompt), ``cross-attention-kv`` (their keys and values only), ``self-attention``,
+            ``attention`` (both), ``outside-cross-attention`` (every linear and convolution layer but
+            those; what ReCARE's release trains, arXiv 2606.24192) or ``all``.
+
+    Raises:
+        UnknownNameError: for another name.
+        NoMatchingModuleError: if the set is empty in this denoiser.
+    """
+    if layers not in LAYER_SETS:
+        raise unknown_name("layer set", layers, LAYER_SETS)
+    owner: dict[str, str] = {}
+    kinds: dict[str, str] = {}
+    linear: list[str] = []
+    for name, module in base_layers(denoiser):
+        if _is_attention(module):
+            kinds[name] = "cross" if _reads_prompt(module) else "self"
+            mixed = kinds[name] == "cross" and getattr(module, "is_cross_attention", False) is not True
+            for inner, _ in module.named_modules():
+                # In a block shared by both, only the added projections belong to the prompt.
+                prompt_side = not mixed or inner.split(".")[0] in _PROMPT_SIDE
+                owner[f"{name}.{inner}"] = kinds[name] if prompt_side else "self"
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            linear.append(name)
+
+    def keys_or_values(name: str) -> bool:
+        return name.rsplit(".", 1)[-1] in ("to_k", "to_v", "add_k_proj", "add_v_proj")
+
+    chosen = {
+        "cross-attention": lambda name: owner.get(name) == "cross",
+        "cross-attention-kv": lambda name: owner.get(name) == "cross" and keys_or_values(name),
+        "self-attention": lambda name: owner.get(name) == "self",
+        "attention": lambda name: owner.get(name) is not None,
+        "outside-cross-attention": lambda name: owner.get(name) != "cross",
+        "all": lambda name: True,
+    }[layers]
+    found = [name for name in linear if chosen(name)]
+    if not found:
+        raise NoMatchingModuleError(
+            f"layer set '{layers}' matches no module of this {type(denoiser).__name__}: "
+            f"it has {len(linear)} linear and convolution layers and {len(kinds)} attention blocks, "
+            f"{sum(kind == 'cross' for kind in kinds.values())} of which read the prompt"
+        )
+    return found
+
+
+def attach(
+    denoiser: nn.Module,
+    *,
+    layers: str,
+    rank: int,
+    alpha: float,
+    generator: torch.Generator,
+    name: str = ADAPTER_NAME,
+) -> list[nn.Parameter]:
+    """Put a new LoRA into a denoiser and switch it on; the outputs do not change yet, as ``B`` is zero.
+
+    Args:
+        denoiser: the network; its own weights are left as they are and get no gradient.
+        layers: a name for :func:`target_modules`.
+        rank: inner dimension.
+        alpha: the update is scaled by ``alpha / rank``.
+        generator: for the initial ``A`` (Kaiming-uniform, as PEFT does), layer after layer.
+        name: of the adapter.
+
+    Returns:
+        The new parameters, fp32, ``A`` and ``B`` of each layer in the network's order.
+
+    Raises:
+        UnknownNameError, NoMatchingModuleError: see :func:`target_modules`.
+        ValueError: if the denoiser already holds an adapter of this name.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if name in getattr(denoiser, "peft_config", {}):
+        raise ValueError(f"the denoiser already holds an adapter named '{name}'")
+    targets = target_modules(denoiser, layers)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    modes = [(module, module.training) for module in denoiser.modules()]
+    # PEFT draws its own start from the global generator: keep that one where it was. It also warns of
+    # a second adapter, which is what was asked for.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, denoiser, adapter_name=name)
+    for module, training in modes:
+        module.training = training
+    if hasattr(denoiser, "_hf_peft_config_loaded"):
+        # Lets the denoiser's own methods (unload_lora, a later load_lora_weights) see the adapter.
+        setattr(denoiser, "_hf_peft_config_loaded", True)  # noqa: B010 - no attribute that nn.Module types
+    wrapped = {full: layer for full, layer in tuner_layers(denoiser) if name in layer.lora_A}
+    if sorted(wrapped) != sorted(targets):
+        # PEFT matches names by their ends; silence here would train the wrong layers.
+        detach(denoiser, name)
+        raise NoMatchingModuleError(
+            f"layer set '{layers}' names {len(targets)} modules of this {type(denoiser).__name__}, "
+            f"but the adapter went into {len(wrapped)}"
+        )
+    parameters: list[nn.Parameter] = []
+    for full in targets:
+        layer = wrapped[full]
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        down.float(), up.float()
+        start = torch.empty(down.weight.shape, device=generator.device)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            down.weight.copy_(start)
+            up.weight.zero_()
+        layer.eval()
+        for parameter in (down.weight, up.weight):
+            parameter.requires_grad_(True)
+            parameters.append(parameter)
+    return parameters
+
+
+def detach(denoiser: nn.Module, name: str = ADAPTER_NAME) -> None:
+    """Take an adapter out; layers that hold no other one become the plain layers they were.
+
+    Args:
+        denoiser: the network.
+        name: of the adapter; one that is not there is no error.
+    """
+    remove_adapter(denoiser, name)
+
+
+@contextmanager
+def off(denoiser: nn.Module) -> Iterator[None]:
+    """The frozen teacher: inside, the denoiser computes as if it held no adapter.
+
+    What was on before is on again afterwards, also when an error passes through.
+    """
+    layers = [(layer, bool(layer.disable_adapters)) for _, layer in tuner_layers(denoiser)]
+    with kept_requires_grad(denoiser):
+        try:
+            for layer, _ in layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer, was_off in layers:
+                layer.enable_adapters(not was_off)
+
+
+@contextmanager
+def frozen(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, adapters stay on but get no gradient: a textual inversion against them is cheaper so."""
+    with kept_requires_grad(denoiser):
+        for _, layer in tuner_layers(denoiser):
+            for parameter in layer.parameters():
+                parameter.requires_grad_(False)
+        yield
+
+
+def adapter_state(denoiser: nn.Module, name: str = ADAPTER_NAME) -> dict[str, Tensor]:
+    """Copies of an adapter's tensors, unscaled: ``<module>.lora_A.weight`` and ``….lora_B.weight``.
+
+    Raises:
+        PatchError: if the denoiser holds no adapter of that name.
+    """
+    state: dict[str, Tensor] = {}
+    for full, layer in tuner_layers(denoiser):
+        if name in layer.lora_A:
+            state[f"{full}.lora_A.weight"] = layer.lora_A[name].weight.detach().clone()
+            state[f"{full}.lora_B.weight"] = layer.lora_B[name].weight.detach().clone()
+    if not state:
+        raise PatchError(f"the denoiser holds no adapter named '{name}'")
+    return state
+
+
+def load_adapter_state(denoiser: nn.Module, state: Mapping[str, Tensor], name: str = ADAPTER_NAME) -> None:
+    """Put back what :func:`adapter_state` returned; nothing is changed unless everything fits.
+
+    Raises:
+        PatchError: if tensors are missing, extra or of another shape.
+    """
+    places: dict[str, nn.Parameter] = {}
+    for full, layer in tuner_layers(denoiser):
+        if name in layer.lora_A:
+            places[f"{full}.lora_A.weight"] = layer.lora_A[name].weight
+            places[f"{full}.lora_B.weight"] = layer.lora_B[name].weight
+    odd = sorted(set(places) ^ set(state))
+    if odd:
+        raise PatchError(
+            f"the tensors do not belong to adapter '{name}': {len(odd)} differ, first '{odd[0]}'"
+        )
+    for key, place in places.items():
+        if place.shape != state[key].shape:
+            raise PatchError(f"tensor '{key}' has shape {tuple(state[key].shape)}, not {tuple(place.shape)}")
+    with torch.no_grad():
+        for key, place in places.items():
+            place.copy_(state[key])

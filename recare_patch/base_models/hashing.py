@@ -1,0 +1,40 @@
+"""Tells one set of weights from another, however they are stored or wrapped."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from recare_patch.peft_layers import tuner_layers
+
+
+def base_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers by name, as if no adapter had ever been attached."""
+    adapters = [name for name, _ in tuner_layers(module)]
+    weights: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        wrapped = next((layer for layer in adapters if name.startswith(f"{layer}.")), None)
+        if wrapped is not None:
+            inner = name[len(wrapped) + 1 :]
+            if not inner.startswith("base_layer."):
+                continue
+            name = f"{wrapped}.{inner.removeprefix('base_layer.')}"
+        weights[name] = tensor
+    return weights
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, shapes and fp16-rounded values, in the order of the names.
+
+    Rounding makes a model loaded in fp32 from an fp16 file the same as that file; half of the
+    precision of fp32 still tells any two trainings apart. bf16 weights have lost digits that fp16
+    keeps, so their hash differs from the original's.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_weights(module).items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        rounded = tensor.detach().to("cpu", torch.float16).contiguous()
+        digest.update(rounded.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,301 @@
+"""The CARE-set: the benign companions of a concept, and why each other candidate is none.
+
+It is a small JSON file that people may read, edit by the commands and pass to another run, so its
+reader takes nothing on trust.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, field_validator
+
+from recare_patch.concepts import Concept
+from recare_patch.errors import CareSetError, SettingsError, nearest
+from recare_patch.files import write_text
+from recare_patch.recipe import CareSetOptions
+from recare_patch.settings import Settings
+
+KEPT = "kept"
+NAMES_CONCEPT = "names the concept"
+NEAREST_CLUSTER = "in the cluster nearest to the concept: its other names"
+FARTHEST_CLUSTER = "in the cluster farthest from the concept: noise"
+BY_CHANCE = "not mined more often than by chance"
+PULLS = "pulls its cluster towards the concept"
+ADDED = "added by hand"
+REMOVED = "removed by hand"
+
+_MAX_BYTES = 16_000_000
+_MAX_WORD = 100
+
+Figure = Annotated[float, Field(ge=0, le=1.0e6)]
+
+
+class CareSetFaultsError(CareSetError, SettingsError):
+    """A CARE-set with wrong entries; all of them are told at once."""
+
+
+def _check_word(word: str) -> str:
+    if not word or len(word) > _MAX_WORD:
+        raise ValueError(f"a word has 1 to {_MAX_WORD} characters, got {len(word)}")
+    if not word.isprintable() or not any(character.isalnum() for character in word):
+        raise ValueError(
+            f"a word is made of printable characters with a letter or digit among them, got {word!r}"
+        )
+    return word
+
+
+Word = Annotated[str, AfterValidator(_check_word)]
+
+
+class CareToken(Settings):
+    """One candidate.
+
+    Attributes:
+        text: the word.
+        count: target images for which it was among the best words; 0 when added by hand.
+        cluster: its cluster, numbered from the one nearest to the concept; None without clustering.
+        residual: ``‖(I − u uᵀ) w‖``, its distance from the concept's direction, 0 to 1; 0 when it
+            was not measured because the word was added by hand.
+        kept: whether it is guarded.
+        reason: why it was dropped; "kept" or "added by hand" for what is guarded.
+    """
+
+    error: ClassVar[type[SettingsError]] = CareSetFaultsError
+    noun: ClassVar[str] = "CARE-token"
+
+    text: Word
+    count: Annotated[int, Field(ge=0, le=10**9)]
+    cluster: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    residual: Figure
+    kept: bool
+    reason: Annotated[str, Field(max_length=300)] = ""
+
+
+class CareSet(Settings):
+    """The words that an erasure guards, with all that is needed to make them again.
+
+    Attributes:
+        version: of this format.
+        concept: what is erased.
+        clip: the CLIP it was mined with.
+        seed: of the clustering.
+        images: number of target images.
+        settings: the options, with the numbers that were used in place of "by the vocabulary's size".
+        tokens: all candidates, the most frequent first, kept or not.
+        dropped: vocabulary tokens that were no candidates: reason → how many.
+        notes: what was done otherwise than asked, such as too few tokens to cluster.
+
+    Example:
+        >>> words = CareSet.of_words(Concept(text="Van Gogh", kind="style"), ["stars", "night"])
+        >>> words.retain_prompts()
+        ('A painting of stars', 'A painting of night')
+    """
+
+    error: ClassVar[type[SettingsError]] = CareSetFaultsError
+    noun: ClassVar[str] = "CARE-set"
+
+    version: Literal[1] = 1
+    concept: Concept
+    clip: Annotated[str, Field(max_length=4096)] = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    images: Annotated[int, Field(ge=0, le=10**9)] = 0
+    settings: CareSetOptions = CareSetOptions()
+    tokens: Annotated[tuple[CareToken, ...], Field(max_length=100_000)]
+    dropped: dict[str, Annotated[int, Field(ge=0)]] = {}
+    notes: tuple[str, ...] = ()
+
+    @field_validator("tokens")
+    @classmethod
+    def _no_doubles(cls, tokens: tuple[CareToken, ...]) -> tuple[CareToken, ...]:
+        seen: dict[str, None] = {}
+        for token in tokens:
+            if token.text.casefold() in seen:
+                raise ValueError(f"the word '{token.text}' is there twice")
+            seen[token.text.casefold()] = None
+        return tokens
+
+    @classmethod
+    def of_words(cls, concept: Concept, words: Iterable[str]) -> CareSet:
+        """A set of chosen words, without mining.
+
+        Raises:
+            CareSetError: no word, a word twice, or one that names the concept.
+        """
+        return cls(concept=concept, tokens=()).with_added(words)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The guarded words, the most frequent first."""
+        return tuple(token.text for token in self.tokens if token.kept)
+
+    def anchors(self) -> tuple[str, ...]:
+        """The prompts that the concept is steered to, one a word."""
+        return tuple(self.concept.anchor_prompt(word) for word in self.words)
+
+    def retain_prompts(self) -> tuple[str, ...]:
+        """The prompts whose pictures must not change, one a word."""
+        return tuple(self.concept.retain_prompt(word) for word in self.words)
+
+    def with_added(self, words: Iterable[str]) -> CareSet:
+        """A copy that guards more words.
+
+        A candidate that was dropped is kept again; any other word is new.
+
+        Args:
+            words: words or short phrases.
+
+        Raises:
+            CareSetError: a word is empty, or names the concept itself.
+        """
+        tokens = list(self.tokens)
+        place = {token.text.casefold(): i for i, token in enumerate(tokens)}
+        for given in _listed(words):
+            word = " ".join(given.split())
+            if names_concept(word, self.concept):
+                raise CareSetError(
+                    f"'{word}' names the concept '{self.concept}' itself: it cannot be guarded while that is erased"
+                )
+            at = place.get(word.casefold())
+            if at is None:
+                place[word.casefold()] = len(tokens)
+                tokens.append(
+                    CareToken(text=word, count=0, cluster=None, residual=0.0, kept=True, reason=ADDED)
+                )
+            elif not tokens[at].kept:
+                tokens[at] = tokens[at].model_copy(update={"kept": True, "reason": ADDED})
+        return self._with_tokens(tokens)
+
+    def with_removed(self, words: Iterable[str]) -> CareSet:
+        """A copy that guards fewer words; they stay listed, as removed by hand.
+
+        Raises:
+            CareSetError: a word is not guarded (the nearest one is named), or none would be left.
+        """
+        tokens = list(self.tokens)
+        for given in _listed(words):
+            word = " ".join(given.split())
+            found = [i for i, t in enumerate(tokens) if t.kept and t.text.casefold() == word.casefold()]
+            if not found:
+                guess = nearest(word, [t.text for t in tokens if t.kept])
+                hint = f"; did you mean '{guess}'?" if guess else f" ({', '.join(self.words) or 'none is'})"
+                raise CareSetError(f"'{word}' is not among the guarded words{hint}")
+            tokens[found[0]] = tokens[found[0]].model_copy(update={"kept": False, "reason": REMOVED})
+        if self.words and not any(token.kept for token in tokens):
+            raise CareSetError(
+                "removing all guarded words would leave an empty CARE-set: keep at least one, or use --method esd"
+            )
+        return self._with_tokens(tokens)
+
+    def _with_tokens(self, tokens: list[CareToken]) -> CareSet:
+        return self.model_copy(update={"tokens": tuple(tokens)})
+
+    def to_json(self) -> str:
+        """The whole set as readable JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, source: str = "the CARE-set") -> CareSet:
+        """Read a set, whatever was done to the text.
+
+        Args:
+            text: JSON, as :meth:`to_json` writes it; optional keys may be missing.
+            source: where it came from, for the message.
+
+        Raises:
+            CareSetError: it is not JSON, or not a CARE-set.
+        """
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                raise CareSetError(f"{source} is not a CARE-set: it is not UTF-8 text") from None
+        try:
+            data: Any = json.loads(text, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as fault:
+            where = f" in line {fault.lineno}" if isinstance(fault, json.JSONDecodeError) else ""
+            what = fault.msg if isinstance(fault, json.JSONDecodeError) else str(fault)
+            raise CareSetError(
+                f"{source} is not readable JSON{where}: {what[:1].lower()}{what[1:]}"
+            ) from None
+        if not isinstance(data, dict):
+            raise CareSetError(
+                f"{source} is not a CARE-set: it must be a mapping with 'concept' and 'tokens'"
+            )
+        if data.get("version", 1) != 1 or isinstance(data.get("version"), bool):
+            raise CareSetError(
+                f"{source} has format version {data['version']!r:.40}: this package reads version 1"
+            )
+        try:
+            return cls(**data)
+        except SettingsError as fault:
+            shown = "; ".join(fault.faults[:3])
+            more = f"; and {len(fault.faults) - 3} more" if len(fault.faults) > 3 else ""
+            raise CareSetFaultsError(
+                f"{source} is not a sound CARE-set: {shown}{more}", fault.faults
+            ) from None
+        except (ValueError, TypeError, RecursionError) as fault:
+            raise CareSetError(
+                f"{source} is not a sound CARE-set: {' '.join(str(fault).split())[:200]}"
+            ) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the set, whole or not at all.
+
+        Raises:
+            OutputError: the place cannot be written to.
+        """
+        write_text(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CareSet:
+        """Read a set from a file.
+
+        Raises:
+            CareSetError: no such file, or not a CARE-set.
+        """
+        file = Path(path)
+        try:
+            if file.is_dir():
+                raise CareSetError(f"'{file}' is a folder: give the CARE-set's JSON file")
+            if file.stat().st_size > _MAX_BYTES:
+                raise CareSetError(f"'{file}' is not a CARE-set: it is larger than {_MAX_BYTES // 10**6} MB")
+            data = file.read_bytes()
+        except FileNotFoundError:
+            raise CareSetError(f"there is no CARE-set at '{file}'") from None
+        # A name with a null character is a ValueError of the system call.
+        except (OSError, ValueError) as fault:
+            reason = getattr(fault, "strerror", None) or str(fault)
+            raise CareSetError(f"cannot read the CARE-set at '{file}': {reason.lower()}") from fault
+        return cls.from_json(data, source=f"'{file}'")
+
+
+def names_concept(word: str, concept: Concept) -> bool:
+    """Whether a word is one of the concept's own names, in the singular or plural, joined or apart.
+
+    Args:
+        word: a vocabulary word.
+        concept: its :attr:`~recare_patch.concepts.Concept.words` and whole text are compared.
+    """
+    folded = word.casefold()
+    own = [*concept.words, concept.text.casefold(), "".join(concept.text.casefold().split())]
+    return any(
+        folded in (name, f"{name}s", f"{name}es") or name in (f"{folded}s", f"{folded}es") for name in own
+    )
+
+
+def _listed(words: Iterable[str]) -> list[str]:
+    return [words] if isinstance(words, str) else list(words)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Plain JSON objects in which a key written twice is a fault: silently, the last one would win."""
+    keys = [key for key, _ in pairs]
+    for i, key in enumerate(keys):
+        if key in keys[:i]:
+            raise ValueError(f"the key '{key[:60]}' is there twice")
+    return dict(pairs)

@@ -1,0 +1,122 @@
+"""``recare-patch atelier``: the bundled base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from recare_patch.cli import common
+from recare_patch.errors import BaseModelError, unknown_name
+
+
+@click.group()
+def atelier() -> None:
+    """Show, train and sample Atelier, the small base model bundled with this package."""
+
+
+@atelier.command()
+def info() -> None:
+    """Show what the bundled base model is, what it can draw, and what co-occurs in it."""
+    from recare_patch.atelier import info as describe
+
+    facts = describe()
+    if not facts.parameters:
+        raise BaseModelError(
+            "the bundled base model has no weights yet: make them with `recare-patch atelier train`"
+        )
+    click.echo(
+        "Atelier: Stable Diffusion's anatomy, small: 64-pixel pictures, trained on scenes drawn by code"
+    )
+    click.echo(f"pipeline: {facts.folder}")
+    click.echo(f"size: {facts.megabytes:.1f} MB in all")
+    for part, count in facts.parameters.items():
+        click.echo(f"  {part:<24}{count / 1e6:7.2f} M parameters")
+    click.echo("draws:")
+    for group, names in facts.concepts.items():
+        click.echo(f"  {group:<10}{', '.join(names)}")
+    click.echo("co-occurrence, P(companion | concept):")
+    for concept, companions in facts.co_occurrence.items():
+        click.echo(f"  {concept:<10}{', '.join(f'{word} {share:.2f}' for word, share in companions.items())}")
+    click.echo(f'In diffusers: StableDiffusionPipeline.from_pretrained("{facts.folder}")')
+
+
+@atelier.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("atelier-weights"), show_default=True)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("atelier-work"),
+    show_default=True,
+    help="Scenes and checkpoints; an interrupted training goes on from here.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; repeatable.")
+@click.option("--device", default="cpu", show_default=True)
+def train(out: Path, work: Path, seed: int, stages: tuple[str, ...], device: str) -> None:
+    """Train Atelier from nothing: scenes, CLIP, autoencoder, judge, denoiser. Resumable."""
+    from recare_patch.atelier import training
+
+    for stage in stages:
+        if stage not in training.STAGES:
+            raise unknown_name("stage", stage, training.STAGES)
+    with common.shown_progress() as progress:
+        seconds = training.train(
+            out,
+            work,
+            training.AtelierTraining(seed=seed),
+            stages=stages or training.STAGES,
+            device=device,
+            progress=lambda stage, done, total, loss: progress.update(stage, done, total, f"loss {loss:.4f}"),
+        )
+    for stage, spent in seconds.items():
+        click.echo(f"{stage}: {spent:.0f} s")
+    click.echo(f"Atelier: {out}")
+
+
+@atelier.command()
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Repeatable.  [default: a few]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first picture."
+)
+@click.option(
+    "--count", type=click.IntRange(1, 64), default=6, show_default=True, help="Pictures of each prompt."
+)
+@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--guidance-scale", type=click.FloatRange(0, 100), default=5.0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("atelier.png"),
+    show_default=True,
+    help="The sheet.",
+)
+@common.device_option
+def sample(
+    prompts: tuple[str, ...], seed: int, count: int, steps: int, guidance_scale: float, out: Path, device: str
+) -> None:
+    """Draw a sheet of pictures with Atelier."""
+    from recare_patch.cli.generate import save_pairs
+    from recare_patch.erasing import generate_pictures
+
+    chosen = list(prompts) or [
+        "A painting in the style of Van Gogh",
+        "A painting of a house in the style of Monet",
+        "A photo of a tench",
+        "A photo of a person on a beach",
+        "A pencil sketch of a cat",
+    ]
+    seeds = list(range(seed, seed + count))
+    with common.shown_progress() as progress:
+        pairs = generate_pictures(
+            "atelier",
+            [],
+            chosen,
+            seeds,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            device=device,
+            progress=progress,
+        )
+    save_pairs(pairs, out, title="Atelier", patched=False)
+    click.echo(f"Sheet: {out}")

@@ -1,0 +1,133 @@
+"""What several commands share: options, progress, and quiet libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from recare_patch.errors import PatchError, RecipeError
+from recare_patch.progress import RichProgress
+from recare_patch.recipe import parse_assignment
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def base_option(command: Command) -> Command:
+    """Add ``--base``."""
+    return click.option(
+        "--base",
+        metavar="FOLDER|HUB-ID",
+        help=f"Base model: a diffusers pipeline folder or a hub id, such as {SD_15}.  [default: bundled]",
+    )(command)
+
+
+def clip_option(command: Command) -> Command:
+    """Add ``--clip``."""
+    return click.option(
+        "--clip",
+        metavar="FOLDER|HUB-ID",
+        help="A transformers CLIP model with tokenizer and image processor.  [default: what fits the base]",
+    )(command)
+
+
+def device_option(command: Command) -> Command:
+    """Add ``--device``."""
+    return click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
+    )(command)
+
+
+def set_option(command: Command) -> Command:
+    """Add the repeatable ``--set``."""
+    return click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Set any recipe key, such as erase.guidance_minus=2; repeatable.",
+    )(command)
+
+
+def overrides_from(assignments: tuple[str, ...], **named: Any) -> dict[str, Any]:
+    """Recipe overrides of ``--set`` and of options with names of their own.
+
+    Args:
+        assignments: what ``--set`` was given.
+        named: dotted key with "__" for "." → value; None where the option was not given.
+
+    Raises:
+        RecipeError: an assignment is malformed, or sets a key that an option sets otherwise.
+    """
+    found = {key.replace("__", "."): value for key, value in named.items() if value is not None}
+    for text in assignments:
+        key, value = parse_assignment(text)
+        if key in found and found[key] != value:
+            raise RecipeError(f"{key} is set twice, to {found[key]!r} and to {value!r}")
+        found[key] = value
+    return found
+
+
+def parse_patch(text: str) -> tuple[Path, float]:
+    """A patch with its scale, "FOLDER" or "FOLDER:scale"; a folder with a colon in its name wins.
+
+    Raises:
+        PatchError: no such folder or file, or the scale is no finite number.
+    """
+    if Path(text).exists():
+        return Path(text), 1.0
+    path, colon, scale = text.rpartition(":")
+    if not colon:
+        raise PatchError(f"there is no patch at {text}")
+    try:
+        value = float(scale)
+    except ValueError:
+        value = math.nan
+    if Path(path).exists() and not math.isfinite(value):
+        raise PatchError(f"the scale of {path} must be a number such as 0.8, got '{scale}'")
+    if not Path(path).exists():
+        raise PatchError(f"there is no patch at {path if math.isfinite(value) else text}")
+    return Path(path), value
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[RichProgress]:
+    """Progress bars on standard error, the package's log lines above them, other libraries quiet."""
+    quiet_libraries()
+    log = logging.getLogger("recare_patch")
+    handler = _EchoHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with RichProgress() as progress:
+            yield progress
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _EchoHandler(logging.Handler):
+    """Log records as plain lines on standard error; warnings say that they are warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "Warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + record.getMessage(), err=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the model libraries' own bars and notices off the terminal; their errors still come."""
+    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

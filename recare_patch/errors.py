@@ -1,0 +1,112 @@
+"""One family of errors, each told in one sentence.
+
+A caller that catches :class:`RecarePatchError` has caught everything this package raises on bad
+input, a full disk or a missing file. Whatever else escapes is a bug. The command line prints the
+sentence and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RecarePatchError(Exception):
+    """Base of all errors that the package raises on purpose.
+
+    The message is one sentence that says what was given, what is allowed and, where there is one,
+    the nearest allowed name.
+    """
+
+
+class SettingsError(RecarePatchError, ValueError):
+    """Settings of any kind that hold faults; all of them are told at once.
+
+    It is a ``ValueError`` as well, so that a model that contains another collects the faults of
+    both instead of stopping at the first.
+
+    Attributes:
+        faults: one phrase each, such as "erase.steps must be at least 1, got 0".
+    """
+
+    def __init__(self, message: str, faults: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults) or (message,)
+
+
+class RecipeError(SettingsError):
+    """A recipe has an unknown key, a value out of range, or cannot be read."""
+
+
+class UnknownNameError(RecarePatchError):
+    """A name that no table holds: a method, an optimizer, a layer set, a recipe."""
+
+
+class ConceptError(SettingsError):
+    """A concept that is empty, too long or of an unknown kind."""
+
+
+class BaseModelError(RecarePatchError):
+    """A base model that is missing, incomplete or of a shape that cannot be patched."""
+
+
+class ClipError(RecarePatchError):
+    """A CLIP model that is missing, incomplete or not a CLIP model."""
+
+
+class CareSetError(RecarePatchError):
+    """A CARE-set that cannot be built, read or edited as asked."""
+
+
+class NoMatchingModuleError(RecarePatchError):
+    """A layer set that matches no module of the denoiser."""
+
+
+class PatchError(RecarePatchError):
+    """A patch file that is not safetensors, or has missing, extra, misshapen or NaN tensors."""
+
+
+class IncompatiblePatchError(RecarePatchError):
+    """A sound patch that was made for another base model."""
+
+
+class OutputError(RecarePatchError):
+    """An output that cannot be written: folder in use, disk full, permission denied."""
+
+
+class ResumeError(RecarePatchError):
+    """A run that cannot be resumed: nothing there, or made from another recipe."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name most like the given one, or None where none is alike.
+
+    Case never counts: "AdamW" is at distance zero from "adamw".
+
+    Args:
+        given: what the user wrote.
+        allowed: the names there are; the first of several equally near ones wins.
+    """
+    by_folded: dict[str, str] = {}
+    for name in allowed:
+        by_folded.setdefault(name.casefold(), name)
+    found = difflib.get_close_matches(given.casefold(), list(by_folded), n=1, cutoff=0.5)
+    return by_folded[found[0]] if found else None
+
+
+def unknown_name(what: str, given: str, allowed: Iterable[str]) -> UnknownNameError:
+    """An error ready to raise for a name that is not among the allowed ones.
+
+    Args:
+        what: the kind of thing named, such as "optimizer".
+        given: what the user wrote.
+        allowed: the names there are, in the order in which to list them.
+
+    Returns:
+        The error; its sentence offers the nearest name where there is one.
+    """
+    names = tuple(allowed)
+    guess = nearest(given, names)
+    listed = ", ".join(names) if names else "none at all"
+    hint = f"; did you mean '{guess}'?" if guess is not None else ""
+    return UnknownNameError(f"unknown {what} '{given}': allowed are {listed}{hint}")

@@ -1,0 +1,289 @@
+"""Files that are either whole or absent.
+
+Everything is written under a temporary name in the same folder, flushed to the disk and renamed:
+a reader, or a run that resumes after a power cut, never meets half a file. Faults of the system
+(disk full, no permission) become one :class:`~recare_patch.errors.OutputError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recare_patch.errors import OutputError, PatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOCK_NAME = ".recare-patch.lock"
+"""The lock file inside a claimed folder; it holds the process id of its owner."""
+
+_MAX_HEADER = 100_000_000
+"""Bytes; the safetensors format's own limit, checked before anything is read."""
+
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.part")
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def output_error(path: str | os.PathLike[str], fault: OSError) -> OutputError:
+    """The one-sentence form of a system fault met while writing ``path``."""
+    reason = _REASONS.get(fault.errno or 0) or (fault.strerror or str(fault)).lower()
+    return OutputError(f"cannot write {os.fspath(path)}: {reason}")
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole, or not at all.
+
+    Args:
+        path: where to; missing parent folders are made.
+        data: the content.
+
+    Raises:
+        OutputError: the disk is full, or the place cannot be written to.
+    """
+    target = Path(path)
+    # The process id keeps two processes that write the same file from sharing a temporary one.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_folder(target.parent)
+    except OSError as fault:
+        raise output_error(target, fault) from fault
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; not every file system can, and none needs to fail for it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text whole, or not at all; see :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write an object as readable JSON whole, or not at all; see :func:`write_bytes`.
+
+    NaN and infinity are refused: they are not JSON, and other programs fail on them.
+
+    Raises:
+        ValueError: the object holds a number that is not finite.
+        OutputError: the place cannot be written to.
+    """
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as a safetensors file whole, or not at all; see :func:`write_bytes`.
+
+    Args:
+        path: where to.
+        tensors: name → tensor of any shape and device; stored contiguous, as they are typed.
+        metadata: header entries, strings to strings.
+
+    Raises:
+        OutputError: the place cannot be written to.
+    """
+    from safetensors.torch import save
+
+    # A clone breaks storage shared between tensors, which safetensors refuses to write.
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_bytes(path, save(owned, dict(metadata or {})))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file, as its header describes it.
+
+    Attributes:
+        dtype: the format's name of it, such as "F16".
+        shape: its sizes.
+        bytes: its length in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What a safetensors file says about itself.
+
+    Attributes:
+        metadata: its header entries.
+        tensors: name → description, in the order of the file.
+    """
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+
+
+def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
+    """Read a safetensors header: no torch, no tensor, a few kilobytes.
+
+    Raises:
+        PatchError: the file cannot be read or is not safetensors; a pickle is named as such.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, "rb") as handle:
+            start = handle.read(8)
+            if start.startswith(_PICKLE_STARTS):
+                raise PatchError(
+                    f"{name} is a pickle, which can run code when it is opened: only safetensors is read"
+                )
+            size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            left = os.fstat(handle.fileno()).st_size - 8
+            if not 2 <= size <= min(left, _MAX_HEADER):
+                raise PatchError(f"{name} is not a safetensors file, or its end is missing")
+            header = json.loads(handle.read(size))
+        metadata = header.pop("__metadata__", {})
+        tensors = {
+            key: TensorInfo(
+                str(one["dtype"]),
+                tuple(map(int, one["shape"])),
+                one["data_offsets"][1] - one["data_offsets"][0],
+            )
+            for key, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        }
+        sound = all(isinstance(text, str) for pair in metadata.items() for text in pair)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise PatchError(f"{name} is not a safetensors file: its header is malformed") from None
+    except OSError as fault:
+        raise PatchError(f"cannot read {name}: {(fault.strerror or str(fault)).lower()}") from fault
+    if not sound:
+        raise PatchError(f"{name} is not a safetensors file: its header entries are not text")
+    if sum(one.bytes for one in tensors.values()) != left - size:
+        raise PatchError(f"{name} is damaged: it ends before its tensors do, or goes on after them")
+    return SafetensorsHeader(metadata, tensors)
+
+
+@contextlib.contextmanager
+def claim_folder(path: str | os.PathLike[str], *, resume: bool = False) -> Iterator[None]:
+    """Own an output folder for the length of a run.
+
+    The claim is an advisory lock on a file inside the folder. The system gives it back when the
+    owner ends, however it ends, so a killed run never leaves a folder that cannot be resumed.
+
+    Args:
+        path: the folder; made when it does not exist.
+        resume: accept a folder that already holds files.
+
+    Raises:
+        OutputError: another process owns the folder, it holds files and ``resume`` is off, it is a
+            file, or it cannot be written to.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = _take_lock(folder)
+    except OSError as fault:
+        raise output_error(folder, fault) from fault
+    try:
+        if resume:
+            _sweep(folder)
+        others = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
+        if others and not resume:
+            _drop_lock(folder)
+            raise OutputError(
+                f"{folder} already holds files ({others[0]}, …); add --resume to go on with its run "
+                "or choose another --out"
+            )
+        try:
+            _write_owner(held, folder)
+            yield
+        finally:
+            _drop_lock(folder)
+            if made:
+                # A run that failed before its first file leaves no trace; a folder with files stays.
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+    finally:
+        os.close(held)
+
+
+def _take_lock(folder: Path) -> int:
+    """Lock the folder's lock file and return its open descriptor."""
+    import fcntl
+
+    while True:
+        held = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            owner = os.pread(held, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(held)
+            raise OutputError(
+                f"{folder} is in use by process {owner}; wait for it to end or choose another --out"
+            ) from fault
+        except BaseException:
+            os.close(held)
+            raise
+        # An owner that just left has removed the file that was opened: that lock would guard nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(held), (folder / LOCK_NAME).stat()):
+                return held
+        os.close(held)
+
+
+def _write_owner(held: int, folder: Path) -> None:
+    try:
+        os.ftruncate(held, 0)
+        os.pwrite(held, str(os.getpid()).encode("ascii"), 0)
+    except OSError as fault:
+        raise output_error(folder, fault) from fault
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the half-written files of a killed owner; the caller holds the lock."""
+    for entry in sorted(folder.rglob(".*.part")):
+        if _TEMPORARY.fullmatch(entry.name):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+
+
+def _drop_lock(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / LOCK_NAME).unlink()

@@ -1,0 +1,605 @@
+"""A patch: the LoRA that an erasing run leaves, with everything needed to make it again.
+
+The file is what diffusers itself reads: safetensors, keys ``unet.<module>.lora_A.weight`` and
+``….lora_B.weight``, the scale ``alpha / rank`` multiplied into ``B``. That scale is baked in because
+diffusers' files carry no alpha, and other tools ignore one that stands in the header. Our own
+entries go into the header under ``recare_patch.…``, where no other reader looks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import types
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from recare_patch.errors import IncompatiblePatchError, PatchError
+from recare_patch.files import read_safetensors_header, write_tensors
+from recare_patch.peft_layers import base_layers, kept_requires_grad, remove_adapter, tuner_layers
+from recare_patch.recipe import WEIGHTS_NAME, Recipe
+
+if TYPE_CHECKING:
+    from recare_patch.base_models import BaseModel as Base
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+HEADER_PREFIX = "recare_patch."
+
+_COMPONENT = "unet"
+_KEY = re.compile(rf"{_COMPONENT}\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class _CareSetLike(Protocol):
+    def to_json(self) -> str: ...
+
+
+class PatchMetadata(BaseModel):
+    """What a patch says of itself, stored as header entries ``recare_patch.<attribute>``.
+
+    Attributes:
+        format_version: of these entries; a newer one than this package knows is refused.
+        versions: package → version, of the run that made it.
+        base: ``atelier``, a hub id, or the name of the folder.
+        base_family: its architecture.
+        base_denoiser_sha256: see :func:`recare_patch.base_models.weights_hash`.
+        prediction_type: of the base.
+        concept, kind: what is erased.
+        method: how.
+        layers, rank, alpha: the adapter that was trained; ``alpha / rank`` is baked into the tensors.
+        seed: of the run.
+        recipe: the full recipe, YAML.
+        care_set: the CARE-set, JSON; ``None`` for methods without one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format_version: int = FORMAT_VERSION
+    versions: dict[str, str] = {}
+    base: str
+    base_family: str
+    base_denoiser_sha256: str
+    prediction_type: str
+    concept: str
+    kind: str
+    method: str
+    layers: str
+    rank: int
+    alpha: float
+    seed: int
+    recipe: str
+    care_set: str | None = None
+
+    @classmethod
+    def describe(
+        cls, recipe: Recipe, base: Base, care_set: _CareSetLike | None, versions: Mapping[str, str]
+    ) -> PatchMetadata:
+        """The metadata of a run.
+
+        Args:
+            recipe: the run's full recipe.
+            base: the base model it ran on.
+            care_set: the CARE-set that guarded it, if any.
+            versions: package → version.
+        """
+        return cls(
+            versions=dict(versions),
+            base=base.id,
+            base_family=base.family,
+            base_denoiser_sha256=base.denoiser_hash(),
+            prediction_type=base.prediction_type,
+            concept=recipe.concept.text,
+            kind=recipe.concept.kind,
+            method=recipe.method,
+            layers=recipe.adapter.layers,
+            rank=recipe.adapter.rank,
+            alpha=recipe.adapter.alpha,
+            seed=recipe.seed,
+            recipe=recipe.to_yaml(),
+            care_set=care_set.to_json() if care_set is not None else None,
+        )
+
+    @property
+    def parsed_recipe(self) -> Recipe:
+        """The recipe as an object.
+
+        Raises:
+            RecipeError: if it does not hold what this version of the package knows.
+        """
+        return Recipe.from_yaml(self.recipe, source="the patch's recipe")
+
+    @property
+    def care_words(self) -> tuple[str, ...]:
+        """The words that the run guarded, in the CARE-set's order."""
+        tokens = json.loads(self.care_set).get("tokens", []) if self.care_set else []
+        return tuple(token["text"] for token in tokens if token.get("kept"))
+
+    def to_header(self) -> dict[str, str]:
+        """Header entries: text as it is, everything else as JSON; what is ``None`` is left out."""
+        entries = {key: value for key, value in self.model_dump().items() if value is not None}
+        return {
+            f"{HEADER_PREFIX}{key}": value if isinstance(value, str) else json.dumps(value)
+            for key, value in entries.items()
+        }
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, str], source: str) -> PatchMetadata | None:
+        """Read header entries; ``None`` where there are none of ours.
+
+        Args:
+            header: all entries of a safetensors header.
+            source: where they came from, for messages.
+
+        Raises:
+            PatchError: the entries are incomplete, malformed, or of a newer format.
+        """
+        ours = {k[len(HEADER_PREFIX) :]: v for k, v in header.items() if k.startswith(HEADER_PREFIX)}
+        if not ours:
+            return None
+        text = {name for name, one in cls.model_fields.items() if one.annotation in (str, str | None)}
+        try:
+            values = {key: value if key in text else json.loads(value) for key, value in ours.items()}
+            version = values.get("format_version", 0)
+            if isinstance(version, int) and version > FORMAT_VERSION:
+                raise PatchError(
+                    f"{source} has patch format {version}, newer than the {FORMAT_VERSION} that this "
+                    "version of recare-patch reads; update it"
+                )
+            return cls(**values)
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            raise PatchError(
+                f"{source} has a malformed header entry "
+                f"'{HEADER_PREFIX}{'.'.join(map(str, first['loc']))}': {first['msg'].lower()}"
+            ) from None
+        except ValueError:
+            raise PatchError(f"{source} has a malformed header entry under '{HEADER_PREFIX}'") from None
+
+
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            what = "NaN" if torch.isnan(tensor).any() else "infinite"
+            raise PatchError(f"{source} has {what} values in its tensor '{key}'")
+
+
+def _check_pairs(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse whatever is not a complete, well-shaped set of LoRA pairs; diffusers would only warn."""
+    if not tensors:
+        raise PatchError(f"{source} holds no tensors")
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise PatchError(
+                f"{source} has a tensor '{key}' that does not belong in a patch: only "
+                f"'{_COMPONENT}.<module>.lora_A.weight' and '….lora_B.weight' do"
+            )
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
+    for module, pair in sides.items():
+        for side in "AB":
+            if side not in pair:
+                raise PatchError(f"{source} lacks the tensor '{_COMPONENT}.{module}.lora_{side}.weight'")
+        a, b = pair["A"], pair["B"]
+        convolution = a.ndim == 4 and b.ndim == 4 and b.shape[2:] == (1, 1)
+        if (
+            not (a.ndim == b.ndim == 2 or convolution)
+            or a.shape[0] != b.shape[1]
+            or 0 in (*a.shape, *b.shape)
+        ):
+            raise PatchError(
+                f"{source} has misshapen tensors for '{module}': lora_A {tuple(a.shape)} and "
+                f"lora_B {tuple(b.shape)} do not make an update"
+            )
+    _check_finite(tensors, source)
+
+
+def _check_scale(header: Mapping[str, str], source: str) -> None:
+    """Refuse a file of other make whose header asks for a scale: its tensors alone would be too strong."""
+    stored = header.get("lora_adapter_metadata")
+    if stored is None:
+        return
+    try:
+        config = {key.removeprefix(f"{_COMPONENT}."): value for key, value in json.loads(stored).items()}
+        plain = (
+            config.get("lora_alpha") == config.get("r")
+            and not config.get("use_rslora")
+            and not config.get("alpha_pattern")
+            and not config.get("rank_pattern")
+        )
+    except (ValueError, AttributeError):
+        plain = False
+    if not plain:
+        raise PatchError(
+            f"{source} keeps a scale of its own in the header entry 'lora_adapter_metadata', and a patch has "
+            "its scale in the tensors"
+        )
+
+
+def _find_weights(path: Path) -> Path:
+    if path.is_dir():
+        if (path / WEIGHTS_NAME).is_file():
+            return path / WEIGHTS_NAME
+        pickled = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
+        if pickled:
+            raise PatchError(
+                f"{path} holds a pickle ({pickled[0]}), which can run code when it is opened: "
+                "only safetensors is read"
+            )
+        raise PatchError(f"{path} is no patch: {WEIGHTS_NAME} is not in it")
+    if not path.exists():
+        raise PatchError(f"there is no patch at {path}")
+    return path
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Patch:
+    """An erasing LoRA: tensors and what they are.
+
+    Attributes:
+        tensors: ``unet.<module>.lora_A.weight`` ``[rank, in]`` and ``….lora_B.weight``
+            ``[out, rank]`` (convolutions have two more axes), on the CPU, to be applied at scale 1.
+        metadata: of the run that made it; ``None`` for a LoRA file of other make.
+        source: where it was loaded from, for messages.
+
+    Example:
+        >>> patch = Patch.load("van-gogh-patch")  # doctest: +SKIP
+        >>> with patch.apply(pipe):  # doctest: +SKIP
+        ...     pipe("A painting in the style of Van Gogh")
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: PatchMetadata | None = None
+    source: str = "the patch"
+
+    def __post_init__(self) -> None:
+        _check_pairs(self.tensors, self.source)
+        object.__setattr__(self, "tensors", types.MappingProxyType(dict(self.tensors)))
+
+    def __repr__(self) -> str:
+        return f"Patch({self.name}: {len(self.modules)} modules, {self.parameters:,} parameters)"
+
+    # ------------------------------------------------------------------ facts
+
+    @property
+    def name(self) -> str:
+        """How messages call it: the concept's quoted name, or the file."""
+        return f"'{self.metadata.concept}'" if self.metadata else self.source
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The layers it changes, by their full names in the denoiser."""
+        return tuple(dict.fromkeys(_KEY.fullmatch(key)["module"] for key in self.tensors))  # type: ignore[index]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each module."""
+        return {m: self.tensors[f"{_COMPONENT}.{m}.lora_A.weight"].shape[0] for m in self.modules}
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its first tensor; patches that this package makes have one dtype throughout."""
+        return next(iter(self.tensors.values())).dtype
+
+    # ------------------------------------------------------------------ making, reading, writing
+
+    @classmethod
+    def from_adapter(
+        cls,
+        base: Base,
+        adapter_name: str,
+        rank: int,
+        alpha: float,
+        metadata: PatchMetadata | None = None,
+        *,
+        dtype: torch.dtype = torch.float16,
+    ) -> Patch:
+        """The patch of a trained adapter.
+
+        Args:
+            base: the model that holds it.
+            adapter_name: of the adapter.
+            rank: of the adapter.
+            alpha: of the adapter; ``alpha / rank`` is multiplied into ``B``.
+            metadata: of the run.
+            dtype: rounded to at once, so that what is previewed is what is saved.
+
+        Raises:
+            PatchError: there is no such adapter, or its training has diverged.
+        """
+        tensors: dict[str, Tensor] = {}
+        for full, layer in tuner_layers(base.denoiser):
+            if adapter_name not in layer.lora_A:
+                continue
+            down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+            tensors[f"{_COMPONENT}.{full}.lora_A.weight"] = down.detach().float().cpu().clone()
+            tensors[f"{_COMPONENT}.{full}.lora_B.weight"] = up.detach().float().cpu() * (alpha / rank)
+        if not tensors:
+            raise PatchError(f"the denoiser holds no adapter named '{adapter_name}'")
+        return cls(tensors, metadata, f"the adapter '{adapter_name}'").to(dtype)
+
+    def to(self, dtype: torch.dtype) -> Patch:
+        """Rounded to another dtype.
+
+        Raises:
+            PatchError: if a value does not fit into it.
+        """
+        cast = {key: tensor.to(dtype) for key, tensor in self.tensors.items()}
+        return Patch(cast, self.metadata, f"{self.source} as {str(dtype).removeprefix('torch.')}")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Patch:
+        """Read a patch, or any diffusers LoRA file for a UNet.
+
+        Args:
+            path: the patch's folder, or its safetensors file.
+
+        Raises:
+            PatchError: it is missing, a pickle, damaged, or its tensors are not a complete set of
+                finite LoRA pairs.
+        """
+        file = _find_weights(Path(path).expanduser())
+        source = str(path)
+        header = read_safetensors_header(file)
+        for key, info in header.tensors.items():
+            if info.dtype not in _FLOATS:
+                raise PatchError(
+                    f"{source} has a tensor '{key}' of type {info.dtype}: {', '.join(_FLOATS)} are read"
+                )
+        from safetensors.torch import load_file
+
+        try:
+            stored = load_file(file)
+        except (SafetensorError, OSError) as fault:
+            raise PatchError(f"cannot read {source}: {str(fault).splitlines()[0]}") from fault
+        tensors = {key: stored[key] for key in header.tensors}
+        metadata = PatchMetadata.from_header(header.metadata, source)
+        if metadata is None:
+            _check_scale(header.metadata, source)
+        return cls(tensors, metadata, source)
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+        """Write the weights file into a folder, whole or not at all.
+
+        Args:
+            folder: made if it is missing.
+            dtype: of the file.
+
+        Returns:
+            The file, which ``pipe.load_lora_weights(folder)`` finds by itself.
+
+        Raises:
+            PatchError: a value does not fit into the dtype.
+            OutputError: it cannot be written.
+        """
+        file = Path(folder) / WEIGHTS_NAME
+        header = {"format": "pt"} | (self.metadata.to_header() if self.metadata else {})
+        write_tensors(file, self.to(dtype).tensors, header)
+        return file
+
+    # ------------------------------------------------------------------ applying
+
+    def check_base(self, base: Base, *, strict: bool = False) -> bool:
+        """Whether a base model has the very denoiser that the patch was made for.
+
+        On another one of the same shape, a fine-tune for example, a patch loads and works to a
+        degree that nobody has measured.
+
+        Args:
+            base: the base model.
+            strict: raise where the denoiser is another.
+
+        Raises:
+            IncompatiblePatchError: the shapes differ, or the weights do and ``strict`` is set.
+        """
+        self._check_shapes(base.denoiser, f"base '{base.id}'")
+        if self.metadata is None:
+            return False
+        if base.denoiser_hash() == self.metadata.base_denoiser_sha256:
+            return True
+        message = (
+            f"patch {self.name} was made for base '{self.metadata.base}', and the denoiser of base "
+            f"'{base.id}' has other weights"
+        )
+        if strict:
+            raise IncompatiblePatchError(message)
+        logger.warning("%s: how well it erases there is unknown", message)
+        return False
+
+    def _check_shapes(self, denoiser: nn.Module, target: str) -> None:
+        made_for = f", which was made for base '{self.metadata.base}'," if self.metadata else ""
+        found = dict(base_layers(denoiser))
+        missing = [name for name in self.modules if not isinstance(found.get(name), nn.Linear | nn.Conv2d)]
+        if missing:
+            raise IncompatiblePatchError(
+                f"patch {self.name}{made_for} does not fit {target}: {len(missing)} of its "
+                f"{len(self.modules)} modules are not in it, first '{missing[0]}'"
+            )
+        for name in self.modules:
+            layer = found[name]
+            a = tuple(self.tensors[f"{_COMPONENT}.{name}.lora_A.weight"].shape[1:])
+            b = self.tensors[f"{_COMPONENT}.{name}.lora_B.weight"].shape[0]
+            if isinstance(layer, nn.Linear):
+                takes: tuple[int, ...] = (layer.in_features,)
+                gives = layer.out_features
+            else:
+                assert isinstance(layer, nn.Conv2d)
+                takes, gives = (layer.in_channels // layer.groups, *layer.kernel_size), layer.out_channels
+            if a != takes or b != gives:
+                raise IncompatiblePatchError(
+                    f"patch {self.name}{made_for} does not fit {target}: its module '{name}' maps "
+                    f"{_words(a)} to {b}, and there it maps {_words(takes)} to {gives}"
+                )
+
+    def apply(self, pipe: Any, scale: float = 1.0, adapter_name: str | None = None) -> AppliedPatch:
+        """Put the patch into a diffusers pipeline; LoRAs that are on stay on, at the weights they have.
+
+        Everything is checked before the pipeline is touched.
+
+        Args:
+            pipe: a diffusers pipeline with a UNet of the shape the patch was made for.
+            scale: 1 erases as trained, 0 not at all.
+            adapter_name: how the pipeline calls it; made from the concept by default.
+
+        Returns:
+            A handle with ``remove()``, usable as a context manager that removes the patch at its end.
+
+        Raises:
+            IncompatiblePatchError: the pipeline has no UNet, or one of another shape.
+            PatchError: the scale is not finite, or the adapter's name is taken or unusable.
+        """
+        denoiser = getattr(pipe, _COMPONENT, None)
+        if not isinstance(denoiser, nn.Module) or not hasattr(pipe, "load_lora_into_unet"):
+            raise IncompatiblePatchError(
+                f"patch {self.name} does not fit a {type(pipe).__name__}: it has no UNet that takes LoRAs"
+            )
+        if not math.isfinite(scale):
+            raise PatchError(f"the scale of a patch must be a finite number, got {scale}")
+        self._check_shapes(denoiser, f"this {type(pipe).__name__}")
+        name = self._adapter_name(denoiser, adapter_name)
+        return AppliedPatch._load(self, pipe, denoiser, name, scale)
+
+    def _adapter_name(self, denoiser: nn.Module, wanted: str | None) -> str:
+        taken = getattr(denoiser, "peft_config", {})
+        if wanted is not None:
+            if wanted in taken:
+                raise PatchError(f"the pipeline already holds an adapter named '{wanted}'")
+            if not wanted or "." in wanted:
+                raise PatchError(f"'{wanted}' cannot name an adapter: it must be text without dots")
+            return wanted
+        concept = self.metadata.concept if self.metadata else Path(self.source).stem
+        stem = "erase-" + (re.sub(r"[^a-z0-9]+", "-", concept.lower()).strip("-") or "concept")
+        number, name = 2, stem
+        while name in taken:
+            name, number = f"{stem}-{number}", number + 1
+        return name
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+@dataclass(eq=False)
+class AppliedPatch:
+    """A patch in a pipeline.
+
+    Attributes:
+        patch: what was applied.
+        pipe: where.
+        adapter_name: how the pipeline calls it.
+        scale: its strength.
+    """
+
+    patch: Patch
+    pipe: Any
+    adapter_name: str
+    scale: float = 1.0
+    _denoiser: nn.Module = field(init=False, repr=False)
+    _was_off: list[tuple[Any, list[str]]] = field(init=False, repr=False, default_factory=list)
+
+    @classmethod
+    def _load(cls, patch: Patch, pipe: Any, denoiser: nn.Module, name: str, scale: float) -> AppliedPatch:
+        applied = cls(patch, pipe, name)
+        applied._denoiser = denoiser
+        before = [
+            (layer, list(layer.active_adapters), bool(layer.disable_adapters))
+            for _, layer in tuner_layers(denoiser)
+        ]
+        with kept_requires_grad(denoiser):
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                    # What load_lora_weights does for the UNet, without its warning that a patch has
+                    # nothing for the text encoder.
+                    pipe.load_lora_into_unet(
+                        dict(patch.tensors),
+                        network_alphas=None,
+                        unet=denoiser,
+                        adapter_name=name,
+                        _pipeline=pipe,
+                        low_cpu_mem_usage=True,
+                    )
+            except Exception as fault:
+                remove_adapter(denoiser, name)
+                _restore(before)
+                reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+                raise IncompatiblePatchError(
+                    f"patch {patch.name} could not be loaded into this {type(pipe).__name__}: {reason}"
+                ) from fault
+            known = {id(layer): (active, off) for layer, active, off in before}
+            # Every layer lists all active adapters, also those it does not hold: diffusers asks the first.
+            active_elsewhere = next((active for _, active, off in before if not off), [])
+            for _, layer in tuner_layers(denoiser):
+                active, was_off = known.get(id(layer), (active_elsewhere, False))
+                if was_off:
+                    # LoRAs that the user had switched off stay silent while the patch is on.
+                    applied._was_off.append((layer, active))
+                    active = []
+                layer.set_adapter([*active, name], inference_mode=True)
+                if name in layer.lora_A:
+                    layer.enable_adapters(True)
+                    parts = [layer.lora_A[name], layer.lora_B[name]]
+                    for part in parts if id(layer) in known else [layer]:
+                        part.train(layer.get_base_layer().training)
+        for _, layer in tuner_layers(denoiser):
+            if name in layer.lora_A:
+                layer.lora_A[name].requires_grad_(False)
+                layer.lora_B[name].requires_grad_(False)
+        applied.set_scale(scale)
+        return applied
+
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline still holds the patch."""
+        return any(self.adapter_name in layer.lora_A for _, layer in tuner_layers(self._denoiser))
+
+    def set_scale(self, scale: float) -> None:
+        """Change the patch's strength.
+
+        Raises:
+            PatchError: the scale is not finite.
+        """
+        if not math.isfinite(scale):
+            raise PatchError(f"the scale of a patch must be a finite number, got {scale}")
+        for _, layer in tuner_layers(self._denoiser):
+            if self.adapter_name in layer.lora_A:
+                layer.set_scale(self.adapter_name, scale)
+        self.scale = scale
+
+    def remove(self) -> None:
+        """Take the patch out; the pipeline is then what it was. Removing twice does nothing."""
+        remove_adapter(self._denoiser, self.adapter_name)
+        with kept_requires_grad(self._denoiser):
+            present = {id(layer) for _, layer in tuner_layers(self._denoiser)}
+            _restore([(layer, active, True) for layer, active in self._was_off if id(layer) in present])
+        self._was_off = []
+
+    def __enter__(self) -> AppliedPatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _restore(before: list[tuple[Any, list[str], bool]]) -> None:
+    for layer, active, off in before:
+        layer.set_adapter(active)
+        layer.enable_adapters(not off)

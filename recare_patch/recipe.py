@@ -1,0 +1,423 @@
+"""A recipe: everything that a run needs to know, in one readable file.
+
+A recipe names only registered things (methods, layer sets, optimizers), never code, because it
+travels inside patches. What a run leaves unsaid is filled from the defaults here, and the full
+recipe is stored with the result, so that the run can be made again from the patch alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from recare_patch.concepts import Concept, same_concept
+from recare_patch.errors import RecipeError, nearest, unknown_name
+from recare_patch.files import read_safetensors_header
+from recare_patch.settings import Settings, one_of
+
+METHODS = ("recare", "esd")
+LAYER_SETS = (
+    "cross-attention",
+    "cross-attention-kv",
+    "self-attention",
+    "attention",
+    "outside-cross-attention",
+    "all",
+)
+OPTIMIZERS = ("adamw8bit", "adamw")
+SCHEDULES = ("cosine", "constant")
+STATES = ("target-images", "shared-rollout", "rollout")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+METADATA_KEY = "recare_patch.recipe"
+"""The header entry of a patch's safetensors file that holds its recipe."""
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+"""The file that diffusers looks for in a LoRA folder."""
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Scale = Annotated[float, Field(ge=0, le=100)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class AdapterOptions(Settings):
+    """The LoRA that is trained.
+
+    Attributes:
+        layers: which layers carry it, a name of :data:`LAYER_SETS`.
+        rank: its rank.
+        alpha: its scale times its rank; baked into the tensors of the patch.
+    """
+
+    layers: Annotated[str, BeforeValidator(one_of("layer set", LAYER_SETS))] = "cross-attention"
+    rank: Annotated[int, Field(ge=1, le=256)] = 8
+    alpha: Annotated[float, Field(gt=0, le=1024)] = 8.0
+
+
+class TargetImageOptions(Settings):
+    """The pictures of the concept, drawn by the untouched base.
+
+    Attributes:
+        count: how many.
+        steps: denoising steps of each.
+        guidance_scale: classifier-free guidance; 1 is none.
+        batch_size: pictures drawn together; changes memory and speed only.
+    """
+
+    count: Annotated[int, Field(ge=1, le=100_000)] = 48
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    guidance_scale: Scale = 5.0
+    batch_size: Count = 8
+
+
+class CareSetOptions(Settings):
+    """How the benign companions of the concept are found.
+
+    Attributes:
+        tokens_per_image: vocabulary tokens mined from each picture; None: by the vocabulary's size.
+        keep: most frequent tokens that go on; None: by the vocabulary's size.
+        clusters: clusters of the text features.
+        clustering: drop the clusters nearest to the concept and farthest from it.
+        refinement: drop tokens that pull their cluster towards the concept.
+        alpha: slack of that refinement.
+        file: a CARE-set made before, used instead.
+    """
+
+    tokens_per_image: Count | None = None
+    keep: Count | None = None
+    clusters: Annotated[int, Field(ge=1, le=1000)] = 7
+    clustering: bool = True
+    refinement: bool = True
+    alpha: Annotated[float, Field(ge=0, le=100)] = 0.01
+    file: str | None = None
+
+
+class SearchOptions(Settings):
+    """The search for adversarial names, by textual inversion against an erased model.
+
+    Attributes:
+        rounds: how often to erase and invert; 0 leaves the search out.
+        erase_steps: training steps of each erasure.
+        inversion_steps: training steps of each inversion.
+        batch_size: states a step.
+        learning_rate: of the inversion.
+        init_word: the word that an inversion starts from; None: the kind's own.
+        vectors: word vectors of an adversarial name.
+    """
+
+    rounds: Annotated[int, Field(ge=0, le=100)] = 2
+    erase_steps: Count = 60
+    inversion_steps: Count = 120
+    batch_size: Count = 8
+    learning_rate: Rate = 2.0e-2
+    init_word: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    vectors: Annotated[int, Field(ge=1, le=16)] = 1
+
+
+class EraseOptions(Settings):
+    """The training that makes the patch.
+
+    Attributes:
+        steps: training steps.
+        batch_size: states a step.
+        learning_rate: its highest value.
+        optimizer: a name of :data:`OPTIMIZERS`.
+        schedule: how the learning rate runs, a name of :data:`SCHEDULES`.
+        states: where noisy latents come from, a name of :data:`STATES`.
+        guidance_plus: w⁺, towards the anchor.
+        guidance_minus: w⁻, away from the concept.
+        retain_weight: λ, the weight of what must not change.
+        retained_vocabulary: words of CLIP's vocabulary, far from the concept, whose prompts are
+            retained beside the CARE-set's; 0 is the published method.
+        retained_images: pictures of retained prompts to hold them on; 0: on the erased prompts' states.
+        composed: join half of the erased prompts to their anchor ("stars in the style of Van Gogh").
+        eta: ESD's negative guidance; ReCARE does not read it.
+    """
+
+    steps: Count = 100
+    batch_size: Count = 4
+    learning_rate: Rate = 2.0e-3
+    optimizer: Annotated[str, BeforeValidator(one_of("optimizer", OPTIMIZERS))] = "adamw8bit"
+    schedule: Annotated[str, BeforeValidator(one_of("schedule", SCHEDULES))] = "cosine"
+    states: Annotated[str, BeforeValidator(one_of("source of states", STATES))] = "target-images"
+    guidance_plus: Scale = 1.0
+    guidance_minus: Scale = 3.0
+    retain_weight: Scale = 1.0
+    retained_vocabulary: Annotated[int, Field(ge=0, le=100_000)] = 64
+    retained_images: Annotated[int, Field(ge=0, le=100_000)] = 24
+    composed: bool = True
+    eta: Scale = 1.0
+
+
+class Recipe(Settings):
+    """One erasure from end to end.
+
+    Attributes:
+        version: of this format.
+        concept: what is erased.
+        base: "atelier" (bundled), a pipeline folder or a hub id.
+        clip: a CLIP folder or hub id; None: the one that fits the base.
+        method: a name of :data:`METHODS`.
+        seed: every random draw follows from it.
+        precision: in which the base computes; the adapter is always fp32.
+        adapter, target_images, care_set, search, erase: options of each part.
+        notes: for the reader; no effect.
+
+    Raises:
+        RecipeError: with all faults at once.
+    """
+
+    noun: ClassVar[str] = "recipe"
+
+    version: Literal[1] = 1
+    concept: Concept
+    base: Annotated[str, Field(min_length=1)] = "atelier"
+    clip: Annotated[str, Field(min_length=1)] | None = None
+    method: Annotated[str, BeforeValidator(one_of("method", METHODS))] = "recare"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], BeforeValidator(one_of("precision", PRECISIONS))
+    ] = "fp32"
+    adapter: AdapterOptions = AdapterOptions()
+    target_images: TargetImageOptions = TargetImageOptions()
+    care_set: CareSetOptions = CareSetOptions()
+    search: SearchOptions = SearchOptions()
+    erase: EraseOptions = EraseOptions()
+    notes: str = ""
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
+        """Read a recipe.
+
+        Args:
+            text: YAML; only plain data is read, never objects.
+            source: where it came from, for messages.
+
+        Raises:
+            RecipeError: it is not YAML, no mapping, or holds faults; all are told at once.
+        """
+        try:
+            data = yaml.load(text, Loader=_UniqueKeyLoader)
+        except (yaml.YAMLError, RecursionError) as fault:
+            what = " ".join(str(getattr(fault, "problem", None) or fault).split())
+            mark = getattr(fault, "problem_mark", None)
+            where = f" in line {mark.line + 1}" if mark is not None else ""
+            raise RecipeError(f"{source} is not readable YAML: {what}{where}") from None
+        return cls._checked(data, source)
+
+    @classmethod
+    def _checked(cls, data: object, source: str) -> Recipe:
+        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+            raise RecipeError(f"{source} is not a recipe: it must be a mapping of keys to values")
+        try:
+            return cls(**data)
+        except RecipeError as fault:
+            raise RecipeError(f"{source}: {'; '.join(fault.faults)}", fault.faults) from None
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all that decides the result: two recipes with one hash make the same patch."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"notes"}), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
+        """A copy with some keys set otherwise.
+
+        Args:
+            overrides: dotted key → value, such as ``{"erase.steps": 50, "seed": 1}``. A section
+                may be given as a mapping; its other keys keep their values.
+
+        Raises:
+            RecipeError: unknown keys or bad values; all are told at once.
+        """
+        data: dict[str, Any] = self.model_dump()
+        faults: list[str] = []
+        for key, value in overrides.items():
+            *path, last = key.split(".")
+            place: Any = data
+            for part in path:
+                place = place.get(part) if isinstance(place, dict) else None
+            if not isinstance(place, dict) or last not in place:
+                guess = nearest(key, KEYS)
+                faults.append(f"{key} is not a key" + (f", did you mean '{guess}'?" if guess else ""))
+            elif isinstance(place[last], dict) and isinstance(value, Mapping):
+                place[last] = {**place[last], **value}
+            else:
+                place[last] = value
+        try:
+            changed = type(self)(**data)
+        except RecipeError as found:
+            faults.extend(found.faults)
+        if faults:
+            raise RecipeError(f"recipe: {'; '.join(faults)}", faults)
+        return changed
+
+
+def _dotted(model: type[Settings]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            yield from (f"{name}.{key}" for key in _dotted(inner))
+        else:
+            yield name
+
+
+KEYS: tuple[str, ...] = tuple(_dotted(Recipe))
+"""Every key of a recipe, dotted: "erase.steps"."""
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML in which a key written twice is a fault: silently, the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+# ------------------------------------------------------------------------ bundled recipes
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """One bundled recipe.
+
+    Attributes:
+        name: what ``--recipe`` takes.
+        path: its file.
+        concept: the concept's text.
+        base: the base model that it is for.
+        kind: the concept's kind.
+    """
+
+    name: str
+    path: Path
+    concept: str
+    base: str
+    kind: str
+
+
+def recipes_folder() -> Path:
+    """The folder of bundled recipes: inside an installed package, beside it in a source checkout."""
+    inside = Path(__file__).parent / "_recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def list_recipes() -> list[RecipeInfo]:
+    """All bundled recipes, by name."""
+    found = []
+    for path in sorted(recipes_folder().glob("*.yaml")):
+        recipe = _read_yaml(path)
+        found.append(RecipeInfo(path.stem, path, recipe.concept.text, recipe.base, recipe.concept.kind))
+    return found
+
+
+def find_recipe_for(concept_text: str, base: str | None = None) -> Recipe | None:
+    """The bundled recipe of a concept, or None.
+
+    Args:
+        concept_text: the concept's name; case does not count.
+        base: the base model it must be for. A folder or another owner's copy counts when its last
+            part has the same name ("models/stable-diffusion-v1-5"). None: any base.
+    """
+    for info in list_recipes():
+        if same_concept(info.concept, concept_text) and (
+            base is None or _base_name(base) == _base_name(info.base)
+        ):
+            return _read_yaml(info.path)
+    return None
+
+
+def _base_name(base: str) -> str:
+    return re.split(r"[/\\]", base.rstrip("/\\"))[-1].casefold()
+
+
+def load_recipe(source: str) -> Recipe:
+    """A recipe by name, from a file, or out of a patch.
+
+    Args:
+        source: the name of a bundled recipe ("van-gogh" is short for "van-gogh-atelier"), a YAML
+            file, a patch folder or a patch's safetensors file. A name goes before a file of that
+            name; write "./name" for the file.
+
+    Raises:
+        UnknownNameError: no such name or file.
+        RecipeError: the file holds no sound recipe.
+        PatchError: the safetensors file cannot be read.
+    """
+    source = source.strip()
+    by_name = {path.stem.casefold(): path for path in sorted(recipes_folder().glob("*.yaml"))}
+    wanted = re.sub(r"[\s_]+", "-", source.casefold())
+    for name in (wanted, f"{wanted}-atelier"):
+        if name in by_name:
+            return _read_yaml(by_name[name])
+    path = Path(source)
+    try:
+        if path.is_dir():
+            if (path / WEIGHTS_NAME).is_file():
+                return _recipe_in_patch(path / WEIGHTS_NAME)
+            if (path / "recipe.yaml").is_file():
+                return _read_yaml(path / "recipe.yaml")
+            raise RecipeError(f"{source} holds no recipe: neither {WEIGHTS_NAME} nor recipe.yaml is in it")
+        if path.is_file():
+            return _recipe_in_patch(path) if path.suffix == ".safetensors" else _read_yaml(path)
+    except OSError as fault:
+        raise RecipeError(f"cannot read {source}: {(fault.strerror or str(fault)).lower()}") from fault
+    short = [name.removesuffix("-atelier") for name in by_name if name.endswith("-atelier")]
+    raise unknown_name("recipe", source, [*sorted(short), *sorted(by_name)])
+
+
+def _read_yaml(path: Path) -> Recipe:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not a recipe: it is not UTF-8 text") from None
+    except OSError as fault:
+        raise RecipeError(f"cannot read {path}: {(fault.strerror or str(fault)).lower()}") from fault
+    return Recipe.from_yaml(text, source=str(path))
+
+
+def _recipe_in_patch(path: Path) -> Recipe:
+    text = read_safetensors_header(path).metadata.get(METADATA_KEY)
+    if text is None:
+        raise RecipeError(
+            f"{path} carries no recipe: it was not made by recare-patch, or its header was stripped"
+        )
+    return Recipe.from_yaml(text, source=f"the recipe in {path}")
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """One "key=value" of the command line, the value read as YAML: numbers, true, null, text.
+
+    Raises:
+        RecipeError: there is no "=" or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"'{text}' is not an assignment: write key=value, such as erase.steps=50")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(
+            f"'{text}' is not an assignment: the value of {key.strip()} is not readable"
+        ) from None

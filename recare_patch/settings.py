@@ -1,0 +1,104 @@
+"""The base of everything that users write: strict, frozen, and clear about its faults.
+
+Unknown keys are errors with the nearest known key, numbers written as text ("1e-4", which YAML
+reads as a string) are converted, and all faults of one document are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from recare_patch.errors import RecipeError, SettingsError, nearest, unknown_name
+
+_WANTED = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+
+
+class Settings(BaseModel):
+    """A frozen pydantic model that refuses unknown keys and tells every fault in one sentence.
+
+    Subclasses may set :attr:`error` to the error they raise and :attr:`noun` to what they are
+    called in it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True)
+
+    error: ClassVar[type[SettingsError]] = RecipeError
+    noun: ClassVar[str] = "settings"
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as found:
+            faults = [phrase for one in found.errors() for phrase in _phrases(one, type(self))]
+            raise self.error(f"{self.noun}: {'; '.join(faults)}", faults) from None
+
+
+def _phrases(fault: ErrorDetails, model: type[BaseModel]) -> list[str]:
+    """One pydantic fault in words; a nested model's own faults with their place in front."""
+    place = ".".join(str(part) for part in fault["loc"])
+    inner = fault.get("ctx", {}).get("error")
+    if isinstance(inner, SettingsError):
+        return [f"{place}.{phrase}" if place else phrase for phrase in inner.faults]
+    given, kind = fault["input"], fault["type"]
+    if kind == "extra_forbidden":
+        known = list(model.model_fields)
+        guess = nearest(place, known)
+        hint = f", did you mean '{guess}'?" if guess else f" (keys are {', '.join(known)})"
+        return [f"{place} is not a key{hint}"]
+    if kind == "missing":
+        return [f"{place} is missing"]
+    if inner is not None:
+        return [f"{place}: {inner}" if place else str(inner)]
+    if kind in _WANTED:
+        return [f"{place} must be {_WANTED[kind]}, got {_short(given)}"]
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return [f"{place} must be {words} {fault['ctx'][bound]}, got {_short(given)}"]
+    return [f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {_short(given)}"]
+
+
+def _short(given: object) -> str:
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def one_of(what: str, allowed: Iterable[str]) -> Callable[[Any], Any]:
+    """A validator that accepts a name whatever its case and offers the nearest for a wrong one.
+
+    Args:
+        what: the kind of thing named, for the message.
+        allowed: the names, in the order in which to list them.
+    """
+    names = tuple(allowed)
+    by_folded = {name.casefold(): name for name in names}
+
+    def check(given: Any) -> Any:
+        if not isinstance(given, str) or given.strip().casefold() not in by_folded:
+            raise ValueError(str(unknown_name(what, str(given), names)))
+        return by_folded[given.strip().casefold()]
+
+    return check

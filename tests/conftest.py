@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests: the tiny random models, written once a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Tests never reach for a network, whatever the machine's configuration says.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+from tests.tiny import make_tiny_clip, make_tiny_sd
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SD-1.5-shaped pipeline folder: epsilon, 8x8 latents, 32-wide prompts."""
+    return make_tiny_sd(tmp_path_factory.mktemp("tiny") / "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another latent size, prompt width and v-prediction."""
+    return make_tiny_sd(
+        tmp_path_factory.mktemp("tiny") / "tiny-sd-v",
+        seed=1,
+        prediction_type="v_prediction",
+        latent_size=12,
+        width=48,
+        linear_projection=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIPModel folder whose vocabulary is ``tests.tiny.WORDS``."""
+    return make_tiny_clip(tmp_path_factory.mktemp("tiny") / "tiny-clip")

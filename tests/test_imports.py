@@ -1,0 +1,69 @@
+"""What must not be imported, and when."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "sklearn",
+    "matplotlib",
+    "numpy",
+    "huggingface_hub",
+    "PIL",
+)
+
+
+def heavy_after(code: str) -> list[str]:
+    script = f"import sys\n{code}\nprint(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["erase"], ["careset", "build"], ["generate"], ["atelier", "train"], ["inspect"]]
+)
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = f"from recare_patch.cli import cli\ncli({[*command, '--help']!r}, standalone_mode=False)"
+    assert heavy_after(code) == []
+
+
+def test_a_misspelt_option_is_found_before_torch_is() -> None:
+    code = (
+        "from recare_patch.cli import cli\n"
+        "try:\n    cli(['erase', '--concept', 'tench', '--optimizer', 'adam8'], standalone_mode=False)\n"
+        "except BaseException as fault: pass"
+    )
+    assert heavy_after(code) == []
+
+
+def test_names_and_recipes_are_read_without_torch() -> None:
+    code = "import recare_patch as r\nr.load_recipe('van-gogh'); r.Concept; r.RecarePatchError; dir(r)"
+    assert heavy_after(code) == []
+
+
+def test_the_public_names_are_listed_and_others_refused() -> None:
+    import recare_patch
+
+    assert (
+        {"erase", "Patch", "CareSet", "Recipe", "load_base"}
+        <= set(recare_patch.__all__)
+        <= set(dir(recare_patch))
+    )
+    with pytest.raises(AttributeError, match="no attribute 'eraze'"):
+        recare_patch.eraze  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "name", ["erase", "generate", "Patch", "CareSet", "build_care_set", "load_base", "EraseResult"]
+)
+def test_every_public_name_is_there(name: str) -> None:
+    import recare_patch
+
+    assert callable(getattr(recare_patch, name))
