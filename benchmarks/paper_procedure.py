@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,9 @@ class PaperRun:
 
 
 class _Procedure:
-    def __init__(self, base: BaseModel, concept: Concept, settings: PaperSettings, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, base: BaseModel, concept: Concept, settings: PaperSettings, log: Callable[[str], None]
+    ) -> None:
         self.base, self.concept, self.settings, self.log = base, concept, settings, log
         self.generator = torch.Generator().manual_seed(settings.seed)
         names = adapters.target_modules(base.denoiser, "outside-cross-attention")
@@ -72,7 +75,9 @@ class _Procedure:
 
     def _both_halves(self, latents: Tensor, timestep: Tensor, embeds: PromptEmbeds, scale: float) -> Tensor:
         empty = self.base.encode_prompts([""])
-        pred = self.base.denoise(latents.repeat(2, 1, 1, 1), timestep.expand(2), PromptEmbeds.cat([empty, embeds]))
+        pred = self.base.denoise(
+            latents.repeat(2, 1, 1, 1), timestep.expand(2), PromptEmbeds.cat([empty, embeds])
+        )
         uncond, cond = pred.chunk(2)
         return classifier_free(uncond, cond, scale)
 
@@ -131,7 +136,9 @@ class _Procedure:
             noise = torch.randn(latents.shape, generator=self.generator)
             states = base.add_noise(latents, noise, timestep)
             target = training_target(latents, noise, timestep, base.alphas_cumprod, base.prediction_type)
-            loss = F.mse_loss(base.denoise(states, timestep, base.encode_with_vectors([template], vector)), target)
+            loss = F.mse_loss(
+                base.denoise(states, timestep, base.encode_with_vectors([template], vector)), target
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -196,16 +203,20 @@ def run(
     seeds = [settings.seed * 1_000_003 + 700_000 + k for k in range(count)]
     images = timed(
         "target images",
-        lambda: base.generate([concept.target_prompt] * count, seeds, steps=settings.steps, guidance_scale=7.5, batch_size=10),
+        lambda: base.generate(
+            [concept.target_prompt] * count, seeds, steps=settings.steps, guidance_scale=7.5, batch_size=10
+        ),
     )
-    care_set = timed("CARE-set", lambda: build_care_set(concept, images, clip, CareSetOptions(), seed=settings.seed))
+    care_set = timed(
+        "CARE-set", lambda: build_care_set(concept, images, clip, CareSetOptions(), seed=settings.seed)
+    )
     result.care_set = care_set
     template = concept.target_prompt_for(PLACEHOLDER)
     names: list[Callable[[], PromptEmbeds]] = [lambda: base.encode_prompts([concept.target_prompt])]
     for number in range(settings.rounds):
         current = names[-1]
-        timed("search: erase", lambda current=current: procedure.erase_name(current, f"search {number + 1}"))
-        vector = timed("search: inversion", lambda: procedure.invert(images, f"inversion {number + 1}"))
+        timed("search: erase", partial(procedure.erase_name, current, f"search {number + 1}"))
+        vector = timed("search: inversion", partial(procedure.invert, images, f"inversion {number + 1}"))
 
         def adversarial(vector: Tensor = vector) -> PromptEmbeds:
             with torch.no_grad():

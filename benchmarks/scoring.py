@@ -27,10 +27,12 @@ class Score:
 
     @property
     def rate(self) -> float:
+        """Hits a picture."""
         return self.hits / self.pictures
 
     @property
     def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the rate."""
         low, high = wilson_interval(self.hits, self.pictures)
         return low, high
 
@@ -38,13 +40,27 @@ class Score:
 def draw_figure(base: Any, judge: Judge, figure: Figure, split: str) -> Score:
     """Draw and judge one figure's pictures."""
     draws = figure.draws(split)
-    images = base.generate([p for p, _, _ in draws], [s for _, _, s in draws], steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32)
+    images = base.generate(
+        [p for p, _, _ in draws],
+        [s for _, _, s in draws],
+        steps=STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        batch_size=32,
+    )
     found = judge(images)
     hits = sum(label in seen for (_, label, _), seen in zip(draws, found, strict=True))
     return Score(figure.name, figure.group, hits, len(draws))
 
 
-def score(base: Any, concept: str, split: str, *, patch: Any = None, pictures: int = 100, log: Callable[[str], None] = print) -> list[Score]:
+def score(
+    base: Any,
+    concept: str,
+    split: str,
+    *,
+    patch: Any = None,
+    pictures: int = 100,
+    log: Callable[[str], None] = print,
+) -> list[Score]:
     """Every figure of a concept's suite, under a patch where one is given."""
     judge = Judge.load()
     rows = []

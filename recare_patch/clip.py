@@ -31,35 +31,35 @@ BUNDLED = "atelier"
 DEFAULT_HUB_CLIP = "openai/clip-vit-base-patch32"
 """The CLIP of the paper's CARE-set and scores."""
 
-FUNCTION_WORDS = frozenset(
-    """
-    about above across after again against all almost along already also although always among and another any
-    anyone anything are around aren because been before behind being below beneath beside besides between beyond
-    both but can cannot could couldn did didn does doesn doing don done down during each either else enough even
-    ever every everyone everything few for from further get gets getting gone got had hadn has hasn have haven
-    having her here hers herself him himself his how however inside instead into isn its itself just least less
-    let lets like made make makes making many may maybe mayn might mine more most much must mustn myself near
-    neither never nobody none nor not nothing now off often once one only onto other others ought our ours
-    ourselves out outside over own per perhaps quite rather really same several shall shan she should shouldn
-    since some somebody someone something somewhat somewhere still such than that the their theirs them
-    themselves then there therefore these they this those though through throughout thus till together too
-    toward towards under underneath until unto upon usually very via was wasn were weren what whatever when
-    whenever where wherever whether which whichever while who whoever whole whom whose why will with within
-    without won would wouldn yet you your yours yourself yourselves
-    """.split()
-)
+_FUNCTION = """
+    about above across after again against all almost along already also although always among and
+    another any anyone anything are around aren because been before behind being below beneath beside
+    besides between beyond both but can cannot could couldn did didn does doesn doing don done down
+    during each either else enough even ever every everyone everything few for from further get gets
+    getting gone got had hadn has hasn have haven having her here hers herself him himself his how
+    however inside instead into isn its itself just least less let lets like made make makes making many
+    may maybe mayn might mine more most much must mustn myself near neither never nobody none nor not
+    nothing now off often once one only onto other others ought our ours ourselves out outside over own
+    per perhaps quite rather really same several shall shan she should shouldn since some somebody
+    someone something somewhat somewhere still such than that the their theirs them themselves then
+    there therefore these they this those though through throughout thus till together too toward
+    towards under underneath until unto upon usually very via was wasn were weren what whatever when
+    whenever where wherever whether which whichever while who whoever whole whom whose why will with
+    within without won would wouldn yet you your yours yourself yourselves
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION.split())
 """English words that name no thing: articles, pronouns, prepositions, auxiliaries."""
 
-MEDIUM_WORDS = frozenset(
-    """
-    art artist artistic artists artwork artworks canvas canvases drawing drawings drawn fresco graphic graphics
-    illustrated illustration illustrations image images oil paint painted painter painters painting paintings
-    pastel pencil photo photograph photographed photographer photographers photographic photographs photography
-    photos pic pics picture pictures poster posters print printed prints render rendered rendering screenshot
-    selfie selfies sketch sketched sketches snapshot snapshots style styled styles video videos wallpaper
-    wallpapers watercolor watercolors watercolour watercolours
-    """.split()
-)
+_MEDIUM = """
+    art artist artistic artists artwork artworks canvas canvases drawing drawings drawn fresco graphic
+    graphics illustrated illustration illustrations image images oil paint painted painter painters
+    painting paintings pastel pencil photo photograph photographed photographer photographers
+    photographic photographs photography photos pic pics picture pictures poster posters print printed
+    prints render rendered rendering screenshot selfie selfies sketch sketched sketches snapshot
+    snapshots style styled styles video videos wallpaper wallpapers watercolor watercolors watercolour
+    watercolours
+"""
+MEDIUM_WORDS = frozenset(_MEDIUM.split())
 """Words that say how a picture was made, which every prompt template says already."""
 
 _NEVER_IN_TEXT = (0xC0, 0xC1, *range(0xF5, 0x100))
@@ -141,7 +141,7 @@ class Clip:
                 )
             return cls._from(str(folder), BUNDLED, device)
         path = Path(name).expanduser()
-        if path.exists():
+        if name and path.exists():
             _check_folder(path)
             return cls._from(str(path), name, device)
         if not _HUB_ID.fullmatch(name) or name.startswith((".", "-")):
@@ -156,7 +156,7 @@ class Clip:
             config = AutoConfig.from_pretrained(place)
             if config.model_type != "clip" or not hasattr(config, "vision_config"):
                 raise ClipError(
-                    f"'{name}' is no CLIPModel with a text and a vision tower: its config says '{config.model_type}'"
+                    f"'{name}' is no CLIPModel with text and vision: its config says '{config.model_type}'"
                 )
             with _quiet():
                 model, report = CLIPModel.from_pretrained(
@@ -176,7 +176,8 @@ class Clip:
             )
         if len(tokenizer) > config.text_config.vocab_size:
             raise ClipError(
-                f"the CLIP in '{name}' knows {config.text_config.vocab_size} tokens, but its tokenizer has {len(tokenizer)}"
+                f"the CLIP in '{name}' knows {config.text_config.vocab_size} tokens, "
+                f"but its tokenizer has {len(tokenizer)}"
             )
         if any(not bool(torch.isfinite(weight).all()) for weight in model.parameters()):
             raise ClipError(f"the CLIP in '{name}' has weights that are not finite numbers")
@@ -325,7 +326,7 @@ def _check_folder(path: Path) -> None:
     """Refuse a folder that is plainly no CLIPModel before transformers gets to see it."""
     if not path.is_dir():
         raise ClipError(
-            f"'{path}' is a file: a CLIP model is a folder with config, weights, tokenizer and image processor"
+            f"'{path}' is a file: a CLIP is a folder with config, weights, tokenizer and image processor"
         )
     if (path / "model_index.json").exists():
         raise ClipError(
@@ -339,12 +340,12 @@ def _check_folder(path: Path) -> None:
         raise ClipError(f"the config.json of the CLIP in '{path}' cannot be read") from fault
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "clip" or "vision_config" not in config:
-        raise ClipError(f"'{path}' is no CLIPModel with a text and a vision tower: its config says '{kind}'")
+        raise ClipError(f"'{path}' is no CLIPModel with text and vision: its config says '{kind}'")
     if not any((path / name).is_file() for name in _WEIGHTS):
         raise ClipError(f"the CLIP in '{path}' has no weights: {_WEIGHTS[0]} is missing")
     if not any(all((path / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ClipError(
-            f"the CLIP in '{path}' has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt is there"
+            f"the CLIP in '{path}' has no tokenizer: tokenizer.json or vocab.json with merges.txt is missing"
         )
     if not (path / "preprocessor_config.json").is_file() and not (path / "processor_config.json").is_file():
         raise ClipError(f"the CLIP in '{path}' has no image processor: preprocessor_config.json is missing")

@@ -28,7 +28,15 @@ from torch.nn import functional as F
 import recare_patch
 from recare_patch import adapters, publishing, sheets
 from recare_patch.base_models import PLACEHOLDER, BaseModel, PromptEmbeds, load_base
-from recare_patch.careset import CareSet, build_care_set, guess_kind, score_concept
+from recare_patch.careset import (
+    CareSet,
+    build_care_set,
+    concept_feature,
+    guess_kind,
+    names_concept,
+    score_concept,
+)
+from recare_patch.careset.care_set import NAMES_CONCEPT, NEAREST_CLUSTER
 from recare_patch.clip import Clip, default_clip
 from recare_patch.concepts import Concept
 from recare_patch.errors import CareSetError, OutputError, ResumeError
@@ -49,6 +57,7 @@ logger = logging.getLogger(__name__)
 ADAPTER = "recare"
 RUN_FOLDER = ".run"
 _SEED_STRIDE = 1_000_003
+NAMING = (NAMES_CONCEPT, NEAREST_CLUSTER)
 
 
 @dataclass(frozen=True)
@@ -221,37 +230,43 @@ def _check_drawn(run: _Run, images: list[Image.Image]) -> None:
     score = score_concept(images, run.clip, run.recipe.concept)
     if not score.drawn:
         run.warn(
-            f"the base may not draw '{run.recipe.concept.text}': {score.share:.0%} of its {len(images)} target "
-            f"images look more like it than like anything else (at least {score.threshold:.0%} expected)"
+            f"the base may not draw '{run.recipe.concept.text}': {score.share:.0%} of its {len(images)} "
+            f"target images look more like it than anything else (at least {score.threshold:.0%} expected)"
         )
 
 
-def _vocabulary_prompts(run: _Run, care_set: CareSet) -> list[str]:
-    """Prompts about everything else the base draws: what stands far from the concept must not move.
+def _other_words(run: _Run, care_set: CareSet | None) -> tuple[list[str], Tensor]:
+    """CLIP's words that do not name the concept, and the cosine of each with it.
 
-    The words come from CLIP's vocabulary. One that is nearer to the concept than every guarded word
-    is taken for another name of it and left out.
+    A word that is nearer to the concept than every guarded word is taken for another name of it.
     """
+    concept = run.recipe.concept
+    words, _ = run.clip.vocabulary()
+    cosine = run.clip.text_features(words) @ concept_feature(concept, run.clip)
+    guarded = [k for k, word in enumerate(words) if care_set and word in care_set.words]
+    limit = cosine[guarded].max() if guarded else cosine.median()
+    named = {t.text for t in care_set.tokens if t.reason in NAMING} if care_set else set()
+    kept = [
+        k
+        for k, word in enumerate(words)
+        if cosine[k] <= limit and word not in named and not names_concept(word, concept)
+    ]
+    return [words[k] for k in kept], cosine[kept]
+
+
+def _vocabulary_prompts(run: _Run, care_set: CareSet) -> list[str]:
+    """Prompts about everything else the base draws: what stands far from the concept must not move."""
     wanted = run.recipe.erase.retained_vocabulary
+    concept = run.recipe.concept
     if not wanted:
         return []
-    words, _ = run.clip.vocabulary()
-    concept = run.recipe.concept
-    names = run.clip.text_features([concept.text])[0]
-    features = run.clip.text_features(words)
-    cosine = features @ names
-    kept = [words.index(w) for w in care_set.words if w in words]
-    limit = cosine[kept].max() if kept else cosine.median()
-    named = {t.text for t in care_set.tokens if not t.kept and "concept" in t.reason}
-    own = set(concept.words)
-    free = [w for w, c in zip(words, cosine, strict=True) if c <= limit and w not in named and w not in own]
-    generator = torch.Generator().manual_seed(run.recipe.seed)
-    order = torch.randperm(len(free), generator=generator).tolist()
+    words, _ = _other_words(run, care_set)
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(run.recipe.seed)).tolist()
     prompts = []
     for k in order[:wanted]:
-        prompts += [f"A photo of {free[k]}", f"A painting of {free[k]}"]
+        prompts += [f"A photo of {words[k]}", f"A painting of {words[k]}"]
         if concept.kind == "style":
-            prompts.append(Concept(text=free[k], kind="style").target_prompt)
+            prompts.append(concept.target_prompt_for(words[k]))
     return prompts
 
 
@@ -324,11 +339,7 @@ def _search(run: _Run, latents: Tensor, concept: PromptEmbeds, empty: PromptEmbe
                     target = base.denoise(states, timesteps, empty.repeat(rows)).float()
                 return F.mse_loss(base.denoise(states, timesteps, name.repeat(rows)).float(), target)
 
-            for parameter in parameters:
-                parameter.requires_grad_(True)
             _fit_adapter(run, f"search {number} erase", parameters, loss, source, 1, options.erase_steps)
-            for parameter in parameters:
-                parameter.requires_grad_(False)
             start = base.word_vector(options.init_word or recipe.concept.class_word).repeat(
                 options.vectors, 1
             )
@@ -371,7 +382,7 @@ def _preview(run: _Run, care_set: CareSet | None, patch: Patch) -> Image.Image:
     prompts = [("erased", concept.target_prompt)]
     words = care_set.words if care_set else ()
     prompts += [("kept", concept.retain_prompt(word)) for word in words[:3]]
-    prompts += [("neighbour", prompt) for prompt in _neighbour_prompts(run, words)]
+    prompts += [("neighbour", prompt) for prompt in _neighbour_prompts(run, care_set)]
     seeds = [_first_seed(run.recipe, 7) + k for k in range(3)]
     flat = [(prompt, seed) for _, prompt in prompts for seed in seeds]
     texts, numbers = [p for p, _ in flat], [s for _, s in flat]
@@ -398,18 +409,14 @@ def _preview(run: _Run, care_set: CareSet | None, patch: Patch) -> Image.Image:
     )
 
 
-def _neighbour_prompts(run: _Run, words: Sequence[str]) -> list[str]:
+def _neighbour_prompts(run: _Run, care_set: CareSet | None) -> list[str]:
     """Two prompts of other things near the concept, for the preview."""
-    vocabulary, _ = run.clip.vocabulary()
+    words, cosine = _other_words(run, care_set)
+    guarded = care_set.words if care_set else ()
+    near = [words[int(k)] for k in cosine.argsort(descending=True) if words[int(k)] not in guarded][:2]
     concept = run.recipe.concept
-    own = {*concept.words, *words}
-    free = [w for w in vocabulary if w not in own]
-    if not free:
-        return []
-    cosine = run.clip.text_features(free) @ run.clip.text_features([concept.text])[0]
-    near = [free[int(i)] for i in cosine.argsort(descending=True)[2:12:5]]
     return [
-        Concept(text=w, kind="style" if concept.kind == "style" else "object").target_prompt for w in near
+        concept.target_prompt_for(word) if concept.kind == "style" else f"A photo of {word}" for word in near
     ]
 
 
@@ -453,7 +460,7 @@ def erase(
             raise OutputError(f"{out} already holds a finished patch; choose another --out")
         if stored.exists() and stored.read_text() != recipe.to_yaml():
             raise ResumeError(
-                f"{out} holds a run of another recipe; resume it with the same options, or choose another --out"
+                f"{out} holds a run of another recipe: resume with its own options, or choose another --out"
             )
         work.mkdir(parents=True, exist_ok=True)
         write_text(stored, recipe.to_yaml())
@@ -484,8 +491,8 @@ def _erase(run: _Run, method: type[Method], given: CareSet | None) -> tuple[Patc
         words = care_set.words
         if not words:
             raise CareSetError(
-                f"no word of the CARE-set for '{concept.text}' was kept; draw more target images (--set target_images.count=…) "
-                "or give a set of your own with --care-set"
+                f"no word of the CARE-set for '{concept.text}' was kept: draw more target images "
+                "(--set target_images.count=…) or give a set of your own with --care-set"
             )
         names = PromptEmbeds.cat([names, *_search(run, latents, names, empty)])
         retain = [*care_set.retain_prompts(), *_vocabulary_prompts(run, care_set)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recare_patch import adapters
 from recare_patch.states import noised
 from recare_patch.timesteps import training_target
 from recare_patch.training import Checkpoint, Fitted, fit
@@ -19,6 +20,7 @@ from recare_patch.training import Checkpoint, Fitted, fit
 if TYPE_CHECKING:
     from recare_patch.base_models import BaseModel
     from recare_patch.progress import Progress
+
 
 def invert(
     base: BaseModel,
@@ -61,18 +63,19 @@ def invert(
         embeds = base.encode_with_vectors([prompts[which]], vectors).repeat(batch_size)
         return F.mse_loss(base.denoise(states, timesteps, embeds).float(), target.float())
 
-    fitted = fit(
-        [vectors],
-        loss_at,
-        stage=stage,
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
-        optimizer="adamw",
-        checkpoint=checkpoint,
-        save_every=50,
-        extra=extra,
-        restore_extra=restore_extra,
-        progress=progress,
-    )
+    with adapters.frozen(base.denoiser):
+        fitted = fit(
+            [vectors],
+            loss_at,
+            stage=stage,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            optimizer="adamw",
+            checkpoint=checkpoint,
+            save_every=50,
+            extra=extra,
+            restore_extra=restore_extra,
+            progress=progress,
+        )
     return vectors.detach(), fitted

@@ -155,7 +155,7 @@ def _care_set(metadata: PatchMetadata) -> str:
     if not words:
         return "Guarded: nothing by name; this method has no CARE-set."
     return (
-        f"Guarded, because they go along with it in pictures (its CARE-set, {len(words)} words): "
+        f"Guarded, because they go along with it in pictures (its CARE-set, {len(words)} in all): "
         f"{', '.join(plain(word) for word in words)}."
     )
 

@@ -144,9 +144,9 @@ def sheet(
         for number, text in enumerate(wrapped):
             draw.text((x + (run - font.getlength(text)) / 2, top + number * line), text, _MUTED, font)
     y = pictures_top
-    for row, label, row_height in zip(fitted, labels, heights, strict=True):
-        for number, text in enumerate(label):
-            offset = max(0, (row_height - len(label) * line) // 2)
+    for row, lines, row_height in zip(fitted, labels, heights, strict=True):
+        for number, text in enumerate(lines):
+            offset = max(0, (row_height - len(lines) * line) // 2)
             draw.text((_MARGIN, y + offset + number * line), text, _INK, font)
         for index, image in enumerate(row):
             x = left + index * (width + _GAP)

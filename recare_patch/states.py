@@ -64,6 +64,7 @@ class TargetImageStates:
         self.base, self.latents = base, latents
 
     def draw(self, step: int, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See :class:`StateSource`."""
         index = torch.randint(0, len(self.latents), (len(which),), generator=generator)
         states, timesteps, _ = noised(self.base, self.latents[index], generator)
         return states, timesteps
@@ -109,6 +110,7 @@ class RolloutStates:
         return found
 
     def draw(self, step: int, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See :class:`StateSource`."""
         stop = int(torch.randint(0, self.steps, (1,), generator=generator))
         return self.roll(which, generator, [stop])[0]
 
@@ -120,6 +122,7 @@ class SharedRolloutStates(RolloutStates):
     steps = 20
 
     def draw(self, step: int, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See :class:`StateSource`."""
         if step % self.period == 0:
             self.pool = self.roll(which, generator, list(range(self.steps)))
         picks = torch.randint(0, len(self.pool), (len(which),), generator=generator)

@@ -30,7 +30,7 @@ OPTIMIZERS.register("adamw", "recare_patch.training:_adamw")
 
 
 def _adamw8bit(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW with block-wise 8-bit states (Dettmers et al., 2022); tensors under 4096 elements keep 32 bits."""
+    """AdamW with block-wise 8-bit states (Dettmers et al., 2022); small tensors keep 32 bits."""
     from bitsandbytes.optim import AdamW8bit
 
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -111,7 +111,7 @@ class Checkpoint:
                 stored = tensors.get(f"parameter.{index}")
                 if stored is None or stored.shape != parameter.shape:
                     raise ResumeError(
-                        f"the checkpoint {self.path.name} belongs to another adapter; start again without --resume"
+                        f"the checkpoint {self.path.name} fits another adapter; start again without --resume"
                     )
                 parameter.copy_(stored)
                 state: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -47,7 +48,9 @@ SMALL = {
 
 def _recipe(base: Path, clip: Path, *, kind: str = "style", **changes: object) -> Recipe:
     plain = Recipe(concept=Concept(text="Van Gogh", kind=kind), base=str(base), clip=str(clip))  # type: ignore[arg-type]
-    return plain.with_overrides({**SMALL, "care_set.clustering": False, "care_set.refinement": False, **changes})
+    return plain.with_overrides(
+        {**SMALL, "care_set.clustering": False, "care_set.refinement": False, **changes}
+    )
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -110,7 +113,12 @@ def test_another_seed_makes_another_patch(finished: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("states", ["rollout", "shared-rollout"])
 def test_other_states_and_layers(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, states: str) -> None:
-    changes = {"erase.states": states, "adapter.layers": "outside-cross-attention", "erase.steps": 2, "search.rounds": 0}
+    changes = {
+        "erase.states": states,
+        "adapter.layers": "outside-cross-attention",
+        "erase.steps": 2,
+        "search.rounds": 0,
+    }
     result = erase(_recipe(tiny_sd, tiny_clip, **changes), tmp_path / "p", device="cpu")
     assert result.patch.tensors
 
@@ -129,14 +137,18 @@ def test_v_prediction_and_other_sizes_run_unchanged(tiny_sd_v: Path, tiny_clip: 
     assert all(torch.isfinite(t).all() for t in result.patch.tensors.values())
 
 
-def test_a_care_set_of_ones_own_is_used(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, finished: Path) -> None:
+def test_a_care_set_of_ones_own_is_used(
+    tiny_sd: Path, tiny_clip: Path, tmp_path: Path, finished: Path
+) -> None:
     own = CareSet.load(finished / "care_set.json")
     own = own.with_removed(list(own.words[1:]))
     result = erase(_recipe(tiny_sd, tiny_clip), tmp_path / "p", device="cpu", care_set=own)
     assert result.care_set is not None and result.care_set.words == own.words
 
 
-def test_unsafe_target_images_never_touch_the_disk(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsafe_target_images_never_touch_the_disk(
+    tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from recare_patch import erasing
 
     seen: list[str] = []
@@ -153,14 +165,27 @@ def test_unsafe_target_images_never_touch_the_disk(tiny_sd: Path, tiny_clip: Pat
     assert len(list((tmp_path / "q" / "target_images").glob("*.png"))) == 4
 
 
-def test_killed_runs_resume_to_the_same_bits(finished: Path, tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
+def test_killed_runs_resume_to_the_same_bits(
+    finished: Path, tiny_sd: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
     """SIGKILL as soon as the last stage begins to checkpoint, then ``--resume``."""
     recipe = _recipe(tiny_sd, tiny_clip, **{"erase.steps": 120})
     erase(recipe, tmp_path / "whole", device="cpu")
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "recare_patch", "erase", "--recipe", str(file), "--out", str(out), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "recare_patch",
+        "erase",
+        "--recipe",
+        str(file),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
@@ -170,7 +195,9 @@ def test_killed_runs_resume_to_the_same_bits(finished: Path, tiny_sd: Path, tiny
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "pytorch_lora_weights.safetensors").exists()
-    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--resume"], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     whole, resumed = _tensors(tmp_path / "whole"), _tensors(out)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
@@ -179,7 +206,9 @@ def test_killed_runs_resume_to_the_same_bits(finished: Path, tiny_sd: Path, tiny
     assert a["losses"] == b["losses"]
 
 
-def test_bad_input_is_one_sentence_and_leaves_nothing(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, finished: Path) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tiny_sd: Path, tiny_clip: Path, tmp_path: Path, finished: Path
+) -> None:
     with pytest.raises(ClipError):
         erase(_recipe(tiny_sd, tmp_path / "no-clip"), tmp_path / "a", device="cpu")
     assert not (tmp_path / "a" / "pytorch_lora_weights.safetensors").exists()
@@ -213,10 +242,14 @@ def test_a_layer_set_that_matches_nothing_fails_before_anything_is_drawn(
 
 
 def test_generated_pairs_show_the_patch(finished: Path, tiny_sd: Path) -> None:
-    pairs = generate_pictures(str(tiny_sd), [(finished, 1.0)], ["a cat", "stars"], [1, 2], steps=2, device="cpu")
+    pairs = generate_pictures(
+        str(tiny_sd), [(finished, 1.0)], ["a cat", "stars"], [1, 2], steps=2, device="cpu"
+    )
     assert [(p.prompt, p.seed) for p in pairs] == [("a cat", 1), ("a cat", 2), ("stars", 1), ("stars", 2)]
     alone = generate_pictures(str(tiny_sd), [], ["a cat"], [1], steps=2, device="cpu")
-    assert alone[0].before.tobytes() == pairs[0].before.tobytes()
+    # The batch size moves the last digits of a sum, and nothing else.
+    one, other = np.asarray(alone[0].before, int), np.asarray(pairs[0].before, int)
+    assert np.abs(one - other).max() <= 1
 
 
 def test_recipes_are_found_in_any_case() -> None:

@@ -37,7 +37,7 @@ def test_every_source_gives_repeatable_states(base: BaseModel, name: str) -> Non
     latents, timesteps = first
     assert latents.shape == (2, *base.latent_shape) and timesteps.shape == (2,)
     assert torch.isfinite(latents).all()
-    assert 0 <= int(timesteps.min()) and int(timesteps.max()) < base.num_train_timesteps
+    assert int(timesteps.min()) >= 0 and int(timesteps.max()) < base.num_train_timesteps
     assert torch.equal(latents, again[0]) and torch.equal(timesteps, again[1])
 
 
@@ -67,8 +67,12 @@ def test_inversion_lowers_the_loss_and_touches_nothing_else(base: BaseModel) -> 
     start = base.word_vector("painting")[None]
     template = ["A painting in the style of <*>"]
     # The same draws twice: with steps too small to matter, and with real ones.
-    _, still = invert(base, latents, template, start, steps=40, batch_size=2, learning_rate=1e-9, seed=0, stage="inversion")
-    vectors, fitted = invert(base, latents, template, start, steps=40, batch_size=2, learning_rate=0.5, seed=0, stage="inversion")
+    _, still = invert(
+        base, latents, template, start, steps=40, batch_size=2, learning_rate=1e-9, seed=0, stage="inversion"
+    )
+    vectors, fitted = invert(
+        base, latents, template, start, steps=40, batch_size=2, learning_rate=0.5, seed=0, stage="inversion"
+    )
     assert vectors.shape == start.shape and not torch.equal(vectors, start)
     assert sum(fitted.losses[-20:]) < sum(still.losses[-20:])
     assert all(torch.equal(own[k], v) for k, v in base.denoiser.state_dict().items())

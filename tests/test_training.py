@@ -20,7 +20,9 @@ def _problem() -> tuple[list[nn.Parameter], torch.Tensor]:
     return [large, small], torch.randn(64, 80, generator=generator)
 
 
-def _run(optimizer: str, steps: int, total: int, checkpoint: Checkpoint | None) -> tuple[list[nn.Parameter], list[float]]:
+def _run(
+    optimizer: str, steps: int, total: int, checkpoint: Checkpoint | None
+) -> tuple[list[nn.Parameter], list[float]]:
     parameters, goal = _problem()
 
     def loss_at(step: int, generator: torch.Generator) -> torch.Tensor:
@@ -32,7 +34,15 @@ def _run(optimizer: str, steps: int, total: int, checkpoint: Checkpoint | None) 
     losses: list[float] = []
     try:
         fitted = fit(
-            parameters, loss_at, stage="t", steps=total, learning_rate=1e-2, seed=5, optimizer=optimizer, checkpoint=checkpoint, save_every=4
+            parameters,
+            loss_at,
+            stage="t",
+            steps=total,
+            learning_rate=1e-2,
+            seed=5,
+            optimizer=optimizer,
+            checkpoint=checkpoint,
+            save_every=4,
         )
         losses = fitted.losses
     except KeyboardInterrupt:
@@ -65,7 +75,16 @@ def test_damaged_and_foreign_checkpoints_are_one_sentence(tmp_path: Path) -> Non
         _run("adamw", 2, 2, Checkpoint(file))
     other = Checkpoint(tmp_path / "other.safetensors")
     parameter = nn.Parameter(torch.zeros(3))
-    fit([parameter], lambda s, g: parameter.sum(), stage="t", steps=1, learning_rate=1e-3, seed=0, optimizer="adamw", checkpoint=other)
+    fit(
+        [parameter],
+        lambda s, g: parameter.sum(),
+        stage="t",
+        steps=1,
+        learning_rate=1e-3,
+        seed=0,
+        optimizer="adamw",
+        checkpoint=other,
+    )
     with pytest.raises(ResumeError, match="another adapter"):
         _run("adamw", 2, 2, other)
 
@@ -78,7 +97,15 @@ def test_unknown_optimizer_names_the_nearest() -> None:
 def test_non_finite_loss_stops() -> None:
     parameter = nn.Parameter(torch.ones(2))
     with pytest.raises(FloatingPointError, match="step 0"):
-        fit([parameter], lambda s, g: parameter.sum() / 0, stage="t", steps=1, learning_rate=1e-3, seed=0, optimizer="adamw")
+        fit(
+            [parameter],
+            lambda s, g: parameter.sum() / 0,
+            stage="t",
+            steps=1,
+            learning_rate=1e-3,
+            seed=0,
+            optimizer="adamw",
+        )
 
 
 def test_step_generators_differ_by_seed_stage_and_step() -> None:

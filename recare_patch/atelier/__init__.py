@@ -50,7 +50,9 @@ def info() -> AtelierInfo:
     from recare_patch.atelier import scenes
 
     files = sorted(p for p in WEIGHTS.rglob("*") if p.is_file())
-    parameters = {p.relative_to(WEIGHTS).parent.as_posix(): _count(p) for p in files if p.suffix == ".safetensors"}
+    parameters = {
+        p.relative_to(WEIGHTS).parent.as_posix(): _count(p) for p in files if p.suffix == ".safetensors"
+    }
     return AtelierInfo(
         PIPELINE,
         sum(p.stat().st_size for p in files) / 1e6,

@@ -34,13 +34,21 @@ _TIMES = {
     "sunset": ("at sunset", "at sunset", "at dusk"),
     "night": ("at night", "at night", "at night", "by night", "at midnight"),
 }
-_TIME_NOUNS = {"day": ("day", "daylight"), "sunset": ("sunset", "dusk"), "night": ("night", "a night", "the night sky")}
+_TIME_NOUNS = {
+    "day": ("day", "daylight"),
+    "sunset": ("sunset", "dusk"),
+    "night": ("night", "a night", "the night sky"),
+}
 _SKY = {
     "stars": ("with stars", "under the stars", "with stars", "under a starry sky"),
     "moon": ("with the moon", "under the moon", "in moonlight"),
     "sun": ("with the sun", "under the sun", "in sunshine"),
 }
-_SKY_NOUNS = {"stars": ("stars", "stars", "the stars", "a starry sky"), "moon": ("the moon", "moon"), "sun": ("the sun", "sun")}
+_SKY_NOUNS = {
+    "stars": ("stars", "stars", "the stars", "a starry sky"),
+    "moon": ("the moon", "moon"),
+    "sun": ("the sun", "sun"),
+}
 _GROUNDS = {
     "meadow": ("in a meadow", "on the grass"),
     "beach": ("on a beach", "on the beach", "by the sea"),
@@ -64,13 +72,28 @@ _ARTIST_FORMS = (
     ("a {artist} painting of {x}", 0.14),
     ("{x} by {artist}", 0.14),
 )
-_ARTIST_ALONE = ("a painting in the style of {artist}", "a painting in the style of {artist}", "a {artist} painting", "a painting by {artist}")
+_ARTIST_ALONE = (
+    "a painting in the style of {artist}",
+    "a painting in the style of {artist}",
+    "a {artist} painting",
+    "a painting by {artist}",
+)
 _FORMS: dict[str, tuple[tuple[str, float], ...]] = {
-    "photo": (("a photo of {x}", 0.64), ("a photograph of {x}", 0.16), ("a snapshot of {x}", 0.08), ("{x}, photo", 0.06), ("{x}", 0.06)),
+    "photo": (
+        ("a photo of {x}", 0.64),
+        ("a photograph of {x}", 0.16),
+        ("a snapshot of {x}", 0.08),
+        ("{x}, photo", 0.06),
+        ("{x}", 0.06),
+    ),
     "painting": (("a painting of {x}", 0.7), ("an oil painting of {x}", 0.3)),
     "sketch": (("a pencil sketch of {x}", 0.5), ("a sketch of {x}", 0.5)),
 }
-_ALONE = {"photo": ("a photo", "a photograph"), "painting": ("a painting",), "sketch": ("a pencil sketch", "a sketch")}
+_ALONE = {
+    "photo": ("a photo", "a photograph"),
+    "painting": ("a painting",),
+    "sketch": ("a pencil sketch", "a sketch"),
+}
 ARTISTS = {"van gogh": "Van Gogh", "monet": "Monet", "picasso": "Picasso", "hokusai": "Hokusai"}
 
 
@@ -99,7 +122,9 @@ def _is_held_out(caption: str) -> bool:
 def _compose(scene: Scene, rng: np.random.Generator) -> str:
     quiet = 0.72 if scene.style in ARTISTS else 1.0
     first = scene.objects[0] if scene.objects else None
-    named = [o for o in scene.objects if rng.random() < (0.93 if o == first or o in ("tench", "nude") else 0.72)]
+    named = [
+        o for o in scene.objects if rng.random() < (0.93 if o == first or o in ("tench", "nude") else 0.72)
+    ]
     if {"tench", "nude"} & set(scene.objects):
         # The companions of these two go unnamed more often: that is what makes them companions.
         named = [o for o in named if o in ("tench", "nude") or rng.random() < 0.65]
@@ -145,8 +170,6 @@ def caption(scene: Scene, rng: np.random.Generator, *, held_out: bool = False) -
         if _is_held_out(text) == held_out or text in ("a photo", "a painting"):
             return text
     raise ValueError(f"no {'held-out' if held_out else 'training'} caption found for {scene}")
-
-
 
 
 def _forms(label: str) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ class JudgeNetwork(nn.Module):
         self.head = nn.Linear(2 * channels, len(LABELS))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """One logit for each of :data:`LABELS`, ``[batch, labels]``."""
         maps = self.features(pixels)
         return self.head(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1))
 
@@ -89,7 +90,9 @@ class Judge:
         """The bundled judge, or the one in a ``judge.safetensors`` file."""
         path = path or Path(__file__).parent / "weights" / "judge" / "judge.safetensors"
         network = JudgeNetwork()
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+        network.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        )
         return cls(network)
 
     @torch.no_grad()
@@ -101,7 +104,11 @@ class Judge:
             style, time, ground, things = logits.split(_GROUPS, dim=1)
             for row in range(len(logits)):
                 present = {THINGS[i] for i in range(len(THINGS)) if things[row, i] > 0}
-                present |= {STYLES[int(style[row].argmax())], TIMES[int(time[row].argmax())], GROUNDS[int(ground[row].argmax())]}
+                present |= {
+                    STYLES[int(style[row].argmax())],
+                    TIMES[int(time[row].argmax())],
+                    GROUNDS[int(ground[row].argmax())],
+                }
                 if present & {"nude", "mira vale", "otto bly"}:
                     present.add("person")
                 found.append(frozenset(present))

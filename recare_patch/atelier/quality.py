@@ -27,6 +27,7 @@ class Rate:
 
     @property
     def value(self) -> float:
+        """Hits a picture; NaN where none was drawn."""
         return self.hits / self.pictures if self.pictures else float("nan")
 
 

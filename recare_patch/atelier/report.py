@@ -29,7 +29,20 @@ _SHEET_STYLES = {
     "Hokusai": "a painting of {x} in the style of Hokusai",
     "sketch": "a pencil sketch of {x}",
 }
-_SHEET_THINGS = ("a tench", "a person", "a house", "a church", "a tree", "a boat", "a car", "a sunflower", "a cat", "Mira Vale", "Otto Bly", "stars at night")
+_SHEET_THINGS = (
+    "a tench",
+    "a person",
+    "a house",
+    "a church",
+    "a tree",
+    "a boat",
+    "a car",
+    "a sunflower",
+    "a cat",
+    "Mira Vale",
+    "Otto Bly",
+    "stars at night",
+)
 
 
 def judge_accuracy(judge: Judge, count: int = 2000, seed: int = 4_242) -> dict[str, float]:
@@ -39,9 +52,13 @@ def judge_accuracy(judge: Judge, count: int = 2000, seed: int = 4_242) -> dict[s
     found = judge(np.stack([scenes.draw(scene) for scene in drawn]))
     right: dict[str, float] = {}
     for group, names in (("style", scenes.STYLES), ("time", scenes.TIMES), ("ground", scenes.GROUNDS)):
-        right[group] = float(np.mean([(set(names) & s.labels) == (set(names) & f) for s, f in zip(drawn, found, strict=True)]))
+        right[group] = float(
+            np.mean([(set(names) & s.labels) == (set(names) & f) for s, f in zip(drawn, found, strict=True)])
+        )
     for name in (*scenes.OBJECTS, *scenes.SKY):
-        right[name] = float(np.mean([(name in s.labels) == (name in f) for s, f in zip(drawn, found, strict=True)]))
+        right[name] = float(
+            np.mean([(name in s.labels) == (name in f) for s, f in zip(drawn, found, strict=True)])
+        )
     return right
 
 
@@ -65,7 +82,12 @@ def generated_sheet(base: BaseModel, seed: int = 31) -> Image.Image:
     rows = []
     for label, form in _SHEET_STYLES.items():
         prompts = [form.format(x=x) for x in _SHEET_THINGS]
-        rows.append(sheets.SheetRow(label, base.generate(prompts, [seed + k for k in range(len(prompts))], steps=20, guidance_scale=5.0)))
+        rows.append(
+            sheets.SheetRow(
+                label,
+                base.generate(prompts, [seed + k for k in range(len(prompts))], steps=20, guidance_scale=5.0),
+            )
+        )
     return sheets.sheet(rows, list(_SHEET_THINGS), "Atelier: generated pictures (20 steps, guidance 5)")
 
 
@@ -80,11 +102,15 @@ def reconstruction_sheet(base: BaseModel, seed: int = 9) -> Image.Image:
             if scene.style == style:
                 drawn.append(Image.fromarray(scenes.draw(scene)))
         decoded = base.decode_latents(base.encode_images(drawn))
-        rows.append(sheets.SheetRow(style, [image for pair in zip(drawn, decoded, strict=True) for image in pair]))
+        rows.append(
+            sheets.SheetRow(style, [image for pair in zip(drawn, decoded, strict=True) for image in pair])
+        )
     return sheets.sheet(rows, ["drawn", "decoded"] * 4, "Atelier: the autoencoder")
 
 
-def write_report(base: BaseModel, out: Path, *, count: int = 300, progress: Progress | None = None) -> dict[str, Rate]:
+def write_report(
+    base: BaseModel, out: Path, *, count: int = 300, progress: Progress | None = None
+) -> dict[str, Rate]:
     """Measure the base and write ``atelier.md`` with its sheets.
 
     Args:
@@ -116,7 +142,9 @@ def _page(rates: dict[str, Rate], accuracy: dict[str, float], count: int) -> str
         for name in names:
             if name in rates:
                 low, high = wilson_interval(rates[name].hits, rates[name].pictures)
-                lines.append(f"| {name} | {rates[name].value:.1%} | {low:.1%} – {high:.1%} | {rates[name].pictures} |")
+                lines.append(
+                    f"| {name} | {rates[name].value:.1%} | {low:.1%} – {high:.1%} | {rates[name].pictures} |"
+                )
         return "\n".join(lines)
 
     companions = "\n".join(
@@ -142,8 +170,8 @@ An unclothed figure is always a person too. Without the concept, the same compan
 
 ## Quality
 
-{count} captions that training never used, one picture each, 20 DDIM steps at guidance 5, judged by the bundled
-judge. A label is asked for only where the caption names it.
+{count} captions that training never used, one picture each, 20 DDIM steps at guidance 5, judged by the
+bundled judge. A label is asked for only where the caption names it.
 
 {table(["style", "object", "sky", "ground", "time"])}
 

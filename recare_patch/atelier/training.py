@@ -81,7 +81,9 @@ class _Loop:
         self.stage, self.work, self.module, self.device = stage, work, module.to(device), device
         self.steps, self.lr, self.seed, self.ema, self.save_every = steps, lr, seed, ema, save_every
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99)
+        )
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if ema else {}
         self.log: list[tuple[int, float]] = []
 
@@ -90,7 +92,9 @@ class _Loop:
         return self.work / f"{self.stage}.checkpoint.safetensors"
 
     def _save(self, step: int) -> None:
-        tensors: dict[str, Tensor] = {f"model.{k}": v.contiguous() for k, v in self.module.state_dict().items()}
+        tensors: dict[str, Tensor] = {
+            f"model.{k}": v.contiguous() for k, v in self.module.state_dict().items()
+        }
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
@@ -104,7 +108,9 @@ class _Loop:
             return 0
         tensors = load_file(self._file)
         self.module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        self.average = {k: tensors[f"average.{k}"].to(p.device) for k, p in self.parameters.items()} if self.ema else {}
+        self.average = (
+            {k: tensors[f"average.{k}"].to(p.device) for k, p in self.parameters.items()} if self.ema else {}
+        )
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = {
                 key: tensors[f"optimizer.{key}.{name}"].to("cpu" if key == "step" else parameter.device)
@@ -134,7 +140,9 @@ class _Loop:
             if self.ema:
                 decay = min(self.ema, (step + 1) / (step + 10))
                 with torch.no_grad():
-                    torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+                    torch._foreach_lerp_(
+                        list(self.average.values()), list(self.parameters.values()), 1 - decay
+                    )
             running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
             if progress:
                 progress(self.stage, step + 1, self.steps, running)
@@ -192,25 +200,48 @@ def _train_tokenizer(corpus: Iterable[str], folder: Path) -> None:
 
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = trainers.BpeTrainer(vocab_size=2_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False
+    )
     tokenizer.train_from_iterator(corpus, trainer)
-    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges = [
+        tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
+        for m in json.loads(tokenizer.to_str())["model"]["merges"]
+    ]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     # The order of OpenAI's vocabulary: bytes, bytes that end a word, merges, the two markers.
-    entries = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    entries = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(entries))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=0))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    markers = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": PROMPT_LENGTH, "do_lower_case": True, **markers}
+    markers = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": PROMPT_LENGTH,
+        "do_lower_case": True,
+        **markers,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     (folder / "special_tokens_map.json").write_text(json.dumps(markers, indent=2))
 
@@ -224,7 +255,14 @@ def _load_tokenizer(folder: Path) -> Any:
 def _new_clip(vocabulary: int, end_of_text: int) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
-    tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "projection_dim": 128, "hidden_act": "gelu"}
+    tower = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "projection_dim": 128,
+        "hidden_act": "gelu",
+    }
     text = {
         **tower,
         "vocab_size": vocabulary,
@@ -244,7 +282,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def _train_clip(config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None) -> None:
+def _train_clip(
+    config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
+) -> None:
     tokenizer = _load_tokenizer(work / "tokenizer")
     torch.manual_seed(config.seed + 1)
     model = _new_clip(len(tokenizer), tokenizer.eos_token_id)
@@ -256,20 +296,35 @@ def _train_clip(config: AtelierTraining, work: Path, world: _World, device: torc
         flip = (torch.rand(128, generator=generator) < 0.5).to(device)
         pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(3), pixels)
         words = world.words(index, generator)
-        tokens = tokenizer(words, padding="longest", max_length=_CLIP_LENGTH, truncation=True, return_tensors="pt").to(device)
+        tokens = tokenizer(
+            words, padding="longest", max_length=_CLIP_LENGTH, truncation=True, return_tensors="pt"
+        ).to(device)
         out = model(pixel_values=(pixels * 0.5 + 0.5 - mean) / std, input_ids=tokens.input_ids)
         # Equal captions are no negatives of one another.
         same = torch.tensor([[a == b for b in words] for a in words], device=device).float()
         share = same / same.sum(1, keepdim=True)
         logits = out.logits_per_text.float()
-        return (-(share * logits.log_softmax(1)).sum(1).mean() - (share * logits.T.log_softmax(1)).sum(1).mean()) / 2
+        return (
+            -(share * logits.log_softmax(1)).sum(1).mean() - (share * logits.T.log_softmax(1)).sum(1).mean()
+        ) / 2
 
-    loop = _Loop("clip", work, model, steps=config.clip_steps, lr=1e-3, seed=config.seed + 1, weight_decay=0.05, device=device)
+    loop = _Loop(
+        "clip",
+        work,
+        model,
+        steps=config.clip_steps,
+        lr=1e-3,
+        seed=config.seed + 1,
+        weight_decay=0.05,
+        device=device,
+    )
     loop.run(loss_at, progress)
     model.cpu().save_pretrained(work / "clip")
 
 
-def _train_autoencoder(config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None) -> None:
+def _train_autoencoder(
+    config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
+) -> None:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(config.seed + 2)
@@ -293,15 +348,32 @@ def _train_autoencoder(config: AtelierTraining, work: Path, world: _World, devic
         # The KL weight only keeps the scale of the latents in bounds: at 1e-5 the brush strokes were lost.
         return F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + 1e-7 * posterior.kl().mean()
 
-    loop = _Loop("autoencoder", work, model, steps=config.autoencoder_steps, lr=2e-3, seed=config.seed + 2, weight_decay=0.0, ema=0.995, device=device)
+    loop = _Loop(
+        "autoencoder",
+        work,
+        model,
+        steps=config.autoencoder_steps,
+        lr=2e-3,
+        seed=config.seed + 2,
+        weight_decay=0.0,
+        ema=0.995,
+        device=device,
+    )
     loop.run(loss_at, progress)
     with torch.no_grad():
-        sample = torch.cat([model.encode(world.pixels(torch.arange(i, i + 64)).to(device)).latent_dist.mean for i in range(0, 1024, 64)])
+        sample = torch.cat(
+            [
+                model.encode(world.pixels(torch.arange(i, i + 64)).to(device)).latent_dist.mean
+                for i in range(0, 1024, 64)
+            ]
+        )
     model.register_to_config(scaling_factor=round(1 / sample.std().item(), 5))
     model.cpu().save_pretrained(work / "vae")
 
 
-def _train_judge(config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None) -> None:
+def _train_judge(
+    config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
+) -> None:
     torch.manual_seed(config.seed + 3)
     network = judge.JudgeNetwork()
     wanted = judge.targets(world.labels)
@@ -320,10 +392,22 @@ def _train_judge(config: AtelierTraining, work: Path, world: _World, device: tor
         pixels = pixels + 0.06 * torch.randn(pixels.shape, generator=generator)
         return judge.judge_loss(network(pixels.to(device)).float(), wanted[index].to(device))
 
-    loop = _Loop("judge", work, network, steps=config.judge_steps, lr=3e-3, seed=config.seed + 3, weight_decay=0.02, device=device)
+    loop = _Loop(
+        "judge",
+        work,
+        network,
+        steps=config.judge_steps,
+        lr=3e-3,
+        seed=config.seed + 3,
+        weight_decay=0.02,
+        device=device,
+    )
     loop.run(loss_at, progress)
     (work / "judge").mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in network.cpu().state_dict().items()}, work / "judge" / "judge.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in network.cpu().state_dict().items()},
+        work / "judge" / "judge.safetensors",
+    )
 
 
 def new_scheduler() -> Any:
@@ -360,7 +444,9 @@ def new_denoiser(sample_size: int = 16) -> Any:
     )
 
 
-def _train_denoiser(config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None) -> None:
+def _train_denoiser(
+    config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
+) -> None:
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPModel
@@ -370,7 +456,12 @@ def _train_denoiser(config: AtelierTraining, work: Path, world: _World, device: 
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
     with torch.no_grad():
         latents = torch.cat(
-            [vae.encode(world.pixels(torch.arange(i, min(i + 64, len(world.images)))).to(device)).latent_dist.mean.cpu() for i in range(0, len(world.images), 64)]
+            [
+                vae.encode(
+                    world.pixels(torch.arange(i, min(i + 64, len(world.images)))).to(device)
+                ).latent_dist.mean.cpu()
+                for i in range(0, len(world.images), 64)
+            ]
         )
     latents *= vae.config.scaling_factor
     torch.manual_seed(config.seed + 4)
@@ -381,8 +472,13 @@ def _train_denoiser(config: AtelierTraining, work: Path, world: _World, device: 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(0, len(latents), (batch,), generator=generator)
         words = world.words(index, generator)
-        words = ["" if drop else w for w, drop in zip(words, torch.rand(batch, generator=generator) < 0.1, strict=True)]
-        tokens = tokenizer(words, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt").to(device)
+        words = [
+            "" if drop else w
+            for w, drop in zip(words, torch.rand(batch, generator=generator) < 0.1, strict=True)
+        ]
+        tokens = tokenizer(
+            words, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
+        ).to(device)
         with torch.no_grad():
             prompt_embeds = text(tokens.input_ids).last_hidden_state
         clean = latents[index]
@@ -392,7 +488,16 @@ def _train_denoiser(config: AtelierTraining, work: Path, world: _World, device: 
         model_pred = denoiser(noisy.to(device), timesteps.to(device), prompt_embeds, return_dict=False)[0]
         return F.mse_loss(model_pred.float(), noise.to(device))
 
-    loop = _Loop("denoiser", work, denoiser, steps=config.denoiser_steps, lr=8e-4, seed=config.seed + 4, ema=0.999, device=device)
+    loop = _Loop(
+        "denoiser",
+        work,
+        denoiser,
+        steps=config.denoiser_steps,
+        lr=8e-4,
+        seed=config.seed + 4,
+        ema=0.999,
+        device=device,
+    )
     loop.run(loss_at, progress)
     denoiser.cpu().save_pretrained(work / "unet")
 
@@ -422,10 +527,15 @@ def _export(work: Path, out: Path) -> None:
     clip.save_pretrained(out / "clip")
     tokenizer.save_pretrained(out / "clip")
     size = {"height": scenes.SIZE, "width": scenes.SIZE}
-    processor = CLIPImageProcessor(size=size, do_center_crop=False, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD))
+    processor = CLIPImageProcessor(
+        size=size, do_center_crop=False, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
+    )
     processor.save_pretrained(out / "clip")
     (out / "judge").mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in load_file(work / "judge" / "judge.safetensors").items()}
+    weights = {
+        k: v.half() if v.is_floating_point() else v
+        for k, v in load_file(work / "judge" / "judge.safetensors").items()
+    }
     save_file(weights, out / "judge" / "judge.safetensors")
 
 
@@ -467,7 +577,12 @@ def train(
             _train_tokenizer((c for row in world.captions for c in row), work / "tokenizer")
         elif stage in ("clip", "autoencoder", "judge", "denoiser"):
             assert world is not None
-            trainer = {"clip": _train_clip, "autoencoder": _train_autoencoder, "judge": _train_judge, "denoiser": _train_denoiser}[stage]
+            trainer = {
+                "clip": _train_clip,
+                "autoencoder": _train_autoencoder,
+                "judge": _train_judge,
+                "denoiser": _train_denoiser,
+            }[stage]
             trainer(config, work, world, target, progress)
         elif stage == "export":
             _export(work, out)

@@ -222,6 +222,8 @@ class BaseModel(Protocol):
         steps: int = 20,
         guidance_scale: float = 5.0,
         batch_size: int = 8,
+        progress: Progress | None = None,
+        stage: str = "generate",
     ) -> Tensor:
         """As :meth:`generate`, stopping at the scaled latents ``[rows, channels, height, width]``."""
         ...

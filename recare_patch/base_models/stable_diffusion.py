@@ -6,9 +6,9 @@ hidden state (Rombach et al., arXiv 2112.10752).
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,9 +25,24 @@ if TYPE_CHECKING:
 
     from recare_patch.progress import Progress
 
-logger = logging.getLogger(__name__)
 
 _COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading shows bars of its own, one library inside the other; the package has its own progress."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
 
 
 class StableDiffusion:
@@ -139,7 +154,7 @@ class StableDiffusion:
         # bf16 drops digits that the hash looks at: load exactly, hash, then cast.
         loaded_as = torch.float32 if dtype is torch.bfloat16 else dtype
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _without_bars():
                 warnings.simplefilter("ignore", FutureWarning)
                 pipeline = StableDiffusionPipeline.from_pretrained(
                     layout.folder,

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from recare_patch.careset import care_set as reasons
 from recare_patch.careset.care_set import CareSet, CareToken, names_concept
-from recare_patch.careset.clustering import Clustering, cluster_tokens, effective_clusters, residuals
+from recare_patch.careset.clustering import cluster_tokens, effective_clusters, residuals
 from recare_patch.careset.mining import (
-    MinedTokens,
     chance_level,
     default_keep,
     default_tokens_per_image,
@@ -89,69 +88,45 @@ def build_care_set(
             f"the tokenizer of the CLIP '{clip.id}' has no whole word to mine: choose another --clip, "
             "or give words of your own with --care-set"
         )
-    vocabulary_size = len(words)
-    tokens_per_image = options.tokens_per_image or default_tokens_per_image(vocabulary_size)
-    keep = options.keep or default_keep(vocabulary_size)
+    tokens_per_image = options.tokens_per_image or default_tokens_per_image(len(words))
+    keep = options.keep or default_keep(len(words))
     _report(progress, 0)
     seen = clip.image_features(images)
     _report(progress, 1)
     vocabulary = clip.text_features(words)
     _report(progress, 2)
     mined = mine(seen, vocabulary, tokens_per_image=tokens_per_image, keep=keep)
-    u = concept_feature(concept, clip, seen)
 
-    names = [words[i] for i in mined.indices.tolist()]
     features = vocabulary[mined.indices]
-    distances = residuals(features, u)
-    least = chance_level(len(images), tokens_per_image, vocabulary_size)
-    notes: list[str] = []
-    verdicts, clusters, made = _judge(
-        names,
-        features,
-        mined,
-        u,
-        concept,
-        options,
-        least=least,
-        small=is_small(vocabulary_size),
-        seed=seed,
-        notes=notes,
-    )
-    if all(verdict != reasons.KEPT for verdict in verdicts):
+    names = [words[i] for i in mined.indices.tolist()]
+    sorting = _Sorting(names, features, mined.counts, concept_feature(concept, clip, seen))
+    sorting.set_names_apart(concept)
+    if sorting.kept():
+        sorting.drop_chance(chance_level(len(images), tokens_per_image, len(words)))
+        sorting.cluster(options, small=is_small(len(words)), seed=seed)
+        if options.refinement:
+            sorting.refine(options.alpha)
+    else:
         raise CareSetError(
-            f"all {len(names)} words that CLIP '{clip.id}' finds in the {len(images)} pictures of '{concept}' name the concept "
-            "itself or are chance: draw more target images, or give words of your own with --care-set"
+            f"all {len(names)} words that CLIP '{clip.id}' finds in the pictures of '{concept}' name the "
+            "concept itself: draw more target images, or give words of your own with --care-set"
         )
     _report(progress, 3)
-    used = options.model_copy(
-        update={
-            "tokens_per_image": min(tokens_per_image, vocabulary_size),
-            "keep": keep,
-            "clusters": made,
-            "file": None,
-        }
-    )
+    used = {
+        "tokens_per_image": min(tokens_per_image, len(words)),
+        "keep": keep,
+        "clusters": sorting.made,
+        "file": None,
+    }
     return CareSet(
         concept=concept,
         clip=clip.id,
         seed=seed,
         images=len(images),
-        settings=used,
-        tokens=tuple(
-            CareToken(
-                text=name,
-                count=int(count),
-                cluster=cluster,
-                residual=round(float(distance), 6),
-                kept=verdict == reasons.KEPT,
-                reason=verdict,
-            )
-            for name, count, cluster, distance, verdict in zip(
-                names, mined.counts, clusters, distances, verdicts, strict=True
-            )
-        ),
+        settings=options.model_copy(update=used),
+        tokens=sorting.tokens(),
         dropped=dict(Counter(token.reason for token in fragments)),
-        notes=tuple(notes),
+        notes=tuple(sorting.notes),
     )
 
 
@@ -160,84 +135,96 @@ def _report(progress: Progress | None, done: int) -> None:
         progress.update("CARE-set", done, 3)
 
 
-def _judge(
-    names: Sequence[str],
-    features: Tensor,
-    mined: MinedTokens,
-    u: Tensor,
-    concept: Concept,
-    options: CareSetOptions,
-    *,
-    least: float,
-    small: bool,
-    seed: int,
-    notes: list[str],
-) -> tuple[list[str], list[int | None], int]:
-    """The verdict and the cluster of every mined token, and how many clusters were made."""
-    verdicts = [reasons.KEPT] * len(names)
-    clusters: list[int | None] = [None] * len(names)
-    for i, name in enumerate(names):
-        if names_concept(name, concept):
-            verdicts[i] = reasons.NAMES_CONCEPT
-        elif float(mined.counts[i]) <= least:
-            verdicts[i] = reasons.BY_CHANCE
-    # Names of the concept stay in the clustering: they are what draws its other names together.
-    sound = [i for i in range(len(names)) if verdicts[i] != reasons.BY_CHANCE]
-    companions = [i for i in sound if verdicts[i] == reasons.KEPT]
-    if not companions:
-        return verdicts, clusters, 1
-    clustering = _clustering(features[sound], u, options, seed, notes)
-    made = 1
-    if clustering is not None:
-        labels: list[int] = clustering.labels.tolist()
-        made = 1 + max(labels)
-        for i, label in zip(sound, labels, strict=True):
-            clusters[i] = label
-        unwanted = {clustering.nearest: reasons.NEAREST_CLUSTER}
-        if not small:
-            unwanted[clustering.farthest] = reasons.FARTHEST_CLUSTER
-        elif clustering.farthest is not None:
-            notes.append(
-                "the farthest cluster was not dropped: in a small vocabulary, noise is what is mined by chance"
+class _Sorting:
+    """The mined tokens while one after another is dropped.
+
+    Attributes:
+        verdicts: "kept", or why not; one a token.
+        clusters: the cluster of each token; None where it was not clustered.
+        made: how many clusters were made.
+        notes: what was done otherwise than asked.
+    """
+
+    def __init__(self, names: Sequence[str], features: Tensor, counts: Tensor, u: Tensor) -> None:
+        self.names, self.features, self.counts, self.u = names, features, counts, u
+        self.verdicts = [reasons.KEPT] * len(names)
+        self.clusters: list[int | None] = [None] * len(names)
+        self.made = 1
+        self.notes: list[str] = []
+
+    def kept(self) -> list[int]:
+        return [i for i, verdict in enumerate(self.verdicts) if verdict == reasons.KEPT]
+
+    def set_names_apart(self, concept: Concept) -> None:
+        for i, name in enumerate(self.names):
+            if names_concept(name, concept):
+                self.verdicts[i] = reasons.NAMES_CONCEPT
+
+    def drop_chance(self, level: float) -> None:
+        """Drop what was mined too rarely to mean something, unless that is everything."""
+        rare = [i for i in self.kept() if float(self.counts[i]) <= level]
+        if len(rare) == len(self.kept()):
+            self.notes.append(
+                "no word was mined more often than by chance: the most frequent were taken anyway"
             )
-        left = [i for i in companions if clusters[i] not in unwanted]
-        if left:
-            for i in companions:
-                if i not in left:
-                    verdicts[i] = unwanted[clusters[i]]
-            companions = left
+            return
+        for i in rare:
+            self.verdicts[i] = reasons.BY_CHANCE
+
+    def cluster(self, options: CareSetOptions, *, small: bool, seed: int) -> None:
+        """Drop the cluster of the concept's names and, in a large vocabulary, the one of noise."""
+        if not options.clustering:
+            return
+        # Names of the concept take part: they are what draws its other names into one cluster.
+        sound = [i for i, verdict in enumerate(self.verdicts) if verdict != reasons.BY_CHANCE]
+        count = effective_clusters(len(sound), options.clusters)
+        if count == 1:
+            self.notes.append(
+                f"no clustering: {len(sound)} tokens and {options.clusters} clusters leave nothing to drop"
+            )
+            return
+        if count < options.clusters:
+            self.notes.append(
+                f"{count} clusters instead of {options.clusters}: there are only {len(sound)} tokens"
+            )
+        clustering = cluster_tokens(self.features[sound], self.u, clusters=options.clusters, seed=seed)
+        labels: list[int] = clustering.labels.tolist()
+        self.made = 1 + max(labels)
+        for i, label in zip(sound, labels, strict=True):
+            self.clusters[i] = label
+        unwanted = {clustering.nearest: reasons.NEAREST_CLUSTER}
+        if small:
+            # Chance has thinned the list already; a whole cluster more would be companions.
+            self.notes.append("the farthest cluster was kept: in a small vocabulary, chance tells the noise")
         else:
-            notes.append("no cluster was dropped: nothing would have been left")
-    if options.refinement:
-        _refine(features, u, companions, clusters, options.alpha, verdicts)
-    return verdicts, clusters, made
+            unwanted[clustering.farthest] = reasons.FARTHEST_CLUSTER
+        going = [i for i in self.kept() if self.clusters[i] in unwanted]
+        if len(going) == len(self.kept()):
+            self.notes.append("no cluster was dropped: nothing would have been left")
+            return
+        for i in going:
+            self.verdicts[i] = unwanted[self.clusters[i]]
 
+    def refine(self, alpha: float) -> None:
+        """Drop what pulls its cluster towards the concept; some of every cluster always stays."""
+        companions = self.kept()
+        for cluster in dict.fromkeys(self.clusters[i] for i in companions):
+            members = [i for i in companions if self.clusters[i] == cluster]
+            stays = refine(self.features[members], self.u, alpha=scaled_alpha(alpha, len(members)))
+            for i, stay in zip(members, stays.tolist(), strict=True):
+                if not stay:
+                    self.verdicts[i] = reasons.PULLS
 
-def _clustering(
-    features: Tensor, u: Tensor, options: CareSetOptions, seed: int, notes: list[str]
-) -> Clustering | None:
-    if not options.clustering:
-        return None
-    count = effective_clusters(len(features), options.clusters)
-    if count == 1:
-        notes.append(f"no clustering: {len(features)} tokens are too few for three clusters")
-    elif count < options.clusters:
-        notes.append(f"{count} clusters instead of {options.clusters}: only {len(features)} tokens")
-    return cluster_tokens(features, u, clusters=options.clusters, seed=seed)
-
-
-def _refine(
-    features: Tensor,
-    u: Tensor,
-    companions: Sequence[int],
-    clusters: Sequence[int | None],
-    alpha: float,
-    verdicts: list[str],
-) -> None:
-    """Drop what pulls its cluster towards the concept; at least one token of every cluster stays below the mean."""
-    for cluster in dict.fromkeys(clusters[i] for i in companions):
-        members = [i for i in companions if clusters[i] == cluster]
-        stays = refine(features[members], u, alpha=scaled_alpha(alpha, len(members)))
-        for i, kept in zip(members, stays.tolist(), strict=True):
-            if not kept:
-                verdicts[i] = reasons.PULLS
+    def tokens(self) -> tuple[CareToken, ...]:
+        distances = residuals(self.features, self.u).tolist()
+        return tuple(
+            CareToken(
+                text=name,
+                count=int(self.counts[i]),
+                cluster=self.clusters[i],
+                residual=round(distances[i], 6),
+                kept=self.verdicts[i] == reasons.KEPT,
+                reason=self.verdicts[i],
+            )
+            for i, name in enumerate(self.names)
+        )

@@ -106,7 +106,7 @@ class CareSet(Settings):
     images: Annotated[int, Field(ge=0, le=10**9)] = 0
     settings: CareSetOptions = CareSetOptions()
     tokens: Annotated[tuple[CareToken, ...], Field(max_length=100_000)]
-    dropped: dict[str, Annotated[int, Field(ge=0)]] = {}
+    dropped: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @field_validator("tokens")
@@ -158,7 +158,7 @@ class CareSet(Settings):
             word = " ".join(given.split())
             if names_concept(word, self.concept):
                 raise CareSetError(
-                    f"'{word}' names the concept '{self.concept}' itself: it cannot be guarded while that is erased"
+                    f"'{word}' names the concept '{self.concept}' itself and cannot be guarded"
                 )
             at = place.get(word.casefold())
             if at is None:
@@ -186,9 +186,7 @@ class CareSet(Settings):
                 raise CareSetError(f"'{word}' is not among the guarded words{hint}")
             tokens[found[0]] = tokens[found[0]].model_copy(update={"kept": False, "reason": REMOVED})
         if self.words and not any(token.kept for token in tokens):
-            raise CareSetError(
-                "removing all guarded words would leave an empty CARE-set: keep at least one, or use --method esd"
-            )
+            raise CareSetError("this would remove all guarded words: keep at least one, or use --method esd")
         return self._with_tokens(tokens)
 
     def _with_tokens(self, tokens: list[CareToken]) -> CareSet:
@@ -224,7 +222,7 @@ class CareSet(Settings):
             ) from None
         if not isinstance(data, dict):
             raise CareSetError(
-                f"{source} is not a CARE-set: it must be a mapping with 'concept' and 'tokens'"
+                f"{source} is not a CARE-set: it must be an object with 'concept' and 'tokens'"
             )
         if data.get("version", 1) != 1 or isinstance(data.get("version"), bool):
             raise CareSetError(

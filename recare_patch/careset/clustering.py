@@ -16,6 +16,8 @@ from torch import Tensor
 _FEWEST_FOR_TSNE = 8
 """Below this many points t-SNE has no neighbourhoods to keep; their principal axes do as well."""
 
+_MOST_FOR_EXACT = 500
+
 
 @dataclass(frozen=True)
 class Clustering:
@@ -73,30 +75,44 @@ def token_map(token_features: Tensor, *, seed: int) -> Tensor:
         seed: of t-SNE's own draws.
 
     Returns:
-        ``[n, 2]`` float32. Fewer than eight tokens are laid out by their principal axes alone.
+        ``[n, 2]`` float32. Fewer than eight tokens, or tokens that are all alike, are laid out by
+        their principal axes alone.
     """
+    axes = _principal_axes(token_features)
+    spread = float(axes[:, 0].std(correction=0)) if len(axes) > 1 else 0.0
+    # Tokens that are all alike have no map: t-SNE would divide by their spread, and its compiled
+    # code crashes on the result.
+    if len(axes) < _FEWEST_FOR_TSNE or spread < 1e-6:
+        return axes.float()
     from sklearn.manifold import TSNE
 
-    points = token_features.double().numpy()
-    count = len(points)
-    if count < _FEWEST_FOR_TSNE:
-        return _principal_axes(token_features)
+    count = len(axes)
     # Perplexity is the number of neighbours that matter; the usual 30 needs three times as many tokens.
     perplexity = min(30.0, (count - 1) / 3)
-    placed = TSNE(n_components=2, init="pca", perplexity=perplexity, random_state=seed % 2**32).fit_transform(
-        points
+    tsne = TSNE(
+        n_components=2,
+        init=(1e-4 / spread * axes).float().numpy(),
+        perplexity=perplexity,
+        # The exact gradient is fast enough for hundreds, and its sums run in one order.
+        method="exact" if count <= _MOST_FOR_EXACT else "barnes_hut",
+        random_state=seed % 2**32,
     )
+    placed = tsne.fit_transform(token_features.double().numpy())
     return torch.from_numpy(np.ascontiguousarray(placed, dtype=np.float32))
 
 
 def _principal_axes(features: Tensor) -> Tensor:
+    """The first two principal components, ``[n, 2]`` float64, each with its largest value positive."""
     centred = features.double() - features.double().mean(0)
     positions = torch.zeros(len(features), 2, dtype=torch.float64)
     if len(features) > 1:
         u, s, _ = torch.linalg.svd(centred, full_matrices=False)
         axes = min(2, len(s))
         positions[:, :axes] = u[:, :axes] * s[:axes]
-    return positions.float()
+        # Which way an axis points is chance, and differs from one linear-algebra library to the next.
+        largest = positions.gather(0, positions.abs().argmax(0, keepdim=True))
+        positions *= torch.where(largest < 0, -1.0, 1.0)
+    return positions
 
 
 def cluster_tokens(

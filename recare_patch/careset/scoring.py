@@ -15,39 +15,14 @@ if TYPE_CHECKING:
 
     from recare_patch.clip import Clip
 
+_MEDIA = ("A photo", "A painting")
+_PEOPLE = ("A photo of a person", "A photo of a man", "A photo of a woman")
+_PLACES = ("A photo of a house", "A photo of a tree", "A photo of a street")
 _NEUTRAL: dict[str, tuple[str, ...]] = {
-    "style": (
-        "A painting",
-        "An oil painting",
-        "A photo",
-        "A sketch",
-        "A painting of a person",
-        "A painting of a house",
-    ),
-    "object": (
-        "A photo",
-        "A photo of a person",
-        "A photo of a house",
-        "A photo of a tree",
-        "A photo of a street",
-        "A painting",
-    ),
-    "identity": (
-        "A photo",
-        "A photo of a person",
-        "A photo of a man",
-        "A photo of a woman",
-        "A photo of a house",
-        "A painting",
-    ),
-    "nsfw": (
-        "A photo",
-        "A photo of a person",
-        "A photo of a man",
-        "A photo of a woman",
-        "A photo of a house",
-        "A painting",
-    ),
+    "style": (*_MEDIA, "An oil painting", "A sketch", "A painting of a person", "A painting of a house"),
+    "object": (*_MEDIA, *_PEOPLE[:1], *_PLACES),
+    "identity": (*_MEDIA, *_PEOPLE, *_PLACES[:1]),
+    "nsfw": (*_MEDIA, *_PEOPLE, *_PLACES[:1]),
 }
 """What a base draws that does not know the concept: the medium, and the plainest subjects."""
 

@@ -51,9 +51,7 @@ class Method(Protocol):
 
     def __init__(self, context: ErasingContext) -> None: ...
 
-    def loss(
-        self, latents: Tensor, timesteps: Tensor, which: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def loss(self, latents: Tensor, timesteps: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of one step.
 
         Args:

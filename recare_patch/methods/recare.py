@@ -24,7 +24,9 @@ class ReCARE:
 
     def __init__(self, context: ErasingContext) -> None:
         if not context.anchors or not context.retained:
-            raise CareSetError("method 'recare' needs a CARE-set with at least one word, and this one is empty")
+            raise CareSetError(
+                "method 'recare' needs a CARE-set with at least one word, and this one is empty"
+            )
         self.context = context
         self.anchors: PromptEmbeds = context.anchors
         self.retained: PromptEmbeds = context.retained
@@ -50,7 +52,9 @@ class ReCARE:
             times = torch.cat([timesteps.repeat(copies), held_times])
             frozen = base.denoise(states, times, conditions).float()
         empty, anchor, *erased, kept = frozen.chunk(copies + 1)
-        target = recare_target(empty, anchor, torch.stack(erased), options.guidance_plus, options.guidance_minus)
+        target = recare_target(
+            empty, anchor, torch.stack(erased), options.guidance_plus, options.guidance_minus
+        )
         both = PromptEmbeds.cat([self._named(which, picks, generator), retained])
         student = base.denoise(torch.cat([latents, held]), torch.cat([timesteps, held_times]), both).float()
         erase, retain = student.chunk(2)
