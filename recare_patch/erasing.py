@@ -36,7 +36,7 @@ from recare_patch.careset import (
     names_concept,
     score_concept,
 )
-from recare_patch.careset.care_set import NAMES_CONCEPT, NEAREST_CLUSTER
+from recare_patch.careset.care_set import NAMES_CONCEPT
 from recare_patch.clip import Clip, default_clip
 from recare_patch.concepts import Concept
 from recare_patch.errors import CareSetError, OutputError, ResumeError
@@ -57,7 +57,6 @@ logger = logging.getLogger(__name__)
 ADAPTER = "recare"
 RUN_FOLDER = ".run"
 _SEED_STRIDE = 1_000_003
-NAMING = (NAMES_CONCEPT, NEAREST_CLUSTER)
 
 
 @dataclass(frozen=True)
@@ -146,21 +145,15 @@ class _Run:
         recipe: Recipe,
         work: Path,
         base: BaseModel,
-        clip: Clip | None,
+        clip: Clip,
         progress: Progress,
         save_target_images: bool,
     ) -> None:
-        self.recipe, self.work, self.base, self.clip_model, self.progress = recipe, work, base, clip, progress
+        self.recipe, self.work, self.base, self.clip, self.progress = recipe, work, base, clip, progress
         self.keep_images = save_target_images
         self.ledger = _Ledger(work / "cost.json", base)
         self.warnings: list[str] = []
         self.losses: dict[str, list[float]] = {}
-
-    @property
-    def clip(self) -> Clip:
-        if self.clip_model is None:
-            self.clip_model = Clip.load(self.recipe.clip or default_clip(self.recipe.base))
-        return self.clip_model
 
     def warn(self, sentence: str) -> None:
         logger.warning(sentence)
@@ -202,28 +195,26 @@ def _first_seed(recipe: Recipe, block: int) -> int:
     return (recipe.seed * _SEED_STRIDE + block * 100_000) % 2**31
 
 
-def _care_set(run: _Run, latents: Tensor, given: CareSet | None) -> CareSet:
+def target_seeds(recipe: Recipe) -> list[int]:
+    """The seeds of a recipe's target images, one each: `careset build` mines what `erase` would."""
+    first = _first_seed(recipe, 1)
+    return [first + k for k in range(recipe.target_images.count)]
+
+
+def _care_set(run: _Run, images: list[Image.Image], given: CareSet | None) -> CareSet:
     file = run.work / "care_set.json"
     if given is None and run.recipe.care_set.file:
         given = CareSet.load(Path(run.recipe.care_set.file))
-    with run.ledger.stage("CARE-set"):
-        if given is not None:
-            given.save(file)
-            return given
-        images = run.base.decode_latents(latents)
-        _check_drawn(run, images)
-        if file.exists():
-            return CareSet.load(file)
-        built = build_care_set(
-            run.recipe.concept,
-            images,
-            run.clip,
-            run.recipe.care_set,
-            seed=run.recipe.seed,
-            progress=run.progress,
-        )
-        built.save(file)
-    return built
+    if given is not None:
+        given.save(file)
+    elif not file.exists():
+        with run.ledger.stage("CARE-set"):
+            options, seed = run.recipe.care_set, run.recipe.seed
+            built = build_care_set(
+                run.recipe.concept, images, run.clip, options, seed=seed, progress=run.progress
+            )
+            built.save(file)
+    return CareSet.load(file)
 
 
 def _check_drawn(run: _Run, images: list[Image.Image]) -> None:
@@ -245,7 +236,7 @@ def _other_words(run: _Run, care_set: CareSet | None) -> tuple[list[str], Tensor
     cosine = run.clip.text_features(words) @ concept_feature(concept, run.clip)
     guarded = [k for k, word in enumerate(words) if care_set and word in care_set.words]
     limit = cosine[guarded].max() if guarded else cosine.median()
-    named = {t.text for t in care_set.tokens if t.reason in NAMING} if care_set else set()
+    named = {t.text for t in care_set.tokens if t.reason == NAMES_CONCEPT} if care_set else set()
     kept = [
         k
         for k, word in enumerate(words)
@@ -386,16 +377,17 @@ def _preview(run: _Run, care_set: CareSet | None, patch: Patch) -> Image.Image:
     seeds = [_first_seed(run.recipe, 7) + k for k in range(3)]
     flat = [(prompt, seed) for _, prompt in prompts for seed in seeds]
     texts, numbers = [p for p, _ in flat], [s for _, s in flat]
-    options = {
-        "steps": 20,
-        "guidance_scale": run.recipe.target_images.guidance_scale,
-        "batch_size": run.recipe.target_images.batch_size,
-    }
+    options = run.recipe.target_images
+
+    def draw() -> list[Image.Image]:
+        scale = options.guidance_scale
+        return base.generate(texts, numbers, steps=20, guidance_scale=scale, batch_size=options.batch_size)
+
     run.progress.update("preview", 0, 2)
-    before = base.generate(texts, numbers, **options)
+    before = draw()
     run.progress.update("preview", 1, 2)
     with patch.apply(base.pipeline):
-        after = base.generate(texts, numbers, **options)
+        after = draw()
     run.progress.update("preview", 2, 2)
     rows = [
         sheets.SheetRow(f"{role}: {prompt}", [*before[3 * i : 3 * i + 3], *after[3 * i : 3 * i + 3]])
@@ -453,6 +445,7 @@ def erase(
     base = base or load_base(recipe.base, precision=recipe.precision, device=device)
     # A target that matches no module must fail before anything is drawn.
     adapters.target_modules(base.denoiser, recipe.adapter.layers)
+    clip = clip or Clip.load(recipe.clip or default_clip(recipe.base))
     with claim_folder(out, resume=resume):
         work = out / RUN_FOLDER
         stored = work / "recipe.yaml"
@@ -477,17 +470,19 @@ def _erase(run: _Run, method: type[Method], given: CareSet | None) -> tuple[Patc
     latents = run.pictures(
         "target images", [concept.target_prompt], recipe.target_images.count, _first_seed(recipe, 1)
     )
+    images = base.decode_latents(latents)
+    _check_drawn(run, images)
     if run.keep_images:
         folder = run.work.parent / "target_images"
         folder.mkdir(exist_ok=True)
-        for number, image in enumerate(base.decode_latents(latents)):
-            image.save(folder / f"{number:04d}.png")
+        for number, image in enumerate(images):
+            sheets.save_sheet(image, folder / f"{number:04d}.png")
     empty = base.encode_prompts([""])
     names = base.encode_prompts([concept.target_prompt])
     care_set: CareSet | None = None
     context_parts: dict[str, Any] = {}
     if recipe.method == "recare":
-        care_set = _care_set(run, latents, given)
+        care_set = _care_set(run, images, given)
         words = care_set.words
         if not words:
             raise CareSetError(

@@ -177,7 +177,8 @@ def fit(
     make = OPTIMIZERS.get(optimizer)
     assert callable(make)
     optimiser: torch.optim.Optimizer = make(list(parameters), learning_rate)
-    start, losses = 0, []
+    start = 0
+    losses: list[float] = []
     if checkpoint is not None and (found := checkpoint.load(parameters, optimiser)):
         start, losses, kept = found
         if restore_extra:

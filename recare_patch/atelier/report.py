@@ -96,7 +96,7 @@ def reconstruction_sheet(base: BaseModel, seed: int = 9) -> Image.Image:
     rng = np.random.default_rng(seed)
     rows = []
     for style in scenes.STYLES:
-        drawn = []
+        drawn: list[Image.Image] = []
         while len(drawn) < 4:
             scene = scenes.sample_scene(rng)
             if scene.style == style:
@@ -109,20 +109,26 @@ def reconstruction_sheet(base: BaseModel, seed: int = 9) -> Image.Image:
 
 
 def write_report(
-    base: BaseModel, out: Path, *, count: int = 300, progress: Progress | None = None
+    base: BaseModel,
+    out: Path,
+    *,
+    judge: Judge | None = None,
+    count: int = 300,
+    progress: Progress | None = None,
 ) -> dict[str, Rate]:
     """Measure the base and write ``atelier.md`` with its sheets.
 
     Args:
         base: the bundled base, or a newly trained one.
         out: folder for ``atelier.md`` and its pictures.
+        judge: the bundled one by default.
         count: held-out captions to draw.
         progress: told of the pictures drawn.
 
     Returns:
         The measured rates.
     """
-    judge = Judge.load()
+    judge = judge or Judge.load()
     out.mkdir(parents=True, exist_ok=True)
     sheets.save_sheet(drawn_sheet(), out / "atelier-scenes.png")
     sheets.save_sheet(reconstruction_sheet(base), out / "atelier-autoencoder.png")

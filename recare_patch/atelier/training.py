@@ -444,6 +444,20 @@ def new_denoiser(sample_size: int = 16) -> Any:
     )
 
 
+@torch.no_grad()
+def _encoded(vae: Any, world: _World, file: Path, device: torch.device) -> Tensor:
+    """Scaled latents of all scenes ``[scenes, 4, 16, 16]``, encoded once and kept for a resumed run."""
+    if not file.exists():
+        parts = []
+        for start in range(0, len(world.images), 64):
+            pixels = world.pixels(torch.arange(start, min(start + 64, len(world.images))))
+            parts.append(vae.encode(pixels.to(device)).latent_dist.mean.cpu() * vae.config.scaling_factor)
+        temporary = file.with_suffix(".part")
+        save_file({"latents": torch.cat(parts)}, temporary)
+        temporary.replace(file)
+    return load_file(file)["latents"]
+
+
 def _train_denoiser(
     config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
 ) -> None:
@@ -454,16 +468,7 @@ def _train_denoiser(
     tokenizer = _load_tokenizer(work / "tokenizer")
     text = CLIPModel.from_pretrained(work / "clip", dtype=torch.float32).text_model.to(device).eval()
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
-    with torch.no_grad():
-        latents = torch.cat(
-            [
-                vae.encode(
-                    world.pixels(torch.arange(i, min(i + 64, len(world.images)))).to(device)
-                ).latent_dist.mean.cpu()
-                for i in range(0, len(world.images), 64)
-            ]
-        )
-    latents *= vae.config.scaling_factor
+    latents = _encoded(vae, world, work / "latents.safetensors", device)
     torch.manual_seed(config.seed + 4)
     denoiser, scheduler = new_denoiser(), new_scheduler()
     denoiser.set_attn_processor(AttnProcessor())
@@ -521,10 +526,16 @@ def _export(work: Path, out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.unet.half(), pipeline.vae.half()
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, clip):
+        part.half()
     pipeline.save_pretrained(out / "pipeline")
-    # transformers loads a model in its stored dtype: a half text encoder would break the plainest call.
     clip.save_pretrained(out / "clip")
+    for config in (out / "pipeline" / "text_encoder" / "config.json", out / "clip" / "config.json"):
+        # transformers loads a model in the dtype that its config names, diffusers in float32: without
+        # this, the plainest call would mix the two and fail.
+        entries = json.loads(config.read_text())
+        entries["dtype"] = "float32"
+        config.write_text(json.dumps(entries, indent=2) + "\n")
     tokenizer.save_pretrained(out / "clip")
     size = {"height": scenes.SIZE, "width": scenes.SIZE}
     processor = CLIPImageProcessor(
@@ -537,6 +548,8 @@ def _export(work: Path, out: Path) -> None:
         for k, v in load_file(work / "judge" / "judge.safetensors").items()
     }
     save_file(weights, out / "judge" / "judge.safetensors")
+    for file in out.rglob("*.safetensors"):
+        file.chmod(0o644)
 
 
 def train(

@@ -72,6 +72,42 @@ def train(out: Path, work: Path, seed: int, stages: tuple[str, ...], device: str
     for stage, spent in seconds.items():
         click.echo(f"{stage}: {spent:.0f} s")
     click.echo(f"Atelier: {out}")
+    if "export" in seconds:
+        _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300)
+
+
+@atelier.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("atelier-report"),
+    show_default=True,
+    help="Folder for atelier.md and its sheets.",
+)
+@click.option(
+    "--count", type=click.IntRange(1, 100_000), default=300, show_default=True, help="Captions drawn."
+)
+@common.device_option
+def report(out: Path, count: int, device: str) -> None:
+    """Measure the bundled base by its judge, on captions it never saw, and draw sheets."""
+    from recare_patch.atelier import JUDGE
+
+    _report("atelier", JUDGE, out, device, count)
+
+
+def _report(source: str | Path, judge: Path, out: Path, device: str, count: int) -> None:
+    from recare_patch.atelier.judge import Judge
+    from recare_patch.atelier.report import write_report
+    from recare_patch.base_models import load_base
+
+    common.quiet_libraries()
+    with common.shown_progress() as progress:
+        base = load_base(str(source), device=device)
+        rates = write_report(base, out, judge=Judge.load(judge), count=count, progress=progress)
+    for name in ("style", "object", "sky", "ground", "time"):
+        if name in rates:
+            click.echo(f"{name}: {rates[name].value:.1%} of {rates[name].pictures}")
+    click.echo(f"Report: {out / 'atelier.md'}")
 
 
 @atelier.command()

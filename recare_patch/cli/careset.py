@@ -52,7 +52,7 @@ def build(
     from recare_patch.base_models import load_base
     from recare_patch.careset import build_care_set
     from recare_patch.clip import Clip, default_clip
-    from recare_patch.erasing import resolve_recipe
+    from recare_patch.erasing import resolve_recipe, target_seeds
 
     with common.shown_progress() as progress:
         plan = resolve_recipe(
@@ -63,7 +63,7 @@ def build(
         options = plan.target_images
         images = model.generate(
             [plan.concept.target_prompt] * options.count,
-            [plan.seed + index for index in range(options.count)],
+            target_seeds(plan),
             steps=options.steps,
             guidance_scale=options.guidance_scale,
             batch_size=options.batch_size,

@@ -1,0 +1,169 @@
+"""The table of methods and concepts on the bundled base.
+
+    python -m benchmarks.erasure run --concept "van gogh" --method recare     # erase, then score
+    python -m benchmarks.erasure base --concept "van gogh"                    # the untouched base
+    python -m benchmarks.erasure paper --concept "van gogh"                   # the published procedure
+    python -m benchmarks.erasure table                                        # all results as Markdown
+
+Each call leaves one JSON file in ``benchmarks/results``; ``table`` reads them all. ``--split choose``
+uses the prompts and seeds on which settings are chosen; the default is the reporting set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scoring import save_scores, score
+from benchmarks.suites import CONCEPTS, SPLITS
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = {"van gogh": "Van Gogh", "tench": "tench", "nude": "nudity"}
+
+
+def _assignments(pairs: Sequence[str]) -> dict[str, Any]:
+    from recare_patch.recipe import parse_assignment
+
+    return dict(parse_assignment(pair) for pair in pairs)
+
+
+def _file(arguments: argparse.Namespace, row: str) -> Path:
+    return RESULTS / arguments.split / f"{arguments.concept.replace(' ', '-')}.{row}.json"
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from recare_patch.base_models import load_base
+    from recare_patch.erasing import erase, resolve_recipe
+    from recare_patch.patch import Patch
+
+    row = arguments.row or arguments.method
+    out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-{row}"
+    overrides = {"method": arguments.method, **_assignments(arguments.set)}
+    recipe = resolve_recipe(NAMES[arguments.concept], overrides=overrides)
+    if (out / "pytorch_lora_weights.safetensors").exists():
+        patch, cost = Patch.load(out), json.loads((out / "training.json").read_text())
+    else:
+        result = erase(recipe, out, device=arguments.device, resume=out.exists())
+        patch, cost = result.patch, result.cost
+    print(row, {k: v["evaluations"] for k, v in cost["stages"].items()}, f"{cost['seconds']} s", flush=True)
+    base = load_base("atelier", device=arguments.device)
+    rows = score(base, arguments.concept, arguments.split, patch=patch, pictures=arguments.pictures)
+    size = (out / "pytorch_lora_weights.safetensors").stat().st_size
+    note = {
+        "row": row,
+        "concept": arguments.concept,
+        "overrides": overrides,
+        "cost": cost,
+        "patch_bytes": size,
+    }
+    save_scores(_file(arguments, row), rows, **note)
+
+
+def _base(arguments: argparse.Namespace) -> None:
+    from recare_patch.base_models import load_base
+
+    base = load_base("atelier", device=arguments.device)
+    rows = score(base, arguments.concept, arguments.split, pictures=arguments.pictures)
+    save_scores(_file(arguments, "base"), rows, row="base", concept=arguments.concept)
+
+
+def _paper(arguments: argparse.Namespace) -> None:
+    from benchmarks.paper_procedure import PaperSettings, run
+    from recare_patch.base_models import load_base
+    from recare_patch.clip import Clip
+    from recare_patch.erasing import resolve_recipe
+
+    base = load_base("atelier", device=arguments.device)
+    settings = PaperSettings(erase_rate=arguments.rate)
+    began = time.perf_counter()
+    made = run(
+        base,
+        resolve_recipe(NAMES[arguments.concept]).concept,
+        Clip.load("atelier"),
+        settings,
+        lambda t: print(t, flush=True),
+    )
+    stages = {
+        k: {"seconds": round(made.seconds[k], 1), "evaluations": made.evaluations[k]} for k in made.seconds
+    }
+    cost = {
+        "seconds": round(time.perf_counter() - began, 1),
+        "denoiser_evaluations": sum(made.evaluations.values()),
+        "stages": stages,
+    }
+    rows = score(base, arguments.concept, arguments.split, pictures=arguments.pictures)
+    row = arguments.row or "paper"
+    save_scores(
+        _file(arguments, row), rows, row=row, concept=arguments.concept, cost=cost, rate=arguments.rate
+    )
+
+
+def _cells(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["figure"]: entry for entry in data["scores"]}
+
+
+def table(split: str) -> str:
+    """All results of a split as Markdown, one table a concept: rate, interval, share of the base."""
+    lines: list[str] = []
+    for concept in CONCEPTS:
+        files = sorted((RESULTS / split).glob(f"{concept.replace(' ', '-')}.*.json"))
+        data = {json.loads(f.read_text())["row"]: json.loads(f.read_text()) for f in files}
+        if "base" not in data:
+            continue
+        base = _cells(data["base"])
+        figures = list(base)
+        lines += [
+            f"### {NAMES[concept]}",
+            "",
+            "| row | " + " | ".join(figures) + " | evaluations | seconds | patch |",
+        ]
+        lines.append("|---" * (len(figures) + 4) + "|")
+        order = sorted(data, key=lambda r: (r != "base", r != "recare", r))
+        for row in order:
+            cells = []
+            for figure in figures:
+                entry = _cells(data[row])[figure]
+                low, high = entry["interval"]
+                text = f"{entry['rate']:.2f} ({low:.2f}–{high:.2f})"
+                if row != "base" and figure != "concept" and base[figure]["rate"]:
+                    text += f" = {entry['rate'] / base[figure]['rate']:.0%}"
+                cells.append(text)
+            cost = data[row].get("cost", {})
+            size = data[row].get("patch_bytes")
+            cells.append(f"{cost['denoiser_evaluations']:,}" if cost else "–")
+            cells.append(f"{cost['seconds']:.0f}" if cost else "–")
+            cells.append(f"{size / 1e3:.0f} kB" if size else "–")
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        pictures = sorted({entry["pictures"] for entry in base.values()})
+        lines += ["", f"Pictures a figure: {', '.join(map(str, pictures))}.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=["run", "base", "paper", "table"])
+    parser.add_argument("--concept", choices=CONCEPTS, default="van gogh")
+    parser.add_argument("--method", default="recare")
+    parser.add_argument("--row", help="name of the row, by default the method's")
+    parser.add_argument("--split", choices=SPLITS, default="report")
+    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of the published procedure")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--work", default="benchmark-runs")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    if arguments.action == "table":
+        print(table(arguments.split))
+        return
+    {"run": _run, "base": _base, "paper": _paper}[arguments.action](arguments)
+
+
+if __name__ == "__main__":
+    main()
