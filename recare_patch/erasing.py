@@ -460,7 +460,8 @@ def erase(
         run = _Run(recipe, work, base, clip, progress, save_target_images)
         patch, found = _erase(run, method, care_set)
         cost = _finish(run, out, patch, found)
-        shutil.rmtree(work)
+        # One rename ends the run: a kill while the files go leaves a finished patch, not half a run.
+        shutil.rmtree(work.rename(out / f"{RUN_FOLDER}.done"))
     return EraseResult(patch, out, found, cost, tuple(run.warnings))
 
 

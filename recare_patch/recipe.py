@@ -72,7 +72,7 @@ class TargetImageOptions(Settings):
         batch_size: pictures drawn together; changes memory and speed only.
     """
 
-    count: Annotated[int, Field(ge=1, le=100_000)] = 48
+    count: Annotated[int, Field(ge=1, le=100_000)] = 40
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     guidance_scale: Scale = 5.0
     batch_size: Count = 8
@@ -114,8 +114,8 @@ class SearchOptions(Settings):
     """
 
     rounds: Annotated[int, Field(ge=0, le=100)] = 2
-    erase_steps: Count = 60
-    inversion_steps: Count = 120
+    erase_steps: Count = 40
+    inversion_steps: Count = 60
     batch_size: Count = 8
     learning_rate: Rate = 2.0e-2
     init_word: Annotated[str, Field(min_length=1, max_length=100)] | None = None
@@ -142,7 +142,7 @@ class EraseOptions(Settings):
         eta: ESD's negative guidance; ReCARE does not read it.
     """
 
-    steps: Count = 100
+    steps: Count = 80
     batch_size: Count = 4
     learning_rate: Rate = 2.0e-3
     optimizer: Annotated[str, BeforeValidator(one_of("optimizer", OPTIMIZERS))] = "adamw8bit"
@@ -152,7 +152,7 @@ class EraseOptions(Settings):
     guidance_minus: Scale = 3.0
     retain_weight: Scale = 1.0
     retained_vocabulary: Annotated[int, Field(ge=0, le=100_000)] = 64
-    retained_images: Annotated[int, Field(ge=0, le=100_000)] = 24
+    retained_images: Annotated[int, Field(ge=0, le=100_000)] = 20
     composed: bool = True
     eta: Scale = 1.0
 

@@ -10,7 +10,16 @@ import click
 from recare_patch.cli import common
 from recare_patch.concepts import KINDS, Concept
 from recare_patch.errors import RecipeError, ResumeError
-from recare_patch.recipe import LAYER_SETS, METHODS, OPTIMIZERS, PRECISIONS, STATES, Recipe, load_recipe
+from recare_patch.recipe import (
+    LAYER_SETS,
+    METHODS,
+    OPTIMIZERS,
+    PRECISIONS,
+    STATES,
+    EraseOptions,
+    Recipe,
+    load_recipe,
+)
 
 
 @click.command()
@@ -28,7 +37,7 @@ from recare_patch.recipe import LAYER_SETS, METHODS, OPTIMIZERS, PRECISIONS, STA
 @click.option("--rank", type=int, help="LoRA rank.  [default: 8]")
 @click.option("--alpha", type=float, help="LoRA alpha.  [default: the rank, where --rank is given]")
 @click.option("--layers", metavar="SET", help=f"{' | '.join(LAYER_SETS)}.  [default: cross-attention]")
-@click.option("--steps", type=int, help="Training steps of the patch.  [default: 100]")
+@click.option("--steps", type=int, help=f"Training steps of the patch.  [default: {EraseOptions().steps}]")
 @click.option("--states", metavar="NAME", help=f"{' | '.join(STATES)}.  [default: target-images]")
 @click.option("--optimizer", metavar="NAME", help=f"{' | '.join(OPTIMIZERS)}.  [default: adamw8bit]")
 @click.option("--precision", metavar="NAME", help=f"{' | '.join(PRECISIONS)}, of the base.  [default: fp32]")
