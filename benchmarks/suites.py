@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_SEED = {"choose": 10_000, "report": 500_000}
+FIRST_SEED = {"choose": 10_000, "report": 900_000}
 SPLITS = tuple(FIRST_SEED)
 
 

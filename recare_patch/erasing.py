@@ -252,12 +252,14 @@ def _vocabulary_prompts(run: _Run, care_set: CareSet) -> list[str]:
     if not wanted:
         return []
     words, _ = _other_words(run, care_set)
-    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(run.recipe.seed)).tolist()
+    generator = torch.Generator().manual_seed(run.recipe.seed)
     prompts = []
-    for k in order[:wanted]:
+    for k in torch.randperm(len(words), generator=generator).tolist()[:wanted]:
         prompts += [f"A photo of {words[k]}", f"A painting of {words[k]}"]
         if concept.kind == "style":
             prompts.append(concept.target_prompt_for(words[k]))
+    # Shuffled, because only the first of them get pictures.
+    prompts = [prompts[k] for k in torch.randperm(len(prompts), generator=generator).tolist()]
     return prompts
 
 
@@ -401,6 +403,12 @@ def _preview(run: _Run, care_set: CareSet | None, patch: Patch) -> Image.Image:
     )
 
 
+def _guarded_prompts(concept: Concept, words: Sequence[str]) -> list[str]:
+    """Prompts about the CARE-set that must not move: its retain prompts, its anchors, and plain photos."""
+    forms = (concept.retain_prompt, concept.anchor_prompt, "A photo of {}".format)
+    return list(dict.fromkeys(form(word) for form in forms for word in words))
+
+
 def _neighbour_prompts(run: _Run, care_set: CareSet | None) -> list[str]:
     """Two prompts of other things near the concept, for the preview."""
     words, cosine = _other_words(run, care_set)
@@ -491,17 +499,27 @@ def _erase(run: _Run, method: type[Method], given: CareSet | None) -> tuple[Patc
                 "(--set target_images.count=…) or give a set of your own with --care-set"
             )
         names = PromptEmbeds.cat([names, *_search(run, latents, names, empty)])
-        retain = [*care_set.retain_prompts(), *_vocabulary_prompts(run, care_set)]
+        guarded = _guarded_prompts(concept, words)
+        retain = [*guarded, *_vocabulary_prompts(run, care_set)]
         context_parts = {
             "anchors": base.encode_prompts(care_set.anchors()),
             "retained": base.encode_prompts(retain),
+            "guarded": len(guarded),
         }
         if options.composed:
             context_parts["composed"] = base.encode_prompts([concept.composed_prompt(word) for word in words])
+            if concept.name_prompts[1:]:
+                context_parts["aliases"] = base.encode_prompts(concept.name_prompts[1:])
         if options.retained_images:
-            order = [retain[i % len(retain)] for i in range(options.retained_images)]
+            # Of guarded prompts and of others in turn, as far as there are both.
+            order = sorted(
+                range(len(retain)), key=lambda k: (k - len(guarded) + 0.5, k) if k >= len(guarded) else (k, k)
+            )
+            pictured = [order[i % len(order)] for i in range(options.retained_images)]
+            texts = [retain[k] for k in pictured]
+            context_parts["pictured"] = torch.tensor(pictured)
             context_parts["retained_latents"] = run.pictures(
-                "retained images", order, len(order), _first_seed(recipe, 2)
+                "retained images", texts, len(texts), _first_seed(recipe, 2)
             )
     generator = torch.Generator().manual_seed(recipe.seed)
     parameters = adapters.attach(

@@ -138,7 +138,8 @@ class EraseOptions(Settings):
         retained_vocabulary: words of CLIP's vocabulary, far from the concept, whose prompts are
             retained beside the CARE-set's; 0 is the published method.
         retained_images: pictures of retained prompts to hold them on; 0: on the erased prompts' states.
-        composed: join half of the erased prompts to their anchor ("stars in the style of Van Gogh").
+        composed: vary the erased prompt: joined to its anchor ("stars in the style of Van Gogh"), or
+            by another of the concept's names; False is the published method.
         eta: ESD's negative guidance; ReCARE does not read it.
     """
 
@@ -150,7 +151,7 @@ class EraseOptions(Settings):
     states: Annotated[str, BeforeValidator(one_of("source of states", STATES))] = "target-images"
     guidance_plus: Scale = 1.0
     guidance_minus: Scale = 3.0
-    retain_weight: Scale = 1.0
+    retain_weight: Scale = 3.0
     retained_vocabulary: Annotated[int, Field(ge=0, le=100_000)] = 64
     retained_images: Annotated[int, Field(ge=0, le=100_000)] = 20
     composed: bool = True

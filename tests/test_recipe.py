@@ -145,7 +145,7 @@ def test_overrides(recipe: Recipe) -> None:
     )
     assert (changed.erase.steps, changed.adapter.rank, changed.adapter.alpha) == (50, 4, 8.0)
     assert changed.method == "esd"
-    assert recipe.erase.steps == 100
+    assert recipe.erase.steps == EraseOptions().steps
 
 
 def test_override_faults_come_at_once(recipe: Recipe) -> None:

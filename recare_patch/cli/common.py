@@ -129,5 +129,7 @@ def quiet_libraries() -> None:
     for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It warns of a 4-bit kernel that it misses on CPUs, and nothing here computes in 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

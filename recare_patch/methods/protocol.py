@@ -30,10 +30,13 @@ class ErasingContext:
         empty: embedding of the empty prompt, one row.
         anchors: benign concepts to steer to, one row each.
         retained: prompts that must not move, one row each.
+        aliases: further prompts that name the concept, trained beside the first of ``erased``.
         composed: the erased name together with the anchor of the same row, for example "a painting
             of stars in the style of Van Gogh" beside "A stars".
-        retained_latents: clean latents of pictures of ``retained``, row ``i`` of prompt
-            ``i mod len(retained)``; where given, the retained prompts are held on their own states.
+        guarded: how many of ``retained``, from the first, speak of the CARE-set; they are drawn as
+            often as all together. 0 makes no difference between them.
+        retained_latents: clean latents of pictures of some retained prompts, on which they are held.
+        pictured: the row of ``retained`` that each of these pictures shows, ``[pictures]``.
     """
 
     base: BaseModel
@@ -42,8 +45,11 @@ class ErasingContext:
     empty: PromptEmbeds
     anchors: PromptEmbeds | None = None
     retained: PromptEmbeds | None = None
+    aliases: PromptEmbeds | None = None
     composed: PromptEmbeds | None = None
+    guarded: int = 0
     retained_latents: Tensor | None = None
+    pictured: Tensor | None = None
 
 
 class Method(Protocol):

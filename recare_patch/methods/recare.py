@@ -63,20 +63,43 @@ class ReCARE:
     def _retained(
         self, latents: Tensor, timesteps: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, PromptEmbeds]:
-        """States, timesteps and prompts of the retained half, ``batch`` rows each."""
-        own = self.context.retained_latents
-        if own is None:
-            picks = torch.randint(0, len(self.retained), (len(latents),), generator=generator)
+        """States, timesteps and prompts of the retained half, ``batch`` rows each.
+
+        Half of the rows are noised pictures of their own prompt. The others take any retained prompt
+        on the erased prompt's states, so that many prompts are held although few pictures are drawn.
+        """
+        own, rows = self.context.retained_latents, len(latents)
+        picks = torch.randint(0, len(self.retained), (rows,), generator=generator)
+        if self.context.guarded:
+            guarded = torch.randint(0, self.context.guarded, (rows,), generator=generator)
+            picks = torch.where(torch.rand(rows, generator=generator) < 0.5, guarded, picks)
+        if own is None or self.context.pictured is None:
             return latents, timesteps, self.retained[picks]
-        picks = torch.randint(0, len(own), (len(latents),), generator=generator)
-        states, times, _ = noised(self.context.base, own[picks], generator)
-        return states, times, self.retained[picks % len(self.retained)]
+        pictures = torch.randint(0, len(own), (rows,), generator=generator)
+        states, times, _ = noised(self.context.base, own[pictures], generator)
+        ours = torch.rand(rows, generator=generator) < 0.5
+        picks = torch.where(ours, self.context.pictured[pictures], picks)
+        here = ours.to(latents.device)
+        states = torch.where(here.view(-1, 1, 1, 1), states, latents)
+        return states, torch.where(here, times, timesteps), self.retained[picks]
 
     def _named(self, which: Tensor, picks: Tensor, generator: torch.Generator) -> PromptEmbeds:
-        """The erased prompt of each row; half of the plain names are joined to the row's anchor."""
-        composed = self.context.composed
-        if composed is None:
-            return self.context.erased[which]
-        join = (which == 0) & (torch.rand(len(which), generator=generator) < 0.5)
-        table = PromptEmbeds.cat([self.context.erased, composed])
-        return table[torch.where(join, len(self.context.erased) + picks, which)]
+        """The erased prompt of each row.
+
+        Of the rows that have the concept's first name, half are joined to the row's anchor and a
+        quarter take another name: how people write a concept varies more than one prompt does.
+        """
+        context = self.context
+        table, chosen = [context.erased], which
+        luck = torch.rand(len(which), generator=generator)
+        size = len(context.erased)
+        for extra, low, high in ((context.composed, 0.5, 1.0), (context.aliases, 0.25, 0.5)):
+            if extra is None:
+                continue
+            # A composed prompt belongs to its anchor, an alias to nothing in particular.
+            any_row = torch.randint(0, len(extra), (len(which),), generator=generator)
+            index = picks if extra is context.composed else any_row
+            chosen = torch.where((which == 0) & (luck >= low) & (luck < high), size + index, chosen)
+            table.append(extra)
+            size += len(extra)
+        return PromptEmbeds.cat(table)[chosen]

@@ -27,7 +27,7 @@ def _context(base: BaseModel, **changes: object) -> ErasingContext:
         "anchors": base.encode_prompts(["A stars", "A night"]),
         "retained": base.encode_prompts(["A painting of stars", "A painting of night", "A photo of a cat"]),
     }
-    return ErasingContext(base, EraseOptions(batch_size=2), **{**parts, **changes})  # type: ignore[arg-type]
+    return ErasingContext(base, EraseOptions(batch_size=2, guidance_minus=3.0), **{**parts, **changes})  # type: ignore[arg-type]
 
 
 def _states(base: BaseModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -135,9 +135,11 @@ def test_retained_latents_and_composed_prompts_are_used(base: BaseModel) -> None
     plain = load_method("recare")(_context(base)).loss(
         latents, timesteps, which, torch.Generator().manual_seed(0)
     )
-    richer = load_method("recare")(_context(base, retained_latents=own, composed=composed)).loss(
-        latents, timesteps, which, torch.Generator().manual_seed(0)
-    )
+    richer = load_method("recare")(
+        _context(
+            base, retained_latents=own, pictured=torch.tensor([0, 1, 2, 0]), guarded=2, composed=composed
+        )
+    ).loss(latents, timesteps, which, torch.Generator().manual_seed(0))
     assert torch.isfinite(richer) and not torch.equal(plain, richer)
 
 
