@@ -82,7 +82,9 @@ def models(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
         fake = ModuleType(f"recare_patch.{name}")
         vars(fake).update(parts)
         monkeypatch.setitem(sys.modules, f"recare_patch.{name}", fake)
-    sys.modules["recare_patch.erasing"].resolve_recipe = resolve_recipe  # type: ignore[attr-defined]
+    erasing: Any = sys.modules["recare_patch.erasing"]
+    erasing.resolve_recipe = resolve_recipe
+    erasing.target_seeds = lambda recipe: list(range(recipe.target_images.count))
     return stage
 
 
