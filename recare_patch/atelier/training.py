@@ -542,6 +542,11 @@ def _export(work: Path, out: Path) -> None:
         size=size, do_center_crop=False, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
     )
     processor.save_pretrained(out / "clip")
+    for config in (out / "pipeline").rglob("config.json"):
+        # diffusers notes the folder that a part came from: it means nothing on another machine.
+        entries = json.loads(config.read_text())
+        entries.pop("_name_or_path", None)
+        config.write_text(json.dumps(entries, indent=2) + "\n")
     (out / "judge").mkdir(parents=True, exist_ok=True)
     weights = {
         k: v.half() if v.is_floating_point() else v
