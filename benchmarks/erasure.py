@@ -111,7 +111,7 @@ def table(split: str) -> str:
     lines: list[str] = []
     for concept in CONCEPTS:
         files = sorted((RESULTS / split).glob(f"{concept.replace(' ', '-')}.*.json"))
-        data = {json.loads(f.read_text())["row"]: json.loads(f.read_text()) for f in files}
+        data = {found["row"]: found for found in (json.loads(f.read_text()) for f in files)}
         if "base" not in data:
             continue
         base = _cells(data["base"])

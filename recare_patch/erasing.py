@@ -263,6 +263,19 @@ def _vocabulary_prompts(run: _Run, care_set: CareSet) -> list[str]:
     return prompts
 
 
+def _attach(run: _Run, seed: int) -> list[torch.nn.Parameter]:
+    """Put the recipe's adapter into the base; its first values follow from ``seed``."""
+    options = run.recipe.adapter
+    return adapters.attach(
+        run.base.denoiser,
+        layers=options.layers,
+        rank=options.rank,
+        alpha=options.alpha,
+        generator=torch.Generator().manual_seed(seed),
+        name=ADAPTER,
+    )
+
+
 def _fit_adapter(
     run: _Run,
     stage: str,
@@ -306,15 +319,7 @@ def _search(run: _Run, latents: Tensor, concept: PromptEmbeds, empty: PromptEmbe
     if not options.rounds:
         return found
     template = recipe.concept.target_prompt_for(PLACEHOLDER)
-    generator = torch.Generator().manual_seed(recipe.seed + 1)
-    parameters = adapters.attach(
-        base.denoiser,
-        layers=recipe.adapter.layers,
-        rank=recipe.adapter.rank,
-        alpha=recipe.adapter.alpha,
-        generator=generator,
-        name=ADAPTER,
-    )
+    parameters = _attach(run, recipe.seed + 1)
     current = concept
     try:
         source = TargetImageStates(base, latents, current, empty)
@@ -521,15 +526,7 @@ def _erase(run: _Run, method: type[Method], given: CareSet | None) -> tuple[Patc
             context_parts["retained_latents"] = run.pictures(
                 "retained images", texts, len(texts), _first_seed(recipe, 2)
             )
-    generator = torch.Generator().manual_seed(recipe.seed)
-    parameters = adapters.attach(
-        base.denoiser,
-        layers=recipe.adapter.layers,
-        rank=recipe.adapter.rank,
-        alpha=recipe.adapter.alpha,
-        generator=generator,
-        name=ADAPTER,
-    )
+    parameters = _attach(run, recipe.seed)
     try:
         source_type = STATES.get(options.states)
         assert isinstance(source_type, type)

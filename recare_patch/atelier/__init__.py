@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+from recare_patch.files import read_safetensors_header
 
 WEIGHTS = Path(__file__).parent / "weights"
 PIPELINE = WEIGHTS / "pipeline"
@@ -33,16 +35,7 @@ class AtelierInfo:
 
 def _count(file: Path) -> int:
     """Elements in a safetensors file, read from its header alone."""
-    with open(file, "rb") as handle:
-        header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            elements = 1
-            for size in entry["shape"]:
-                elements *= size
-            total += elements
-    return total
+    return sum(math.prod(tensor.shape) for tensor in read_safetensors_header(file).tensors.values())
 
 
 def info() -> AtelierInfo:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recare_patch.atelier import JUDGE
 from recare_patch.atelier.scenes import GROUNDS, OBJECTS, SIZE, SKY, STYLES, TIMES
 
 THINGS = (*OBJECTS, *SKY)
@@ -88,7 +89,7 @@ class Judge:
     @classmethod
     def load(cls, path: Path | None = None) -> Judge:
         """The bundled judge, or the one in a ``judge.safetensors`` file."""
-        path = path or Path(__file__).parent / "weights" / "judge" / "judge.safetensors"
+        path = path or JUDGE
         network = JudgeNetwork()
         network.load_state_dict(
             {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
