@@ -24,7 +24,7 @@ from PIL import Image
 from recare_patch import publishing, sheets
 from recare_patch.base_models import BaseModel, load_base
 from recare_patch.clip import Clip, default_clip
-from recare_patch.concepts import same_concept
+from recare_patch.concepts import same_concept, slug_of
 from recare_patch.environment import peak_memory, versions
 from recare_patch.errors import EvaluationError, EvidenceError, unknown_name
 from recare_patch.evaluation.attacks.storage import JSON_NAME, load_about, load_attack
@@ -35,13 +35,8 @@ from recare_patch.evaluation.evidence import EVIDENCE_NAME, AttackFigure, Check,
 from recare_patch.evaluation.memorization import MEMORIZATION, memorization_figures
 from recare_patch.evaluation.meters import SAMPLES, Job, Judges, chunks, make_jobs, short_name
 from recare_patch.evaluation.metrics import KID_LIMIT
-from recare_patch.evaluation.pictures import (
-    PictureCache,
-    Studio,
-    default_cache,
-    process_device,
-    processes,
-)
+from recare_patch.evaluation.pictures import PictureCache, Studio, default_cache
+from recare_patch.evaluation.subjects import concepts_of, folder_of, subject_of
 from recare_patch.evaluation.suites import (
     MAX_PROMPT,
     Suite,
@@ -51,6 +46,7 @@ from recare_patch.evaluation.suites import (
     load_suite,
 )
 from recare_patch.files import file_sha256, write_text
+from recare_patch.parallel import process_device, processes
 from recare_patch.patch import Patch
 from recare_patch.progress import Progress
 from recare_patch.recipe import WEIGHTS_NAME
@@ -273,12 +269,14 @@ def measure(
     if checked:
         options |= {"checks": list(checked), "check_pictures": check_pictures}
     metadata = patch.metadata
+    single = metadata is not None and not metadata.parts
     evidence = Evidence(
         patch_sha256=patch_sha256,
         base=base.id,
         base_denoiser_sha256=base.denoiser_hash(),
-        concept=metadata.concept if metadata else suite.concept,
-        kind=metadata.kind if metadata else suite.kind,
+        # Of a stack's concepts the suite's own was measured.
+        concept=metadata.concept if metadata and single else suite.concept,
+        kind=metadata.kind if metadata and single else suite.kind,  # type: ignore[arg-type]
         method=metadata.method if metadata else "unknown",
         suite=_published(suite),
         options=options,
@@ -333,6 +331,7 @@ def _drawings(job: Job, patch: Patch, suite: Suite) -> list[dict[str, Any]]:
             "seeds": job.drawing.seeds,
             "patches": applied,
             "steps": suite.steps,
+            "scheduler": suite.scheduler,
             "guidance_scale": suite.guidance_scale,
             "stage": f"{name}, {job.drawing.name}",
         }
@@ -354,7 +353,8 @@ def _weights_file(patch: Patch) -> Path:
 def _clip_source(given: Clip | str | None, patch: Patch, base: BaseModel) -> Clip | str:
     if given is not None:
         return given
-    recorded = patch.metadata.parsed_recipe.clip if patch.metadata is not None else None
+    made = patch.metadata
+    recorded = made.parsed_recipe.clip if made is not None and not made.parts else None
     return recorded or default_clip(base.id)
 
 
@@ -370,7 +370,12 @@ def _precision(base: BaseModel) -> str:
 
 
 def resolve_suite(
-    patch: Patch, suite: Suite | str | Path | None, base_id: str, *, first_seed: int | None = None
+    patch: Patch,
+    suite: Suite | str | Path | None,
+    base_id: str,
+    *,
+    concept: str | None = None,
+    first_seed: int | None = None,
 ) -> Suite:
     """The suite that a patch is judged by.
 
@@ -379,30 +384,39 @@ def resolve_suite(
         suite: a suite, its name or file; None: the bundled one of the concept, else one made from the
             patch's recipe.
         base_id: of the base.
+        concept: which of a stack's concepts; None: the only one, or that of ``suite``.
         first_seed: instead of the suite's own.
 
     Raises:
         UnknownNameError: no such suite.
-        EvaluationError: the patch does not say what it erases, or the suite is of another concept.
+        EvaluationError: the patch does not say what it erases, erases several concepts and none was
+            chosen, or the suite is of another concept.
     """
-    metadata = patch.metadata
+    known = concepts_of(patch)
+    if suite is None and not known:
+        raise EvaluationError(
+            f"{patch.source} was not made by recare-patch and does not say what it erases: name a suite"
+        )
+    if concept is None and len(known) > 1 and suite is not None:
+        # A suite that is no bench says itself which of them it is for.
+        concept = (suite if isinstance(suite, Suite) else load_suite(suite)).concept
+    subject = subject_of(patch, concept) if known else None
     if isinstance(suite, Suite):
         found = suite
     elif suite is not None:
-        concept, kind = (metadata.concept, metadata.kind) if metadata else (None, None)
-        found = load_suite(suite, concept=concept, kind=kind)
+        text, kind = (subject.concept.text, subject.concept.kind) if subject else (None, None)
+        found = load_suite(suite, concept=text, kind=kind)
     else:
-        if metadata is None:
-            raise EvaluationError(
-                f"{patch.source} was not made by recare-patch and does not say what it erases: name a suite"
-            )
-        recipe = metadata.parsed_recipe
+        assert subject is not None
         # The recipe knows a hub id or "atelier" where the base is a folder of any name.
-        known = find_suite_for(recipe.concept, base_id) or find_suite_for(recipe.concept, recipe.base)
-        found = known or default_suite(recipe, metadata.care_words)
-    if metadata is not None and not same_concept(found.concept, metadata.concept):
+        bundled = find_suite_for(subject.concept, base_id) or find_suite_for(
+            subject.concept, subject.recipe.base
+        )
+        found = bundled or default_suite(subject.recipe, subject.care_words)
+    if subject is not None and not same_concept(found.concept, subject.concept):
         raise EvaluationError(
-            f"the suite '{found.name}' is for '{found.concept}', and the patch erases '{metadata.concept}'"
+            f"the suite '{found.name}' is for '{found.concept}', and the patch erases "
+            f"'{subject.concept.text}'"
         )
     return found if first_seed is None else found.with_changes(first_seed=first_seed)
 
@@ -412,6 +426,7 @@ def evaluate(
     *,
     base: BaseModel | str | Path | None = None,
     suite: Suite | Path | str | None = None,
+    concept: str | None = None,
     metrics: Sequence[str] | None = None,
     pictures: int = PICTURES,
     out: Path | str | None = None,
@@ -436,9 +451,11 @@ def evaluate(
         patch: the patch's folder or file, or a patch loaded from one.
         base: the model, or where to find it; None: the one that the patch was made for.
         suite: a suite, its name or file; None: see :func:`resolve_suite`.
+        concept: which of the concepts that a stack erases; see :func:`concepts_of`.
         metrics: names of :data:`METRICS`; None: :func:`default_metrics`.
         pictures: of each figure.
-        out: where to write; None: beside the weights, where ``verify`` looks for it.
+        out: where to write; None: beside the weights, where ``verify`` looks for it. Of a stack each
+            concept has a folder of its own in it, named as the concept's slug.
         cache: folder of pictures; None: :func:`~recare_patch.evaluation.pictures.default_cache`; False:
             keep none. It holds pictures of the erased concept, whatever that is.
         detector: instead of the suite's; a name may carry its source, as "image-classifier:FOLDER".
@@ -478,8 +495,8 @@ def evaluate(
             raise EvaluationError(
                 f"{loaded.source} does not say what base it was made for: name one with --base"
             )
-        source = base_id = metadata.parsed_recipe.base
-    chosen = resolve_suite(loaded, suite, base_id, first_seed=seed)
+        source = base_id = metadata.base if metadata.parts else metadata.parsed_recipe.base
+    chosen = resolve_suite(loaded, suite, base_id, concept=concept, first_seed=seed)
     given: Detector | None = None
     if isinstance(detector, str):
         chosen = with_detector(chosen, detector, label)
@@ -493,11 +510,18 @@ def evaluate(
         if name not in METRICS:
             raise unknown_name("metric", name, METRICS)
     check_names(checks)
-    folder = Path(out).expanduser() if out is not None else weights.parent
-    told = _attack_figures(weights, _attack_folders(weights, attacks), folder)
+    stacked = metadata is not None and bool(metadata.parts)
+    if stacked and card:
+        raise EvaluationError(
+            f"patch {loaded.name} is a stack, whose card tells no figures: leave them in {EVIDENCE_NAME}"
+        )
+    folder = folder_of(loaded, Path(out).expanduser() if out is not None else weights.parent, chosen.concept)
+    found = _attack_folders(weights, attacks, chosen.concept if stacked else None)
+    told = _attack_figures(weights, found, folder)
     place = process_device(device)
     if source is not None:
-        exact = precision or (metadata.parsed_recipe.precision if metadata else "fp32")
+        recorded = metadata.parsed_recipe.precision if metadata is not None and not stacked else "fp32"
+        exact = precision or recorded
         base = load_base(source, precision=exact, device=place)
     assert base is not None and not isinstance(base, str | Path)
     if retained is not None:
@@ -605,10 +629,17 @@ def _command(
 # ------------------------------------------------------------------------ saved attacks
 
 
-def _attack_folders(weights: Path, given: Sequence[Path | str] | None) -> list[tuple[Path, bool]]:
-    """Folders of saved attacks, and whether they were asked for by name."""
+def _attack_folders(
+    weights: Path, given: Sequence[Path | str] | None, concept: str | None
+) -> list[tuple[Path, bool]]:
+    """Folders of saved attacks, and whether they were asked for by name.
+
+    Those on a stack lie in a folder for each of its concepts, of which one is told of.
+    """
     if given is None:
-        beside = (weights.parent / "attacks", weights.parent.with_name(f"{weights.parent.name}-attacks"))
+        beside = [weights.parent / "attacks", weights.parent.with_name(f"{weights.parent.name}-attacks")]
+        if concept is not None:
+            beside = [place / slug_of(concept) for place in beside]
         return [(file.parent, False) for place in beside for file in sorted(place.glob(f"*/{JSON_NAME}"))]
     found = []
     for place in map(Path, given):

@@ -112,6 +112,7 @@ def recover(
     first_seed: int,
     steps: int,
     guidance_scale: float,
+    scheduler: str | None = None,
     progress: Progress | None = None,
     stage: str = "memorization",
 ) -> Tensor:
@@ -124,7 +125,7 @@ def recover(
         concept: what was erased.
         patches: what is put into the base, each at its scale; none recovers from the base itself.
         options: of the inversion.
-        first_seed, steps, guidance_scale: of the concept's pictures.
+        first_seed, steps, guidance_scale, scheduler: of the concept's pictures.
         progress: told of every step.
         stage: how it is called there.
 
@@ -136,7 +137,7 @@ def recover(
         "what": "recovered token",
         "concept": concept.model_dump(),
         "options": dataclasses.asdict(options),
-        "images": [first_seed, steps, guidance_scale],
+        "images": [first_seed, steps, guidance_scale, scheduler],
     }
     file = cache.path(studio.key(patches, fields), ".safetensors") if cache is not None else None
     if file is not None and file.is_file():
@@ -147,6 +148,7 @@ def recover(
         [first_seed + number for number in range(options.images)],
         steps=steps,
         guidance_scale=guidance_scale,
+        scheduler=scheduler,
         stage="pictures of the concept",
     )
     latents = base.encode_images(images)
@@ -190,7 +192,7 @@ def memorization_figures(
     """
     concept = Concept(text=suite.concept, kind=suite.kind)
     options = Recovery(init_word=concept.class_word)
-    if patch.metadata is not None:
+    if patch.metadata is not None and not patch.metadata.parts:
         search = patch.metadata.parsed_recipe.search
         options = Recovery(
             init_word=search.init_word or concept.class_word,
@@ -198,7 +200,11 @@ def memorization_figures(
             batch_size=search.batch_size,
         )
     first = suite.block("memorization")
-    common: dict[str, Any] = {"steps": suite.steps, "guidance_scale": suite.guidance_scale}
+    common: dict[str, Any] = {
+        "steps": suite.steps,
+        "guidance_scale": suite.guidance_scale,
+        "scheduler": suite.scheduler,
+    }
     scores: list[float] = []
     rates = (Rate(), Rate())
     for rate, stage, patches in zip(rates, ("base", "patched"), ([], [(patch, 1.0)]), strict=True):

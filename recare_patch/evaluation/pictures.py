@@ -13,7 +13,6 @@ of its own, on the CPU.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import io
 import json
@@ -28,10 +27,11 @@ from PIL import Image
 from torch import Tensor
 
 from recare_patch.base_models import weights_hash
+from recare_patch.components import named_tuner_layers
 from recare_patch.errors import EvaluationError
+from recare_patch.evaluation.suites import SCHEDULERS
 from recare_patch.files import write_bytes
-from recare_patch.peft_layers import tuner_layers
-from recare_patch.registry import Registry
+from recare_patch.parallel import processes
 
 if TYPE_CHECKING:
     from recare_patch.base_models import BaseModel
@@ -41,47 +41,14 @@ if TYPE_CHECKING:
 CACHE_VERSION = 1
 """Part of every key: raised when pictures of the same key would come out differently."""
 
-SCHEDULERS = Registry("scheduler")
-SCHEDULERS.register("ddim", "diffusers:DDIMScheduler")
-SCHEDULERS.register("dpm-solver++", "diffusers:DPMSolverMultistepScheduler")
-SCHEDULERS.register("euler", "diffusers:EulerDiscreteScheduler")
-SCHEDULERS.register("pndm", "diffusers:PNDMScheduler")
-SCHEDULERS.register("unipc", "diffusers:UniPCMultistepScheduler")
-
 # As Stable Diffusion uses it: its Runge-Kutta start needs four steps more.
 _SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {"pndm": {"skip_prk_steps": True}}
-
-_WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def default_cache() -> Path:
     """The cache that commands use: ``recare-patch/pictures`` below the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "recare-patch" / "pictures"
-
-
-# ------------------------------------------------------------------------ processes
-
-
-def processes() -> Any | None:
-    """What accelerate knows of this process, where it was launched as one of several; else None.
-
-    ``accelerate launch --multi_gpu --num_processes N -m recare_patch …`` starts several, on a machine
-    without accelerators too, and so do ``torchrun`` and MPI.
-    """
-    if all(int(os.environ.get(name) or 1) <= 1 for name in _WORLD):
-        return None
-    from accelerate import PartialState
-
-    # A long wait: one process may be measuring while the others are done.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(days=7))
-    return state if state.num_processes > 1 else None
-
-
-def process_device(device: str) -> str:
-    """``auto`` under several processes is the device that accelerate gave this one."""
-    state = processes() if device == "auto" else None
-    return device if state is None else str(state.device)
 
 
 # ------------------------------------------------------------------------ the cache
@@ -243,7 +210,7 @@ class Studio:
         self._wait()
 
     def _check_plain(self) -> None:
-        for _, layer in tuner_layers(self.base.denoiser):
+        for _, layer in named_tuner_layers(self.base.components):
             if layer.active_adapters and not layer.disable_adapters:
                 raise EvaluationError(
                     f"a LoRA ({layer.active_adapters[0]}) is switched on in base '{self.base.id}': take it "

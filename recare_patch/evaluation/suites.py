@@ -20,6 +20,7 @@ from recare_patch.concepts import KINDS, Concept, Kind, same_concept
 from recare_patch.errors import EvaluationError, SettingsError, nearest, unknown_name
 from recare_patch.evaluation.detectors import DETECTORS
 from recare_patch.recipe import recipes_folder
+from recare_patch.registry import Registry
 from recare_patch.settings import Settings, one_of, yaml_mapping
 
 if TYPE_CHECKING:
@@ -34,6 +35,14 @@ FIRST_SEED = 1_700_000_000
 
 MAX_PROMPT = 1000
 """Longest prompt in characters; no text tower reads as much."""
+
+SCHEDULERS = Registry("scheduler")
+SCHEDULERS.register("ddim", "diffusers:DDIMScheduler")
+SCHEDULERS.register("dpm-solver++", "diffusers:DPMSolverMultistepScheduler")
+SCHEDULERS.register("euler", "diffusers:EulerDiscreteScheduler")
+SCHEDULERS.register("pndm", "diffusers:PNDMScheduler")
+SCHEDULERS.register("unipc", "diffusers:UniPCMultistepScheduler")
+"""Which samplers can be asked for by name."""
 
 BLOCK = 100_000
 """Seeds between one set of prompts and the next."""
@@ -64,6 +73,7 @@ def _distinct(prompts: tuple[str, ...]) -> tuple[str, ...]:
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_a_prompt)]
 Prompts = Annotated[tuple[Prompt, ...], AfterValidator(_distinct)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Scheduler = Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS.names()))]
 
 
 class _Evaluation(Settings):
@@ -125,6 +135,7 @@ class Suite(_Evaluation):
         retained: prompts for prompt agreement and for distances to the base's own pictures.
         labels: what a CARE concept competes with (``O`` of the CARE score); None: COCO and two words.
         steps, guidance_scale: of the sampler.
+        scheduler: a name of :data:`SCHEDULERS`; None: the base's own.
         first_seed: every seed follows from it.
         notes: for the reader.
 
@@ -148,6 +159,7 @@ class Suite(_Evaluation):
     retained: tuple[Prompt, ...] = ()
     labels: tuple[Label, ...] | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    scheduler: Scheduler | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
     first_seed: Annotated[int, Field(ge=0, le=2**62)] = FIRST_SEED
     notes: str = ""
@@ -270,7 +282,7 @@ class ConceptBench(_Evaluation):
         templates: prompts with ``{}`` for a concept's name, for concepts without prompts of their own.
         concepts: at least two.
         retained: as in :class:`Suite`.
-        steps, guidance_scale, first_seed, notes: as in :class:`Suite`.
+        steps, scheduler, guidance_scale, first_seed, notes: as in :class:`Suite`.
     """
 
     noun: ClassVar[str] = "bench"
@@ -285,6 +297,7 @@ class ConceptBench(_Evaluation):
     concepts: Annotated[tuple[BenchConcept, ...], Field(min_length=2)]
     retained: Prompts = ()
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    scheduler: Scheduler | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
     first_seed: Annotated[int, Field(ge=0, le=2**62)] = FIRST_SEED
     notes: str = ""
@@ -333,6 +346,7 @@ class ConceptBench(_Evaluation):
             neighbours=others,
             retained=self.retained,
             steps=self.steps,
+            scheduler=self.scheduler,
             guidance_scale=self.guidance_scale,
             first_seed=self.first_seed,
             notes=self.notes,
@@ -487,7 +501,9 @@ def default_suite(recipe: Recipe, care_words: Sequence[str]) -> Suite:
         paraphrased=tuple(form.format(name=name) for form in forms),
         care=care,
         retained=_RETAINED,
-        steps=20 if atelier else recipe.target_images.steps,
+        # As the bundled suites: on Atelier the rates are those of twenty steps of its own scheduler.
+        steps=10 if atelier else recipe.target_images.steps,
+        scheduler="dpm-solver++" if atelier else None,
         guidance_scale=recipe.target_images.guidance_scale,
     )
 

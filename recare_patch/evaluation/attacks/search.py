@@ -159,7 +159,7 @@ def attack_prompts(
         for row in range(count)
     ]
     groups = [left[k : k + options.batch_size] for k in range(0, len(left), options.batch_size)]
-    with base.counter.stage(name), adapters.frozen(base.denoiser):
+    with base.counter.stage(name), adapters.frozen(*base.components.values()):
         for number, rows in enumerate(groups):
             file = work / f"group-{number:04d}.json" if work else None
             if file and file.exists():

@@ -186,6 +186,7 @@ def _material(context: CheckContext, options: FineTuningOptions) -> Material:
         chosen,
         context.own_seeds(_TRAIN_BLOCK, options.images),
         steps=suite.steps,
+        scheduler=suite.scheduler,
         guidance_scale=suite.guidance_scale,
         stage="fine-tuning, pictures to learn from",
     )
@@ -198,7 +199,7 @@ def _material(context: CheckContext, options: FineTuningOptions) -> Material:
         )
     found: list[Image] = [images[row] for row in rows]
     base = context.base
-    return Material(base.encode_images(found), base.encode_prompts([chosen[row] for row in rows]))
+    return Material(base.encode_images(found), tuple(chosen[row] for row in rows))
 
 
 @contextlib.contextmanager
@@ -211,8 +212,10 @@ def _tuned(
     """
     base, common = context.base, _common(context, options, steps, checkpoint)
     if options.train == "full":
-        with changed(base.denoiser):
-            merge_into(base.denoiser, context.patch)
+        with contextlib.ExitStack() as stack:
+            for part in context.patch.components:
+                stack.enter_context(changed(base.components[part]))
+            merge_into(base.components, context.patch)
             spent = 0
             if steps:
                 base.denoiser.requires_grad_(True)

@@ -157,7 +157,13 @@ class Personalisation:
         suite = context.suite
         fields = {
             "options": options.model_dump(mode="json", exclude={"prompts"}),
-            "drawn": [suite.first_seed, suite.steps, suite.guidance_scale, context.detector.name],
+            "drawn": [
+                suite.first_seed,
+                suite.steps,
+                suite.scheduler,
+                suite.guidance_scale,
+                context.detector.name,
+            ],
         }
         folder = context.folder(self.name, fields)
         note = folder / "lora.json" if folder is not None else None
@@ -180,6 +186,7 @@ class Personalisation:
             [str(options.subject)] * options.images,
             context.own_seeds(_TRAIN_BLOCK, options.images),
             steps=suite.steps,
+            scheduler=suite.scheduler,
             guidance_scale=suite.guidance_scale,
             stage="personalisation, pictures of the subject",
         )
@@ -191,7 +198,7 @@ class Personalisation:
                 f"base shows '{options.label}'"
             )
         caption = f"a photo of {options.word} {options.class_word}"
-        material = Material(base.encode_images(kept), base.encode_prompts([caption]).repeat(len(kept)))
+        material = Material(base.encode_images(kept), (caption,) * len(kept))
         parameters = adapters.attach(
             base.denoiser,
             layers=options.layers,

@@ -40,6 +40,9 @@ CONCEPT = "concept"
 COMPANIONS = "companions"
 """The series of pictures of all CARE concepts, taken in turn."""
 
+SUITES = "suite"
+"""What a check asks for to draw with the suite's own scheduler."""
+
 _FIRST_BLOCK = 100
 """Seeds of the checks' own pictures lie above those of every set of a suite."""
 
@@ -199,7 +202,7 @@ class CheckContext:
         patches: Sequence[tuple[Patch, float]],
         stage: str,
         steps: int | None = None,
-        scheduler: str | None = None,
+        scheduler: str | None = SUITES,
         studio: Studio | None = None,
     ) -> dict[str, Rate]:
         """How often pictures show what they are looked at for.
@@ -209,7 +212,7 @@ class CheckContext:
             patches: what is put into the base, each at its scale.
             stage: how progress calls it.
             steps: of the scheduler; None: the suite's.
-            scheduler: None: the base's own.
+            scheduler: a name, None for the base's own; by default the suite's.
             studio: another one than the context's, of a base whose weights were changed.
 
         Returns:
@@ -222,7 +225,7 @@ class CheckContext:
             patches=patches,
             steps=self.suite.steps if steps is None else steps,
             guidance_scale=self.suite.guidance_scale,
-            scheduler=scheduler,
+            scheduler=self.suite.scheduler if scheduler == SUITES else scheduler,
             stage=stage,
         )
         rates = {one.name: Rate() for one in asked}

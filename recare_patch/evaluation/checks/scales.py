@@ -64,6 +64,7 @@ class Scales:
                 # At scale 0 the base is drawn itself: the pictures are the same, and may be there already.
                 patches=[(context.patch, scale)] if scale else [],
                 steps=suite.steps,
+                scheduler=suite.scheduler,
                 guidance_scale=suite.guidance_scale,
                 stage=f"scales, {scale:g}, retained",
             )

@@ -7,7 +7,7 @@ It is the plain noise prediction of every fine-tuning script (Ho et al., arXiv 2
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.peft_layers import base_layers, kept_requires_grad
+from recare_patch.components import named_layers
+from recare_patch.peft_layers import kept_requires_grad
 from recare_patch.states import noised
 from recare_patch.timesteps import training_target
 from recare_patch.training import Checkpoint, fit
 
 if TYPE_CHECKING:
-    from recare_patch.base_models import BaseModel, PromptEmbeds
+    from recare_patch.base_models import BaseModel
     from recare_patch.patch import Patch
     from recare_patch.progress import Progress
 
@@ -36,45 +37,43 @@ class Material:
 
     Attributes:
         latents: clean latents of pictures, ``[pictures, c, h, w]``.
-        embeds: the prompt of each, row by row.
+        prompts: the prompt of each; encoded by the model that is trained, since a patch may change its
+            text encoder.
     """
 
     latents: Tensor
-    embeds: PromptEmbeds
+    prompts: tuple[str, ...]
 
 
 @contextlib.contextmanager
-def changed(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, the denoiser's weights may change in place; afterwards they are what they were, to the bit."""
-    saved = {name: tensor.detach().to("cpu", copy=True) for name, tensor in denoiser.state_dict().items()}
-    with kept_requires_grad(denoiser):
+def changed(network: nn.Module) -> Iterator[None]:
+    """Inside, a network's weights may change in place; afterwards they are what they were, to the bit."""
+    saved = {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
+    with kept_requires_grad(network):
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, tensor in denoiser.state_dict().items():
+                for name, tensor in network.state_dict().items():
                     tensor.copy_(saved[name])
-            for parameter in denoiser.parameters():
+            for parameter in network.parameters():
                 parameter.grad = None
 
 
 @torch.no_grad()
-def merge_into(denoiser: nn.Module, patch: Patch, scale: float = 1.0) -> None:
+def merge_into(parts: Mapping[str, nn.Module], patch: Patch, scale: float = 1.0) -> None:
     """Add a patch to the weights that it changes: ``W + scale · B A`` (Hu et al., arXiv 2106.09685).
 
     Args:
-        denoiser: a network without adapters, whose shapes the patch fits.
+        parts: networks without adapters, whose shapes the patch fits, by component.
         patch: what is added.
         scale: its strength.
     """
-    layers = dict(base_layers(denoiser))
+    layers = named_layers(parts)
     for module in patch.modules:
         weight = layers[module].weight
         assert isinstance(weight, Tensor)
-        down, up = (patch.tensors[f"unet.{module}.lora_{side}.weight"].float() for side in "AB")
-        # A convolution's B is one by one: its product with A is that of the two as matrices.
-        update = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
-        weight.add_((scale * update).to(weight.device, weight.dtype))
+        weight.add_((scale * patch.update(module)).to(weight.device, weight.dtype))
 
 
 def tune(
@@ -111,13 +110,14 @@ def tune(
     """
     counter = base.counter
     mark = counter.total
+    embeds = base.encode_prompts(material.prompts)
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(0, len(material.latents), (batch_size,), generator=generator)
         clean = material.latents[index.to(material.latents.device)]
         states, timesteps, noise = noised(base, clean, generator)
         target = training_target(clean, noise, timesteps, base.alphas_cumprod, base.prediction_type)
-        pred = base.denoise(states, timesteps, material.embeds[index])
+        pred = base.denoise(states, timesteps, embeds[index])
         return F.mse_loss(pred.float(), target.float())
 
     def restore(kept: dict[str, int]) -> None:
