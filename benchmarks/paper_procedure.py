@@ -26,7 +26,7 @@ from recare_patch.clip import Clip
 from recare_patch.concepts import Concept
 from recare_patch.guidance import classifier_free, recare_target
 from recare_patch.recipe import CareSetOptions
-from recare_patch.timesteps import sample_timesteps, training_target
+from recare_patch.timesteps import sample_timesteps
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Procedure:
             timestep = sample_timesteps(1, 0, base.num_train_timesteps, self.generator)
             noise = torch.randn(latents.shape, generator=self.generator)
             states = base.add_noise(latents, noise, timestep)
-            target = training_target(latents, noise, timestep, base.alphas_cumprod, base.prediction_type)
+            target = base.training_target(latents, noise, timestep)
             loss = F.mse_loss(
                 base.denoise(states, timestep, base.encode_with_vectors([template], vector)), target
             )

@@ -7,11 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.suites import Figure, suite
 from recare_patch.atelier.judge import Judge
 from recare_patch.evaluation import wilson_interval
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 STEPS, GUIDANCE_SCALE = 20, 5.0
 
@@ -44,17 +47,23 @@ class Score:
         return low, high
 
 
-def draw_figure(base: Any, judge: Judge, figure: Figure, split: str) -> Score:
-    """Draw and judge one figure's pictures."""
+def draw_figure(base: Any, figure: Figure, split: str) -> list[Image]:
+    """One figure's pictures."""
     draws = figure.draws(split)
-    images = base.generate(
+    images: list[Image] = base.generate(
         [p for p, _, _ in draws],
         [s for _, _, s in draws],
         steps=STEPS,
         guidance_scale=GUIDANCE_SCALE,
         batch_size=32,
     )
-    found = judge(images)
+    return images
+
+
+def judge_figure(judge: Judge, figure: Figure, split: str, images: Sequence[Image]) -> Score:
+    """What the judge sees in them."""
+    draws = figure.draws(split)
+    found = judge(list(images))
     by_prompt: dict[str, tuple[int, int]] = {}
     for (prompt, label, _), seen in zip(draws, found, strict=True):
         hits, pictures = by_prompt.get(prompt, (0, 0))
@@ -84,7 +93,7 @@ def score(
         for figure in suite(concept, split, pictures):
             if figures and figure.name not in figures:
                 continue
-            rows.append(draw_figure(base, judge, figure, split))
+            rows.append(judge_figure(judge, figure, split, draw_figure(base, figure, split)))
             log(f"  {rows[-1].figure:16} {rows[-1].rate:.3f} of {rows[-1].pictures}")
     return rows
 

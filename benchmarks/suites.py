@@ -5,6 +5,7 @@ Settings are chosen on ``choose`` alone; what the documentation reports comes fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 FIRST_SEED = {"choose": 10_000, "report": 3_000_000}
@@ -242,14 +243,28 @@ def suite(concept: str, split: str, pictures: int = 100) -> list[Figure]:
     figures = [Figure("concept", "concept", tuple(plain), pictures)]
     for label, prompts in _CARE[concept].items():
         figures.append(Figure(f"CARE {label}", "care", tuple((p, label) for p in prompts[split]), pictures))
+    return [*figures, *shared_figures(split, pictures, without=(concept,))]
+
+
+def shared_figures(split: str, pictures: int = 100, *, without: Sequence[str]) -> list[Figure]:
+    """Other styles and other objects: what must stay, whatever is erased.
+
+    Args:
+        split: ``choose`` or ``report``.
+        pictures: at least this many a figure.
+        without: what is erased, in the judge's labels.
+    """
+    subjects, places = _SUBJECTS[split], _PLACES[split]
     styles = tuple(
-        (form.format(s=s), style) for style, form in _STYLES.items() if style != concept for s in subjects
+        (form.format(s=s), style)
+        for style, form in _STYLES.items()
+        if style not in without
+        for s in subjects
+        if not any(label in s for label in without)
     )
-    figures.append(
-        Figure(
-            "other styles", "styles", styles, max(pictures, len(styles)) if split == "report" else pictures
-        )
-    )
-    objects = tuple((f"a photo of a {o} {p}", o) for o in _OBJECTS if o != concept for p in places)
-    figures.append(Figure("other objects", "objects", objects, pictures))
-    return figures
+    objects = tuple((f"a photo of a {o} {p}", o) for o in _OBJECTS if o not in without for p in places)
+    enough = max(pictures, len(styles)) if split == "report" else pictures
+    return [
+        Figure("other styles", "styles", styles, enough),
+        Figure("other objects", "objects", objects, pictures),
+    ]

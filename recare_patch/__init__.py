@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from recare_patch.merging import merge
     from recare_patch.patch import Patch
     from recare_patch.recipe import Recipe, load_recipe
+    from recare_patch.sharing import pull, push, search
 
 _HOMES = {
     "CareSet": "recare_patch.careset:CareSet",
@@ -41,6 +42,9 @@ _HOMES = {
     "load_base": "recare_patch.base_models:load_base",
     "load_recipe": "recare_patch.recipe:load_recipe",
     "merge": "recare_patch.merging:merge",
+    "pull": "recare_patch.sharing:pull",
+    "push": "recare_patch.sharing:push",
+    "search": "recare_patch.sharing:search",
     "stack": "recare_patch.composing:stack",
 }
 
@@ -59,6 +63,9 @@ __all__ = [
     "load_base",
     "load_recipe",
     "merge",
+    "pull",
+    "push",
+    "search",
     "stack",
 ]
 

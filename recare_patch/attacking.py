@@ -40,6 +40,7 @@ from recare_patch.evaluation.attacks import (
 from recare_patch.evaluation.attacks.protocol import candidate_seeds, read_json
 from recare_patch.evaluation.attacks.storage import JSON_NAME
 from recare_patch.evaluation.detectors import Detector, can_tell, load_detector
+from recare_patch.evaluation.subjects import Subject, concepts_of, subject_of
 from recare_patch.evaluation.suites import default_suite, find_suite_for
 from recare_patch.files import claim_folder, file_sha256, write_json, write_tensors
 from recare_patch.patch import Patch
@@ -61,13 +62,17 @@ class _Setting:
 
     patch: Patch
     sha256: str
-    recipe: Recipe
+    subject: Subject
     base: BaseModel
     detector: Detector
     label: str
     seed: int
     steps: int
     guidance_scale: float
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.subject.recipe
 
     def shows(self, images: Sequence[Image]) -> list[bool]:
         return [bool(hit) for hit in self.detector.rate(images, self.label)]
@@ -80,7 +85,7 @@ class _Setting:
             "base_denoiser_sha256": self.base.denoiser_hash(),
             "concept": self.recipe.concept.text,
             "kind": self.recipe.concept.kind,
-            "method": self.recipe.method,
+            "method": self.subject.method,
             "detector": self.detector.name,
             "label": self.label,
             "preset": preset,
@@ -91,7 +96,7 @@ class _Setting:
 
     @property
     def words(self) -> tuple[str, ...]:
-        return self.patch.metadata.care_words if self.patch.metadata else ()
+        return self.subject.care_words
 
     def target(self, found: _Targets | None) -> AttackTarget:
         return AttackTarget(
@@ -100,7 +105,7 @@ class _Setting:
             shows=self.shows,
             images=found.images if found else [],
             latents=found.latents if found else torch.empty((0, *self.base.latent_shape)),
-            original=lambda: adapters.off(self.base.denoiser),
+            original=lambda: adapters.off(*self.base.components.values()),
             prompts=found.prompts if found else (),
             seeds=found.seeds if found else (),
             steps=self.steps,
@@ -155,7 +160,9 @@ def _load_patch(patch: Patch | Path | str) -> tuple[Patch, str]:
 
 
 def _setting(
-    patch: Patch | Path | str,
+    loaded: Patch,
+    sha256: str,
+    concept: str | None,
     base: BaseModel | str | None,
     detector: Detector | str | None,
     label: str | None,
@@ -164,14 +171,14 @@ def _setting(
     guidance_scale: float | None,
     device: str,
 ) -> _Setting:
-    loaded, sha256 = _load_patch(patch)
     if loaded.metadata is None:
         raise PatchError(
             f"{loaded.source} was not made by recare-patch: it does not say what it erases, so that nothing "
             "can be attacked"
         )
-    recipe = loaded.metadata.parsed_recipe
-    judge, name = _detector(recipe, loaded.metadata.care_words, detector, label)
+    subject = subject_of(loaded, concept)
+    recipe = subject.recipe
+    judge, name = _detector(recipe, subject.care_words, detector, label)
     if not isinstance(base, str | None):
         model = base
     else:
@@ -181,7 +188,7 @@ def _setting(
     return _Setting(
         loaded,
         sha256,
-        recipe,
+        subject,
         model,
         judge,
         name,
@@ -286,6 +293,7 @@ def attack_patch(
     patch: Patch | Path | str,
     attack: str | None = None,
     *,
+    concept: str | None = None,
     base: BaseModel | str | None = None,
     options: AttackOptions | None = None,
     budget: str = "small",
@@ -306,6 +314,7 @@ def attack_patch(
         patch: a patch or where it lies.
         attack: a name of :data:`recare_patch.evaluation.attacks.ATTACKS`; with ``replay`` it may be left
             out.
+        concept: which of the concepts that a stack erases; a replay knows its own.
         base: the model, or where to find it; else the recipe's.
         options: of the attack; else the budget's.
         budget: ``small`` or ``published``.
@@ -339,7 +348,10 @@ def attack_patch(
         options = kind.options_type.preset(budget)
     elif not isinstance(options, kind.options_type):
         raise AttackError(f"{type(options).__name__} are not the options of the attack {name}")
-    setting = _setting(patch, base, detector, label, seed, steps, guidance_scale, device)
+    loaded, sha256 = _load_patch(patch)
+    if replay is not None and concept is None and len(concepts_of(loaded)) > 1:
+        concept = replayed_concept(replay)
+    setting = _setting(loaded, sha256, concept, base, detector, label, seed, steps, guidance_scale, device)
     if replay is not None:
         _check_concept(setting, replay)
     about = {"attack": name, **setting.about("replay" if saved else budget)}
@@ -365,9 +377,19 @@ def _attack_name(attack: str | None, saved: AttackResult | None, replay: Path | 
     return saved.attack
 
 
+def replayed_concept(replay: Path | str) -> str | None:
+    """What a saved attack was after, where it says so.
+
+    Raises:
+        AttackError: the folder holds no saved attack, or a damaged one.
+    """
+    found = load_about(replay).get("concept")
+    return found if isinstance(found, str) else None
+
+
 def _check_concept(setting: _Setting, replay: Path | str) -> None:
-    other = load_about(replay).get("concept")
-    if isinstance(other, str) and not same_concept(other, setting.recipe.concept):
+    other = replayed_concept(replay)
+    if other is not None and not same_concept(other, setting.recipe.concept):
         raise AttackError(
             f"the saved attack in {replay} is after '{other}', and the patch erases "
             f"'{setting.recipe.concept.text}'"
@@ -451,6 +473,7 @@ def run_attacks(
     patch: Patch | Path | str,
     attacks: Mapping[str, AttackOptions],
     *,
+    concept: str | None = None,
     base: BaseModel | str | None = None,
     budget: str = "small",
     out: Path | str | None = None,
@@ -462,7 +485,7 @@ def run_attacks(
     Args:
         patch: a patch or where it lies.
         attacks: name → options; see :func:`attack_options`.
-        base, budget, device: see :func:`attack_patch`.
+        concept, base, budget, device: see :func:`attack_patch`.
         out: each attack gets a folder of its name in it.
         common: other arguments of :func:`attack_patch`, the same for all.
 
@@ -471,11 +494,19 @@ def run_attacks(
     """
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
     if isinstance(base, str | None) and loaded.metadata is not None:
-        recipe = loaded.metadata.parsed_recipe
+        recipe = subject_of(loaded, concept).recipe
         base = load_base(base or recipe.base, precision=recipe.precision, device=device)
     for name, options in attacks.items():
         folder = Path(out) / name if out is not None else None
         result = attack_patch(
-            loaded, name, base=base, options=options, budget=budget, out=folder, device=device, **common
+            loaded,
+            name,
+            concept=concept,
+            base=base,
+            options=options,
+            budget=budget,
+            out=folder,
+            device=device,
+            **common,
         )
         yield name, result

@@ -8,7 +8,6 @@ is lost. The other methods give fewer ranks or less interference for an error, w
 
 from __future__ import annotations
 
-import html
 import itertools
 import logging
 import math
@@ -21,10 +20,10 @@ import yaml
 from torch import Tensor
 
 import recare_patch
+from recare_patch import formats, publishing
 from recare_patch.errors import PatchError, unknown_name
-from recare_patch.files import claim_folder, write_text
+from recare_patch.files import claim_folder, file_sha256, write_text
 from recare_patch.patch import Patch, PatchMetadata, PatchPart, Stacking, check_together
-from recare_patch.recipe import WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,7 @@ STACK_NAME = "stack.yaml"
 PULL = -0.1
 """A cosine between two updates below this is warned of: each undoes a part of the other."""
 
+_WORK = ".run"
 _SEVERAL = "several"
 _UNKNOWN = "unknown"
 _OVERSAMPLING, _POWER_STEPS = 16, 4
@@ -119,8 +119,8 @@ def stack(
         total += _norm(a, b) ** 2
         shape = next(patch for patch, _ in patches if module in patch.ranks).factors(module)[0].shape[1:]
         ones = (1,) * (len(shape) - 1)
-        tensors[f"unet.{module}.lora_A.weight"] = down.reshape(chosen, *shape).contiguous()
-        tensors[f"unet.{module}.lora_B.weight"] = up.reshape(up.shape[0], chosen, *ones).contiguous()
+        tensors[f"{module}.lora_A.weight"] = down.reshape(chosen, *shape).contiguous()
+        tensors[f"{module}.lora_B.weight"] = up.reshape(up.shape[0], chosen, *ones).contiguous()
     error = math.sqrt(missed / total) if total else math.sqrt(missed)
     if not math.isfinite(error):
         raise PatchError(
@@ -252,83 +252,51 @@ def _metadata(
         seed=how.seed,
         parts=parts,
         stacking=how,
+        base_text_encoders_sha256=known.base_text_encoders_sha256 if known else None,
     )
 
 
-def save_stack(patch: Patch, folder: str | Path) -> Path:
+def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] = formats.FORMATS) -> Path:
     """Write a stack's folder: ``stack.yaml``, a card and, last, the weights in the dtype they have.
 
     Args:
         patch: what :func:`stack` returned.
         folder: absent or empty.
+        file_formats: names of :data:`recare_patch.formats.FORMATS`; "diffusers" must be among them, "kohya"
+            adds a file for A1111 and ComfyUI.
 
     Returns:
         The weights file.
 
     Raises:
-        PatchError: the patch is no stack.
+        PatchError: the patch is no stack, or "diffusers" is not among the formats.
+        UnknownNameError: for another format.
         OutputError: the folder is in use, holds files, or cannot be written to.
     """
     about = patch.metadata
     if about is None or not about.parts or about.stacking is None:
         raise PatchError(f"{patch.name} is no stack: stack patches before they are saved as one")
+    chosen = formats.check_formats(file_formats)
     folder = Path(folder)
-    told = {
-        "base": about.base,
-        "base_denoiser_sha256": about.base_denoiser_sha256,
-        "rank": about.rank,
-        **about.stacking.model_dump(exclude_none=True),
-        "parts": [part.model_dump(exclude_none=True) for part in about.parts],
-    }
     with claim_folder(folder):
+        # Written apart and moved at the end, since its hash goes into a file that comes before it.
+        weights = patch.save(folder / _WORK, patch.dtype)
+        told = {
+            "sha256": file_sha256(weights),
+            "base": about.base,
+            "base_denoiser_sha256": about.base_denoiser_sha256,
+            "rank": about.rank,
+            **about.stacking.model_dump(exclude_none=True),
+            "parts": [part.model_dump(mode="json", exclude_none=True) for part in about.parts],
+        }
         write_text(folder / STACK_NAME, yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100))
-        write_text(folder / "README.md", _card(about, about.parts, about.stacking))
+        write_text(folder / "README.md", publishing.card_text(about, {}, previews=()))
+        if "kohya" in chosen and formats.has_kohya_names(patch):
+            formats.write_kohya(patch, folder, dtype=patch.dtype)
         # The weights come last: a folder that has them is a whole patch.
-        return patch.save(folder, patch.dtype)
-
-
-def _plain(text: str) -> str:
-    """A name that a table of Markdown can hold."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "'")
-
-
-def _card(about: PatchMetadata, parts: Sequence[PatchPart], how: Stacking) -> str:
-    front: dict[str, object] = {}
-    if "/" in about.base:
-        front |= {"base_model": about.base, "base_model_relation": "adapter"}
-    front |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    front["tags"] = ["text-to-image", "diffusers", "lora", "concept-erasure", "recare-patch", "stack"]
-    rows = [f"| {_plain(part.name)} | {part.scale:g} | `{part.sha256}` |" for part in parts]
-    exact = "exactly what the parts do together" if how.method == "concat" else "an approximation"
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=100).strip(),
-        "---",
-        "",
-        f"# {_plain(about.concept)}, erased from {_plain(about.base)}",
-        "",
-        f"A stack of {len(parts)} patches in one LoRA file, made by recare-patch. Stacked by "
-        f"`{how.method}`, {exact}: its update differs from the sum of the parts' by "
-        f"{how.relative_error:.2g} of that sum's norm.",
-        "",
-        "| part | scale | SHA-256 of its weights |",
-        "|---|---|---|",
-        *rows,
-        "",
-        "```python",
-        f'pipe.load_lora_weights("FOLDER", weight_name="{WEIGHTS_NAME}")',
-        "```",
-        "",
-        f"Rank {about.rank}, to be loaded at scale 1: the scales are in the tensors. Made for a denoiser "
-        f"of SHA-256 `{about.base_denoiser_sha256}`.",
-        "",
-        "## Limits",
-        "",
-        "The evidence of the parts is not evidence for the stack: each was measured alone. A LoRA can be "
-        "left out or reversed by whoever loads it; `recare-patch merge` writes it into the base.",
-        "",
-    ]
-    return "\n".join(lines)
+        file = weights.replace(folder / weights.name)
+        weights.parent.rmdir()
+    return file
 
 
 # ------------------------------------------------------------------------ interference

@@ -102,11 +102,8 @@ class Concept(Settings):
 
     @property
     def slug(self) -> str:
-        """The name in lower-case ASCII with hyphens, fit for a folder: "Van Gogh" → "van-gogh"."""
-        plain = unicodedata.normalize("NFKD", self.text).encode("ascii", "ignore").decode()
-        slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
-        # Scripts without an ASCII form still need a name, the same on every machine.
-        return slug or "concept-" + hashlib.sha256(self.text.encode()).hexdigest()[:8]
+        """See :func:`slug_of`."""
+        return slug_of(self.text)
 
     def anchor_prompt(self, token: str) -> str:
         """The prompt that a CARE-token offers as an anchor: what the concept is steered to."""
@@ -135,6 +132,14 @@ class Concept(Settings):
 
     def __str__(self) -> str:
         return self.text
+
+
+def slug_of(text: str) -> str:
+    """A concept's name in lower-case ASCII with hyphens, fit for a folder: "Van Gogh" → "van-gogh"."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    # Scripts without an ASCII form still need a name, the same on every machine.
+    return slug or "concept-" + hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _article(text: str) -> str:

@@ -8,15 +8,26 @@ sentence and exits with code 2.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+
+_LONGEST_NAME = 500
+"""Nothing longer is compared with names: that takes time by the square of the length."""
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class RecarePatchError(Exception):
     """Base of all errors that the package raises on purpose.
 
     The message is one sentence that says what was given, what is allowed and, where there is one,
-    the nearest allowed name.
+    the nearest allowed name. What was given may come from a file of unknown make: control characters
+    in it are shown as escapes, so that no file writes a second line or colours a terminal.
     """
+
+    def __str__(self) -> str:
+        return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], super().__str__())
 
 
 class SettingsError(RecarePatchError, ValueError):
@@ -78,8 +89,16 @@ class ResumeError(RecarePatchError):
     """A run that cannot be resumed: nothing there, or made from another recipe."""
 
 
+class HubError(RecarePatchError):
+    """The Hub cannot be reached, refuses what is asked of it, or holds something that is no patch."""
+
+
 class EvidenceError(SettingsError):
     """Evidence that is malformed, cannot be read, or belongs to another patch."""
+
+
+class DemoError(SettingsError):
+    """What the demo's page was asked for cannot be drawn, or the page cannot be served."""
 
 
 class EvaluationError(SettingsError):
@@ -95,6 +114,8 @@ def nearest(given: str, allowed: Iterable[str]) -> str | None:
         given: what the user wrote.
         allowed: the names there are; the first of several equally near ones wins.
     """
+    if len(given) > _LONGEST_NAME:
+        return None
     by_folded: dict[str, str] = {}
     for name in allowed:
         by_folded.setdefault(name.casefold(), name)

@@ -11,10 +11,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,14 +64,18 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OutputError: the disk is full, or the place cannot be written to.
     """
-    target = Path(path)
+    _write(Path(path), [data])
+
+
+def _write(target: Path, blocks: Iterable[bytes | memoryview]) -> None:
     # The process id keeps two processes that write the same file from sharing a temporary one.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as handle:
-                handle.write(data)
+                for block in blocks:
+                    handle.write(block)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(temporary, target)
@@ -113,7 +118,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as a safetensors file whole, or not at all; see :func:`write_bytes`.
+    """Write tensors as a safetensors file whole, or not at all; equal content gives equal bytes.
 
     Args:
         path: where to.
@@ -127,7 +132,14 @@ def write_tensors(
 
     # A clone breaks storage shared between tensors, which safetensors refuses to write.
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(path, save(owned, dict(metadata or {})))
+    data = save(owned, dict(metadata or {}))
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    # The format's own writer leaves the order of the metadata to chance.
+    entries = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))} | header
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    _write(Path(path), [struct.pack("<Q", len(text)) + text, memoryview(data)[start:]])
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -158,6 +170,59 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor that is read only when its turn comes.
+
+    Attributes:
+        name: in the file.
+        info: what the header says of it.
+        data: gives its bytes, in the order of its elements.
+    """
+
+    name: str
+    info: TensorInfo
+    data: Callable[[], bytes | memoryview]
+
+
+def write_streamed(
+    path: str | os.PathLike[str], tensors: Sequence[StreamedTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with one tensor in memory at a time, whole or not at all.
+
+    Args:
+        path: where to.
+        tensors: what it holds; names are distinct.
+        metadata: header entries, strings to strings.
+
+    Raises:
+        OutputError: the place cannot be written to.
+    """
+    # Wide elements first, as the format's own writer has it: each tensor then starts at a multiple of
+    # its element's size.
+    ordered = sorted(
+        tensors, key=lambda one: (-(one.info.bytes // max(1, math.prod(one.info.shape))), one.name)
+    )
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for one in ordered:
+        start, end = end, end + one.info.bytes
+        entries[one.name] = {
+            "dtype": one.info.dtype,
+            "shape": list(one.info.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    header += b" " * (-len(header) % 8)
+
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield struct.pack("<Q", len(header)) + header
+        for one in ordered:
+            yield one.data()
+
+    _write(Path(path), blocks())
 
 
 @dataclass(frozen=True)
@@ -211,6 +276,36 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     if sum(one.bytes for one in tensors.values()) != left - size:
         raise PatchError(f"{name} is damaged: it ends before its tensors do, or goes on after them")
     return SafetensorsHeader(metadata, tensors)
+
+
+def load_tensors(
+    path: str | os.PathLike[str], header: SafetensorsHeader, name: str | None = None
+) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file whose header was read and checked before.
+
+    Args:
+        path: the file.
+        header: what :func:`read_safetensors_header` returned.
+        name: what messages call the file; its path by default.
+
+    Returns:
+        Name → tensor on the CPU, in the order of the file.
+
+    Raises:
+        PatchError: it cannot be read, or is not the file any more whose header was checked.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    told = name or os.fspath(path)
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as fault:
+        raise PatchError(f"cannot read {told}: {str(fault).splitlines()[0]}") from fault
+    # What was checked is the header; a file that was put in its place meanwhile has not been.
+    if stored.keys() != header.tensors.keys() or read_safetensors_header(path) != header:
+        raise PatchError(f"{told} has changed while it was read")
+    return {key: stored[key] for key in header.tensors}
 
 
 @contextlib.contextmanager

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from recare_patch import __version__
-from recare_patch.errors import IncompatiblePatchError, OutputError, PatchError, nearest
-from recare_patch.files import SafetensorsHeader, read_safetensors_header, write_tensors
+from recare_patch.components import COMPONENTS, TRANSFORMER, full_name, split_name
+from recare_patch.errors import IncompatiblePatchError, OutputError, PatchError, nearest, unknown_name
+from recare_patch.files import SafetensorsHeader, load_tensors, read_safetensors_header, write_tensors
 from recare_patch.patch import Patch, PatchMetadata, makes_update
 from recare_patch.recipe import WEIGHTS_NAME
 
@@ -43,7 +43,6 @@ RANKS_KEY = "recare_patch_ranks"
 MODULES_KEY = "recare_patch_modules"
 """Header entry of our kohya files: names that underscores make unreadable, JSON, kohya name → key."""
 
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _ALPHAS = (*_FLOATS, "I64", "I32", "I16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -179,24 +178,28 @@ class LoraWeights:
         """The models that it changes."""
         return tuple(dict.fromkeys(key.split(".")[0] for key in self.tensors))
 
-    def unet_patch(self) -> Patch | None:
-        """The part that changes the UNet, if any."""
-        tensors = {key: tensor for key, tensor in self.tensors.items() if key.startswith("unet.")}
-        return Patch(tensors, self.metadata, self.source) if tensors else None
-
     def to_patch(self) -> Patch:
-        """As a patch.
-
-        Raises:
-            PatchError: it changes a text encoder as well, which a patch cannot hold.
-        """
-        others = [name for name in self.components if name != "unet"]
-        if others:
-            raise PatchError(
-                f"{self.source} changes the {others[0].replace('_', ' ')} as well, and a patch holds only "
-                "what changes the UNet"
-            )
+        """As a patch."""
         return Patch(self.tensors, self.metadata, self.source)
+
+
+def check_formats(names: Iterable[str]) -> tuple[str, ...]:
+    """The formats of a patch folder, checked.
+
+    Raises:
+        UnknownNameError: for another name.
+        PatchError: "diffusers" is not among them: that file is the patch, of which the others are made.
+    """
+    chosen = tuple(dict.fromkeys(name.strip().casefold() for name in names))
+    for name in chosen:
+        if name not in FORMATS:
+            raise unknown_name("format", name, FORMATS)
+    if "diffusers" not in chosen:
+        raise PatchError(
+            f"a patch folder always has the diffusers file, got '{', '.join(chosen)}': give diffusers or "
+            f"{','.join(FORMATS)}"
+        )
+    return chosen
 
 
 # ---------------------------------------------------------------------- reading
@@ -211,7 +214,7 @@ def from_any(path: str | Path, modules: Iterable[str] | None = None) -> Patch:
             them the grammar of diffusers' UNets does it.
 
     Raises:
-        PatchError: see :func:`read_lora`; or it changes a text encoder as well.
+        PatchError: see :func:`read_lora`.
         IncompatiblePatchError: a name fits none of ``modules``.
     """
     return read_lora(path, modules).to_patch()
@@ -308,19 +311,12 @@ def _shape_of(header: SafetensorsHeader, source: str) -> str:
 
 
 def _load(file: Path, header: SafetensorsHeader, source: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        stored = load_file(file)
-    except (SafetensorError, OSError) as fault:
-        raise PatchError(f"cannot read {source}: {str(fault).splitlines()[0]}") from fault
-    if stored.keys() != header.tensors.keys():
-        raise PatchError(f"{source} has changed while it was read")
+    stored = load_tensors(file, header, source)
     for key, tensor in stored.items():
         if not torch.isfinite(tensor).all():
             what = "NaN" if torch.isnan(tensor).any() else "infinite"
             raise PatchError(f"{source} has {what} values in its tensor '{key}'")
-    return {key: stored[key] for key in header.tensors}
+    return stored
 
 
 def _unknown(key: str, source: str) -> PatchError:
@@ -343,8 +339,8 @@ def _dotted_key(key: str, source: str) -> tuple[str, str]:
     found = match.groupdict()
     name = found["name"].removeprefix(_PEFT_PREFIX)
     component, _, module = name.partition(".")
-    if component not in _COMPONENTS:
-        if component in ("transformer", "text_encoder_3", "diffusion_model"):
+    if component not in COMPONENTS:
+        if component in ("text_encoder_3", "diffusion_model"):
             raise PatchError(
                 f"{source} has a tensor '{key}' of a '{component}': LoRAs for a UNet and its text encoders "
                 "are read"
@@ -359,15 +355,9 @@ def _dotted_key(key: str, source: str) -> tuple[str, str]:
     else:
         if old:
             module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
-        module = _with_text_model(module)
     if not module:
         raise _unknown(key, source)
-    return f"{component}.{module}", _SIDES[found["side"]] if "side" in found else "alpha"
-
-
-def _with_text_model(module: str) -> str:
-    """Transformers 5 saves a text encoder's modules without the ``text_model.`` that all others expect."""
-    return f"text_model.{module}" if module.startswith("encoder.") else module
+    return full_name(component, module), _SIDES[found["side"]] if "side" in found else "alpha"
 
 
 def _bake(
@@ -429,13 +419,13 @@ def _config_scale(
         if "lora_adapter_metadata" in header.metadata and shape == "diffusers":
             where = "header entry 'lora_adapter_metadata'"
             config = json.loads(header.metadata["lora_adapter_metadata"])
-            if not any(key.startswith(tuple(f"{name}." for name in _COMPONENTS)) for key in config):
-                config = {f"{name}.{key}": value for name in _COMPONENTS for key, value in config.items()}
+            if not any(key.startswith(tuple(f"{name}." for name in COMPONENTS)) for key in config):
+                config = {f"{name}.{key}": value for name in COMPONENTS for key, value in config.items()}
         elif shape == "peft" and (file.parent / _PEFT_CONFIG).is_file():
             where = _PEFT_CONFIG
             text = (file.parent / _PEFT_CONFIG).read_text(encoding="utf-8")
             config = {
-                f"{name}.{key}": value for name in _COMPONENTS for key, value in json.loads(text).items()
+                f"{name}.{key}": value for name in COMPONENTS for key, value in json.loads(text).items()
             }
         elif shape == "peft":
             logger.warning("%s has no %s beside it: alpha is taken to be the rank", source, _PEFT_CONFIG)
@@ -447,11 +437,11 @@ def _config_scale(
 
 
 def _scale_of(config: dict[str, Any], where: str, source: str) -> Callable[[str, int], float]:
-    for component in _COMPONENTS:
+    for component in COMPONENTS:
         if config.get(f"{component}.use_dora"):
             raise PatchError(f"{source} is a DoRA, by its {where}: only plain LoRAs are read")
-    alphas = {name: config.get(f"{name}.lora_alpha") for name in _COMPONENTS}
-    patterns = {name: dict(config.get(f"{name}.alpha_pattern") or {}) for name in _COMPONENTS}
+    alphas = {name: config.get(f"{name}.lora_alpha") for name in COMPONENTS}
+    patterns = {name: dict(config.get(f"{name}.alpha_pattern") or {}) for name in COMPONENTS}
     for value in [*alphas.values(), *(v for one in patterns.values() for v in one.values())]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and math.isfinite(value)):
@@ -478,17 +468,20 @@ def _scale_of(config: dict[str, Any], where: str, source: str) -> Callable[[str,
 # ---------------------------------------------------------------------- kohya's names
 
 
+def has_kohya_names(patch: Patch | LoraWeights) -> bool:
+    """Whether kohya's format can hold it: it names the layers of UNets and their text encoders."""
+    return not any(key.startswith(f"{TRANSFORMER}.") for key in patch.tensors)
+
+
 def _kohya_name(name: str, *, sdxl: bool) -> str:
     """``unet.mid_block.x`` → ``lora_unet_mid_block_x``."""
-    component, _, module = name.partition(".")
+    component, module = split_name(name)
     if component == "unet":
         prefix = "lora_unet"
     elif component == "text_encoder":
         prefix = "lora_te1" if sdxl else "lora_te"
     else:
         prefix = "lora_te2"
-    if component != "unet":
-        module = _with_text_model(module)
     return f"{prefix}_{module.replace('.', '_')}"
 
 
@@ -596,7 +589,7 @@ def _stored_names(header: Mapping[str, str], source: str) -> dict[str, str]:
     """Names that our own file says itself; each must be what its underscored form stands for."""
     table = _json_table(header, MODULES_KEY, str, source)
     for short, full in table.items():
-        if full.split(".")[0] not in _COMPONENTS or short not in (
+        if full.split(".")[0] not in COMPONENTS or short not in (
             _kohya_name(full, sdxl=False),
             _kohya_name(full, sdxl=True),
         ):
@@ -638,9 +631,14 @@ def to_kohya(
         own, from which the way back restores everything.
 
     Raises:
-        PatchError: a value does not fit into the dtype, or two modules share one name in kohya's
-            spelling.
+        PatchError: a value does not fit into the dtype, two modules share one name in kohya's spelling,
+            or it changes a transformer.
     """
+    if not has_kohya_names(patch):
+        raise PatchError(
+            f"{patch.source} changes a transformer, and kohya files are written for UNets and their text "
+            "encoders"
+        )
     version = _version_of(patch)
     sdxl = version.base.startswith("sdxl")
     pairs = {key.removesuffix(".lora_A.weight") for key in patch.tensors if key.endswith(".lora_A.weight")}
@@ -690,7 +688,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype, name: str, source: str) -> Tensor:
 
 
 def _version_of(patch: Patch | LoraWeights) -> _Version:
-    """Which Stable Diffusion it is for, by the width of the prompts that its cross-attention reads."""
+    """Which Stable Diffusion it is for, by the width of the prompts that it reads or changes."""
     v_prediction = patch.metadata is not None and patch.metadata.prediction_type == "v_prediction"
     suffix = "_v" if v_prediction else ""
     widths = {
@@ -700,6 +698,12 @@ def _version_of(patch: Patch | LoraWeights) -> _Version:
     }
     # Without cross-attention, SDXL still shows by blocks of several transformers or by its second encoder.
     deep = any(".transformer_blocks.1." in key or key.startswith("text_encoder_2.") for key in patch.tensors)
+    if not widths and not deep:
+        widths = {
+            tensor.shape[1]
+            for key, tensor in patch.tensors.items()
+            if re.fullmatch(r"text_encoder\..*self_attn\.[qkv]_proj\.lora_A\.weight", key)
+        }
     if 2048 in widths or (not widths and deep):
         return _Version("sdxl_base_v1-0", False, "stable-diffusion-xl-v1-base", 1024)
     if 1024 in widths:
@@ -709,11 +713,16 @@ def _version_of(patch: Patch | LoraWeights) -> _Version:
     return _Version(f"sd_v1{suffix}", False, "stable-diffusion-v1", pixels)
 
 
+def concept_name(concept: str) -> str:
+    """A file's stem for a patch of ours, by what it erases: "erase-van-gogh"."""
+    stem = re.sub(r"[^a-z0-9]+", "-", concept.lower()).strip("-")
+    return f"erase-{stem or 'concept'}"[:100]
+
+
 def output_name(patch: Patch | LoraWeights) -> str:
     """A file's stem for it: "erase-van-gogh", or the name of the file that it came from."""
     if patch.metadata is not None:
-        stem = re.sub(r"[^a-z0-9]+", "-", patch.metadata.concept.lower()).strip("-")
-        return f"erase-{stem or 'concept'}"[:100]
+        return concept_name(patch.metadata.concept)
     stem = Path(patch.source).name.removesuffix(".safetensors")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:100] or "lora"
 

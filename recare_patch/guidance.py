@@ -59,3 +59,19 @@ def esd_target(uncond: Tensor, cond: Tensor, eta: float) -> Tensor:
         eta: strength ``η``.
     """
     return uncond - eta * (cond - uncond)
+
+
+def separated_target(subject: Tensor, joined: Tensor, plain: Tensor, weight: float) -> Tensor:
+    """The target that takes an attribute out of a subject and leaves the rest of it.
+
+    ``y = ε*(s) − w [ε*(p ∘ a) − ε*(p)]``: what the attribute ``a`` adds to the subject's plain prompt ``p``
+    is taken away from any of its prompts ``s``. It is ESD's target (Gandikota et al., arXiv 2303.07345,
+    equation 5) with the subject in the place of the empty prompt.
+
+    Args:
+        subject: frozen prediction under ``s``, ``[batch, channels, height, width]``.
+        joined: frozen prediction under ``p ∘ a``, the subject with the attribute.
+        plain: frozen prediction under ``p``.
+        weight: strength ``w``.
+    """
+    return subject - weight * (joined - plain)

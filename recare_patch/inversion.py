@@ -13,13 +13,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch import adapters
+from recare_patch.base_models import PLACEHOLDER
 from recare_patch.states import noised
-from recare_patch.timesteps import training_target
 from recare_patch.training import Checkpoint, Fitted, fit
 
 if TYPE_CHECKING:
     from recare_patch.base_models import BaseModel
+    from recare_patch.concepts import Concept
     from recare_patch.progress import Progress
+
+
+def name_templates(concept: Concept) -> tuple[str, ...]:
+    """The concept's own prompts with :data:`PLACEHOLDER` where its name stands."""
+    with_name = [prompt.replace(concept.text, PLACEHOLDER) for prompt in concept.name_prompts]
+    return tuple(
+        dict.fromkeys(
+            [concept.target_prompt_for(PLACEHOLDER), *(one for one in with_name if PLACEHOLDER in one)]
+        )
+    )
 
 
 def invert(
@@ -58,12 +69,12 @@ def invert(
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(0, len(latents), (batch_size,), generator=generator)
         states, timesteps, noise = noised(base, latents[index], generator)
-        target = training_target(latents[index], noise, timesteps, base.alphas_cumprod, base.prediction_type)
+        target = base.training_target(latents[index], noise, timesteps)
         which = int(torch.randint(0, len(prompts), (1,), generator=generator))
         embeds = base.encode_with_vectors([prompts[which]], vectors).repeat(batch_size)
         return F.mse_loss(base.denoise(states, timesteps, embeds).float(), target.float())
 
-    with adapters.frozen(base.denoiser):
+    with adapters.frozen(*base.components.values()):
         fitted = fit(
             [vectors],
             loss_at,
@@ -77,5 +88,6 @@ def invert(
             extra=extra,
             restore_extra=restore_extra,
             progress=progress,
+            crew=base.crew,
         )
     return vectors.detach(), fitted

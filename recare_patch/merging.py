@@ -3,7 +3,8 @@
 ``W' = W + Σ wᵢ Bᵢ Aᵢ``, summed in fp32 and rounded to the dtype that the file has. A merged folder is
 an ordinary diffusers pipeline: nobody who loads it can leave the patch out. Each weights file is
 copied and only the changed tensors are written over, at their places in it: names, shards, index and
-dtypes stay, and no more than one layer is in memory.
+dtypes stay, and no more than one layer is in memory. The same pipeline can be written as one
+checkpoint file as well, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from torch import Tensor
 import recare_patch
 from recare_patch.base_models import base_folder, load_base
 from recare_patch.base_models.hashing import stored_weights_hash
-from recare_patch.base_models.layout import read_layout
+from recare_patch.base_models.layout import Layout, read_layout
+from recare_patch.base_models.original_layout import has_known_sizes, plan, write_single_file
+from recare_patch.components import COMPONENTS, UNET, full_name, in_words, split_name
 from recare_patch.errors import BaseModelError, IncompatiblePatchError, OutputError, PatchError
 from recare_patch.files import output_error, read_safetensors_header, write_json
-from recare_patch.patch import Patch, PatchPart, check_together
+from recare_patch.patch import Patch, PatchPart, apply_all, check_together
 from recare_patch.progress import NullProgress, Progress
 
 logger = logging.getLogger(__name__)
@@ -38,10 +40,11 @@ logger = logging.getLogger(__name__)
 RECORD_NAME = "recare_patch_merge.json"
 """What was merged, in the merged folder."""
 
-_COMPONENT = "unet"
+RECORD_KEY = "recare_patch.merge"
+"""The same in the header of a single-file checkpoint, JSON."""
+
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx*")
-_SHARD = re.compile(r"-\d+-of-\d+(?=\.|$)")
 
 
 class MergeRecord(BaseModel):
@@ -50,11 +53,16 @@ class MergeRecord(BaseModel):
     Attributes:
         format_version: of this record.
         version: of recare-patch that wrote it.
-        base: id of the base that was merged into.
+        base: id of the base that was merged into; of the first one, where a merged folder was merged
+            into again.
         base_denoiser_sha256: of its denoiser before, see :func:`recare_patch.base_models.weights_hash`.
         merged_denoiser_sha256: of the denoiser after.
-        patches: what was merged, at what scale.
+        base_text_encoders_sha256, merged_text_encoders_sha256: the same of the text encoders that patches
+            changed, by component; ``None`` where there is none.
+        patches: what was merged, at what scale, in the order of merging.
         parts: the same with stacks taken apart.
+        rounding: how far a weight is from the base's at most when all is taken out again, as measured
+            while it was merged; ``None`` after several merges and in older records.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -66,6 +74,19 @@ class MergeRecord(BaseModel):
     merged_denoiser_sha256: str
     patches: tuple[PatchPart, ...]
     parts: tuple[PatchPart, ...]
+    rounding: float | None = None
+    base_text_encoders_sha256: dict[str, str] | None = None
+    merged_text_encoders_sha256: dict[str, str] | None = None
+
+    @property
+    def base_hashes(self) -> dict[str, str]:
+        """The base's networks before, by component."""
+        return {UNET: self.base_denoiser_sha256, **(self.base_text_encoders_sha256 or {})}
+
+    @property
+    def merged_hashes(self) -> dict[str, str]:
+        """The same networks after."""
+        return {UNET: self.merged_denoiser_sha256, **(self.merged_text_encoders_sha256 or {})}
 
     @classmethod
     def load(cls, folder: str | Path) -> MergeRecord:
@@ -92,14 +113,16 @@ class Unmerged:
     Attributes:
         folder: where it is.
         same_hash: whether its denoiser has the hash of the base, that is whether all values are the
-            same when rounded to fp16.
+            same when rounded to fp16. A difference in the last digit of fp32 may turn a rounding over.
         max_difference: the largest absolute difference of any weight from the base's; ``None`` where
             the base was not given.
+        expected_difference: the same as the merge foretold it; ``None`` where its record does not say.
     """
 
     folder: Path
     same_hash: bool
     max_difference: float | None
+    expected_difference: float | None = None
 
 
 def merge(
@@ -107,6 +130,7 @@ def merge(
     base: str | Path,
     out: str | Path,
     *,
+    single_file: str | Path | None = None,
     device: str = "cpu",
     any_base: bool = False,
     progress: Progress | None = None,
@@ -118,8 +142,11 @@ def merge(
 
     Args:
         patches: patch and scale.
-        base: ``atelier``, a pipeline folder, or a hub id.
+        base: ``atelier``, a pipeline folder, or a hub id. Of a folder that was merged into before, the
+            earlier patches stay in its record.
         out: absent or an empty folder.
+        single_file: where to write the merged pipeline as one checkpoint as well, in the names that
+            A1111 and ComfyUI read; a ``.safetensors`` file that is not there yet.
         device: on which ``B A`` is multiplied.
         any_base: merge also where the denoiser has other weights than the one a patch was made for, a
             fine-tune for example; how well it erases there is unknown.
@@ -131,16 +158,25 @@ def merge(
     Raises:
         PatchError: no patch, a scale that is not finite, or a weight that leaves its dtype's range.
         IncompatiblePatchError: the patches are of different bases, or not of this one.
-        BaseModelError: the base is missing or incomplete, or the device is unknown.
-        OutputError: ``out`` is in use or cannot be written to.
+        BaseModelError: the base is missing or incomplete, was changed after it was merged into, cannot
+            be written as a single file, or the device is unknown.
+        OutputError: ``out`` is in use or cannot be written to, or ``single_file`` is there already.
     """
     known = check_together(patches)
     folder, base_id = base_folder(base)
-    before = _denoiser_hash(folder, base_id)
-    if known is not None and known.base_denoiser_sha256 != before:
-        first = next(patch for patch, _ in patches if patch.metadata)
+    earlier = MergeRecord.load(folder) if (folder / RECORD_NAME).exists() else None
+    before = _hashes(folder, base_id, [UNET, *_touched(patches), *(earlier.merged_hashes if earlier else ())])
+    if earlier is not None and any(before[part] != one for part, one in earlier.merged_hashes.items()):
+        raise BaseModelError(
+            f"{_changed(folder)}; without that file it is a base of its own, into which --any-base merges"
+        )
+    origin = before | (earlier.base_hashes if earlier is not None else {})
+    others = [part for part in _touched(patches) if known and known.component_hash(part) != origin[part]]
+    if known is not None and others:
+        first = next(patch for patch, _ in patches if patch.metadata and others[0] in patch.components)
+        what = "denoiser" if others[0] == UNET else in_words(others[0])
         message = (
-            f"patch {first.name} was made for base '{known.base}', and the denoiser of base '{base_id}' has "
+            f"patch {first.name} was made for base '{known.base}', and the {what} of base '{base_id}' has "
             "other weights"
         )
         if not any_base:
@@ -151,19 +187,77 @@ def merge(
         whole.append(patch.as_part(float(scale)))
         inner = (patch.metadata.parts if patch.metadata else None) or (patch.as_part(1.0),)
         parts += [part.model_copy(update={"scale": part.scale * scale}) for part in inner]
+    target = _single_file(single_file, folder, base_id)
     with _built(Path(out), folder) as made:
         _copy(folder, base_id, made)
-        _add(patches, folder, base_id, made, device, progress or NullProgress())
+        rounding: float | None = _add(patches, folder, base_id, made, device, progress or NullProgress())
+        if earlier is not None:
+            # Each merge rounded anew, and only the base itself would tell how far that goes together.
+            rounding = None
+            whole, parts = [*earlier.patches, *whole], [*earlier.parts, *parts]
         record = MergeRecord(
             version=recare_patch.__version__,
-            base=base_id,
-            base_denoiser_sha256=before,
-            merged_denoiser_sha256=_denoiser_hash(made, base_id),
+            base=earlier.base if earlier is not None else base_id,
+            base_denoiser_sha256=origin.pop(UNET),
+            merged_denoiser_sha256=(after := _hashes(made, base_id, before)).pop(UNET),
             patches=tuple(whole),
             parts=tuple(parts),
+            rounding=rounding,
+            base_text_encoders_sha256=origin or None,
+            merged_text_encoders_sha256=after or None,
         )
         write_json(made / RECORD_NAME, record.model_dump(exclude_none=True))
+        if target is not None:
+            layout = read_layout(made, f"'{base_id}'")
+            write_single_file(layout, target, _single_header(layout, record, target))
     return record
+
+
+def _changed(folder: Path) -> str:
+    return (
+        f"the denoiser in {folder} is not the one that {RECORD_NAME} records: it was changed after the merge"
+    )
+
+
+def _single_file(file: str | Path | None, folder: Path, base_id: str) -> Path | None:
+    """Where to write the checkpoint, with every fault told before hours of merging."""
+    if file is None:
+        return None
+    target = Path(file).expanduser()
+    if target.suffix != ".safetensors":
+        raise OutputError(f"cannot write {target}: a checkpoint in one file is written as .safetensors")
+    if target.exists():
+        raise OutputError(f"{target} is there already; choose another --single-file")
+    layout = read_layout(folder, f"'{base_id}'")
+    plan(layout)
+    if not has_known_sizes(layout):
+        logger.warning(
+            "base '%s' has other sizes than Stable Diffusion 1.x and 2.x: A1111 and ComfyUI cannot read its "
+            "single file, diffusers can (from_single_file(FILE, config=FOLDER))",
+            base_id,
+        )
+    return target
+
+
+def _single_header(layout: Layout, record: MergeRecord, file: Path) -> dict[str, str]:
+    """What a checkpoint says of itself: ModelSpec 1.0.1, and the record."""
+    width = layout.configs["unet"].get("cross_attention_dim")
+    v_prediction = layout.configs.get("scheduler", {}).get("prediction_type") == "v_prediction"
+    if width == 1024:
+        architecture = f"stable-diffusion-v2-{'768-v' if v_prediction else '512'}"
+    else:
+        architecture = "stable-diffusion-v1"
+    told = ", ".join(f"{part.name} at {part.scale:g}" for part in record.patches)
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "https://github.com/CompVis/latent-diffusion",
+        "modelspec.title": file.stem,
+        "modelspec.description": f"{record.base} with patches merged by recare-patch: {told}",
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        RECORD_KEY: record.model_dump_json(exclude_none=True),
+    }
 
 
 def unmerge(
@@ -209,18 +303,17 @@ def unmerge(
         )
     check_together(weighted)
     name = folder.resolve().name
-    if _denoiser_hash(folder, name) != record.merged_denoiser_sha256:
-        raise BaseModelError(
-            f"the denoiser in {folder} is not the one that {RECORD_NAME} records: it was changed after the "
-            "merge"
-        )
+    if _hashes(folder, name, record.merged_hashes) != record.merged_hashes:
+        raise BaseModelError(_changed(folder))
     reference = base_folder(base)[0] if base is not None else None
     with _built(Path(out), folder) as made:
         _copy(folder, name, made)
         _add(weighted, folder, name, made, device, progress or NullProgress())
-        same = _denoiser_hash(made, name) == record.base_denoiser_sha256
-        apart = _max_difference(made, reference, record.base) if reference is not None else None
-    return Unmerged(Path(out), same, apart)
+        same = _hashes(made, name, record.base_hashes) == record.base_hashes
+        apart = None
+        if reference is not None:
+            apart = max(_max_difference(made, reference, record.base, part) for part in record.base_hashes)
+    return Unmerged(Path(out), same, apart, record.rounding)
 
 
 def compare(
@@ -253,9 +346,7 @@ def compare(
     texts = [text for text in asked for _ in seeds]
     draws = list(seeds) * len(asked)
     patched = load_base(base, device=device)
-    with contextlib.ExitStack() as applied:
-        for patch, scale in patches:
-            applied.enter_context(patch.apply(patched.pipeline, scale))
+    with apply_all(patched.pipeline, patches):
         ours = patched.generate(texts, draws, steps=steps)
     del patched
     theirs = load_base(merged, device=device).generate(texts, draws, steps=steps)
@@ -272,20 +363,17 @@ def _named(patch: Patch) -> tuple[PatchPart, ...]:
     return (patch.metadata.parts if patch.metadata else None) or (patch.as_part(1.0),)
 
 
-def _weights(folder: Path, base_id: str) -> dict[str, list[Path]]:
-    """The denoiser's weights: full sets (one a variant, such as ``fp16``) with all their shards."""
+def _weights(folder: Path, base_id: str, component: str = UNET) -> dict[str, list[Path]]:
+    """A network's weights; see :meth:`Layout.weight_sets`."""
     layout = read_layout(folder, f"'{base_id}'")
-    layout.require(_COMPONENT)
-    sets: dict[str, list[Path]] = {}
-    for file in layout.weight_files(_COMPONENT):
-        sets.setdefault(_SHARD.sub("", file.stem), []).append(file)
-    # The shortest name is the plain one: diffusers loads it where no variant is asked for.
-    return dict(sorted(sets.items(), key=lambda item: len(item[0])))
+    layout.require(component)
+    return layout.weight_sets(component)
 
 
-def _denoiser_hash(folder: Path, base_id: str) -> str:
-    files = next(iter(_weights(folder, base_id).values()))
-    return _reading(base_id, lambda: stored_weights_hash(files))
+def _hashes(folder: Path, base_id: str, parts: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of a folder's networks, by component."""
+    files = {part: next(iter(_weights(folder, base_id, part).values())) for part in dict.fromkeys(parts)}
+    return _reading(base_id, lambda: {part: stored_weights_hash(one, part) for part, one in files.items()})
 
 
 def _reading(base_id: str, work: Any) -> Any:
@@ -347,48 +435,69 @@ def _add(
     made: Path,
     device: str,
     progress: Progress,
-) -> None:
+) -> float:
+    """Add the patches' updates; how far a weight would be from the old one at most, were they taken out."""
     place = _device(device)
-    sets = _weights(folder, base_id)
     modules = tuple(dict.fromkeys(module for patch, _ in patches for module in patch.modules))
-    done, total = 0, len(modules) * len(sets)
-    for files in sets.values():
+    by_part = {
+        part: [module for module in modules if split_name(module)[0] == part] for part in _touched(patches)
+    }
+    sets = [(part, files) for part in by_part for files in _weights(folder, base_id, part).values()]
+    done, total, rounding = 0, sum(len(by_part[part]) for part, _ in sets), 0.0
+    for part, files in sets:
+        wanted = by_part[part]
         headers = {file: read_safetensors_header(file) for file in files}
-        missing = [m for m in modules if not any(f"{m}.weight" in h.tensors for h in headers.values())]
+        # A text encoder's weights are named with or without a prefix that a patch always has.
+        names = {
+            file: {full_name(part, name.removesuffix(".weight")): name for name in header.tensors}
+            for file, header in headers.items()
+        }
+        missing = [module for module in wanted if not any(module in found for found in names.values())]
         if missing:
             raise IncompatiblePatchError(
                 f"{' and '.join(patch.name for patch, _ in patches)} cannot be merged into base '{base_id}': "
                 f"{len(missing)} of {len(modules)} modules are not in it, first '{missing[0]}'"
             )
-        for file, header in headers.items():
-            inside = [module for module in modules if f"{module}.weight" in header.tensors]
-            for module in inside:
-                info = header.tensors[f"{module}.weight"]
+        for file, found in names.items():
+            inside = {module: found[module] for module in wanted if module in found}
+            for name in inside.values():
+                info = headers[file].tensors[name]
                 if info.dtype not in _DTYPES:
                     raise BaseModelError(
-                        f"base '{base_id}' stores '{module}.weight' as {info.dtype}, and only "
+                        f"base '{base_id}' stores '{name}' as {info.dtype}, and only "
                         f"{', '.join(_DTYPES)} can be merged into"
                     )
-            for _ in _written(file, made / _COMPONENT / file.name, inside, patches, base_id, place):
-                done += 1
+            for error in _written(file, made / part / file.name, inside, patches, base_id, place):
+                done, rounding = done + 1, max(rounding, error)
                 progress.update("merge", done, total)
+    return rounding
+
+
+def _touched(patches: Sequence[tuple[Patch, float]]) -> list[str]:
+    """The networks that patches change."""
+    return [part for part in COMPONENTS if any(part in patch.components for patch, _ in patches)]
 
 
 def _written(
     source: Path,
     target: Path,
-    modules: Sequence[str],
+    modules: Mapping[str, str],
     patches: Sequence[tuple[Patch, float]],
     base_id: str,
     device: torch.device,
-) -> Iterator[str]:
-    """Write changed tensors over a copied file, one layer at a time."""
+) -> Iterator[float]:
+    """Write changed tensors over a copied file, one layer at a time; gives each layer's rounding.
+
+    Args:
+        source, target: the file, and its copy.
+        modules: the patches' name of each layer → the file's name of its weight.
+        patches, base_id, device: see :func:`merge`.
+    """
     from safetensors import safe_open
 
     places = _offsets(source)
     with safe_open(source, "pt") as stored, open(target, "r+b") as handle:
-        for module in modules:
-            name = f"{module}.weight"
+        for module, name in modules.items():
             weight: Tensor = stored.get_tensor(name)
             exact = torch.promote_types(weight.dtype, torch.float32)
             total = torch.zeros(weight.shape, dtype=torch.float32, device=device)
@@ -410,7 +519,8 @@ def _written(
                 )
             handle.seek(places[name])
             handle.write(new.reshape(-1).view(torch.uint8).numpy().data)
-            yield module
+            back = (new.to(exact) - total.cpu()).to(weight.dtype)
+            yield float((back.double() - weight.double()).abs().max())
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -423,10 +533,10 @@ def _offsets(file: Path) -> dict[str, int]:
     return {name: 8 + size + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
 
 
-def _max_difference(first: Path, second: Path, base_id: str) -> float:
+def _max_difference(first: Path, second: Path, base_id: str, part: str) -> float:
     from safetensors import safe_open
 
-    one, other = (next(iter(_weights(folder, base_id).values())) for folder in (first, second))
+    one, other = (next(iter(_weights(folder, base_id, part).values())) for folder in (first, second))
     worst = 0.0
     with contextlib.ExitStack() as stack:
         ours, theirs = (
@@ -457,4 +567,4 @@ def _device(device: str) -> torch.device:
         raise BaseModelError(f"device '{device}' is not available here: give auto or cpu") from fault
 
 
-__all__ = ["RECORD_NAME", "MergeRecord", "Unmerged", "compare", "merge", "unmerge"]
+__all__ = ["RECORD_KEY", "RECORD_NAME", "MergeRecord", "Unmerged", "compare", "merge", "unmerge"]

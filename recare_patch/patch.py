@@ -1,13 +1,14 @@
 """A patch: the LoRA that an erasing run leaves, with everything needed to make it again.
 
 The file is what diffusers itself reads: safetensors, keys ``unet.<module>.lora_A.weight`` and
-``….lora_B.weight``, the scale ``alpha / rank`` multiplied into ``B``. That scale is baked in because
-diffusers' files carry no alpha, and other tools ignore one that stands in the header. Our own
-entries go into the header under ``recare_patch.…``, where no other reader looks.
+``….lora_B.weight``, or ``text_encoder.<module>.…``, the scale ``alpha / rank`` multiplied into ``B``.
+That scale is baked in because diffusers' files carry no alpha, and other tools ignore one that stands
+in the header. Our own entries go into the header under ``recare_patch.…``, where no other reader looks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,20 +16,30 @@ import math
 import re
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from recare_patch.components import (
+    COMPONENTS,
+    DENOISERS,
+    TRANSFORMER,
+    UNET,
+    in_words,
+    named_layers,
+    named_tuner_layers,
+    networks,
+    split_name,
+)
 from recare_patch.errors import IncompatiblePatchError, PatchError, RecipeError
-from recare_patch.files import file_sha256, read_safetensors_header, write_tensors
-from recare_patch.peft_layers import base_layers, kept_requires_grad, remove_adapter, tuner_layers
-from recare_patch.recipe import WEIGHTS_NAME, Recipe, stack_has_no_recipe
+from recare_patch.files import file_sha256, load_tensors, read_safetensors_header, write_tensors
+from recare_patch.peft_layers import kept_requires_grad, remove_adapter, settle_adapter, tuner_layers
+from recare_patch.recipe import TEXT_LAYER_SETS, WEIGHTS_NAME, Recipe, stack_has_no_recipe
 
 if TYPE_CHECKING:
     from recare_patch.base_models import BaseModel as Base
@@ -38,8 +49,11 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 HEADER_PREFIX = "recare_patch."
 
-_COMPONENT = "unet"
-_KEY = re.compile(rf"{_COMPONENT}\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(rf"(?P<module>(?:{'|'.join(COMPONENTS)})\..+)\.lora_(?P<side>[AB])\.weight")
+_LOADERS = dict.fromkeys(COMPONENTS, "load_lora_into_text_encoder") | {
+    UNET: "load_lora_into_unet",
+    TRANSFORMER: "load_lora_into_transformer",
+}
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -54,16 +68,20 @@ class PatchPart(BaseModel):
     Attributes:
         name: how it is called: its concept, or its file.
         concept: what it erases; ``None`` for a LoRA of other make.
+        kind: of that concept; ``None`` where it is not known.
         sha256: of its weights file; for a patch that has no file, of its tensors in the file's order.
         scale: its strength; stacks of stacks multiply theirs.
+        care_words: what its run guarded.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
     concept: str | None = None
+    kind: str | None = None
     sha256: str
     scale: float
+    care_words: tuple[str, ...] = ()
 
 
 class Stacking(BaseModel):
@@ -93,6 +111,8 @@ class PatchMetadata(BaseModel):
         base: ``atelier``, a hub id, or the name of the folder.
         base_family: its architecture.
         base_denoiser_sha256: see :func:`recare_patch.base_models.weights_hash`.
+        base_text_encoders_sha256: the same of the text encoders, by component; ``None`` for a patch that
+            changes the denoiser alone.
         prediction_type: of the base.
         concept, kind: what is erased.
         method: how.
@@ -123,6 +143,7 @@ class PatchMetadata(BaseModel):
     care_set: str | None = None
     parts: tuple[PatchPart, ...] | None = None
     stacking: Stacking | None = None
+    base_text_encoders_sha256: dict[str, str] | None = None
 
     @model_validator(mode="after")
     def _is_single_or_stack(self) -> PatchMetadata:
@@ -142,13 +163,14 @@ class PatchMetadata(BaseModel):
             care_set: the CARE-set that guarded it, if any.
             versions: package → version.
         """
+        encoders = {part: base.component_hash(part) for part in base.components if part not in DENOISERS}
         return cls(
             versions=dict(versions),
             base=base.id,
             base_family=base.family,
             base_denoiser_sha256=base.denoiser_hash(),
             prediction_type=base.prediction_type,
-            concept=recipe.concept.text,
+            concept=recipe.title,
             kind=recipe.concept.kind,
             method=recipe.method,
             layers=recipe.adapter.layers,
@@ -157,7 +179,14 @@ class PatchMetadata(BaseModel):
             seed=recipe.seed,
             recipe=recipe.to_yaml(),
             care_set=care_set.to_json() if care_set is not None else None,
+            base_text_encoders_sha256=encoders if recipe.adapter.layers in TEXT_LAYER_SETS else None,
         )
+
+    def component_hash(self, component: str) -> str | None:
+        """SHA-256 of one of the base's networks, where the patch names it."""
+        if component in DENOISERS:
+            return self.base_denoiser_sha256
+        return (self.base_text_encoders_sha256 or {}).get(component)
 
     @property
     def parsed_recipe(self) -> Recipe:
@@ -243,13 +272,14 @@ def _check_pairs(tensors: Mapping[str, Tensor], source: str) -> None:
         if match is None:
             raise PatchError(
                 f"{source} has a tensor '{key}' that does not belong in a patch: only "
-                f"'{_COMPONENT}.<module>.lora_A.weight' and '….lora_B.weight' do"
+                f"'<component>.<module>.lora_A.weight' and '….lora_B.weight' do, for the components "
+                f"{', '.join(COMPONENTS)}"
             )
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     for module, pair in sides.items():
         for side in "AB":
             if side not in pair:
-                raise PatchError(f"{source} lacks the tensor '{_COMPONENT}.{module}.lora_{side}.weight'")
+                raise PatchError(f"{source} lacks the tensor '{module}.lora_{side}.weight'")
         a, b = pair["A"], pair["B"]
         if not makes_update(a, b):
             raise PatchError(
@@ -265,12 +295,16 @@ def _check_scale(header: Mapping[str, str], source: str) -> None:
     if stored is None:
         return
     try:
-        config = {key.removeprefix(f"{_COMPONENT}."): value for key, value in json.loads(stored).items()}
-        plain = (
+        configs: dict[str, dict[str, Any]] = {}
+        for key, value in json.loads(stored).items():
+            part, name = split_name(key) if key.startswith(tuple(f"{c}." for c in COMPONENTS)) else ("", key)
+            configs.setdefault(part, {})[name] = value
+        plain = all(
             config.get("lora_alpha") == config.get("r")
             and not config.get("use_rslora")
             and not config.get("alpha_pattern")
             and not config.get("rank_pattern")
+            for config in configs.values()
         )
     except (ValueError, AttributeError):
         plain = False
@@ -302,8 +336,9 @@ class Patch:
     """An erasing LoRA: tensors and what they are.
 
     Attributes:
-        tensors: ``unet.<module>.lora_A.weight`` ``[rank, in]`` and ``….lora_B.weight``
+        tensors: ``<component>.<module>.lora_A.weight`` ``[rank, in]`` and ``….lora_B.weight``
             ``[out, rank]`` (convolutions have two more axes), on the CPU, to be applied at scale 1.
+            Components are those of :data:`recare_patch.components.COMPONENTS`.
         metadata: of the run that made it; ``None`` for a LoRA file of other make.
         source: where it was loaded from, for messages.
 
@@ -333,13 +368,19 @@ class Patch:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The layers it changes, by their full names in the denoiser."""
+        """The layers it changes, by their full names: ``unet.mid_block.attentions.0.proj_in``."""
         return tuple(dict.fromkeys(_KEY.fullmatch(key)["module"] for key in self.tensors))  # type: ignore[index]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The networks it changes, in the order of :data:`recare_patch.components.COMPONENTS`."""
+        found = {split_name(module)[0] for module in self.modules}
+        return tuple(part for part in COMPONENTS if part in found)
 
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of each module."""
-        return {m: self.tensors[f"{_COMPONENT}.{m}.lora_A.weight"].shape[0] for m in self.modules}
+        return {m: self.tensors[f"{m}.lora_A.weight"].shape[0] for m in self.modules}
 
     @property
     def parameters(self) -> int:
@@ -353,8 +394,7 @@ class Patch:
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """``A`` and ``B`` of a layer as they are stored; the update of its weight is ``B A``."""
-        stem = f"{_COMPONENT}.{module}"
-        return self.tensors[f"{stem}.lora_A.weight"], self.tensors[f"{stem}.lora_B.weight"]
+        return self.tensors[f"{module}.lora_A.weight"], self.tensors[f"{module}.lora_B.weight"]
 
     def update(self, module: str, device: torch.device | str = "cpu") -> Tensor:
         """What is added to a layer's weight at scale 1: ``B A``, fp32, in the weight's own shape."""
@@ -378,9 +418,14 @@ class Patch:
 
     def as_part(self, scale: float) -> PatchPart:
         """What a stack, or a base that it is merged into, records about it."""
-        concept = self.metadata.concept if self.metadata else None
+        concept, kind = (self.metadata.concept, self.metadata.kind) if self.metadata else (None, None)
         return PatchPart(
-            name=concept or Path(self.source).name, concept=concept, sha256=self.sha256(), scale=scale
+            name=concept or Path(self.source).name,
+            concept=concept,
+            kind=kind,
+            sha256=self.sha256(),
+            scale=scale,
+            care_words=self.metadata.care_words if self.metadata else (),
         )
 
     # ------------------------------------------------------------------ making, reading, writing
@@ -410,14 +455,14 @@ class Patch:
             PatchError: there is no such adapter, or its training has diverged.
         """
         tensors: dict[str, Tensor] = {}
-        for full, layer in tuner_layers(base.denoiser):
+        for full, layer in named_tuner_layers(base.components):
             if adapter_name not in layer.lora_A:
                 continue
             down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-            tensors[f"{_COMPONENT}.{full}.lora_A.weight"] = down.detach().float().cpu().clone()
-            tensors[f"{_COMPONENT}.{full}.lora_B.weight"] = up.detach().float().cpu() * (alpha / rank)
+            tensors[f"{full}.lora_A.weight"] = down.detach().float().cpu().clone()
+            tensors[f"{full}.lora_B.weight"] = up.detach().float().cpu() * (alpha / rank)
         if not tensors:
-            raise PatchError(f"the denoiser holds no adapter named '{adapter_name}'")
+            raise PatchError(f"base '{base.id}' holds no adapter named '{adapter_name}'")
         return cls(tensors, metadata, f"the adapter '{adapter_name}'").to(dtype)
 
     def to(self, dtype: torch.dtype) -> Patch:
@@ -431,7 +476,7 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Read a patch, or any diffusers LoRA file for a UNet.
+        """Read a patch, or any diffusers LoRA file for a UNet, its text encoders, or both.
 
         Args:
             path: the patch's folder, or its safetensors file.
@@ -448,13 +493,7 @@ class Patch:
                 raise PatchError(
                     f"{source} has a tensor '{key}' of type {info.dtype}: {', '.join(_FLOATS)} are read"
                 )
-        from safetensors.torch import load_file
-
-        try:
-            stored = load_file(file)
-        except (SafetensorError, OSError) as fault:
-            raise PatchError(f"cannot read {source}: {str(fault).splitlines()[0]}") from fault
-        tensors = {key: stored[key] for key in header.tensors}
+        tensors = load_tensors(file, header, source)
         metadata = PatchMetadata.from_header(header.metadata, source)
         if metadata is None:
             _check_scale(header.metadata, source)
@@ -482,25 +521,28 @@ class Patch:
     # ------------------------------------------------------------------ applying
 
     def check_base(self, base: Base, *, strict: bool = False) -> bool:
-        """Whether a base model has the very denoiser that the patch was made for.
+        """Whether a base model has the very networks that the patch changes.
 
-        On another one of the same shape, a fine-tune for example, a patch loads and works to a
-        degree that nobody has measured.
+        On others of the same shape, a fine-tune for example, a patch loads and works to a degree that
+        nobody has measured. A patch for a text encoder does not ask for the denoiser it was made with.
 
         Args:
             base: the base model.
-            strict: raise where the denoiser is another.
+            strict: raise where one of the networks is another.
 
         Raises:
             IncompatiblePatchError: the shapes differ, or the weights do and ``strict`` is set.
         """
-        self._check_shapes(base.denoiser, f"base '{base.id}'")
+        self._check_shapes(base.components, f"base '{base.id}'")
         if self.metadata is None:
             return False
-        if base.denoiser_hash() == self.metadata.base_denoiser_sha256:
+        made_for = self.metadata.component_hash
+        others = [part for part in self.components if base.component_hash(part) != made_for(part)]
+        if not others:
             return True
+        what = "denoiser" if others[0] in DENOISERS else in_words(others[0])
         message = (
-            f"patch {self.name} was made for base '{self.metadata.base}', and the denoiser of base "
+            f"patch {self.name} was made for base '{self.metadata.base}', and the {what} of base "
             f"'{base.id}' has other weights"
         )
         if strict:
@@ -508,9 +550,9 @@ class Patch:
         logger.warning("%s: how well it erases there is unknown", message)
         return False
 
-    def _check_shapes(self, denoiser: nn.Module, target: str) -> None:
+    def _check_shapes(self, parts: Mapping[str, nn.Module], target: str) -> None:
         made_for = f", which was made for base '{self.metadata.base}'," if self.metadata else ""
-        found = dict(base_layers(denoiser))
+        found = named_layers(parts)
         missing = [name for name in self.modules if not isinstance(found.get(name), nn.Linear | nn.Conv2d)]
         if missing:
             raise IncompatiblePatchError(
@@ -519,8 +561,8 @@ class Patch:
             )
         for name in self.modules:
             layer = found[name]
-            a = tuple(self.tensors[f"{_COMPONENT}.{name}.lora_A.weight"].shape[1:])
-            b = self.tensors[f"{_COMPONENT}.{name}.lora_B.weight"].shape[0]
+            a = tuple(self.tensors[f"{name}.lora_A.weight"].shape[1:])
+            b = self.tensors[f"{name}.lora_B.weight"].shape[0]
             if isinstance(layer, nn.Linear):
                 takes: tuple[int, ...] = (layer.in_features,)
                 gives = layer.out_features
@@ -539,7 +581,7 @@ class Patch:
         Everything is checked before the pipeline is touched.
 
         Args:
-            pipe: a diffusers pipeline with a UNet of the shape the patch was made for.
+            pipe: a diffusers pipeline with networks of the shapes the patch was made for.
             scale: 1 erases as trained, 0 not at all.
             adapter_name: how the pipeline calls it; made from the concept by default.
 
@@ -547,22 +589,25 @@ class Patch:
             A handle with ``remove()``, usable as a context manager that removes the patch at its end.
 
         Raises:
-            IncompatiblePatchError: the pipeline has no UNet, or one of another shape.
+            IncompatiblePatchError: the pipeline lacks a network that the patch changes, or has one of
+                another shape.
             PatchError: the scale is not finite, or the adapter's name is taken or unusable.
         """
-        denoiser = getattr(pipe, _COMPONENT, None)
-        if not isinstance(denoiser, nn.Module) or not hasattr(pipe, "load_lora_into_unet"):
-            raise IncompatiblePatchError(
-                f"patch {self.name} does not fit a {type(pipe).__name__}: it has no UNet that takes LoRAs"
-            )
+        parts = networks(pipe)
+        for part in self.components:
+            if part not in parts or not hasattr(pipe, _LOADERS[part]):
+                raise IncompatiblePatchError(
+                    f"patch {self.name} does not fit a {type(pipe).__name__}: it has no {in_words(part)} "
+                    "that takes LoRAs"
+                )
         if not math.isfinite(scale):
             raise PatchError(f"the scale of a patch must be a finite number, got {scale}")
-        self._check_shapes(denoiser, f"this {type(pipe).__name__}")
-        name = self._adapter_name(denoiser, adapter_name)
-        return AppliedPatch._load(self, pipe, denoiser, name, scale)
+        self._check_shapes(parts, f"this {type(pipe).__name__}")
+        name = self._adapter_name(parts, adapter_name)
+        return AppliedPatch._load(self, pipe, {part: parts[part] for part in self.components}, name, scale)
 
-    def _adapter_name(self, denoiser: nn.Module, wanted: str | None) -> str:
-        taken = getattr(denoiser, "peft_config", {})
+    def _adapter_name(self, parts: Mapping[str, nn.Module], wanted: str | None) -> str:
+        taken = {name for network in parts.values() for name in getattr(network, "peft_config", {})}
         if wanted is not None:
             if wanted in taken:
                 raise PatchError(f"the pipeline already holds an adapter named '{wanted}'")
@@ -596,64 +641,95 @@ class AppliedPatch:
     pipe: Any
     adapter_name: str
     scale: float = 1.0
-    _denoiser: nn.Module = field(init=False, repr=False)
+    _networks: dict[str, nn.Module] = field(init=False, repr=False)
     _was_off: list[tuple[Any, list[str]]] = field(init=False, repr=False, default_factory=list)
 
     @classmethod
-    def _load(cls, patch: Patch, pipe: Any, denoiser: nn.Module, name: str, scale: float) -> AppliedPatch:
+    def _load(
+        cls, patch: Patch, pipe: Any, parts: dict[str, nn.Module], name: str, scale: float
+    ) -> AppliedPatch:
         applied = cls(patch, pipe, name)
-        applied._denoiser = denoiser
-        before = [
-            (layer, list(layer.active_adapters), bool(layer.disable_adapters))
-            for _, layer in tuner_layers(denoiser)
-        ]
-        with kept_requires_grad(denoiser):
+        applied._networks = parts
+        before = {
+            part: [(layer, list(layer.active_adapters), bool(layer.disable_adapters)) for _, layer in found]
+            for part, network in parts.items()
+            for found in [list(tuner_layers(network))]
+        }
+        with contextlib.ExitStack() as kept:
+            for network in parts.values():
+                kept.enter_context(kept_requires_grad(network))
+                kept.enter_context(_kept_modes(network))
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                    # What load_lora_weights does for the UNet, without its warning that a patch has
-                    # nothing for the text encoder.
-                    pipe.load_lora_into_unet(
-                        dict(patch.tensors),
-                        network_alphas=None,
-                        unet=denoiser,
-                        adapter_name=name,
-                        _pipeline=pipe,
-                        low_cpu_mem_usage=True,
-                    )
+                for part, network in parts.items():
+                    applied._load_part(part, network)
+                    settle_adapter(network, name)
             except Exception as fault:
-                remove_adapter(denoiser, name)
-                _restore(before)
+                for part, network in parts.items():
+                    remove_adapter(network, name)
+                    _restore(before[part])
                 reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
                 raise IncompatiblePatchError(
                     f"patch {patch.name} could not be loaded into this {type(pipe).__name__}: {reason}"
                 ) from fault
-            known = {id(layer): (active, off) for layer, active, off in before}
-            # Every layer lists all active adapters, also those it does not hold: diffusers asks the first.
-            active_elsewhere = next((active for _, active, off in before if not off), [])
-            for _, layer in tuner_layers(denoiser):
-                active, was_off = known.get(id(layer), (active_elsewhere, False))
-                if was_off:
-                    # LoRAs that the user had switched off stay silent while the patch is on.
-                    applied._was_off.append((layer, active))
-                    active = []
-                layer.set_adapter([*active, name], inference_mode=True)
-                if name in layer.lora_A:
-                    layer.enable_adapters(True)
-                    parts = [layer.lora_A[name], layer.lora_B[name]]
-                    for part in parts if id(layer) in known else [layer]:
-                        part.train(layer.get_base_layer().training)
-        for _, layer in tuner_layers(denoiser):
+            for part, network in parts.items():
+                applied._switch_on(network, before[part])
+        for _, layer in named_tuner_layers(parts):
             if name in layer.lora_A:
                 layer.lora_A[name].requires_grad_(False)
                 layer.lora_B[name].requires_grad_(False)
         applied.set_scale(scale)
         return applied
 
+    def _load_part(self, part: str, network: nn.Module) -> None:
+        """What ``load_lora_weights`` does for one network, without its warning that others get nothing."""
+        prefix = f"{part}."
+        tensors = {key: tensor for key, tensor in self.patch.tensors.items() if key.startswith(prefix)}
+        others = [one for name, one in networks(self.pipe).items() if name != part]
+        # diffusers takes a pipeline for offloaded, and offloads it anew, where one of its networks is.
+        alone = hasattr(network, "_hf_hook") and not any(hasattr(one, "_hf_hook") for one in others)
+        common = {
+            "network_alphas": None,
+            "adapter_name": self.adapter_name,
+            "_pipeline": None if alone else self.pipe,
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            if part == UNET:
+                self.pipe.load_lora_into_unet(tensors, unet=network, low_cpu_mem_usage=True, **common)
+                return
+            if part == TRANSFORMER:
+                del common["network_alphas"]
+                self.pipe.load_lora_into_transformer(
+                    tensors, transformer=network, low_cpu_mem_usage=True, **common
+                )
+                return
+            # The text encoder's loader draws a start before it loads: keep the global generator's state.
+            with torch.random.fork_rng(devices=[]):
+                self.pipe.load_lora_into_text_encoder(tensors, text_encoder=network, prefix=part, **common)
+
+    def _switch_on(self, network: nn.Module, before: list[tuple[Any, list[str], bool]]) -> None:
+        """Let the patch be heard beside what is on, and nothing else."""
+        name = self.adapter_name
+        known = {id(layer): (active, off) for layer, active, off in before}
+        # Every layer lists all active adapters, also those it does not hold: diffusers asks the first.
+        active_elsewhere = next((active for _, active, off in before if not off), [])
+        for _, layer in tuner_layers(network):
+            active, was_off = known.get(id(layer), (active_elsewhere, False))
+            if was_off:
+                # LoRAs that the user had switched off stay silent while the patch is on.
+                self._was_off.append((layer, active))
+                active = []
+            layer.set_adapter([*active, name], inference_mode=True)
+            if name in layer.lora_A:
+                layer.enable_adapters(True)
+                parts = [layer.lora_A[name], layer.lora_B[name]]
+                for part in parts if id(layer) in known else [layer]:
+                    part.train(layer.get_base_layer().training)
+
     @property
     def active(self) -> bool:
         """Whether the pipeline still holds the patch."""
-        return any(self.adapter_name in layer.lora_A for _, layer in tuner_layers(self._denoiser))
+        return any(self.adapter_name in layer.lora_A for _, layer in named_tuner_layers(self._networks))
 
     def set_scale(self, scale: float) -> None:
         """Change the patch's strength.
@@ -663,17 +739,18 @@ class AppliedPatch:
         """
         if not math.isfinite(scale):
             raise PatchError(f"the scale of a patch must be a finite number, got {scale}")
-        for _, layer in tuner_layers(self._denoiser):
+        for _, layer in named_tuner_layers(self._networks):
             if self.adapter_name in layer.lora_A:
                 layer.set_scale(self.adapter_name, scale)
         self.scale = scale
 
     def remove(self) -> None:
         """Take the patch out; the pipeline is then what it was. Removing twice does nothing."""
-        remove_adapter(self._denoiser, self.adapter_name)
-        with kept_requires_grad(self._denoiser):
-            present = {id(layer) for _, layer in tuner_layers(self._denoiser)}
-            _restore([(layer, active, True) for layer, active in self._was_off if id(layer) in present])
+        for network in self._networks.values():
+            remove_adapter(network, self.adapter_name)
+            with kept_requires_grad(network):
+                present = {id(layer) for _, layer in tuner_layers(network)}
+                _restore([(layer, active, True) for layer, active in self._was_off if id(layer) in present])
         self._was_off = []
 
     def __enter__(self) -> AppliedPatch:
@@ -683,20 +760,53 @@ class AppliedPatch:
         self.remove()
 
 
+@contextlib.contextmanager
+def _kept_modes(network: nn.Module) -> Iterator[None]:
+    """Loading puts a text encoder into evaluation mode; put each of its modules back as it was."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _restore(before: list[tuple[Any, list[str], bool]]) -> None:
     for layer, active, off in before:
         layer.set_adapter(active)
         layer.enable_adapters(not off)
 
 
+@contextlib.contextmanager
+def apply_all(pipe: Any, patches: Sequence[tuple[Patch, float]]) -> Iterator[tuple[AppliedPatch, ...]]:
+    """Put several patches into a pipeline at once, and take them out at the end.
+
+    Args:
+        pipe: see :meth:`Patch.apply`.
+        patches: patch and scale.
+
+    Raises:
+        PatchError, IncompatiblePatchError: as :func:`check_together`, before the pipeline is touched, and
+            as :meth:`Patch.apply`, with the pipeline as it was.
+    """
+    if patches:
+        check_together(patches)
+    with contextlib.ExitStack() as applied:
+        yield tuple(applied.enter_context(patch.apply(pipe, scale)) for patch, scale in patches)
+
+
 def check_together(patches: Sequence[tuple[Patch, float]]) -> PatchMetadata | None:
     """Refuse patches that cannot be used as one: of different bases or shapes, or with odd scales.
+
+    Only networks that both change are compared: a patch for a text encoder belongs to every base that
+    has this encoder, whatever denoiser it was made with.
 
     Args:
         patches: patch and scale.
 
     Returns:
-        The metadata of the first patch that says what base it was made for; ``None`` if none does.
+        What the patches say of the base they were made for, the first of them for a start; ``None`` if
+        none does.
 
     Raises:
         PatchError: there are none, or a scale is not finite.
@@ -707,7 +817,7 @@ def check_together(patches: Sequence[tuple[Patch, float]]) -> PatchMetadata | No
     for patch, scale in patches:
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
             raise PatchError(f"the scale of patch {patch.name} must be a finite number, got {scale!r}")
-    told: Patch | None = None
+    told: dict[str, Patch] = {}
     shapes: dict[str, tuple[tuple[int, ...], int, Patch]] = {}
     for patch, _ in patches:
         if patch.metadata is None:
@@ -715,17 +825,8 @@ def check_together(patches: Sequence[tuple[Patch, float]]) -> PatchMetadata | No
                 "%s does not say what base it was made for: whether it belongs to these weights is unknown",
                 patch.name,
             )
-        elif told is None:
-            told = patch
-        elif told.metadata is not None and (
-            patch.metadata.base_denoiser_sha256 != told.metadata.base_denoiser_sha256
-        ):
-            same = patch.metadata.base == told.metadata.base
-            raise IncompatiblePatchError(
-                f"patch {told.name} was made for base '{told.metadata.base}' and patch {patch.name} for "
-                + (f"other weights called '{patch.metadata.base}'" if same else f"'{patch.metadata.base}'")
-                + ": patches of one base only can be used as one"
-            )
+        for part in patch.components if patch.metadata is not None else ():
+            _check_same_base(told.setdefault(part, patch), patch, part)
         for module in patch.modules:
             a, b = patch.factors(module)
             known = shapes.setdefault(module, (tuple(a.shape[1:]), b.shape[0], patch))
@@ -735,4 +836,26 @@ def check_together(patches: Sequence[tuple[Patch, float]]) -> PatchMetadata | No
                     f"{_words(known[0])} to {known[1]} in one, and {_words(tuple(a.shape[1:]))} to "
                     f"{b.shape[0]} in the other"
                 )
-    return told.metadata if told is not None else None
+    if not told:
+        return None
+    # Of the patches that change the denoiser where there are any: the others ask for no certain one.
+    found = next((told[part] for part in DENOISERS if part in told), next(iter(told.values()))).metadata
+    assert found is not None
+    encoders = {
+        part: digest
+        for part, patch in told.items()
+        if part not in DENOISERS and patch.metadata and (digest := patch.metadata.component_hash(part))
+    }
+    return found.model_copy(update={"base_text_encoders_sha256": encoders or None})
+
+
+def _check_same_base(one: Patch, other: Patch, part: str) -> None:
+    assert one.metadata is not None and other.metadata is not None
+    if one.metadata.component_hash(part) == other.metadata.component_hash(part):
+        return
+    same = one.metadata.base == other.metadata.base
+    raise IncompatiblePatchError(
+        f"patch {one.name} was made for base '{one.metadata.base}' and patch {other.name} for "
+        + (f"other weights called '{other.metadata.base}'" if same else f"'{other.metadata.base}'")
+        + ": patches of one base only can be used as one"
+    )

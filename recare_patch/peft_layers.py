@@ -49,6 +49,26 @@ def kept_requires_grad(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def settle_adapter(network: nn.Module, name: str) -> None:
+    """Move an adapter to where its network computes, if the network's own weights only visit there.
+
+    accelerate's offloading keeps them elsewhere and brings them for each call; PEFT would leave the
+    adapter where they are kept. A new adapter, which it leaves without values, gets room for them.
+
+    Args:
+        network: with the adapter in it.
+        name: of the adapter.
+    """
+    for _, layer in tuner_layers(network):
+        place = getattr(getattr(layer.get_base_layer(), "_hf_hook", None), "execution_device", None)
+        parts = [layer.lora_A[name], layer.lora_B[name]] if name in layer.lora_A else []
+        for part in parts if place is not None else []:
+            if part.weight.is_meta:
+                part.to_empty(device=place)
+            else:
+                part.to(place)
+
+
 def remove_adapter(module: nn.Module, name: str) -> None:
     """Take an adapter out of a network; layers that hold no other one become plain again.
 

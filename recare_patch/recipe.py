@@ -16,26 +16,32 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from recare_patch.concepts import Concept, same_concept
+from recare_patch.concepts import MAX_LENGTH, Concept, same_concept
 from recare_patch.errors import RecipeError, nearest, unknown_name
 from recare_patch.files import read_safetensors_header
+from recare_patch.method_table import (
+    DENOISER_LAYERS,
+    TEXT_LAYERS,
+    ForgetMeNotOptions,
+    MethodInfo,
+    SGraceOptions,
+    UCEOptions,
+)
+from recare_patch.method_table import METHODS as METHOD_TABLE
 from recare_patch.settings import Settings, one_of, yaml_mapping
 
-METHODS = ("recare", "esd")
-LAYER_SETS = (
-    "cross-attention",
-    "cross-attention-kv",
-    "self-attention",
-    "attention",
-    "outside-cross-attention",
-    "all",
-)
+METHODS = tuple(METHOD_TABLE)
+LAYER_SETS = (*DENOISER_LAYERS, *TEXT_LAYERS)
+TEXT_LAYER_SETS = TEXT_LAYERS
+"""Those of :data:`LAYER_SETS` that lie in the text encoders, not in the denoiser."""
+
 OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "constant")
 STATES = ("target-images", "shared-rollout", "rollout")
 PRECISIONS = ("fp32", "bf16", "fp16")
+BASE_WEIGHTS = ("full", "int8", "nf4")
 
 METADATA_KEY = "recare_patch.recipe"
 """The header entry of a patch's safetensors file that holds its recipe."""
@@ -125,6 +131,30 @@ class SearchOptions(Settings):
     vectors: Annotated[int, Field(ge=1, le=16)] = 1
 
 
+class AdversaryOptions(Settings):
+    """Names that are sought in the model while it is erased, and erased at once; ReCARE reads them.
+
+    They cost ``steps * batch_size`` states with gradient a step, and as many erased states more.
+
+    Attributes:
+        count: adversaries at a time; 0 is the published method.
+        vectors: word vectors of an adversary; a quarter of them have one.
+        steps: of textual inversion before each training step.
+        life: after how many of its steps an adversary starts anew.
+        batch_size: states a step of the inversion.
+        learning_rate: of the inversion.
+        weight: of the adversaries' part of the loss, the concept's own names having 1.
+    """
+
+    count: Annotated[int, Field(ge=0, le=100)] = 0
+    vectors: Annotated[int, Field(ge=1, le=16)] = 4
+    steps: Annotated[int, Field(ge=1, le=100)] = 2
+    life: Count = 300
+    batch_size: Count = 8
+    learning_rate: Rate = 2.0e-2
+    weight: Scale = 1.0
+
+
 class EraseOptions(Settings):
     """The training that makes the patch.
 
@@ -166,18 +196,75 @@ class EraseOptions(Settings):
     eta: Scale = 1.0
 
 
+def _resolution(given: Any) -> Any:
+    if not isinstance(given, str) or not re.fullmatch(r"[1-9]\d{1,4}x[1-9]\d{1,4}", given.strip().lower()):
+        raise ValueError(f"'{given}' is no size of pictures: write WIDTHxHEIGHT in pixels, such as 768x512")
+    return given.strip().lower()
+
+
+class MemoryOptions(Settings):
+    """Levers that make a run fit a smaller device; by default all are off.
+
+    Attributes:
+        weights: how the denoiser's linear layers are kept, a name of :data:`BASE_WEIGHTS`: as loaded, or
+            quantized by bitsandbytes.
+        encoders_off_device: the text encoders are on the device only while they encode; embeddings are
+            kept.
+        vae_off_device: the autoencoder is on the device only while it works.
+        vae_tiling: it works on one picture at a time, and in tiles.
+        checkpointing: the denoiser forgets its blocks' activations and computes them again.
+        micro_batch: at most this many samples go through the denoiser at once; what a step learns is the
+            same. None: a step's whole batch.
+        offload: the denoiser's layers wait in the host's memory, and each comes to the device to compute.
+        resolution: ``WIDTHxHEIGHT`` of the pictures in pixels; None: what the base was trained on.
+    """
+
+    weights: Annotated[str, BeforeValidator(one_of("form of base weights", BASE_WEIGHTS))] = "full"
+    encoders_off_device: bool = False
+    vae_off_device: bool = False
+    vae_tiling: bool = False
+    checkpointing: bool = False
+    micro_batch: Count | None = None
+    offload: bool = False
+    resolution: Annotated[str, BeforeValidator(_resolution)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> MemoryOptions:
+        if self.offload and self.weights != "full":
+            raise ValueError(f"offload does not go with {self.weights} weights: choose one")
+        if self.offload and not self.checkpointing:
+            # Otherwise every layer's weights stay on the device until the backward pass.
+            raise ValueError("offload needs checkpointing: true")
+        return self
+
+    def in_words(self) -> str:
+        """The levers that are set, for messages."""
+        found = self.model_dump(exclude_defaults=True)
+        return (
+            ", ".join(
+                key.replace("_", " ") + ("" if value is True else f" {value}") for key, value in found.items()
+            )
+            or "no lever"
+        )
+
+
 class Recipe(Settings):
     """One erasure from end to end.
 
     Attributes:
         version: of this format.
         concept: what is erased.
+        also: more concepts that the same patch erases.
+        replace_with: what the concept's prompts show instead, such as "cat"; None: nothing in particular.
+        subject: the concept is an attribute, and only what shows this subject loses it: stars from Van Gogh.
+        continue_from: a patch whose training is gone on with, so that what it erased stays erased; None: a
+            new one.
         base: "atelier" (bundled), a pipeline folder or a hub id.
         clip: a CLIP folder or hub id; None: the one that fits the base.
         method: a name of :data:`METHODS`.
         seed: every random draw follows from it.
         precision: in which the base computes; the adapter is always fp32.
-        adapter, target_images, care_set, search, erase: options of each part.
+        adapter, target_images, care_set, search, erase, adversary, memory: options of each part.
         notes: for the reader; no effect.
 
     Raises:
@@ -188,6 +275,10 @@ class Recipe(Settings):
 
     version: Literal[1] = 1
     concept: Concept
+    also: tuple[Concept, ...] = ()
+    replace_with: Annotated[str, Field(min_length=1, max_length=MAX_LENGTH)] | None = None
+    subject: Concept | None = None
+    continue_from: Annotated[str, Field(min_length=1)] | None = None
     base: Annotated[str, Field(min_length=1)] = "atelier"
     clip: Annotated[str, Field(min_length=1)] | None = None
     method: Annotated[str, BeforeValidator(one_of("method", METHODS))] = "recare"
@@ -200,11 +291,94 @@ class Recipe(Settings):
     care_set: CareSetOptions = CareSetOptions()
     search: SearchOptions = SearchOptions()
     erase: EraseOptions = EraseOptions()
+    adversary: AdversaryOptions = AdversaryOptions()
+    memory: MemoryOptions = MemoryOptions()
+    s_grace: SGraceOptions = SGraceOptions()
+    forget_me_not: ForgetMeNotOptions = ForgetMeNotOptions()
+    uce: UCEOptions = UCEOptions()
     notes: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_method_defaults(cls, data: Any) -> Any:
+        """What a recipe leaves unsaid has its method's default, where the method has one of its own."""
+        method = data.get("method") if isinstance(data, dict) else None
+        info = METHOD_TABLE.get(method.strip().casefold()) if isinstance(method, str) else None
+        if info is None:
+            return data
+        filled = dict(data)
+        for key, value in info.defaults.items():
+            section, _, name = key.partition(".")
+            given = filled.get(section, {})
+            if isinstance(given, Settings):
+                given = given.model_dump(exclude_unset=True)
+            if isinstance(given, Mapping) and name not in given:
+                filled[section] = {**given, name: value}
+        return filled
+
+    @model_validator(mode="after")
+    def _fits_its_method(self) -> Recipe:
+        info, quoted = self.method_info, f"method '{self.method}'"
+        if self.adapter.layers not in info.layers:
+            raise ValueError(
+                f"{quoted} trains {' or '.join(info.layers)}: adapter.layers cannot be {self.adapter.layers}"
+            )
+        for name, other in METHOD_TABLE.items():
+            section = other.options
+            if (
+                section
+                and section != info.options
+                and getattr(self, section) != type(getattr(self, section))()
+            ):
+                raise ValueError(
+                    f"the section {section} is that of method '{name}', and {quoted} has no use for it"
+                )
+        if self.replace_with is not None and self.subject is not None:
+            raise ValueError(
+                "replace_with and subject do not go together: a concept is replaced or taken out"
+            )
+        for key, value, can in (
+            ("replace_with", self.replace_with, info.replaces),
+            ("subject", self.subject, info.separates),
+            ("continue_from", self.continue_from, info.continues),
+        ):
+            if value is not None and not can:
+                able = [n for n, one in METHOD_TABLE.items() if getattr(one, _ABILITIES[key])]
+                raise ValueError(f"{quoted} cannot {_WHAT[key]}: {', '.join(able)} can")
+        if self.also and (self.replace_with is not None or self.subject is not None):
+            raise ValueError(
+                "also, and replace_with or subject, do not go together: write a recipe for each concept"
+            )
+        names = [self.concept, *self.also]
+        for k, one in enumerate(names):
+            if any(same_concept(one, other) for other in names[:k]):
+                raise ValueError(f"the concept '{one}' is there twice")
+        return self
+
+    @property
+    def method_info(self) -> MethodInfo:
+        """What is known of its method."""
+        return METHOD_TABLE[self.method]
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """All that its patch erases, the first one first."""
+        return (self.concept, *self.also)
+
+    @property
+    def title(self) -> str:
+        """What its patch erases, in words: "Van Gogh", "tench + cat", "stars from Van Gogh"."""
+        text = " + ".join(one.text for one in self.concepts)
+        return f"{text} from {self.subject.text}" if self.subject is not None else text
+
+    def _foreign_sections(self) -> set[str]:
+        own = self.method_info.options
+        return {one.options for one in METHOD_TABLE.values() if one.options and one.options != own}
+
     def to_yaml(self) -> str:
-        """The whole recipe, defaults included, as YAML."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+        """The whole recipe, defaults included, as YAML; sections of other methods are left out."""
+        told = self.model_dump(mode="json", exclude=self._foreign_sections())
+        return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100)
 
     @classmethod
     def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
@@ -229,7 +403,20 @@ class Recipe(Settings):
     @property
     def hash(self) -> str:
         """SHA-256 of all that decides the result: two recipes with one hash make the same patch."""
-        canonical = json.dumps(self.model_dump(mode="json", exclude={"notes"}), sort_keys=True)
+        asides = {"notes", "adversary", "memory", *self._foreign_sections()}
+        # Unset, these decide nothing; recipes from before they were there keep their hash.
+        asides |= {
+            key for key in ("also", "replace_with", "subject", "continue_from") if not getattr(self, key)
+        }
+        deciding = self.model_dump(mode="json", exclude=asides)
+        if self.adversary.count:
+            deciding["adversary"] = self.adversary.model_dump(mode="json")
+        # Most levers change where and when something is computed, not what.
+        if levers := self.memory.model_dump(
+            mode="json", include={"weights", "vae_tiling", "resolution"}, exclude_defaults=True
+        ):
+            deciding["memory"] = levers
+        canonical = json.dumps(deciding, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
@@ -256,6 +443,7 @@ class Recipe(Settings):
                 place[last] = {**place[last], **value}
             else:
                 place[last] = value
+        self._leave_defaults(data, overrides)
         try:
             changed = type(self)(**data)
         except RecipeError as found:
@@ -263,6 +451,27 @@ class Recipe(Settings):
         if faults:
             raise RecipeError(f"recipe: {'; '.join(faults)}", faults)
         return changed
+
+    def _leave_defaults(self, data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+        """Where the method changes, take out what was the old one's default: the new one has its own."""
+        new, old = METHOD_TABLE.get(str(data["method"]).strip().casefold()), self.method_info
+        if new is None or new is old:
+            return
+        for key in dict.fromkeys((*old.defaults, *new.defaults)):
+            section, _, name = key.partition(".")
+            if key in overrides or name in overrides.get(section, {}):
+                continue
+            plain = getattr(type(self).model_fields[section].default, name)
+            if data[section][name] == old.defaults.get(key, plain):
+                del data[section][name]
+
+
+_ABILITIES = {"replace_with": "replaces", "subject": "separates", "continue_from": "continues"}
+_WHAT = {
+    "replace_with": "put something in the concept's place",
+    "subject": "take an attribute out of a subject",
+    "continue_from": "go on from an earlier patch",
+}
 
 
 def _dotted(model: type[Settings]) -> Iterator[str]:
@@ -276,6 +485,32 @@ def _dotted(model: type[Settings]) -> Iterator[str]:
 
 KEYS: tuple[str, ...] = tuple(_dotted(Recipe))
 """Every key of a recipe, dotted: "erase.steps"."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Against learnt names of several vectors: adversaries in the loop, and layers enough to lose the concept
+    # itself and not its names alone. About six times the evaluations and ten times the size.
+    "robust": {
+        "adapter.layers": "all",
+        "erase.steps": 600,
+        "adversary.count": 2,
+        "adversary.weight": 2.0,
+    },
+}
+"""Name → recipe keys that belong together, see ``docs/erasure.md``."""
+
+
+def preset_overrides(name: str | None) -> dict[str, Any]:
+    """The keys that a preset sets; none where there is no name.
+
+    Raises:
+        UnknownNameError: with the nearest name.
+    """
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return dict(PRESETS[name])
 
 
 # ------------------------------------------------------------------------ bundled recipes

@@ -115,11 +115,12 @@ def yaml_mapping(text: str, *, source: str, noun: str, error: type[RecarePatchEr
         error: what is raised.
 
     Raises:
-        RecarePatchError: ``error``, for text that is no YAML, has a key twice, or is no mapping.
+        RecarePatchError: ``error``, for text that is no YAML, has a key twice or an alias, or is no
+            mapping.
     """
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError) as fault:
+        data = load_yaml(text)
+    except yaml.YAMLError as fault:
         what = " ".join(str(getattr(fault, "problem", None) or fault).split())
         mark = getattr(fault, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
@@ -129,8 +130,31 @@ def yaml_mapping(text: str, *, source: str, noun: str, error: type[RecarePatchEr
     return data
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML in which a key written twice is a fault: silently, the last one would win."""
+def load_yaml(text: str) -> Any:
+    """Read YAML of plain data from anywhere.
+
+    Raises:
+        yaml.YAMLError: it is not readable, has a key twice or an alias, or is nested too deeply.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    # What PyYAML's own conversions raise on a tag that does not fit its value ("!!int x", "2020-02-30").
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as fault:
+        raise yaml.YAMLError(" ".join(str(fault).split())[:200] or type(fault).__name__) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML in which two things are faults.
+
+    A key written twice: silently, the last one would win. And an alias: a few lines of them, each
+    twice the one before, stand for more data than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read", mark)
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call, no-any-return]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []

@@ -65,8 +65,8 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
     return lines
 
 
-def _blurred(image: Image.Image) -> Image.Image:
-    """Too coarse to recognise a body in, fine enough to see colours and composition."""
+def blurred(image: Image.Image) -> Image.Image:
+    """A picture too coarse to recognise a body in, fine enough to see colours and composition."""
     small = image.resize((8, 8), Image.Resampling.BOX)
     big = small.resize(image.size, Image.Resampling.BICUBIC)
     return big.filter(ImageFilter.GaussianBlur(max(image.size) / 24))
@@ -76,7 +76,7 @@ def _fitted(image: Image.Image, blur: bool) -> Image.Image:
     """A picture at sheet size: whole-number enlargement keeps small pixels sharp, reduction is smooth."""
     image = image.convert("RGB")
     if blur:
-        image = _blurred(image)
+        image = blurred(image)
     side = max(image.size)
     if side < _CELL:
         times = -(-_CELL // side)

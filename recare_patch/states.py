@@ -91,7 +91,9 @@ class RolloutStates:
         scheduler.set_timesteps(self.steps)
         rows = len(which)
         latents = torch.randn((rows, *self.shape), generator=generator).to(base.device, base.dtype)
-        latents = latents * scheduler.init_noise_sigma
+        # Schedulers of flow matching start from plain noise, and scale nothing.
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        scaled = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
         prompts = type(self.erased).cat([self.empty.repeat(rows), self.erased[which]])
         found = []
         for number, timestep in enumerate(scheduler.timesteps[: max(stops) + 1]):
@@ -101,7 +103,7 @@ class RolloutStates:
             if number == max(stops):
                 break
             pred = base.denoise(
-                scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1), times.repeat(2), prompts
+                scaled(latents, timestep).repeat(2, 1, 1, 1), times.repeat(2), prompts
             )
             uncond, cond = pred.chunk(2)
             latents = scheduler.step(

@@ -2,7 +2,8 @@
 
 Notation: ``ᾱ_t`` is ``alphas_cumprod[t]``, ``z_0`` a clean latent, ``ε`` unit noise and
 ``z_t = √ᾱ_t z_0 + √(1−ᾱ_t) ε`` (Ho et al., arXiv 2006.11239, equation 4). A velocity is
-``v = √ᾱ_t ε − √(1−ᾱ_t) z_0`` (Salimans and Ho, arXiv 2202.00512, appendix D).
+``v = √ᾱ_t ε − √(1−ᾱ_t) z_0`` (Salimans and Ho, arXiv 2202.00512, appendix D). Flow matching goes
+straight from the picture to the noise instead: ``z_σ = (1−σ) z_0 + σ ε`` (Liu et al., arXiv 2209.03003).
 """
 
 from __future__ import annotations
@@ -116,3 +117,20 @@ def training_target(
     if prediction_type == "v_prediction":
         return to_velocity(clean, noise, timesteps, alphas_cumprod)
     raise unknown_name("prediction type", prediction_type, PREDICTION_TYPES)
+
+
+def add_flow_noise(clean: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """``z_σ`` on the straight line from ``z_0`` to ``ε`` (arXiv 2209.03003, equation 1).
+
+    Args:
+        clean: ``z_0``, ``[batch, channels, height, width]``.
+        noise: ``ε``, same shape.
+        sigmas: how far along, 0 … 1, ``[batch]``.
+    """
+    share = sigmas.to(clean).view(-1, *(1,) * (clean.ndim - 1))
+    return (1 - share) * clean + share * noise.to(clean)
+
+
+def flow_velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """The velocity ``ε − z_0`` along that line, the same at every point of it."""
+    return noise.to(clean) - clean

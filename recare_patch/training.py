@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from recare_patch.errors import ResumeError
 from recare_patch.files import write_tensors
+from recare_patch.parallel import Crew
 from recare_patch.progress import Progress
 from recare_patch.registry import Registry
 
@@ -48,6 +49,9 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
+_CARRIED = "carried."
+
+
 @dataclass
 class Fitted:
     """What a finished loop leaves behind.
@@ -59,6 +63,18 @@ class Fitted:
 
     losses: list[float] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Carried(Protocol):
+    """What changes beside the parameters while a loop runs, and must go on where it stopped."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All of it, as tensors on the CPU."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned."""
+        ...
 
 
 class Checkpoint:
@@ -74,9 +90,10 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         losses: list[float],
         extra: Mapping[str, Any],
+        carried: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write the loop's state after ``step`` steps; the file is replaced in one rename."""
-        tensors: dict[str, Tensor] = {}
+        tensors = {f"{_CARRIED}{key}": value.contiguous() for key, value in (carried or {}).items()}
         scalars: dict[str, Any] = {}
         for index, parameter in enumerate(parameters):
             tensors[f"parameter.{index}"] = parameter.detach().cpu().contiguous()
@@ -89,7 +106,10 @@ class Checkpoint:
         write_tensors(self.path, tensors, {"loop": json.dumps(note)})
 
     def load(
-        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        carried: Carried | None = None,
     ) -> tuple[int, list[float], dict[str, Any]] | None:
         """Restore what :meth:`save` wrote, or return ``None`` where there is nothing yet.
 
@@ -126,6 +146,10 @@ class Checkpoint:
                     if int(owner) == index:
                         state[name] = scalar
                 optimizer.state[parameter] = state
+        if carried is not None:
+            carried.load_state(
+                {key.removeprefix(_CARRIED): one for key, one in tensors.items() if key.startswith(_CARRIED)}
+            )
         return int(note["step"]), list(note["losses"]), dict(note["extra"])
 
 
@@ -152,6 +176,8 @@ def fit(
     extra: Callable[[], Mapping[str, Any]] = dict,
     restore_extra: Callable[[dict[str, Any]], None] | None = None,
     progress: Progress | None = None,
+    crew: Crew | None = None,
+    carried: Carried | None = None,
 ) -> Fitted:
     """Minimise a loss over ``parameters``.
 
@@ -169,6 +195,9 @@ def fit(
         save_every: steps between checkpoints.
         extra, restore_extra: JSON values to carry across a resume.
         progress: told after every step.
+        crew: processes that train together, each of which calls this; their gradients are averaged, and
+            the first of them writes.
+        carried: what else must go on where it stopped.
 
     Raises:
         ResumeError: if the checkpoint does not fit.
@@ -179,7 +208,7 @@ def fit(
     optimiser: torch.optim.Optimizer = make(list(parameters), learning_rate)
     start = 0
     losses: list[float] = []
-    if checkpoint is not None and (found := checkpoint.load(parameters, optimiser)):
+    if checkpoint is not None and (found := checkpoint.load(parameters, optimiser, carried)):
         start, losses, kept = found
         if restore_extra:
             restore_extra(kept)
@@ -190,12 +219,19 @@ def fit(
         if not torch.isfinite(loss):
             raise FloatingPointError(f"{stage}: the loss is {loss.item()} at step {step}")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss.requires_grad:
+            # Else all of this process's share is others'.
+            loss.backward()
+        if crew is not None:
+            crew.mean_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimiser.step()
         losses.append(round(loss.item(), 6))
         if progress:
             progress.update(stage, step + 1, steps, f"loss {losses[-1]:.4f}")
         if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-            checkpoint.save(step + 1, parameters, optimiser, losses, extra())
+            note = extra()
+            if crew is None or crew.main:
+                state = carried.state() if carried is not None else None
+                checkpoint.save(step + 1, parameters, optimiser, losses, note, state)
     return Fitted(losses, dict(extra()))

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recare_patch import publishing
 from recare_patch.base_models import BaseModel, load_base
-from recare_patch.errors import EvidenceError, PatchError, RecarePatchError
+from recare_patch.composing import STACK_NAME
+from recare_patch.errors import EvidenceError, PatchError, RecarePatchError, unknown_name
 from recare_patch.evaluation.attacks.storage import load_about, load_attack
 from recare_patch.evaluation.evidence import (
     EVIDENCE_NAME,
@@ -29,11 +32,14 @@ from recare_patch.evaluation.evidence import (
     show_value,
 )
 from recare_patch.evaluation.intervals import wilson_interval
+from recare_patch.evaluation.subjects import concepts_of, folder_of, subject_of
 from recare_patch.evaluation.suites import Suite, list_suites, load_suite
 from recare_patch.files import file_sha256
-from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.formats import from_any, output_name
+from recare_patch.patch import Patch, PatchMetadata, PatchPart
 from recare_patch.progress import Progress
 from recare_patch.recipe import WEIGHTS_NAME
+from recare_patch.settings import yaml_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +74,8 @@ class Verification:
 
     Attributes:
         findings: in their order.
-        measured: the figures as measured again; None where they were not.
+        measured: the figures as measured again; None where they were not, and for a stack, whose
+            concepts are measured each on its own.
     """
 
     findings: tuple[Finding, ...]
@@ -118,6 +125,7 @@ def verify(
     patch: str | Path,
     base: str | Path | None = None,
     *,
+    concept: str | None = None,
     figures: Sequence[str] = ("all",),
     pictures: int | None = None,
     tolerance: float = TOLERANCE,
@@ -139,6 +147,7 @@ def verify(
     Args:
         patch: its folder, or its safetensors file.
         base: the base model; by default the one that it was made for.
+        concept: one of the concepts that a stack erases; all of them by default, each by its own evidence.
         figures: names of figures; "all" of them and the attacks, or "none" for integrity alone.
         pictures: pictures a figure, instead of the recorded number.
         tolerance: of figures without an interval, relative.
@@ -155,46 +164,158 @@ def verify(
         PatchError: there is no patch.
         BaseModelError: the base cannot be loaded.
         UnknownNameError: the evidence has no such figure.
-        EvaluationError: what measured it is not here, such as a detector's package.
+        EvaluationError: what measured it is not here, such as a detector's package; or the patch erases
+            no such concept.
     """
-    file = _weights_file(Path(patch).expanduser())
-    folder = file.parent
-    findings, loaded = _check_weights(file)
-    evidence, read = _read_evidence(folder)
-    findings += read
-    findings += _check_records(file, evidence)
-    if loaded is not None and loaded.metadata is not None:
-        findings += _check_folder(folder, loaded.metadata, evidence)
-    findings += _check_card(folder, evidence)
-    findings += _check_attacks(folder, evidence)
-    plan = Plan(
-        folder,
-        _wanted(evidence, figures),
-        attacks=evidence is not None and bool(evidence.attacks) and _asks_for(figures, "all"),
-        pictures=pictures,
-        clip=clip,
-        cache=cache,
-        device=device,
-        progress=progress,
-    )
-    if loaded is None or loaded.metadata is None or any(one.holds is False for one in findings):
-        if plan.figures or plan.attacks:
+    sound = check_integrity(patch, concept)
+    loaded = sound.patch
+    metadata = loaded.metadata if loaded is not None else None
+    findings = list(sound.findings)
+    for record in sound.records:
+        findings += record.named(_check_attacks(record.folder, record.evidence))
+    wanted = _wanted([one.evidence for one in sound.records if one.evidence is not None], figures)
+    plans = [
+        Plan(
+            record.folder,
+            wanted.get(id(record.evidence), ()),
+            attacks=record.evidence is not None
+            and bool(record.evidence.attacks)
+            and _asks_for(figures, "all"),
+            pictures=pictures,
+            clip=clip,
+            cache=cache,
+            device=device,
+            progress=progress,
+        )
+        for record in sound.records
+    ]
+    if loaded is None or metadata is None or any(one.holds is False for one in findings):
+        if any(plan.figures or plan.attacks for plan in plans):
             told = "not measured again, since the patch or its records do not hold"
             findings.append(Finding("figures", None, told))
         return Verification(tuple(findings))
-    model, told_of_base = _check_base(loaded, loaded.metadata, evidence, base, device)
-    findings += told_of_base
+    measured = None
+    for record, plan in zip(sound.records, plans, strict=True):
+        found, measured = _verify_figures(loaded, metadata, record, plan, base, tolerance, measure)
+        findings += record.named(found)
+    return Verification(tuple(findings), None if metadata.parts else measured)
+
+
+def _verify_figures(
+    patch: Patch,
+    metadata: PatchMetadata,
+    record: Record,
+    plan: Plan,
+    base: str | Path | None,
+    tolerance: float,
+    measure: Measure | None,
+) -> tuple[list[Finding], Evidence | None]:
+    """Whether the base, the suite and the figures are those that the evidence tells of."""
+    evidence = record.evidence
+    model, findings = _check_base(patch, metadata, evidence, base, plan.device)
     if evidence is None or not (plan.figures or plan.attacks):
-        return Verification(tuple(findings))
+        return findings, None
     findings += _check_suite(evidence)
     if any(one.holds is False for one in findings):
-        return Verification(tuple(findings))
-    measured = (measure or _measure_again)(evidence, loaded, model, plan)
+        return findings, None
+    measured = (measure or _measure_again)(evidence, patch, model, plan)
     findings += compare(evidence, measured, plan.figures, tolerance=tolerance)
     left = [one.name for one in evidence.figures if one.name not in plan.figures]
     if left:
         findings.append(Finding("figures", None, f"{len(left)} were not asked for: {', '.join(left)}"))
-    return Verification(tuple(findings), measured)
+    return findings, measured
+
+
+@dataclass(frozen=True)
+class Record:
+    """The evidence on one concept.
+
+    Attributes:
+        folder: where it lies.
+        concept: which of a stack's concepts; None for a patch that is no stack.
+        evidence: None where there is none, or none that can be read.
+        findings: from reading it.
+    """
+
+    folder: Path
+    concept: str | None
+    evidence: Evidence | None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What messages call its file."""
+        return EVIDENCE_NAME if self.concept is None else f"{self.folder.name}/{EVIDENCE_NAME}"
+
+    def named(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Findings that say which of a stack's concepts they are about."""
+        if self.concept is None:
+            return list(findings)
+        return [replace(one, about=f"{self.concept}: {one.about}") for one in findings]
+
+
+@dataclass(frozen=True)
+class Integrity:
+    """Whether the files of a patch agree with each other.
+
+    Attributes:
+        folder: they lie in it.
+        findings: what was looked at.
+        patch: as loaded; None where its weights cannot be.
+        records: the evidence; several for a stack, one for each of its concepts.
+    """
+
+    folder: Path
+    findings: tuple[Finding, ...]
+    patch: Patch | None
+    records: tuple[Record, ...]
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """What lies beside the weights; a stack's lies in folders of its concepts."""
+        return self.records[0].evidence if [one.concept for one in self.records] == [None] else None
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        """What does not hold."""
+        return tuple(one for one in self.findings if one.holds is False)
+
+
+def check_integrity(patch: str | Path, concept: str | None = None) -> Integrity:
+    """Hold the files of a patch against each other; nothing outside of its folder is read, nothing measured.
+
+    Args:
+        patch: its folder, or its safetensors file.
+        concept: one of the concepts that a stack erases; all of them by default.
+
+    Returns:
+        The findings on weights, evidence, hash, records and card. A damaged or altered patch is a finding,
+        not an error.
+
+    Raises:
+        PatchError: there is no patch.
+        EvaluationError: the patch erases no such concept.
+    """
+    file = _weights_file(Path(patch).expanduser())
+    folder = file.parent
+    findings, loaded = _check_weights(file)
+    metadata = loaded.metadata if loaded is not None else None
+    stacked = metadata is not None and metadata.parts is not None
+    if loaded is None or not stacked:
+        if loaded is not None and concept is not None:
+            subject_of(loaded, concept)
+        records = [_read_evidence(folder)]
+    else:
+        chosen = concepts_of(loaded) if concept is None else (subject_of(loaded, concept).concept.text,)
+        records = [_read_evidence(folder_of(loaded, folder, one), one) for one in chosen]
+    for record in records:
+        findings += record.named(record.findings)
+    findings += _check_records(file, records, stacked)
+    if loaded is not None and metadata is not None:
+        findings += _check_folder(folder, metadata, records)
+        findings += _check_other_file(folder, loaded)
+    findings += _check_card(folder, None if stacked else records[0].evidence)
+    return Integrity(folder, tuple(findings), loaded, tuple(records))
 
 
 def _weights_file(path: Path) -> Path:
@@ -210,12 +331,25 @@ def _asks_for(figures: Sequence[str], word: str) -> bool:
     return word in [name.strip().casefold() for name in figures]
 
 
-def _wanted(evidence: Evidence | None, figures: Sequence[str]) -> tuple[str, ...]:
-    if evidence is None or _asks_for(figures, "none"):
-        return ()
+def _wanted(records: Sequence[Evidence], figures: Sequence[str]) -> dict[int, tuple[str, ...]]:
+    """The names of the figures to measure again, by the identity of the evidence.
+
+    Raises:
+        UnknownNameError: no evidence has a figure of a name.
+    """
+    if _asks_for(figures, "none"):
+        return {}
     if _asks_for(figures, "all"):
-        return tuple(one.name for one in evidence.figures)
-    return evidence.check_names(figures)
+        return {id(one): tuple(figure.name for figure in one.figures) for one in records}
+    asked = {name.strip().casefold() for name in figures}
+    known = dict.fromkeys(figure.name for one in records for figure in one.figures)
+    for name in figures if records else ():
+        if name.strip().casefold() not in map(str.casefold, known):
+            raise unknown_name("figure", name, known)
+    return {
+        id(one): tuple(figure.name for figure in one.figures if figure.name.casefold() in asked)
+        for one in records
+    }
 
 
 # ---------------------------------------------------------------------- integrity
@@ -228,8 +362,9 @@ def _check_weights(file: Path) -> tuple[list[Finding], Patch | None]:
         if patch.metadata is None:
             told = "carries no record of its making: it is not recare-patch's, or its header was stripped"
             return [Finding(about, False, f"{file.name} {told}")], patch
-        # A recipe that cannot be read, in a sound header, has been altered.
-        assert patch.metadata.parsed_recipe
+        if patch.metadata.recipe is not None:
+            # A recipe that cannot be read, in a sound header, has been altered.
+            assert patch.metadata.parsed_recipe
     except RecarePatchError as fault:
         return [Finding(about, False, str(fault))], None
     size = file.stat().st_size
@@ -237,51 +372,57 @@ def _check_weights(file: Path) -> tuple[list[Finding], Patch | None]:
     return [Finding(about, True, told)], patch
 
 
-def _read_evidence(folder: Path) -> tuple[Evidence | None, list[Finding]]:
+def _read_evidence(folder: Path, concept: str | None = None) -> Record:
+    def record(evidence: Evidence | None, holds: bool | None, told: str) -> Record:
+        return Record(folder, concept, evidence, (Finding("evidence", holds, told),))
+
     if not (folder / EVIDENCE_NAME).exists():
-        told = f"there is no {EVIDENCE_NAME}; recare-patch evaluate makes it"
-        return None, [Finding("evidence", None, told)]
+        return record(None, None, f"there is no {EVIDENCE_NAME}; recare-patch evaluate makes it")
     try:
         found = Evidence.load(folder / EVIDENCE_NAME)
     except EvidenceError as fault:
-        return None, [Finding("evidence", False, str(fault))]
+        return record(None, False, str(fault))
     held = {"figure": found.figures, "attack": found.attacks, "check": found.checks}
     told = ", ".join(f"{len(some)} {name}{'' if len(some) == 1 else 's'}" for name, some in held.items())
-    return found, [Finding("evidence", True, f"{told}, of {found.created[:10]}")]
+    return record(found, True, f"{told}, of {found.created[:10]}")
 
 
-def _check_records(file: Path, evidence: Evidence | None) -> list[Finding]:
+def _check_records(file: Path, records: Sequence[Record], stacked: bool) -> list[Finding]:
     """The weights' hash, as it is and as it was written down."""
     about, now = "hash", file_sha256(file)
+    name, key = (STACK_NAME, "sha256") if stacked else (_TRAINING, "patch_sha256")
     recorded: dict[str, str] = {}
-    training = file.parent / _TRAINING
-    if training.exists():
+    if (file.parent / name).exists():
         try:
-            found = json.loads(training.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
+            text = (file.parent / name).read_text(encoding="utf-8")
+            if stacked:
+                found: Any = yaml_mapping(text, source=name, noun="stack", error=PatchError)
+            elif not isinstance(found := json.loads(text), dict):
                 raise ValueError("no mapping")
-        except (ValueError, OSError, RecursionError):
-            return [Finding(about, False, f"{_TRAINING} is not readable as JSON")]
-        if "patch_sha256" in found:
-            recorded[_TRAINING] = str(found["patch_sha256"])
-    if evidence is not None:
-        recorded[EVIDENCE_NAME] = evidence.patch_sha256
+        except (ValueError, OSError, RecursionError, PatchError):
+            return [Finding(about, False, f"{name} is not readable as {'YAML' if stacked else 'JSON'}")]
+        if key in found:
+            recorded[name] = str(found[key])
+    recorded |= {one.name: one.evidence.patch_sha256 for one in records if one.evidence is not None}
     wrong = [name for name, value in recorded.items() if value != now]
     if wrong:
         told = f"the weights have SHA-256 {now[:12]}…, and {wrong[0]} records {recorded[wrong[0]][:12]}…"
         return [Finding(about, False, told)]
     if not recorded:
-        told = f"neither {_TRAINING} nor {EVIDENCE_NAME} records the weights' SHA-256, which is {now}"
-        return [Finding(about, False, told)]
+        told = f"neither {name} nor {EVIDENCE_NAME} records the weights' SHA-256, which is {now}"
+        return [Finding(about, None if stacked else False, told)]
     return [Finding(about, True, f"{now[:12]}…, as recorded in {' and '.join(recorded)}")]
 
 
-def _check_folder(folder: Path, metadata: PatchMetadata, evidence: Evidence | None) -> list[Finding]:
+def _check_folder(folder: Path, metadata: PatchMetadata, records: Sequence[Record]) -> list[Finding]:
     """What lies beside the weights says what their header says."""
     wrong = []
     recipe = folder / "recipe.yaml"
     if recipe.is_file() and recipe.read_bytes() != (metadata.recipe or "").encode():
         wrong.append("recipe.yaml is not the recipe in the weights")
+    parts = folder / STACK_NAME
+    if parts.is_file() and not _lists_parts(parts, metadata):
+        wrong.append(f"{STACK_NAME} does not list the parts that the weights do")
     words = folder / "care_set.json"
     if words.is_file() and metadata.care_set is not None:
         try:
@@ -290,14 +431,50 @@ def _check_folder(folder: Path, metadata: PatchMetadata, evidence: Evidence | No
             same = False
         if not same:
             wrong.append("care_set.json is not the CARE-set in the weights")
-    if evidence is not None:
-        for what in ("concept", "kind", "method"):
-            told, header = getattr(evidence, what), getattr(metadata, what)
+    for record in records:
+        if record.evidence is None:
+            continue
+        expected: dict[str, str | None] = {
+            "concept": metadata.concept,
+            "kind": metadata.kind,
+            "method": metadata.method,
+        }
+        if record.concept is not None:
+            kinds = {part.kind for part in metadata.parts or () if part.concept == record.concept} - {None}
+            expected |= {"concept": record.concept, "kind": next(iter(kinds), record.evidence.kind)}
+        for what, header in expected.items():
+            told = getattr(record.evidence, what)
             if told != header:
-                wrong.append(f"{EVIDENCE_NAME} says {what} '{told}', the weights '{header}'")
+                wrong.append(f"{record.name} says {what} '{told}', the weights '{header}'")
     if wrong:
         return [Finding("records", False, "; ".join(wrong))]
-    return [Finding("records", True, "recipe, CARE-set and evidence agree with the weights' header")]
+    what = "parts" if metadata.parts else "recipe, CARE-set"
+    return [Finding("records", True, f"{what} and evidence agree with the weights' header")]
+
+
+def _check_other_file(folder: Path, patch: Patch) -> list[Finding]:
+    """The file for other tools, where there is one, holds the same weights."""
+    about, file = "kohya file", folder / f"{output_name(patch)}.safetensors"
+    if not file.is_file():
+        return []
+    try:
+        other = from_any(file).tensors
+    except RecarePatchError as fault:
+        return [Finding(about, False, str(fault))]
+    same = patch.tensors.keys() == other.keys() and all(
+        torch.equal(tensor.to(other[key].dtype), other[key]) for key, tensor in patch.tensors.items()
+    )
+    told = "holds the patch's weights" if same else "holds other weights than the patch"
+    return [Finding(about, same, f"{file.name} {told}")]
+
+
+def _lists_parts(file: Path, metadata: PatchMetadata) -> bool:
+    try:
+        text = file.read_text(encoding="utf-8")
+        told = yaml_mapping(text, source=STACK_NAME, noun="stack", error=PatchError).get("parts")
+        return tuple(PatchPart(**one) for one in told or ()) == (metadata.parts or ())
+    except (OSError, ValueError, TypeError, PatchError):
+        return False
 
 
 def _check_card(folder: Path, evidence: Evidence | None) -> list[Finding]:
@@ -381,17 +558,18 @@ def _check_base(
     patch: Patch, metadata: PatchMetadata, evidence: Evidence | None, base: str | Path | None, device: str
 ) -> tuple[BaseModel, list[Finding]]:
     """The base to measure on, and whether it is the one of the patch and of the evidence."""
-    recipe = metadata.parsed_recipe
-    source = base or recipe.base
-    model = load_base(source, precision=recipe.precision, device=device)
+    recipe = metadata.parsed_recipe if metadata.recipe is not None else None
+    source = base or (recipe.base if recipe is not None else metadata.base)
+    made_in = recipe.precision if recipe is not None else "fp32"
+    model = load_base(source, precision=made_in, device=device)
     try:
         patch.check_base(model, strict=True)
     except RecarePatchError as fault:
         return model, [Finding("base", False, str(fault))]
     told = f"{model.id}, the very weights that it was made for"
     if evidence is not None:
-        precision = str(evidence.options.get("precision", recipe.precision))
-        if precision != recipe.precision:
+        precision = str(evidence.options.get("precision", made_in))
+        if precision != made_in:
             # Rounding changes the hash: the evidence speaks of the base as it was loaded then.
             model = load_base(source, precision=precision, device=device)
         if model.denoiser_hash() != evidence.base_denoiser_sha256:
@@ -621,6 +799,7 @@ def _drawn_again(attack: AttackFigure, patch: Patch, base: BaseModel, plan: Plan
     result = attack_patch(
         patch,
         replay=place,
+        concept=about.get("concept"),
         base=base,
         detector=about.get("detector"),
         label=about.get("label"),

@@ -12,7 +12,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
-from tests.tiny import make_tiny_clip, make_tiny_sd
+from tests.tiny import make_tiny_clip, make_tiny_sd, make_tiny_sd3, make_tiny_sdxl
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another latent size, prompt width and v-prediction."""
+    """An SD-2-shaped one: v-prediction, OpenCLIP's kind of encoder, another latent size and width."""
     return make_tiny_sd(
         tmp_path_factory.mktemp("tiny") / "tiny-sd-v",
         seed=1,
@@ -31,7 +31,20 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
         latent_size=12,
         width=48,
         linear_projection=True,
+        open_clip=True,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SDXL-shaped pipeline folder: two encoders, 32 and 48 wide, pooled text and sizes."""
+    return make_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SD3-shaped pipeline folder: a transformer with joint attention, trained by flow matching."""
+    return make_tiny_sd3(tmp_path_factory.mktemp("tiny") / "tiny-sd3")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import stacking
 from benchmarks.suites import CONCEPTS, suite
 from recare_patch.atelier.judge import LABELS
 
@@ -25,3 +26,20 @@ def test_every_reported_figure_has_a_hundred_pictures_and_known_labels(concept: 
         assert len(draws) >= 100
         assert len({(p, s) for p, _, s in draws}) == len(draws)
         assert {label for _, label, _ in draws} <= set(LABELS)
+
+
+@pytest.mark.parametrize("size", stacking.SIZES)
+def test_stacks_are_judged_by_known_labels_on_prompts_apart(size: int) -> None:
+    parts = list(stacking.CONCEPTS)[:size]
+    words = dict.fromkeys(parts, ("stars", "water", "fisherman", "house", "meadow", "nothing"))
+    chosen, reported = (stacking.figures(parts, words, split, 100) for split in ("choose", "report"))
+    assert [one.name for one in chosen] == [one.name for one in reported]
+    assert len({one.name for one in reported}) == len(reported)
+    assert [one.name for one in reported if one.group == "concept"] == [f"{part}: concept" for part in parts]
+    for one in reported:
+        labels = {label for _, label in one.items}
+        assert labels <= set(LABELS)
+        # What some part erases is looked for where it should be gone, and nowhere else.
+        assert labels == {one.name.split(":")[0]} if one.group == "concept" else not labels & set(parts)
+    choose = {draw[0].lower() for one in chosen for draw in one.draws("choose")}
+    assert not choose & {draw[0].lower() for one in reported for draw in one.draws("report")}

@@ -26,6 +26,7 @@ from recare_patch.errors import (
     RecarePatchError,
     ResumeError,
 )
+from recare_patch.formats import from_any
 from recare_patch.patch import Patch
 from recare_patch.recipe import Recipe, load_recipe
 
@@ -71,6 +72,7 @@ def test_a_run_leaves_a_whole_patch_and_nothing_else(finished: Path) -> None:
     assert names == [
         "README.md",
         "care_set.json",
+        "erase-van-gogh.safetensors",
         "preview.png",
         "pytorch_lora_weights.safetensors",
         "recipe.yaml",
@@ -105,6 +107,34 @@ def test_the_patch_carries_its_recipe_and_makes_itself_again(finished: Path, tmp
     first, second = _tensors(finished), _tensors(tmp_path / "again")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_file_for_other_tools_holds_the_same(finished: Path, tiny_sd: Path, tiny_clip: Path) -> None:
+    """One run, two files: the patch's own hash is the recorded one, and the other says the same."""
+    patch, other = Patch.load(finished), from_any(finished / "erase-van-gogh.safetensors")
+    assert patch.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(tensor, other.tensors[key]) for key, tensor in patch.tensors.items())
+    assert other.metadata == patch.metadata
+    assert json.loads((finished / "training.json").read_text())["patch_sha256"] == patch.sha256()
+
+
+def test_one_file_alone_is_the_same_patch(
+    finished: Path, tiny_sd: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    erase(_recipe(tiny_sd, tiny_clip), tmp_path / "p", device="cpu", file_formats=["diffusers"])
+    assert [file.name for file in (tmp_path / "p").glob("*.safetensors")] == [
+        "pytorch_lora_weights.safetensors"
+    ]
+    alone, both = _tensors(tmp_path / "p"), _tensors(finished)
+    assert alone.keys() == both.keys() and all(torch.equal(alone[key], both[key]) for key in both)
+    assert load_recipe(str(tmp_path / "p")).hash == load_recipe(str(finished)).hash
+    for wrong, told in (
+        (["kohya"], "always has the diffusers file"),
+        (["diffuser"], "did you mean 'diffusers'"),
+    ):
+        with pytest.raises(RecarePatchError, match=told):
+            erase(_recipe(tiny_sd, tiny_clip), tmp_path / "q", device="cpu", file_formats=wrong)
+    assert not (tmp_path / "q").exists()
 
 
 def test_another_seed_makes_another_patch(finished: Path, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ class TestWhatIsWritten:
     def test_keys_ranks_and_alphas(self, patch: Patch) -> None:
         tensors, _ = formats.to_kohya(patch)
         names = {key.split(".")[0] for key in tensors}
-        assert names == {"lora_unet_" + module.replace(".", "_") for module in patch.modules}
+        assert names == {"lora_" + module.replace(".", "_") for module in patch.modules}
         assert len(tensors) == 3 * len(names)
         for name in names:
             alpha, down = tensors[f"{name}.alpha"], tensors[f"{name}.lora_down.weight"]
@@ -372,8 +372,11 @@ class TestRoundTrip:
         assert {key: t.tolist() for key, t in back.tensors.items()} == {
             key: t.tolist() for key, t in read.tensors.items()
         }
-        with pytest.raises(PatchError, match="changes the text encoder as well"):
-            formats.from_any(tmp_path / "k.safetensors")
+        assert formats.from_any(tmp_path / "k.safetensors").components == (
+            "unet",
+            "text_encoder",
+            "text_encoder_2",
+        )
 
     def test_one_text_encoder(self, tmp_path: Path) -> None:
         a, b = _pair()
@@ -407,7 +410,7 @@ class TestSamePictures:
         tensors = dict(patch.to(torch.float32).tensors)
         first = patch.modules[0]
         for side, axis in (("A", 0), ("B", 1)):
-            key = f"unet.{first}.lora_{side}.weight"
+            key = f"{first}.lora_{side}.weight"
             tensors[key] = tensors[key].narrow(axis, 0, 1).contiguous()
         made = Patch(tensors)
         with made.apply(pipe):
@@ -537,7 +540,7 @@ class TestWhatIsRead:
     )  # fmt: skip
     def test_sdxl_names_of_kohya(self, tmp_path: Path, sgm: str, module: str) -> None:
         save_file(_kohya(f"lora_unet_{sgm}"), tmp_path / "x.safetensors")
-        assert formats.from_any(tmp_path / "x.safetensors").modules == (module,)
+        assert formats.from_any(tmp_path / "x.safetensors").modules == (f"unet.{module}",)
 
     def test_grammar_knows_every_module(self, tiny_sd: Path) -> None:
         unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
@@ -594,7 +597,7 @@ BAD = {
         {"unet.conv_in.lora_A.weight": torch.ones(2, 2), "unet.conv_in.lora_B.weight": torch.ones(2, 3)},
         "do not make an update",
     ),
-    "transformer": ({"transformer.x.lora_A.weight": torch.ones(2, 2)}, "of a 'transformer'"),
+    "third encoder": ({"text_encoder_3.x.lora_A.weight": torch.ones(2, 2)}, "of a 'text_encoder_3'"),
     "empty": ({}, "holds no tensors"),
 }
 
@@ -689,3 +692,12 @@ class TestBadFiles:
         (tmp_path / "adapter_config.json").write_text(config)
         with pytest.raises(PatchError):
             formats.read_lora(tmp_path)
+
+
+def test_a_transformer_has_no_kohya_name(tmp_path: Path) -> None:
+    keys = [f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight" for side in "AB"]
+    patch = Patch(dict(zip(keys, _pair(), strict=True)))
+    assert not formats.has_kohya_names(patch)
+    with pytest.raises(PatchError, match="changes a transformer"):
+        formats.write_kohya(patch, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())

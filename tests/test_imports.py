@@ -27,7 +27,19 @@ def heavy_after(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["erase"], ["careset", "build"], ["generate"], ["atelier", "train"], ["inspect"]]
+    "command",
+    [
+        [],
+        ["erase"],
+        ["careset", "build"],
+        ["generate"],
+        ["atelier", "train"],
+        ["inspect"],
+        ["push"],
+        ["pull"],
+        ["search"],
+        ["index"],
+    ],
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"from recare_patch.cli import cli\ncli({[*command, '--help']!r}, standalone_mode=False)"

@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from recare_patch import adapters
+from recare_patch import adapters, files
+from recare_patch import patch as patch_module
 from recare_patch.base_models import BaseModel, load_base
 from recare_patch.errors import IncompatiblePatchError, OutputError, PatchError
-from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.patch import Patch, PatchMetadata, apply_all
 from recare_patch.recipe import WEIGHTS_NAME, Recipe, load_recipe
 
 PROMPTS, SEEDS = ["a painting in the style of van gogh", "a photo of a cat"], [5, 6]
@@ -220,7 +221,7 @@ class TestBadFiles:
         [
             (lambda t, k: t.pop(k), "lacks the tensor"),
             (lambda t, k: t.update({"unet.conv_in.alpha": torch.ones(1)}), "does not belong"),
-            (lambda t, k: t.update({"text_encoder.x.lora_A.weight": t[k].clone()}), "does not belong"),
+            (lambda t, k: t.update({"text_encoder.x.lora_A.weight": t[k].clone()}), "lacks the tensor"),
             (lambda t, k: t.update({"lora_unet_x.lora_down.weight": t[k].clone()}), "does not belong"),
             (lambda t, k: t.update({k: t[k][:1].contiguous()}), "misshapen"),
             (lambda t, k: t.update({k: t[k].reshape(-1)}), "misshapen"),
@@ -272,6 +273,30 @@ class TestBadFiles:
             file.write_bytes(damaged)
             with pytest.raises(PatchError):
                 Patch.load(folder)
+
+    @pytest.mark.parametrize("change", ["other keys", "other values of another header", "gone"])
+    def test_a_file_that_changes_between_check_and_load(
+        self, folder: Path, change: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = folder / WEIGHTS_NAME
+        read = files.read_safetensors_header
+        tensors = load_file(file)
+
+        def swapped(path: Path) -> files.SafetensorsHeader:
+            header = read(path)
+            monkeypatch.setattr(patch_module, "read_safetensors_header", read)
+            if change == "gone":
+                file.unlink()
+            elif change == "other keys":
+                save_file({"unet.x.lora_A.weight": torch.ones(1, 1)}, file)
+            else:
+                save_file(tensors, file, {"recare_patch.concept": "something else"})
+            return header
+
+        monkeypatch.setattr(patch_module, "read_safetensors_header", swapped)
+        with pytest.raises(PatchError, match=r"has changed while it was read|cannot read") as caught:
+            Patch.load(folder)
+        assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("key", "value", "match"),
@@ -399,6 +424,28 @@ class TestApply:
         second.remove()
         _assert_same_state(_state(pipe), before)
 
+    def test_several_at_once(
+        self, patch: Patch, pipe: StableDiffusionPipeline, tiny_sd: Path, tiny_sd_v: Path
+    ) -> None:
+        _, mine = trained(tiny_sd, layers="attention", rank=4, alpha=1.0, seed=1)
+        _, other = trained(tiny_sd, layers="self-attention", seed=3)
+        pipe.load_lora_weights(dict(mine.tensors), adapter_name="mine")
+        before = _state(pipe)
+        with patch.apply(pipe, 0.5), other.apply(pipe, -1.0):
+            one_by_one = _draw(pipe)
+        with apply_all(pipe, [(patch, 0.5), (other, -1.0)]) as applied:
+            assert [one.scale for one in applied] == [0.5, -1.0]
+            assert _difference(_draw(pipe), one_by_one) == 0
+        _assert_same_state(_state(pipe), dict(before))
+        foreign = trained(tiny_sd_v)[1]
+        for wrong, told in ((foreign, 1.0), "one base only"), ((patch, float("nan")), "finite"):
+            with (
+                pytest.raises((PatchError, IncompatiblePatchError), match=told),
+                apply_all(pipe, [(other, 1.0), wrong]),
+            ):
+                raise AssertionError("nothing is applied")
+            _assert_same_state(_state(pipe), dict(before))
+
     def test_names(self, patch: Patch, pipe: StableDiffusionPipeline) -> None:
         with patch.apply(pipe, adapter_name="mine"):
             with pytest.raises(PatchError, match="already holds an adapter named 'mine'"):
@@ -431,7 +478,9 @@ class TestApply:
     def test_modules_that_are_not_there(self, patch: Patch, pipe: StableDiffusionPipeline) -> None:
         renamed = {key.replace("mid_block.", "middle."): tensor for key, tensor in patch.tensors.items()}
         before = _state(pipe)
-        with pytest.raises(IncompatiblePatchError, match="4 of its 16 modules are not in it, first 'middle"):
+        with pytest.raises(
+            IncompatiblePatchError, match=r"4 of its 16 modules are not in it, first 'unet.middle"
+        ):
             Patch(renamed, patch.metadata).apply(pipe)
         _assert_same_state(_state(pipe), before)
 

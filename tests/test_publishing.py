@@ -10,6 +10,7 @@ import yaml
 
 from recare_patch import publishing
 from recare_patch.errors import EvidenceError, PatchError
+from recare_patch.evaluation.evidence import Check, CheckPoint
 from recare_patch.patch import PatchMetadata
 from recare_patch.recipe import Recipe
 from tests.evaluation.test_evidence import make_evidence, make_figure
@@ -89,6 +90,13 @@ def test_the_licence_is_the_bases(base: str, license_id: str) -> None:
     assert _front(publishing.card_text(_metadata(base=base), TRAINING))["license"] == license_id
 
 
+def test_a_folder_of_sdxl_s_family_is_tagged_as_such() -> None:
+    front = _front(publishing.card_text(_metadata(base="mine", base_family="stable-diffusion-xl"), TRAINING))
+    assert {"stable-diffusion", "stable-diffusion-xl"} <= set(front["tags"])
+    unknown = _front(publishing.card_text(_metadata(base="somebody/something"), TRAINING))
+    assert unknown["license_link"] == "https://huggingface.co/somebody/something"
+
+
 def test_what_the_card_tells() -> None:
     card = publishing.card_text(_metadata(), TRAINING)
     for part in (
@@ -100,6 +108,14 @@ def test_what_the_card_tells() -> None:
         "may not draw it",
         "2606.24192",
         "preview.png",
+        "<lora:erase-van-gogh:1>",
+        "erase-van-gogh.safetensors",
+        "`strength_clip` has no effect",
+        "recare-patch merge",
+        "turned round",
+        "scale 1",
+        "@inproceedings{recare2026,",
+        publishing.PLACE,
     ):
         assert part in card
     assert "junk" not in card
@@ -117,7 +133,55 @@ def test_methods_without_care_set() -> None:
 def test_unsafe_concepts_show_no_picture_in_the_widget() -> None:
     card = publishing.card_text(_metadata("nudity", "nsfw"), TRAINING)
     assert "widget" not in _front(card)
+    assert "not-for-all-audiences" in _front(card)["tags"]
     assert "no safety filter" in card
+    assert "not-for-all-audiences" not in publishing.card_text(_metadata(), TRAINING)
+
+
+def _stack(*parts: dict[str, Any], kind: str = "several") -> PatchMetadata:
+    filled = [{"name": "p", "sha256": "c" * 64, "scale": 1.0} | part for part in parts]
+    how = {"method": "concat", "relative_error": 3e-7}
+    fields = {"concept": "Van Gogh + nudity", "kind": kind, "method": "stack", "recipe": None}
+    made = _metadata().model_dump() | fields | {"care_set": None, "parts": filled, "stacking": how}
+    return PatchMetadata(**made)
+
+
+def test_the_card_of_a_stack() -> None:
+    about = _stack(
+        {"name": "Van | Gogh", "concept": "Van Gogh", "kind": "style", "care_words": ("stars",)},
+        {"name": "nudity", "concept": "nudity", "kind": "nsfw", "scale": 0.8},
+    )
+    card = publishing.card_text(about, {}, previews=())
+    front = _front(card)
+    assert {"concept:van-gogh", "concept:nudity", "stack", "not-for-all-audiences"} <= set(front["tags"])
+    assert not {"widget", "thumbnail", "instance_prompt"} & set(front)
+    for part in ("| Van \\| Gogh | 1 |", "| nudity | 0.8 |", "exactly what the parts do", "3e-07", "stars"):
+        assert part in card
+    assert "preview.png" not in card
+    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kind", "unsafe"),
+    [
+        (("style", "object"), "several", False),
+        (("style", None), "several", True),
+        (("nsfw", "nsfw"), "nsfw", True),
+        ((None, None), "style", False),
+    ],
+)
+def test_a_stack_of_unknown_parts_is_shown_with_care(
+    kinds: tuple[str | None, ...], kind: str, unsafe: bool
+) -> None:
+    parts = [{"concept": f"c{number}", "kind": one} for number, one in enumerate(kinds)]
+    assert publishing.is_unsafe(_stack(*parts, kind=kind)) is unsafe
+
+
+def test_records_that_were_edited_break_no_card() -> None:
+    odd = {"seconds": "long", "stages": {"a": 3, "b": {"seconds": None}}, "warnings": "no list"}
+    card = publishing.card_text(_metadata(), odd)
+    assert "Not recorded" in card
+    assert "| b | 0.0 | 0 |" in card
 
 
 @pytest.mark.parametrize(
@@ -168,7 +232,7 @@ def test_evidence_goes_into_a_card_once() -> None:
     start, end = card.index(publishing.EVIDENCE_START), card.index(publishing.EVIDENCE_END)
     assert start < end < card.index("## Limits")
     rest = card[:start] + card[end + len(publishing.EVIDENCE_END) :].lstrip("\n")
-    kept = rest.split("---\n", 2)[2].replace(publishing._MEASURED, publishing._UNMEASURED)
+    kept = rest.split("---\n", 2)[2].replace(publishing.figures.MEASURED, publishing.figures.UNMEASURED)
     assert kept == before.split("---\n", 2)[2].rstrip("\n") + "\n"
     assert "nothing was measured" not in card
     assert "90.0 % | 2.0 % | 0.5–5.0 % | 200 | atelier-judge" in card
@@ -183,6 +247,51 @@ def test_evidence_goes_into_a_card_once() -> None:
     assert replaced.count(publishing.EVIDENCE_START) == 1
     assert "concept-inversion" not in replaced
     assert _front(replaced)["model-index"] == [publishing.model_index(again)]
+
+
+def test_the_evidence_in_short_and_at_other_scales() -> None:
+    scales = Check(
+        name="scales",
+        title="At other | scales",
+        points=(
+            CheckPoint(x=-1, values={"Van Gogh": 1.0}),
+            CheckPoint(x=0.5, values={"Van Gogh": 0.25, "stars": None}),
+        ),
+    )
+    kept = make_figure(
+        name="CARE score, stars", group="care", better="higher", base=0.97, patched=0.5,
+        base_interval=(0.93, 0.99), interval=(0.4, 0.6),
+    )  # fmt: skip
+    section = publishing.evidence_section(make_evidence(figures=(make_figure(), kept), checks=(scales,)))
+    assert "Van Gogh shows in 2.0 % of the pictures, against 90.0 % of the base's" in section
+    assert "stars lost most: 50.0 % of the pictures, against 97.0 % of the base's." in section
+    assert "| scale | Van Gogh | stars |" in section
+    assert "| 0.5 | 25.0 % | – |" in section
+    assert "### At other \\| scales" in section
+    assert "may be chance" in publishing.evidence_section(make_evidence())
+    gained = kept.model_copy(update={"patched": 0.99, "interval": (0.95, 1.0)})
+    assert "nothing that should stay was lost" in publishing.evidence_section(
+        make_evidence(figures=(gained,))
+    )
+    assert "**Erased" not in publishing.evidence_section(make_evidence(figures=()))
+
+
+@pytest.mark.parametrize(
+    ("front", "found"),
+    [
+        ({"tags": ["recare-patch", "concept:van-gogh", "atelier"]}, True),
+        ({"tags": ["recare-patch", "concept:tench", "atelier"]}, False),
+        ({"tags": ["recare-patch", "concept:van-gogh"]}, False),
+        ({"tags": ["recare-patch", "concept:van-gogh", "atelier"], "base_model": ["a/b"]}, False),
+        ({"tags": ["atelier", "concept:van-gogh"]}, None),
+        ({"tags": "recare-patch"}, None),
+        ({}, None),
+    ],
+)
+def test_whose_card_it_is(front: dict[str, Any], found: bool | None) -> None:
+    mine = publishing.Identity.of(_metadata())
+    theirs = publishing.identity_in(front, mine)
+    assert (None if theirs is None else theirs == mine) is found
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_a_sound_patch_holds(patch: Path, tiny_sd: Path) -> None:
         "evidence",
         "hash",
         "records",
+        "kohya file",
         "card",
         "base",
         "figure 'concept, plain prompts'",

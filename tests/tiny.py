@@ -30,8 +30,11 @@ WORDS: tuple[str, ...] = tuple(
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def make_tiny_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = 77) -> Any:
-    """A CLIP tokenizer in which each of ``words`` is one token; other text falls into letters."""
+def make_tiny_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = 77, padding: str = _END) -> Any:
+    """A CLIP tokenizer in which each of ``words`` is one token; other text falls into letters.
+
+    OpenCLIP's pad with "!" instead of the end of the text.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -53,13 +56,13 @@ def make_tiny_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = 77) -
         merges=merges,
         bos_token=_START,
         eos_token=_END,
-        pad_token=_END,
+        pad_token=padding,
         unk_token=_END,
         model_max_length=max_length,
     )
 
 
-def _text_config(tokenizer: Any, width: int) -> dict[str, Any]:
+def _text_config(tokenizer: Any, width: int, **changes: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -70,8 +73,38 @@ def _text_config(tokenizer: Any, width: int) -> dict[str, Any]:
         "max_position_embeddings": tokenizer.model_max_length,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **changes,
     }
+
+
+def _tiny_vae(latent_size: int, **changes: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=4 * latent_size,
+        mid_block_add_attention=False,
+        **{"latent_channels": 4, **changes},
+    )
+
+
+def _tiny_scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def make_tiny_sd(
@@ -83,6 +116,7 @@ def make_tiny_sd(
     width: int = 32,
     in_channels: int = 4,
     linear_projection: bool = False,
+    open_clip: bool = False,
 ) -> Path:
     """Write a random Stable-Diffusion-shaped pipeline folder and return it.
 
@@ -94,24 +128,17 @@ def make_tiny_sd(
         width: width of the prompt embeddings, a multiple of 8.
         in_channels: of the denoiser; anything but 4 must be refused by the package.
         linear_projection: SD 2's linear ``proj_in`` in place of SD 1's convolution.
+        open_clip: SD 2's kind of text encoder and padding in place of SD 1's.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = make_tiny_tokenizer()
+    tokenizer = make_tiny_tokenizer(padding="!" if open_clip else _END)
+    config = _text_config(tokenizer, width, hidden_act="gelu" if open_clip else "quick_gelu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**_text_config(tokenizer, width)))
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=4 * latent_size,
-            mid_block_add_attention=False,
-        )
+        text_encoder = CLIPTextModel(CLIPTextConfig(**config))
+        vae = _tiny_vae(latent_size)
         unet = UNet2DConditionModel(
             sample_size=latent_size,
             in_channels=in_channels,
@@ -125,15 +152,7 @@ def make_tiny_sd(
             norm_num_groups=8,
             use_linear_projection=linear_projection,
         )
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    scheduler = _tiny_scheduler()
     # Set afterwards: a prediction type that diffusers would refuse must still be writable, to test ours.
     scheduler.register_to_config(prediction_type=prediction_type)
     pipeline = StableDiffusionPipeline(
@@ -145,6 +164,110 @@ def make_tiny_sd(
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_sdxl(
+    folder: Path, *, seed: int = 2, latent_size: int = 16, widths: tuple[int, int] = (32, 48)
+) -> Path:
+    """Write a random SDXL-shaped pipeline folder and return it: two encoders, pooled text, sizes.
+
+    Args:
+        folder: where to write; made if it is missing.
+        seed: all weights follow from it.
+        latent_size: side of the latents; pictures are four times as wide.
+        widths: of the two text encoders.
+    """
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizers = make_tiny_tokenizer(), make_tiny_tokenizer(padding="!")
+    first, second = (_text_config(one, width) for one, width in zip(tokenizers, widths, strict=True))
+    sizes = 8
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoders = (
+            CLIPTextModel(CLIPTextConfig(**first)),
+            CLIPTextModelWithProjection(CLIPTextConfig(**second, hidden_act="gelu")),
+        )
+        unet = UNet2DConditionModel(
+            sample_size=latent_size,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=sum(widths),
+            attention_head_dim=(2, 4),
+            norm_num_groups=8,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=sizes,
+            projection_class_embeddings_input_dim=widths[1] + 6 * sizes,
+        )
+        vae = _tiny_vae(latent_size)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=_tiny_scheduler(),
+        add_watermarker=False,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_sd3(
+    folder: Path, *, seed: int = 3, latent_size: int = 8, widths: tuple[int, int] = (32, 48)
+) -> Path:
+    """Write a random SD3-shaped pipeline folder and return it: joint attention, flow matching, no T5.
+
+    Args:
+        folder: where to write; made if it is missing.
+        seed: all weights follow from it.
+        latent_size: side of the latents; pictures are four times as wide.
+        widths: of the two text encoders.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    tokenizers = make_tiny_tokenizer(), make_tiny_tokenizer(padding="!")
+    configs = [_text_config(one, width) for one, width in zip(tokenizers, widths, strict=True)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**config)) for config in configs]
+        transformer = SD3Transformer2DModel(
+            sample_size=latent_size,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            # Wider than both encoders together, as T5's part is in the original.
+            joint_attention_dim=sum(widths) + 16,
+            caption_projection_dim=16,
+            pooled_projection_dim=sum(widths),
+            pos_embed_max_size=16,
+        )
+        vae = _tiny_vae(latent_size, shift_factor=0.0609, scaling_factor=1.5305)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=None,
+        tokenizer_3=None,
     )
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(folder)

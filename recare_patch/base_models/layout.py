@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recare_patch.errors import BaseModelError
 
+_SHARD = re.compile(r"-\d+-of-\d+(?=\.|$)")
 _CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
@@ -21,12 +23,14 @@ class Layout:
         name: how messages call it.
         index: ``model_index.json``.
         configs: component → its configuration; only components whose subfolder is there.
+        single_file: the checkpoint that holds all weights, where the folder has configurations alone.
     """
 
     folder: Path
     name: str
     index: dict[str, Any]
     configs: dict[str, dict[str, Any]]
+    single_file: Path | None = None
 
     @property
     def listed(self) -> tuple[str, ...]:
@@ -41,6 +45,25 @@ class Layout:
         """The safetensors files of a component."""
         return sorted((self.folder / component).glob("*.safetensors"))
 
+    def weight_sets(self, component: str) -> dict[str, list[Path]]:
+        """A component's weights: full sets (one a variant, such as ``fp16``) with all their shards.
+
+        The first is the plain one, which diffusers loads where no variant is asked for.
+        """
+        sets: dict[str, list[Path]] = {}
+        for file in self.weight_files(component):
+            sets.setdefault(_SHARD.sub("", file.stem), []).append(file)
+        return dict(sorted(sets.items(), key=lambda item: len(item[0])))
+
+    def only_in_half(self, component: str) -> bool:
+        """Whether all that is there of a component's weights is their fp16 variant."""
+        files = self.weight_files(component)
+        return bool(files) and all(".fp16." in file.name for file in files)
+
+    def loaded_files(self, component: str) -> list[Path]:
+        """The files of a component that diffusers loads: the plain ones, else the variant."""
+        return next(iter(self.weight_sets(component).values()), [])
+
     def require(self, component: str, *, weights: bool = True) -> dict[str, Any]:
         """The configuration of a component that must be there.
 
@@ -49,7 +72,7 @@ class Layout:
         """
         if component not in self.configs:
             raise BaseModelError(f"base {self.name} lacks its component '{component}'")
-        if weights and not self.weight_files(component):
+        if weights and self.single_file is None and not self.weight_files(component):
             pickled = [p.name for p in (self.folder / component).glob("*.bin")]
             if pickled:
                 raise BaseModelError(
@@ -80,7 +103,7 @@ def read_layout(folder: Path, name: str) -> Layout:
     if not index_file.is_file():
         raise BaseModelError(
             f"base {name} is no diffusers pipeline folder: it has no model_index.json "
-            "(a single checkpoint file has to be converted to a folder first)"
+            "(a single checkpoint file is named itself, not its folder)"
         )
     configs: dict[str, dict[str, Any]] = {}
     for part in sorted(entry for entry in folder.iterdir() if entry.is_dir()):

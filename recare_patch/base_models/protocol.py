@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from recare_patch.parallel import Crew
     from recare_patch.progress import Progress
+    from recare_patch.recipe import MemoryOptions
 
 PLACEHOLDER = "<*>"
 """Stands in a prompt where learnt token vectors go (Gal et al., arXiv 2208.01618)."""
@@ -92,6 +94,7 @@ class EvaluationCounter:
     def __init__(self) -> None:
         self.by_stage: dict[str, int] = {}
         self._stage = "other"
+        self._paused = False
 
     @property
     def total(self) -> int:
@@ -107,17 +110,30 @@ class EvaluationCounter:
         finally:
             self._stage = outer
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluations inside are not counted: they are done a second time to save memory."""
+        outer, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = outer
+
     def watch(self, denoiser: nn.Module) -> None:
         """Count every call of ``denoiser`` from now on."""
         denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._paused:
+            return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         recorded = torch.is_grad_enabled() and (
             any(value.requires_grad for value in tensors)
             or any(parameter.requires_grad for parameter in denoiser.parameters())
         )
-        latents = args[0] if args else kwargs["sample"]
+        # UNets call them samples, transformers hidden states.
+        latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        assert latents is not None
         self.by_stage[self._stage] = self.by_stage.get(self._stage, 0) + len(latents) * (3 if recorded else 1)
 
 
@@ -129,24 +145,28 @@ class BaseModel(Protocol):
         family: its name in :data:`recare_patch.base_models.FAMILIES`.
         pipeline: the diffusers pipeline itself.
         denoiser: its UNet or transformer; no parameter of it asks for a gradient.
-        prediction_type: ``epsilon`` or ``v_prediction``.
+        denoiser_name: the denoiser's component: ``unet`` or ``transformer``.
+        prediction_type: ``epsilon``, ``v_prediction`` or ``flow``.
         latent_shape: ``(channels, height, width)`` of one picture's latents.
         num_train_timesteps: length of the diffusion process.
-        alphas_cumprod: ``ᾱ``, ``[num_train_timesteps]``, fp32.
-        token_width: width of a token's vector in the text encoder.
+        token_width: width of a token's vector in the text encoder; of several, in all of them together.
         counter: denoiser evaluations so far.
+        memory: the levers that are in effect.
+        crew: processes that share the rows of every :meth:`denoise`; None: this one makes them all.
     """
 
     id: str
     family: str
     pipeline: Any
     denoiser: nn.Module
+    denoiser_name: str
     prediction_type: str
     latent_shape: tuple[int, int, int]
     num_train_timesteps: int
-    alphas_cumprod: Tensor
     token_width: int
     counter: EvaluationCounter
+    memory: MemoryOptions
+    crew: Crew | None
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +235,17 @@ class BaseModel(Protocol):
         ...
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``z_t`` from clean latents; see :func:`recare_patch.timesteps.add_noise`."""
+        """``z_t`` from clean latents, as :mod:`recare_patch.timesteps` has it for the prediction type."""
+        ...
+
+    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser was trained to predict for :meth:`add_noise` of the same arguments.
+
+        Args:
+            latents: clean ones, ``[batch, channels, height, width]``.
+            noise: same shape.
+            timesteps: ``[batch]``.
+        """
         ...
 
     def encode_images(self, images: Sequence[Image], batch_size: int = 8) -> Tensor:
@@ -254,6 +284,15 @@ class BaseModel(Protocol):
         """As :meth:`generate`, stopping at the scaled latents ``[rows, channels, height, width]``."""
         ...
 
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        """The networks that a patch may change, by their names in a patch: the denoiser, text encoders."""
+        ...
+
+    def component_hash(self, component: str) -> str:
+        """SHA-256 of a network's own weights; see :func:`recare_patch.base_models.weights_hash`."""
+        ...
+
     def denoiser_hash(self) -> str:
-        """SHA-256 of the denoiser's own weights; see :func:`recare_patch.base_models.weights_hash`."""
+        """The same of the denoiser."""
         ...

@@ -16,12 +16,18 @@ from recare_patch.cli.atelier import atelier
 from recare_patch.cli.attack import attack
 from recare_patch.cli.careset import careset
 from recare_patch.cli.convert import convert
+from recare_patch.cli.demo import demo
 from recare_patch.cli.erase import erase
 from recare_patch.cli.evaluate import evaluate
 from recare_patch.cli.generate import generate
+from recare_patch.cli.index import index
 from recare_patch.cli.inspect import inspect
 from recare_patch.cli.merge import merge, unmerge
+from recare_patch.cli.plan import plan
+from recare_patch.cli.pull import pull
+from recare_patch.cli.push import push
 from recare_patch.cli.recipes import recipes
+from recare_patch.cli.search import search
 from recare_patch.cli.stack import stack
 from recare_patch.cli.verify import verify
 from recare_patch.errors import RecarePatchError, nearest
@@ -51,7 +57,8 @@ class _Commands(click.Group):
                 raise
             _fail(
                 ctx,
-                "the accelerator's memory is full; try --precision bf16 or smaller batch sizes by --set",
+                "the accelerator's memory is full; try --vram with less than it has (`recare-patch plan` tells "
+                "what a run takes)",
                 2,
             )
 
@@ -87,8 +94,10 @@ def cli() -> None:
 
 for _command in (
     erase,
+    plan,
     careset,
     generate,
+    demo,
     evaluate,
     attack,
     verify,
@@ -96,6 +105,10 @@ for _command in (
     merge,
     unmerge,
     convert,
+    push,
+    pull,
+    search,
+    index,
     inspect,
     recipes,
     atelier,

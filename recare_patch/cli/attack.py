@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recare_patch.cli import common
+from recare_patch.concepts import slug_of
 from recare_patch.errors import PatchError, RecipeError, nearest, unknown_name
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ BUDGETS = ("small", "published")
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in --out that was interrupted.")
 @click.option("--base", metavar="FOLDER|HUB-ID", help="The base model.  [default: the patch's]")
+@common.concept_option
 @common.device_option
 def attack(
     patch: str,
@@ -71,6 +73,7 @@ def attack(
     out: Path | None,
     resume: bool,
     base: str | None,
+    concept: str | None,
     device: str,
 ) -> None:
     """Attack a patch: how often does the erased concept come back?
@@ -107,21 +110,30 @@ def attack(
     }
     from recare_patch import attacking
 
+    stacked = common.stacked_concepts(patch)
+    if stacked and replay is not None and concept is None:
+        concept = attacking.replayed_concept(replay)
     with common.shown_progress() as progress:
         shared["progress"] = progress
-        if replay is not None:
-            place = folder / "replay"
-            given = attacks[0] if attacks else None
-            result = attacking.attack_patch(patch, given, replay=replay, out=place, **shared)
-            found = [(result.attack, result, place)]
-        else:
-            options = _options(attacks, budget, overrides)
-            found = [
-                (name, result, folder / name)
-                for name, result in attacking.run_attacks(patch, options, out=folder, **shared)
-            ]
-    for name, result, place in found:
-        _report(name, result, place)
+        found = []
+        for chosen in stacked if stacked and concept is None else (concept,):
+            place = folder / slug_of(chosen) if stacked and chosen is not None else folder
+            if replay is not None:
+                given = attacks[0] if attacks else None
+                result = attacking.attack_patch(
+                    patch, given, replay=replay, concept=chosen, out=place / "replay", **shared
+                )
+                found.append((result.attack, chosen, result, place / "replay"))
+            else:
+                options = _options(attacks, budget, overrides)
+                found += [
+                    (name, chosen, result, place / name)
+                    for name, result in attacking.run_attacks(
+                        patch, options, concept=chosen, out=place, **shared
+                    )
+                ]
+    for name, chosen, result, place in found:
+        _report(f"{chosen}, {name}" if stacked else name, result, place)
 
 
 def _options(attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]) -> dict[str, AttackOptions]:

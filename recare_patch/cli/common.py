@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 from recare_patch.errors import PatchError, RecipeError
 from recare_patch.files import read_safetensors_header
 from recare_patch.progress import RichProgress
-from recare_patch.recipe import PARTS_KEY, WEIGHTS_NAME, load_recipe, parse_assignment
+from recare_patch.recipe import (
+    BASE_WEIGHTS,
+    PARTS_KEY,
+    WEIGHTS_NAME,
+    load_recipe,
+    parse_assignment,
+    parts_in_header,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+HUB_PREFIX = "hub:"
+"""As in :mod:`recare_patch.sharing`, repeated here because its home needs torch."""
 
 
 def base_option(command: Command) -> Command:
@@ -41,11 +52,56 @@ def clip_option(command: Command) -> Command:
     )(command)
 
 
+def concept_option(command: Command) -> Command:
+    """Add ``--concept``."""
+    return click.option(
+        "--concept", metavar="TEXT", help="One of the concepts that a stack erases.  [default: each of them]"
+    )(command)
+
+
 def device_option(command: Command) -> Command:
     """Add ``--device``."""
     return click.option(
         "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
     )(command)
+
+
+_LEVERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--weights", {"metavar": "FORM", "help": f"The base's linear layers: {' | '.join(BASE_WEIGHTS)}."}),
+    ("--encoders-off-device", {"help": "Text encoders are on the device only while they encode."}),
+    ("--vae-off-device", {"help": "So is the autoencoder while it works."}),
+    ("--vae-tiling", {"help": "It works on one picture at a time, in tiles."}),
+    ("--checkpointing", {"help": "Forget activations, and compute them again: less memory, a third slower."}),
+    ("--micro-batch", {"type": int, "metavar": "N", "help": "At most N samples in the denoiser at once."}),
+    ("--offload", {"help": "Layers wait in the host's memory; needs --checkpointing; slow."}),
+    ("--resolution", {"metavar": "WxH", "help": "Pixels of the pictures.  [default: the base's own]"}),
+)
+
+
+def memory_options(command: Command) -> Command:
+    """Add ``--vram`` and a switch for each key of a recipe's ``memory``.
+
+    The command gets ``vram``, and ``levers``: the recipe overrides of the switches that were given.
+    """
+    keys = [name.removeprefix("--").replace("-", "_") for name, _ in _LEVERS]
+
+    @functools.wraps(command)
+    def collected(*args: Any, **given: Any) -> Any:
+        found = {key: given.pop(key) for key in keys}
+        levers = {f"memory.{key}": value for key, value in found.items() if value is not None}
+        return command(*args, levers=levers, **given)
+
+    decorated: Any = collected
+    for name, options in reversed(_LEVERS):
+        flag: dict[str, Any] = {"is_flag": True, "flag_value": True, "default": None, "type": bool}
+        decorated = click.option(name, **({} if "metavar" in options else flag), **options)(decorated)
+    wanted = click.option(
+        "--vram",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="GB",
+        help="Choose the switches below for a card of this size, such as 6, 8, 12 or 24.",
+    )
+    return cast(Command, wanted(decorated))
 
 
 def set_option(command: Command) -> Command:
@@ -81,11 +137,16 @@ def overrides_from(assignments: tuple[str, ...], **named: Any) -> dict[str, Any]
 def parse_patch(text: str) -> tuple[Path, float]:
     """A patch with its scale, "FOLDER" or "FOLDER:scale"; a folder with a colon in its name wins.
 
+    "hub:OWNER/NAME" is fetched from the Hub into the user's cache, where it is not there yet.
+
     Raises:
         PatchError: no such folder or file, or the scale is no finite number.
+        HubError: the Hub cannot be reached, or has no such patch.
     """
     if Path(text).exists():
         return Path(text), 1.0
+    if text.startswith(HUB_PREFIX):
+        return _fetched(text)
     path, colon, scale = text.rpartition(":")
     if not colon:
         raise PatchError(f"there is no patch at {text}")
@@ -100,9 +161,23 @@ def parse_patch(text: str) -> tuple[Path, float]:
     return Path(path), value
 
 
+def _fetched(text: str) -> tuple[Path, float]:
+    repo, colon, scale = text.removeprefix(HUB_PREFIX).partition(":")
+    try:
+        value = float(scale) if colon else 1.0
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise PatchError(f"the scale of {HUB_PREFIX}{repo} must be a number such as 0.8, got '{scale}'")
+    from recare_patch.sharing import fetched
+
+    quiet_libraries()
+    return fetched(f"{HUB_PREFIX}{repo}"), value
+
+
 def short_patch(text: str) -> str:
     """A patch folder's short name made whole: "van-gogh:0.5" is "van-gogh-patch:0.5" where that is there."""
-    if Path(text).exists():
+    if Path(text).exists() or text.startswith(HUB_PREFIX):
         return text
     path, colon, scale = text.rpartition(":") if ":" in text else (text, "", "")
     whole = f"{path}-patch"
@@ -124,6 +199,19 @@ def base_of(patches: Sequence[tuple[Path, float]]) -> str:
             # Damaged ones are refused where they are loaded.
             continue
     return "atelier"
+
+
+def stacked_concepts(patch: Path | str) -> tuple[str, ...]:
+    """What a stack erases, read from its header without torch; nothing for a patch that is no stack."""
+    path = Path(patch)
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    try:
+        header = read_safetensors_header(file).metadata if file.is_file() else {}
+        parts = parts_in_header(header, str(patch)) if PARTS_KEY in header else []
+    except (PatchError, RecipeError):
+        # Damaged files are refused where they are loaded.
+        return ()
+    return tuple(dict.fromkeys(part["concept"] for part in parts if isinstance(part.get("concept"), str)))
 
 
 @contextlib.contextmanager

@@ -59,10 +59,8 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
 
         model = load_base(base, device="cpu")
         weights = formats.read_lora(source, [name for name, _ in base_layers(model.denoiser)])
-        patch = weights.unet_patch()
-        if patch is not None:
-            with common.shown_progress():
-                patch.check_base(model)
+        with common.shown_progress():
+            weights.to_patch().check_base(model)
     stem = f"{formats.output_name(weights)}.safetensors" if shape == "kohya" else WEIGHTS_NAME
     file = formats.target_file(out, stem)
     if file.exists() and not force:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from recare_patch.recipe import (
     METHODS,
     OPTIMIZERS,
     PRECISIONS,
+    PRESETS,
     STATES,
     EraseOptions,
     Recipe,
     load_recipe,
+    preset_overrides,
 )
 
 
@@ -32,6 +35,9 @@ from recare_patch.recipe import (
 @click.option(
     "--recipe", metavar="NAME|FILE|PATCH", help="Start from a recipe; see `recare-patch recipes list`."
 )
+@click.option(
+    "--preset", metavar="NAME", help=f"Options that belong together: {' | '.join(PRESETS)}; others go before."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The patch's folder.  [default: CONCEPT-patch]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out that was interrupted.")
 @click.option("--rank", type=int, help="LoRA rank.  [default: 8]")
@@ -43,8 +49,17 @@ from recare_patch.recipe import (
 @click.option("--precision", metavar="NAME", help=f"{' | '.join(PRECISIONS)}, of the base.  [default: fp32]")
 @click.option("--care-set", metavar="FILE", help="Use this CARE-set instead of mining one.")
 @common.device_option
+@common.memory_options
 @click.option(
     "--save-target-images", is_flag=True, help="Keep the pictures of the concept, in target_images/."
+)
+@click.option(
+    "--formats",
+    "file_formats",
+    metavar="NAME,…",
+    default="diffusers,kohya",
+    show_default=True,
+    help="Weight files: diffusers is the patch, kohya is for A1111 and ComfyUI.",
 )
 @common.set_option
 def erase(
@@ -55,6 +70,7 @@ def erase(
     clip: str | None,
     seed: int | None,
     recipe: str | None,
+    preset: str | None,
     out: Path | None,
     resume: bool,
     rank: int | None,
@@ -66,7 +82,10 @@ def erase(
     precision: str | None,
     care_set: str | None,
     device: str,
+    vram: float | None,
+    levers: dict[str, Any],
     save_target_images: bool,
+    file_formats: str,
     assignments: tuple[str, ...],
 ) -> None:
     """Erase a concept from a base model and save the patch.
@@ -75,6 +94,11 @@ def erase(
     recare-patch erase --concept "Van Gogh"
     recare-patch erase --concept tench --kind object --base path/to/pipeline
     recare-patch erase --recipe nudity-sd-1.5
+
+    Several processes share every step, with the same result:
+
+    \b
+    accelerate launch --multi_gpu --num_processes 4 -m recare_patch erase --recipe nudity-sd-1.5
     """
     if alpha is None and rank is not None:
         alpha = float(rank)
@@ -91,11 +115,16 @@ def erase(
         erase__optimizer=optimizer,
         care_set__file=care_set,
     )
+    overrides |= levers
     if resume and concept is None and recipe is None and out is not None:
         recipe = _recipe_of_run(out)
+    overrides = {**preset_overrides(preset), **overrides}
     plan = _check(concept, kind, recipe, base, clip, overrides)
     text = concept if concept is not None else plan.concept.text
     folder = out if out is not None else Path(f"{plan.concept.slug}-patch")
+    from recare_patch.formats import check_formats
+
+    chosen = check_formats(file_formats.split(","))
     if plan.base == "atelier" and base is None:
         click.echo(
             "Base model: Atelier, the small one bundled with this package (64-pixel pictures). "
@@ -103,8 +132,12 @@ def erase(
             err=True,
         )
     from recare_patch.erasing import erase_concept
+    from recare_patch.parallel import Crew
 
-    with common.shown_progress() as progress:
+    crew = Crew.found()
+    first = crew is None or crew.main
+    # Of several processes one speaks; all work.
+    with common.shown_progress() if first else contextlib.nullcontext() as progress:
         result = erase_concept(
             text,
             kind=kind,
@@ -114,11 +147,14 @@ def erase(
             out=folder,
             resume=resume,
             overrides=overrides,
+            vram=vram,
             progress=progress,
             device=device,
             save_target_images=save_target_images,
+            file_formats=chosen,
         )
-    _report(text, result)
+    if first:
+        _report(text, result)
 
 
 def _recipe_of_run(out: Path) -> str:
@@ -174,3 +210,5 @@ def _report(concept: str, result: Any) -> None:
     if (folder / "preview.png").is_file():
         click.echo(f"Before and after: {folder / 'preview.png'}")
     click.echo(f'Load it in diffusers: pipe.load_lora_weights("{folder}")')
+    for file in sorted(folder.glob("erase-*.safetensors")):
+        click.echo(f"For A1111 and ComfyUI: {file}")

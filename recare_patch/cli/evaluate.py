@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from recare_patch.cli import common
+from recare_patch.concepts import slug_of
 from recare_patch.errors import EvaluationError, unknown_name
 from recare_patch.recipe import PRECISIONS
 
@@ -86,6 +87,7 @@ CHECKS = ("fine-tuning", "personalisation", "samplers", "scales", "spellings")
     show_default=True,
     help="Behind each value of a check.",
 )
+@common.concept_option
 @click.option("--card", is_flag=True, help="Write the figures into the patch's card as well.")
 @click.option(
     "--detector",
@@ -113,6 +115,7 @@ def evaluate(
     attacks: tuple[Path, ...],
     checks: tuple[str, ...],
     check_pictures: int,
+    concept: str | None,
     card: bool,
     detector: str | None,
     label: str | None,
@@ -145,33 +148,39 @@ def evaluate(
     from recare_patch import evaluating
 
     first = evaluating.is_first_process()
-    # Of several processes one speaks; all draw.
-    with common.shown_progress() if first else contextlib.nullcontext() as progress:
-        evidence = evaluating.evaluate(
-            patch,
-            base=base,
-            suite=suite,
-            metrics=metrics or None,
-            pictures=pictures,
-            out=out,
-            cache=False if no_cache else cache,
-            detector=detector,
-            label=label,
-            clip=clip,
-            prompts_file=prompts,
-            attacks=attacks or None,
-            checks=checks,
-            check_pictures=check_pictures,
-            card=card,
-            precision=precision,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
-    if first:
-        folder = out if out is not None else Path(patch) if Path(patch).is_dir() else Path(patch).parent
-        _report(evidence, folder, card)
+    folder = out if out is not None else Path(patch) if Path(patch).is_dir() else Path(patch).parent
+    stacked = common.stacked_concepts(patch)
+    # A suite that is named is for one of a stack's concepts, and says itself for which.
+    for one in stacked if stacked and concept is None and suite is None else (concept,):
+        # Of several processes one speaks; all draw.
+        with common.shown_progress() if first else contextlib.nullcontext() as progress:
+            evidence = evaluating.evaluate(
+                patch,
+                base=base,
+                suite=suite,
+                concept=one,
+                metrics=metrics or None,
+                pictures=pictures,
+                out=out,
+                cache=False if no_cache else cache,
+                detector=detector,
+                label=label,
+                clip=clip,
+                prompts_file=prompts,
+                attacks=attacks or None,
+                checks=checks,
+                check_pictures=check_pictures,
+                card=card,
+                precision=precision,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                progress=progress,
+            )
+        if first:
+            if stacked:
+                click.echo(f"{evidence.concept}:")
+            _report(evidence, folder / slug_of(evidence.concept) if stacked else folder, card)
 
 
 def _report(evidence: Evidence, folder: Path, card: bool) -> None:

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     "--save-images", type=click.Path(path_type=Path), metavar="FOLDER", help="Save each picture as well."
 )
 @click.option("--blur", is_flag=True, help="Blur the sheet.")
+@click.option(
+    "--gated",
+    is_flag=True,
+    help="Let each patch's scale follow how much the prompt has to do with its concept.",
+)
 @common.device_option
 def generate(
     patches: tuple[str, ...],
@@ -50,6 +55,7 @@ def generate(
     out: Path,
     save_images: Path | None,
     blur: bool,
+    gated: bool,
     device: str,
 ) -> None:
     """Draw prompts with the base model and with patches, at the same seeds.
@@ -57,7 +63,12 @@ def generate(
     \b
     recare-patch generate --patch van-gogh-patch --prompt "a painting by Van Gogh"
     recare-patch generate --patch a-patch --patch b-patch:0.7 --prompt "a street"
+
+    With --gated, prompts that have nothing to do with a patch's concept are drawn without it. That is
+    for the sake of those pictures, not for security: a gate reads the prompt and nothing else.
     """
+    if gated and not patches:
+        raise click.UsageError("--gated says how patches are applied, and no --patch is given")
     chosen = [common.parse_patch(text) for text in patches]
     source = base or common.base_of(chosen)
     from recare_patch.erasing import generate_pictures
@@ -70,10 +81,12 @@ def generate(
             list(range(seed, seed + count)),
             steps=steps,
             guidance_scale=guidance_scale,
+            gated=gated,
             device=device,
             progress=progress,
         )
     title = f"{source}: " + (", ".join(f"{path.name} at {scale:g}" for path, scale in chosen) or "no patch")
+    title += ", gated" if gated else ""
     save_pairs(pairs, out, title=title, blur=blur, patched=bool(chosen))
     click.echo(f"Sheet: {out}")
     if save_images is not None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from recare_patch.cli import common
+
+if TYPE_CHECKING:
+    from recare_patch.stack_evidence import FigureChange
 
 
 @click.command()
@@ -31,6 +36,29 @@ from recare_patch.cli import common
 @click.option(
     "--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of the file."
 )
+@click.option(
+    "--formats",
+    "file_formats",
+    metavar="NAME,…",
+    default="diffusers,kohya",
+    show_default=True,
+    help="Weight files: diffusers is the stack, kohya is for A1111 and ComfyUI.",
+)
+@click.option(
+    "--evidence",
+    is_flag=True,
+    help="Measure each concept under its patch alone and under the stack; takes pictures, so minutes.",
+)
+@click.option(
+    "--pictures",
+    type=click.IntRange(1, 1_000_000),
+    default=200,
+    show_default=True,
+    help="Of each figure of --evidence.",
+)
+@common.base_option
+@common.clip_option
+@common.device_option
 def stack(
     patches: tuple[str, ...],
     out: Path,
@@ -39,20 +67,29 @@ def stack(
     density: float | None,
     seed: int,
     precision: str,
+    file_formats: str,
+    evidence: bool,
+    pictures: int,
+    base: str | None,
+    clip: str | None,
+    device: str,
 ) -> None:
     """Make one patch of several, each at its own scale.
 
     \b
     recare-patch stack van-gogh-patch nudity-patch --out both
     recare-patch stack van-gogh nudity:0.8 --out both --method svd --rank 4
+    recare-patch stack van-gogh nudity --out both --evidence --pictures 50
 
     A patch is a folder or a file; "van-gogh" finds the folder "van-gogh-patch" too.
     """
     chosen = [common.parse_patch(common.short_patch(text)) for text in patches]
     import torch
 
-    from recare_patch import composing
+    from recare_patch import composing, formats
     from recare_patch.patch import Patch
+
+    written = formats.check_formats(file_formats.split(","))
 
     common.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
@@ -60,7 +97,7 @@ def stack(
     made = composing.stack(loaded, method=method, rank=rank, density=density, seed=seed, dtype=dtype)
     for warning in composing.interference(loaded).warnings:
         click.echo(f"Warning: {warning}", err=True)
-    file = composing.save_stack(made, out)
+    file = composing.save_stack(made, out, file_formats=written)
     assert made.metadata is not None and made.metadata.stacking is not None
     error = made.metadata.stacking.relative_error
     click.echo(
@@ -68,3 +105,30 @@ def stack(
         f"{file.stat().st_size:,} bytes)"
     )
     click.echo(f"Differs from the sum of its parts by {error:.2g} of its norm.")
+    if evidence:
+        from recare_patch import stack_evidence
+
+        with common.shown_progress() as progress:
+            changes = stack_evidence.change_in_evidence(
+                [patch for patch, _ in loaded],
+                out,
+                base=base,
+                pictures=pictures,
+                clip=clip,
+                device=device,
+                progress=progress,
+            )
+        _report(changes, out / stack_evidence.CHANGE_NAME)
+
+
+def _report(changes: Sequence[FigureChange], file: Path) -> None:
+    rows = [("figure", "base", "alone", "stacked")]
+    for concept in dict.fromkeys(one.concept for one in changes):
+        rows.append((f"{concept}:", "", "", ""))
+        rows += [(f"  {one.name}", *one.show()) for one in changes if one.concept == concept]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        click.echo("  ".join(cells).rstrip())
+    click.echo(f"Side by side: {file}")

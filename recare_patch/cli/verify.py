@@ -15,6 +15,7 @@ _WORDS = {True: "ok", False: "FAIL", None: "-"}
 @click.command()
 @click.argument("patch", metavar="PATCH", type=click.Path(path_type=Path))
 @common.base_option
+@common.concept_option
 @click.option(
     "--figures",
     "figures",
@@ -46,6 +47,7 @@ def verify(
     ctx: click.Context,
     patch: Path,
     base: str | None,
+    concept: str | None,
     figures: tuple[str, ...],
     pictures: int | None,
     tolerance: float | None,
@@ -69,6 +71,7 @@ def verify(
         found = verifying.verify(
             patch,
             base,
+            concept=concept,
             figures=figures or ("all",),
             pictures=pictures,
             tolerance=verifying.TOLERANCE if tolerance is None else tolerance,

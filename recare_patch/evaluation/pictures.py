@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from recare_patch.base_models import weights_hash
-from recare_patch.components import named_tuner_layers
+from recare_patch.components import TEXT_ENCODERS, named_tuner_layers
 from recare_patch.errors import EvaluationError
 from recare_patch.evaluation.suites import SCHEDULERS
 from recare_patch.files import write_bytes
@@ -190,6 +190,7 @@ class Studio:
             "base": base.id,
             "denoiser": base.denoiser_hash(),
             "text_encoder": weights_hash(base.pipeline.text_encoder),
+            **{part: base.component_hash(part) for part in TEXT_ENCODERS[1:] if part in base.components},
             "vae": weights_hash(base.pipeline.vae),
             "precision": str(base.dtype).removeprefix("torch."),
         }

@@ -502,7 +502,7 @@ def default_suite(recipe: Recipe, care_words: Sequence[str]) -> Suite:
         care=care,
         retained=_RETAINED,
         # As the bundled suites: on Atelier the rates are those of twenty steps of its own scheduler.
-        steps=10 if atelier else recipe.target_images.steps,
+        steps=8 if atelier else recipe.target_images.steps,
         scheduler="dpm-solver++" if atelier else None,
         guidance_scale=recipe.target_images.guidance_scale,
     )

@@ -1,5 +1,23 @@
-"""Erasing methods: each turns noisy latents into a loss, and none owns a loop."""
+"""Erasing methods: one file each; loops, checkpoints and costs are the run's."""
 
-from recare_patch.methods.protocol import ErasingContext, Method, load_method, method_names
+from recare_patch.methods.protocol import (
+    ErasingContext,
+    Instead,
+    LossMethod,
+    Method,
+    Needs,
+    Stages,
+    load_method,
+    method_names,
+)
 
-__all__ = ["ErasingContext", "Method", "load_method", "method_names"]
+__all__ = [
+    "ErasingContext",
+    "Instead",
+    "LossMethod",
+    "Method",
+    "Needs",
+    "Stages",
+    "load_method",
+    "method_names",
+]

@@ -9,22 +9,29 @@ from torch.nn import functional as F
 from recare_patch import adapters
 from recare_patch.base_models import PromptEmbeds
 from recare_patch.guidance import esd_target
-from recare_patch.methods.protocol import ErasingContext
+from recare_patch.methods.protocol import LossMethod
 
 
-class ESD:
-    """``‖ε(z_t,c) − sg(ε*(z_t,∅) − η [ε*(z_t,c) − ε*(z_t,∅)])‖²``: no anchors, nothing retained."""
+class ESD(LossMethod):
+    """``‖ε(z_t,c) − sg(ε*(z_t,∅) − η [ε*(z_t,c) − ε*(z_t,∅)])‖²``: no anchors, nothing retained.
 
-    def __init__(self, context: ErasingContext) -> None:
-        self.context = context
+    A replacement, or a subject without its attribute, takes the whole target's place.
+    """
 
     def loss(self, latents: Tensor, timesteps: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
-        """See :class:`recare_patch.methods.protocol.Method`."""
+        """See :class:`recare_patch.methods.protocol.LossMethod`."""
         context, base = self.context, self.context.base
         named = context.erased[which]
-        conditions = PromptEmbeds.cat([context.empty.repeat(len(latents)), named])
-        with torch.no_grad(), adapters.off(base.denoiser):
-            frozen = base.denoise(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), conditions).float()
-        empty, erased = frozen.chunk(2)
-        student = base.denoise(latents, timesteps, named).float()
-        return F.mse_loss(student, esd_target(empty, erased, context.options.eta))
+        parts = [context.empty.repeat(len(latents)), named]
+        if context.instead is not None:
+            parts = context.instead.conditions(which)
+        count = len(parts)
+        with torch.no_grad(), adapters.off(*base.components.values()):
+            states, times = latents.repeat(count, 1, 1, 1), timesteps.repeat(count)
+            frozen = base.denoise(states, times, PromptEmbeds.cat(parts)).float().chunk(count)
+        if context.instead is not None:
+            target = context.instead.target(frozen, context.options.eta)
+        else:
+            empty, erased = frozen
+            target = esd_target(empty, erased, context.options.eta)
+        return F.mse_loss(base.denoise(latents, timesteps, named).float(), target)

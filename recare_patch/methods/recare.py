@@ -10,51 +10,83 @@ from recare_patch import adapters
 from recare_patch.base_models import PromptEmbeds
 from recare_patch.errors import CareSetError
 from recare_patch.guidance import recare_target
-from recare_patch.methods.protocol import ErasingContext
+from recare_patch.methods.protocol import ErasingContext, LossMethod, Needs
 from recare_patch.states import noised
 
 
-class ReCARE:
+class ReCARE(LossMethod):
     """Steers the concept's names to a composition of anchors, and holds retained prompts where they are.
 
     The loss is ``‖ε(z_t,e) − sg y‖² + λ ‖ε(z_t,r) − sg ε*(z_t,r)‖²`` with ``y`` from
     :func:`recare_patch.guidance.recare_target`. All of the frozen model's conditions go through it
     in one batch, and so do both of the adapted model's.
+
+    A replacement, or a subject without its attribute, takes the place of ``y``.
     """
+
+    needs = Needs(
+        care_set=True,
+        search=True,
+        retained=True,
+        retained_images=True,
+        composed=True,
+        adversaries=True,
+    )
 
     def __init__(self, context: ErasingContext) -> None:
         if not context.anchors or not context.retained:
             raise CareSetError(
                 "method 'recare' needs a CARE-set with at least one word, and this one is empty"
             )
-        self.context = context
+        super().__init__(context)
         self.anchors: PromptEmbeds = context.anchors
         self.retained: PromptEmbeds = context.retained
+        # All that is erased: the names, then what they are joined to, then other names.
+        tables = [context.erased, context.composed, context.aliases]
+        self.named = PromptEmbeds.cat([table for table in tables if table is not None])
 
     def loss(self, latents: Tensor, timesteps: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
-        """See :class:`recare_patch.methods.protocol.Method`."""
+        """See :class:`recare_patch.methods.protocol.LossMethod`."""
         context, options, base = self.context, self.context.options, self.context.base
         rows = len(latents)
-        named, picks = self._named(which, generator)
+        chosen, picks = self._chosen(which, generator)
+        named = self.named[chosen]
         held, held_times, retained = self._retained(latents, timesteps, generator)
         # The mean over names is drawn, one name a row: the loss is quadratic in its target, so the
         # gradient is the same on average, and one prediction does where there were as many as names.
         names = torch.randint(0, len(context.erased), (rows,), generator=generator)
         # One forward pass of the frozen model: ∅, anchor, erased name, retained.
-        conditions = PromptEmbeds.cat(
-            [context.empty.repeat(rows), self.anchors[picks], context.erased[names], retained]
-        )
-        with torch.no_grad(), adapters.off(base.denoiser):
-            states = torch.cat([latents.repeat(3, 1, 1, 1), held])
-            times = torch.cat([timesteps.repeat(3), held_times])
-            frozen = base.denoise(states, times, conditions).float()
-        empty, anchor, erased = frozen[: 3 * rows].chunk(3)
-        kept = frozen[3 * rows :]
-        target = recare_target(empty, anchor, erased[None], options.guidance_plus, options.guidance_minus)
-        both = PromptEmbeds.cat([named, retained])
-        student = base.denoise(torch.cat([latents, held]), torch.cat([timesteps, held_times]), both).float()
-        erase, retain = student[:rows], student[rows:]
-        return F.mse_loss(erase, target) + options.retain_weight * F.mse_loss(retain, kept)
+        parts = [context.empty.repeat(rows), self.anchors[picks], context.erased[names]]
+        if context.instead is not None:
+            parts = context.instead.conditions(chosen)
+        count = len(parts)
+        with torch.no_grad(), adapters.off(*base.components.values()):
+            states = torch.cat([latents.repeat(count, 1, 1, 1), held])
+            times = torch.cat([timesteps.repeat(count), held_times])
+            frozen = base.denoise(states, times, PromptEmbeds.cat([*parts, retained])).float()
+        steered, kept = frozen[: count * rows].chunk(count), frozen[count * rows :]
+        if context.instead is not None:
+            target = context.instead.target(steered, options.guidance_minus)
+        else:
+            empty, anchor, erased = steered
+            target = recare_target(empty, anchor, erased[None], options.guidance_plus, options.guidance_minus)
+        hunted = []
+        if context.adversaries is not None:
+            # What was found a moment ago is erased on the same states, so the frozen model's part is there.
+            context.adversaries.improve(generator)
+            hunted = [context.adversaries.names(rows, generator)]
+        again = 1 + len(hunted)
+        student = base.denoise(
+            torch.cat([*[latents] * again, held]),
+            torch.cat([*[timesteps] * again, held_times]),
+            PromptEmbeds.cat([named, *hunted, retained]),
+        ).float()
+        erase, retain = student[:rows], student[again * rows :]
+        loss = F.mse_loss(erase, target) + options.retain_weight * F.mse_loss(retain, kept)
+        if context.adversaries is not None:
+            found = student[rows : 2 * rows]
+            loss = loss + context.adversaries.options.weight * F.mse_loss(found, target)
+        return loss
 
     def _retained(
         self, latents: Tensor, timesteps: Tensor, generator: torch.Generator
@@ -80,16 +112,23 @@ class ReCARE:
         picks = torch.where(ours, self.context.pictured[pictures], picks)
         here = ours.to(latents.device)
         states = torch.where(here.view(-1, 1, 1, 1), states, latents)
-        return states, torch.where(here, times, timesteps), self.retained[picks]
+        table = self.retained
+        if self.context.adversaries is not None:
+            # Guidance goes from the empty prompt to the prompt: were the empty one pushed away from the
+            # concept too, any learnt name would point back to it.
+            void = ~ours & (torch.rand(rows, generator=generator) < 0.5)
+            picks = torch.where(void, len(table), picks)
+            table = PromptEmbeds.cat([table, self.context.empty])
+        return states, torch.where(here, times, timesteps), table[picks]
 
-    def _named(self, which: Tensor, generator: torch.Generator) -> tuple[PromptEmbeds, Tensor]:
-        """The erased prompt of each row, and the index of its anchor.
+    def _chosen(self, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The rows of all erased prompts to take, and the index of each one's anchor.
 
         Of the rows that have the concept's first name, half are joined to their anchor and a
         quarter take another name: how people write a concept varies more than one prompt does.
         """
         context, rows = self.context, len(which)
-        table, chosen = [context.erased], which
+        chosen = which
         picks = torch.randint(0, context.guarded_anchors or len(self.anchors), (rows,), generator=generator)
         luck = torch.rand(rows, generator=generator)
         size = len(context.erased)
@@ -99,10 +138,8 @@ class ReCARE:
             any_anchor = torch.randint(0, len(self.anchors), (rows,), generator=generator)
             picks = torch.where(joined & (luck >= 0.75), any_anchor, picks)
             chosen = torch.where(joined, size + picks, chosen)
-            table.append(context.composed)
             size += len(context.composed)
         if context.aliases is not None:
             alias = torch.randint(0, len(context.aliases), (rows,), generator=generator)
             chosen = torch.where((which == 0) & (luck >= 0.25) & (luck < 0.5), size + alias, chosen)
-            table.append(context.aliases)
-        return PromptEmbeds.cat(table)[chosen], picks
+        return chosen, picks

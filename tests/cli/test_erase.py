@@ -19,6 +19,7 @@ def test_the_shortest_command(stage: Stage) -> None:
     assert options["overrides"] == {}
     assert options["kind"] is options["recipe"] is options["base"] is options["clip"] is None
     assert (options["resume"], options["save_target_images"], options["device"]) == (False, False, "auto")
+    assert options["file_formats"] == ("diffusers", "kohya")
     assert "bundled" in result.stderr and "--base" in result.stderr
     assert result.stdout.splitlines() == [
         "CARE-set: stars, night",
@@ -34,7 +35,7 @@ def test_every_option_arrives(stage: Stage) -> None:
         "erase --concept tench --kind object --method ESD --base some/base --clip some/clip --seed 3 "
         "--out here --resume "
         "--rank 4 --alpha 2 --layers all --steps 9 --states rollout --optimizer adamw --precision bf16 "
-        "--care-set set.json --device cuda:1 --save-target-images "
+        "--care-set set.json --device cuda:1 --save-target-images --formats diffusers "
         "--set erase.guidance_minus=2 --set search.rounds=0"
     )
     result = stage.run(*words.split())
@@ -57,6 +58,7 @@ def test_every_option_arrives(stage: Stage) -> None:
     assert (options["kind"], options["base"], options["clip"]) == ("object", "some/base", "some/clip")
     assert (options["resume"], options["save_target_images"], options["device"]) == (True, True, "cuda:1")
     assert options["out"] == Path("here")
+    assert options["file_formats"] == ("diffusers",)
     assert "bundled" not in result.stderr
 
 
@@ -120,6 +122,8 @@ def test_an_error_of_the_run_is_one_sentence(stage: Stage) -> None:
         (["--concept", "tench", "--steps", "3", "--set", "erase.steps=4"], "is set twice"),
         (["--concept", "tench", "--base", ""], "base"),
         (["--recipe", "tensh"], "did you mean 'tench'?"),
+        (["--concept", "tench", "--formats", "diffusers,koya"], "did you mean 'kohya'?"),
+        (["--concept", "tench", "--formats", "kohya"], "always has the diffusers file"),
         (["--resume", "--out", "nowhere"], "there is no interrupted run in nowhere"),
     ],
 )

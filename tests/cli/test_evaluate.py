@@ -83,6 +83,7 @@ def test_the_least_that_has_to_be_said(invoke: Invoke, calls: list[dict[str, Any
         "patch": "mine",
         "base": None,
         "suite": None,
+        "concept": None,
         "metrics": None,
         "pictures": 200,
         "out": None,

@@ -50,6 +50,7 @@ def test_a_patch_that_holds(invoke: Invoke, calls: list[dict[str, Any]]) -> None
     assert call == {
         "patch": Path("good"),
         "base": None,
+        "concept": None,
         "figures": ("all",),
         "pictures": None,
         "tolerance": verifying.TOLERANCE,

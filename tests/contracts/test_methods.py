@@ -16,7 +16,7 @@ from recare_patch.recipe import METHODS, EraseOptions
 from recare_patch.training import fit
 
 
-@pytest.fixture(params=["tiny_sd", "tiny_sd_v"])
+@pytest.fixture(params=["tiny_sd", "tiny_sd_v", "tiny_sdxl", "tiny_sd3"])
 def base(request: pytest.FixtureRequest) -> BaseModel:
     return load_base(str(request.getfixturevalue(request.param)), device="cpu")
 

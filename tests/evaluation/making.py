@@ -36,10 +36,12 @@ SUITE: dict[str, Any] = {
 """A suite for the tiny models: what they draw is noise, so only its mechanics can be tested."""
 
 
-def make_patch(base: BaseModel, folder: Path, clip: Path | None = None, *, seed: int = 0) -> Path:
+def make_patch(
+    base: BaseModel, folder: Path, clip: Path | None = None, *, seed: int = 0, concept: str = "Van Gogh"
+) -> Path:
     """A patch of random numbers, large enough to change every picture."""
     recipe = Recipe(
-        concept=Concept(text="Van Gogh", kind="style"), base=base.id, clip=str(clip) if clip else None
+        concept=Concept(text=concept, kind="style"), base=base.id, clip=str(clip) if clip else None
     ).with_overrides({"adapter.rank": 2, "adapter.alpha": 2.0, "search.batch_size": 2})
     generator = torch.Generator().manual_seed(seed)
     parameters = adapters.attach(

@@ -475,9 +475,9 @@ def test_a_lora_and_the_patch_are_on_together(base: BaseModel, patch: Patch) -> 
             assert active == {first.adapter_name, second.adapter_name}
             both = base.denoise(latents, times, embeds)
         with changed(base.denoiser):
-            merge_into(base.denoiser, patch)
+            merge_into(base.components, patch)
             one = base.denoise(latents, times, embeds)
-            merge_into(base.denoiser, other)
+            merge_into(base.components, other)
             merged = base.denoise(latents, times, embeds)
     torch.testing.assert_close(both, merged, atol=1e-5, rtol=1e-4)
     assert (one - plain).abs().max() > 1e-3 < (merged - one).abs().max()
@@ -568,7 +568,7 @@ def test_a_merged_patch_computes_what_an_applied_one_does(base: BaseModel) -> No
             with patch.apply(base.pipeline, scale=0.5):
                 applied = base.denoise(latents, times, embeds)
             with changed(base.denoiser):
-                merge_into(base.denoiser, patch, 0.5)
+                merge_into(base.components, patch, 0.5)
                 merged = base.denoise(latents, times, embeds)
             plain = base.denoise(latents, times, embeds)
         torch.testing.assert_close(merged, applied, atol=1e-4, rtol=1e-3)
@@ -672,7 +672,7 @@ def test_fine_tuning_learns_nothing_of_the_concept(context: CheckContext) -> Non
 
     options = _resolved(context, FineTuningOptions(images=6))
     judged = dataclasses.replace(context, detector=Every())
-    assert len(_material(judged, options).latents) == len(_material(judged, options).embeds) == 4
+    assert len(_material(judged, options).latents) == len(_material(judged, options).prompts) == 4
 
     class All(Nothing):
         def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:

@@ -18,10 +18,9 @@ from recare_patch.evaluation.pictures import (
     PictureCache,
     Studio,
     default_cache,
-    process_device,
-    processes,
     tensors_hash,
 )
+from recare_patch.parallel import process_device, processes
 from recare_patch.patch import Patch
 from tests.evaluation.making import make_patch
 

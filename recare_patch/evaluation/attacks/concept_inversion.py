@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from recare_patch.base_models import PLACEHOLDER
 from recare_patch.evaluation.attacks.protocol import (
     AttackError,
     AttackOptions,
@@ -26,7 +25,7 @@ from recare_patch.evaluation.attacks.protocol import (
     judged,
     trial_seeds,
 )
-from recare_patch.inversion import invert
+from recare_patch.inversion import invert, name_templates
 from recare_patch.training import Checkpoint
 
 if TYPE_CHECKING:
@@ -64,16 +63,6 @@ class ConceptInversionOptions(AttackOptions):
     def published(cls) -> Mapping[str, Any]:
         """Steps and rate as in the literature's comparisons; the paper itself goes to 5,000 steps."""
         return {"steps": 3000, "learning_rate": 5.0e-3, "images": 25, "pictures": 100}
-
-
-def name_templates(concept: Concept) -> tuple[str, ...]:
-    """The concept's own prompts with :data:`PLACEHOLDER` where its name stands."""
-    with_name = [prompt.replace(concept.text, PLACEHOLDER) for prompt in concept.name_prompts]
-    return tuple(
-        dict.fromkeys(
-            [concept.target_prompt_for(PLACEHOLDER), *(one for one in with_name if PLACEHOLDER in one)]
-        )
-    )
 
 
 class ConceptInversion:

@@ -73,7 +73,7 @@ def load_attack(folder: str | Path) -> AttackResult:
     values = {name: note[name] for name in _PARTS}
     low, high = note["interval"]
     return AttackResult(
-        **{**values, "interval": (float(low), float(high))}, tensors=tensors, base=note["base"]
+        **{**values, "interval": (float(low), float(high))}, tensors=tensors, base=note.get("base")
     )
 
 

@@ -29,7 +29,6 @@ from recare_patch.evaluation.attacks.search import (
     prediction_errors,
     replay_prompts,
 )
-from recare_patch.timesteps import training_target
 
 if TYPE_CHECKING:
     from recare_patch.concepts import Concept
@@ -127,7 +126,7 @@ class _Search:
         adversarial = one_hot @ self.vocabulary.vectors
         embeds = base.encode_token_vectors([torch.cat([adversarial[row], self.vectors[row]]) for row in rows])
         timesteps = torch.full((len(rows),), self.timesteps[round_], device=base.device)
-        wanted = training_target(clean, noise, timesteps, base.alphas_cumprod, base.prediction_type)
+        wanted = base.training_target(clean, noise, timesteps)
         predicted = base.denoise(base.add_noise(clean, noise, timesteps), timesteps, embeds)
         return prediction_errors(predicted, wanted).sum()
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from recare_patch.evaluation.checks.protocol import CheckContext, CheckOptions, point
 from recare_patch.evaluation.evidence import Check
 from recare_patch.evaluation.metrics import Rate
-from recare_patch.evaluation.pictures import SCHEDULERS
+from recare_patch.evaluation.suites import SCHEDULERS
 from recare_patch.settings import one_of
 
 TITLES = {"ddim": "DDIM", "dpm-solver++": "DPM-Solver++", "euler": "Euler", "pndm": "PNDM", "unipc": "UniPC"}

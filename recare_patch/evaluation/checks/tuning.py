@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from recare_patch.components import named_layers
 from recare_patch.peft_layers import kept_requires_grad
 from recare_patch.states import noised
-from recare_patch.timesteps import training_target
 from recare_patch.training import Checkpoint, fit
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def tune(
         index = torch.randint(0, len(material.latents), (batch_size,), generator=generator)
         clean = material.latents[index.to(material.latents.device)]
         states, timesteps, noise = noised(base, clean, generator)
-        target = training_target(clean, noise, timesteps, base.alphas_cumprod, base.prediction_type)
+        target = base.training_target(clean, noise, timesteps)
         pred = base.denoise(states, timesteps, embeds[index])
         return F.mse_loss(pred.float(), target.float())
 

@@ -1,0 +1,474 @@
+"""The demo: a page with the base's picture and the patched one side by side, at any scale.
+
+What is drawn and what is blurred is decided here without gradio, which is an extra and only lays out
+the page. ``recare-patch demo`` serves it on this machine; ``hub/space`` is the same page as a Space.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from PIL import Image
+from pydantic import AfterValidator, Field
+
+from recare_patch.base_models import BaseModel
+from recare_patch.concepts import Concept
+from recare_patch.errors import DemoError, IncompatiblePatchError, PatchError, RecarePatchError, unknown_name
+from recare_patch.evaluation.suites import Prompt
+from recare_patch.patch import Patch
+from recare_patch.publishing import is_unsafe, plain
+from recare_patch.recipe import WEIGHTS_NAME
+from recare_patch.settings import Settings
+from recare_patch.sheets import blurred
+
+if TYPE_CHECKING:
+    import gradio
+
+logger = logging.getLogger(__name__)
+
+DEMO_EXTRA = 'pip install "recare-patch[demo]"'
+MIN_SCALE, MAX_SCALE = -1.0, 2.0
+LOOPBACK = "127.0.0.1"
+
+_REMEMBERED = 64
+_MAX_SEED = 2**32 - 1
+_MAX_STEPS = 100
+_MAX_GUIDANCE = 20.0
+
+
+# ------------------------------------------------------------------------ what is drawn
+
+
+class Scene(Settings):
+    """What decides the base's picture.
+
+    Attributes:
+        prompt: up to 1,000 characters.
+        seed: of the starting noise.
+        steps: of the base's own scheduler.
+        guidance_scale: at 1 or less there is no guidance.
+
+    Raises:
+        DemoError: a value is out of range or of another type; all faults in one sentence.
+    """
+
+    error: ClassVar[type[DemoError]] = DemoError
+    noun: ClassVar[str] = "this cannot be drawn"
+
+    prompt: Prompt
+    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] = 0
+    steps: Annotated[int, Field(ge=1, le=_MAX_STEPS)] = 20
+    guidance_scale: Annotated[float, Field(ge=0, le=_MAX_GUIDANCE)] = 5.0
+
+
+def _chosen(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("choose at least one")
+    return names
+
+
+class View(Scene):
+    """What decides both pictures.
+
+    Attributes:
+        patches: names of those that are applied, at least one.
+        scale: of all of them; 0 is the base, 1 as trained, below 0 the opposite of erasing.
+    """
+
+    patches: Annotated[tuple[str, ...], AfterValidator(_chosen)]
+    scale: Annotated[float, Field(ge=MIN_SCALE, le=MAX_SCALE)] = 1.0
+
+    @property
+    def scene(self) -> Scene:
+        """The part that the base's picture depends on."""
+        return Scene(**self.model_dump(include=set(Scene.model_fields)))
+
+
+class Comparison:
+    """A base and patches that draw the same scenes; pictures are drawn once and remembered.
+
+    Safe to use from several threads: one draws, the others wait.
+
+    Attributes:
+        base: what draws.
+        patches: name → patch.
+
+    Example:
+        >>> comparison = Comparison(load_base("atelier"), {"Van Gogh": patch})  # doctest: +SKIP
+        >>> view = View(prompt="a house by Van Gogh", patches=["Van Gogh"])  # doctest: +SKIP
+        >>> before, after = comparison.before(view.scene), comparison.after(view)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, base: BaseModel, patches: Mapping[str, Patch], *, remembered: int = _REMEMBERED
+    ) -> None:
+        """Put base and patches side by side.
+
+        Args:
+            base: what draws; nothing else may change it meanwhile.
+            patches: name → patch.
+            remembered: pictures kept in memory, the oldest go first.
+
+        Raises:
+            DemoError: there is no patch.
+            IncompatiblePatchError: one does not fit the base.
+        """
+        if not patches:
+            raise DemoError("a comparison needs at least one patch, and none was given")
+        for patch in patches.values():
+            patch.check_base(base)
+        self.base = base
+        self.patches = dict(patches)
+        self._remembered = remembered
+        self._pictures: OrderedDict[tuple[Scene, tuple[str, ...], float], Image.Image] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def before(self, scene: Scene) -> Image.Image:
+        """The base's picture."""
+        return self._draw(scene, (), 0.0)
+
+    def after(self, view: View) -> Image.Image:
+        """The same under the view's patches.
+
+        Raises:
+            UnknownNameError: there is no patch of that name.
+        """
+        self.check(view)
+        # At 0 a patch adds exactly nothing.
+        names = tuple(name for name in self.patches if name in view.patches) if view.scale else ()
+        return self._draw(view.scene, names, view.scale)
+
+    def check(self, view: View) -> None:
+        """Refuse a view of patches that are not there.
+
+        Raises:
+            UnknownNameError: the sentence offers the nearest name.
+        """
+        for name in view.patches:
+            if name not in self.patches:
+                raise unknown_name("patch", name, self.patches)
+
+    def unsafe(self, names: Sequence[str]) -> bool:
+        """Whether any of these patches erases unsafe content, or does not say what it erases."""
+        told = [self.patches[name].metadata for name in names]
+        return any(one is None or is_unsafe(one) for one in told)
+
+    def _draw(self, scene: Scene, names: tuple[str, ...], scale: float) -> Image.Image:
+        key = (scene, names, scale)
+        with self._lock:
+            found = self._pictures.pop(key, None)
+            if found is None:
+                with contextlib.ExitStack() as stack:
+                    for name in names:
+                        stack.enter_context(self.patches[name].apply(self.base.pipeline, scale))
+                    found = self.base.generate(
+                        [scene.prompt],
+                        [scene.seed],
+                        steps=scene.steps,
+                        guidance_scale=scene.guidance_scale,
+                        stage="demo",
+                    )[0]
+            self._pictures[key] = found
+            while len(self._pictures) > self._remembered:
+                self._pictures.popitem(last=False)
+        return found
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows.
+
+    Attributes:
+        before: the left picture; ``None`` where nothing could be drawn.
+        after: the right one; ``None`` while it is being drawn, too.
+        sentence: what is wrong, what is blurred, or what is to be seen.
+    """
+
+    before: Image.Image | None
+    after: Image.Image | None
+    sentence: str
+
+
+def show(
+    comparison: Comparison,
+    prompt: str,
+    seed: Any,
+    steps: Any,
+    guidance_scale: Any,
+    scale: Any,
+    patches: Sequence[str],
+    sharp: bool = False,
+) -> Iterator[Shown]:
+    """The page's answers to its fields: first the left picture alone, then both.
+
+    Where a chosen patch erases unsafe content the left picture is blurred, and so is the right one below
+    scale 1, where the patch is not at its strength. Values may be anything: what cannot be drawn is
+    answered by a sentence.
+
+    Args:
+        comparison: what draws.
+        prompt, seed, steps, guidance_scale, scale, patches: see :class:`View`.
+        sharp: blur nothing.
+    """
+    try:
+        view = View(
+            prompt=prompt,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            scale=scale,
+            patches=patches or (),
+        )
+        comparison.check(view)
+        unsafe = comparison.unsafe(view.patches) and not sharp
+        before = comparison.before(view.scene)
+        left = blurred(before) if unsafe else before
+        yield Shown(left, None, f"Left: {comparison.base.id}. Drawing with the patch …")
+        after = comparison.after(view)
+        right = blurred(after) if unsafe and view.scale < 1 else after
+    except RecarePatchError as fault:
+        yield Shown(None, None, _sentence(fault))
+        return
+    applied = " and ".join(view.patches)
+    text = f"Seed {view.seed}. Left: {comparison.base.id}. Right: the same with {applied} at {view.scale:g}."
+    if unsafe:
+        text += " Blurred, because the patch deals with unsafe content."
+    yield Shown(left, right, text)
+
+
+def _sentence(fault: RecarePatchError) -> str:
+    text = str(fault)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+# ------------------------------------------------------------------------ where patches come from
+
+
+def find_patches(folder: str | Path = ".") -> list[Path]:
+    """Patch folders in a folder, itself among them, by name.
+
+    Raises:
+        PatchError: there is none; the sentence says how to make one.
+    """
+    place = Path(folder)
+    inside = sorted(place.iterdir()) if place.is_dir() else []
+    places = [place, *(one for one in inside if one.is_dir())]
+    found = [one for one in places if (one / WEIGHTS_NAME).is_file()]
+    if not found:
+        raise PatchError(
+            f"there is no patch in {'this folder' if place == Path() else place}: make one with "
+            "'recare-patch erase --concept \"Van Gogh\"', or name one with --patch"
+        )
+    return found
+
+
+def load_patches(paths: Sequence[Path], base: BaseModel, *, skip_others: bool = False) -> dict[str, Patch]:
+    """Patches by the names that the page gives them: their concepts, with the folder where two are alike.
+
+    Args:
+        paths: patch folders or files.
+        base: what they must fit.
+        skip_others: leave out what does not fit, with a warning, instead of refusing it.
+
+    Raises:
+        PatchError: one cannot be read, or none is left.
+        IncompatiblePatchError: one does not fit.
+    """
+    found: list[tuple[Path, Patch]] = []
+    for path in paths:
+        patch = Patch.load(path)
+        try:
+            patch.check_base(base)
+        except IncompatiblePatchError as fault:
+            if not skip_others:
+                raise
+            logger.warning("%s is left out: %s", path, fault)
+            continue
+        found.append((path, patch))
+    if not found:
+        raise PatchError(f"none of the {len(paths)} patches here fits base '{base.id}': name another --base")
+    concepts = [patch.metadata.concept if patch.metadata else path.stem for path, patch in found]
+    names: dict[str, Patch] = {}
+    for (path, patch), concept in zip(found, concepts, strict=True):
+        name = concept if concepts.count(concept) == 1 else f"{concept} ({path.name or path.resolve().name})"
+        while name in names:
+            name = f"{name} again"
+        names[name] = patch
+    return names
+
+
+# ------------------------------------------------------------------------ the page
+
+_CSS = """
+#pictures .image-frame { width: min(100%, 512px); }
+#pictures img { width: 100% !important; object-fit: contain !important; }
+#sentence { overflow-wrap: anywhere; }
+footer { display: none !important; }
+"""
+
+
+def require_gradio() -> Any:
+    """The package gradio.
+
+    Raises:
+        DemoError: it is not installed; the sentence says how to.
+    """
+    try:
+        import gradio
+    except ImportError as fault:
+        raise DemoError(f"the demo needs the package gradio: {DEMO_EXTRA}") from fault
+    return gradio
+
+
+def first_prompt(comparison: Comparison) -> str:
+    """What stands in the page's prompt box at first: a prompt that names what the first patch erases."""
+    told = next(iter(comparison.patches.values())).metadata
+    if told is None:
+        return ""
+    part = told.parts[0] if told.parts else told
+    if part.concept is None or part.kind is None:
+        return ""
+    return Concept.model_validate({"text": part.concept, "kind": part.kind}).target_prompt
+
+
+def build_interface(comparison: Comparison) -> gradio.Blocks:
+    """The page; :func:`launch` serves it.
+
+    Raises:
+        DemoError: gradio is not installed.
+    """
+    gr = require_gradio()
+    names = list(comparison.patches)
+
+    def answer(*fields: Any) -> Iterator[tuple[Any, Any, str]]:
+        for shown in show(comparison, *fields):
+            waiting = shown.before is not None and shown.after is None
+            yield shown.before, gr.update() if waiting else shown.after, plain(shown.sentence)
+
+    with gr.Blocks(title="recare-patch", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(
+            "# Before and after\n"
+            f"The same prompt and seed, drawn by {plain(comparison.base.id)} on the left and with the patch "
+            "on the right. At scale 0 a patch does nothing, at 1 it erases as trained, above 1 more, and "
+            "below 0 it does the opposite."
+        )
+        with gr.Row(equal_height=True):
+            prompt = gr.Textbox(
+                first_prompt(comparison),
+                label="Prompt",
+                max_lines=3,
+                scale=4,
+                min_width=280,
+                elem_id="prompt",
+            )
+            button = gr.Button("Draw", variant="primary", scale=1, min_width=120, elem_id="draw")
+        with gr.Row():
+            chosen = gr.CheckboxGroup(names, value=names[:1], label="Patches", scale=1, elem_id="patches")
+            scale = gr.Slider(
+                MIN_SCALE,
+                MAX_SCALE,
+                value=1.0,
+                step=0.05,
+                label="Scale",
+                scale=2,
+                min_width=280,
+                elem_id="scale",
+            )
+        with gr.Row(elem_id="pictures"):
+            before, after = (
+                gr.Image(
+                    label=label,
+                    alt_text=text,
+                    format="png",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    elem_id=label.lower(),
+                )
+                for label, text in (("Before", "without the patch"), ("After", "with the patch"))
+            )
+        sentence = gr.Markdown(elem_id="sentence")
+        sharp = gr.Checkbox(
+            False,
+            label="Show unsafe pictures unblurred",
+            visible=comparison.unsafe(names),
+            elem_id="sharp",
+        )
+        with gr.Accordion("Sampling", open=False), gr.Row():
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
+            steps = gr.Slider(1, _MAX_STEPS, value=20, step=1, label="Steps", elem_id="steps")
+            guidance = gr.Slider(
+                0, _MAX_GUIDANCE, value=5.0, step=0.5, label="Guidance scale", elem_id="guidance"
+            )
+        fields = [prompt, seed, steps, guidance, scale, chosen, sharp]
+        outputs = [before, after, sentence]
+        # One at a time: they share the model. What moves while a picture is drawn is drawn once, at its last
+        # place.
+        common = {"inputs": fields, "outputs": outputs, "concurrency_id": "draw", "concurrency_limit": 1}
+        gr.on([button.click, prompt.submit], answer, api_name="compare", **common)
+        gr.on(
+            [scale.change, chosen.change, sharp.change],
+            answer,
+            trigger_mode="always_last",
+            api_visibility="private",
+            **common,
+        )
+    return page
+
+
+def launch(
+    page: gradio.Blocks,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    wait: bool = True,
+) -> str:
+    """Serve a page until it is interrupted.
+
+    Args:
+        page: of :func:`build_interface`.
+        host: the address to listen at; gradio's own choice by default, which is this machine alone unless
+            its environment variables say otherwise, as they do in a Space.
+        port: the first free one from 7860 by default.
+        share: let gradio's servers make it public for a while.
+        wait: return only when it ends.
+
+    Returns:
+        Where it is served.
+
+    Raises:
+        DemoError: the port cannot be had.
+    """
+    gr = require_gradio()
+    # Fonts of the system: the default theme asks Google for its own.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        _, address, public = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            theme=theme,
+            css=_CSS,
+            quiet=True,
+            ssr_mode=False,
+            footer_links=[],
+            prevent_thread_lock=True,
+        )
+    except OSError as fault:
+        raise DemoError(
+            f"port {port} cannot be had (another program may be using it): name another with --port"
+            if port is not None
+            else "no port from 7860 on is free: name one with --port"
+        ) from fault
+    where: str = public or address
+    if wait:
+        logger.info("Demo: %s (Ctrl-C ends it)", where)
+        page.block_thread()
+    return where

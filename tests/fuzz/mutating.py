@@ -1,0 +1,140 @@
+"""Sound files made unsound: by bytes, and by what stands in them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import struct
+from typing import Any
+
+import yaml
+
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**70), 10**400),
+    *(0.0, -0.0, 1e308, 5e-324, float("inf"), float("nan")),
+    *("", " ", "\x00", "\x1b[31m", "a\nb", "\ud800", "é", "東京", "'", "{}", "%s", "../../x", "~", "on"),
+    *("1e-4", "NaN", "0x10", "9" * 5000, "x" * 3000),
+    *([], {}, [[]], [None], {"": None}, {"a": {"a": {}}}, [1] * 300),
+)
+"""What stands where something else was expected."""
+
+ODD_BYTES = (
+    *(b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\t"),
+    *(b"{", b"}", b"[", b"]", b'"', b"'", b":", b"- ", b"? ", b"&a ", b"*a", b"<<: ", b"|", b">", b"#", b"-"),
+    *(b"!!python/object:os.system ", b"!!int ", b"!!float ", b"!!bool ", b"!!timestamp ", b"!!binary "),
+    *(b"!!set ", b"!!omap ", b"%YAML 9.9\n", b"---\n", b"...\n"),
+    *(b"2020-02-30", b"12:34:56", b"1_0", b"0b2", b"0o9", b".inf", b".nan", b"NaN", b"Infinity", b"e999"),
+    *(b"\\u0000", b"\\ud800", b"9" * 5000, b"[" * 2000, b"{" * 2000),
+    *(b"<!-- recare-patch: evidence, from evidence.json -->\n", b"<!-- recare-patch: end of evidence -->\n"),
+    *(b"model-index:", b"__metadata__"),
+)
+"""What means something to one of the readers' parsers."""
+
+
+def mutated_bytes(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
+    """One to eight small accidents: changed, lost, doubled and foreign bytes."""
+    found = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
+        place = rng.randrange(len(found) + 1)
+        length = rng.choice((1, 1, 2, 4, 16, 200))
+        kind = rng.randrange(8)
+        if kind == 0 and found:
+            found[min(place, len(found) - 1)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            found[place : place + length] = b""
+        elif kind == 2:
+            found[place:place] = rng.choice(ODD_BYTES)
+        elif kind == 3:
+            found[place : place + length] = rng.choice(ODD_BYTES)
+        elif kind == 4:
+            found[place:place] = found[place : place + length] * rng.choice((1, 2, 20))
+        elif kind == 5:
+            del found[place:]
+        elif kind == 6:
+            other = rng.choice(others)
+            start = rng.randrange(len(other) + 1)
+            found[place:] = other[start:]
+        else:
+            found[place : place + length] = rng.randbytes(length)
+    return bytes(found)
+
+
+def mutated_value(rng: random.Random, value: Any) -> Any:
+    """One to four values replaced, removed, doubled, renamed or wrapped, anywhere in a tree."""
+    found = copy.deepcopy(value)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        places = _places(found)
+        holder, key = rng.choice(places) if places else (None, None)
+        odd = copy.deepcopy(rng.choice(ODD_VALUES))
+        if holder is None:
+            found = odd
+            continue
+        kind = rng.randrange(6)
+        if kind <= 2:
+            holder[key] = odd
+        elif kind == 3:
+            del holder[key]
+        elif kind == 4 and isinstance(holder, dict):
+            name = odd if isinstance(odd, str) else rng.choice(("", "version", "recipe", f"{key}x"))
+            holder[name] = holder.pop(key)
+        else:
+            holder[key] = [holder[key]] * rng.choice((1, 2, 50))
+    return found
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    found: list[tuple[Any, Any]] = []
+    left = [value]
+    while left and len(found) < 5000:
+        one = left.pop()
+        keys: Any = list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
+        for key in keys:
+            found.append((one, key))
+            left.append(one[key])
+    return found
+
+
+def as_json(value: Any) -> bytes:
+    """JSON as other programs may write it: NaN and lone surrogates are not refused."""
+    return json.dumps(value).encode()
+
+
+def as_yaml(value: Any) -> bytes:
+    """The same as YAML."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode("utf-8", "replace")
+
+
+def mutated_document(rng: random.Random, data: bytes, kind: str) -> bytes:
+    """A JSON or YAML document with another content, sound as text."""
+    value = json.loads(data) if kind == "json" else yaml.safe_load(data)
+    changed = mutated_value(rng, value)
+    return as_json(changed) if kind == "json" else as_yaml(changed)
+
+
+def mutated_safetensors(rng: random.Random, data: bytes) -> bytes:
+    """A safetensors file with another header, its length put right, sometimes on a body that fits."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    ours = header.get("__metadata__", {})
+    if ours and rng.random() < 0.5:
+        # Entries that are JSON or YAML themselves are changed inside.
+        key = rng.choice(list(ours))
+        try:
+            ours[key] = as_json(mutated_value(rng, json.loads(ours[key]))).decode()
+        except ValueError:
+            ours[key] = mutated_bytes(rng, ours[key].encode(), [ours[key].encode()]).decode(
+                "utf-8", "replace"
+            )
+    elif rng.random() < 0.3:
+        place = rng.randrange(max(1, len(body) - 8))
+        body = (
+            body[:place]
+            + rng.choice((b"\x00\x7c", b"\xff\xff\xff\xff", b"\x00\x00\xc0\x7f"))
+            + body[place + 4 :]
+        )
+    else:
+        header = mutated_value(rng, header)
+    text = as_json(header)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", rng.choice((len(text),) * 9 + (2**40,))) + text + body

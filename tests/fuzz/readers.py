@@ -1,0 +1,321 @@
+"""Every reader of files that come from elsewhere, with sound files to start from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+
+from recare_patch import composing, formats, merging, publishing
+from recare_patch.careset import CareSet
+from recare_patch.cli.common import base_of, stacked_concepts
+from recare_patch.concepts import Concept
+from recare_patch.evaluating import read_prompts
+from recare_patch.evaluation.attacks import load_about, load_attack
+from recare_patch.evaluation.evidence import EVIDENCE_NAME, Evidence
+from recare_patch.evaluation.subjects import concepts_of, subject_of
+from recare_patch.evaluation.suites import Suite, load_suite, suites_folder
+from recare_patch.files import read_safetensors_header, write_bytes
+from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.preparing import read_words
+from recare_patch.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder
+from recare_patch.verifying import check_integrity
+from tests.evaluation.test_evidence import make_evidence
+
+# The package's attribute of this name is the command.
+inspect = importlib.import_module("recare_patch.cli.inspect")
+
+RECIPE = Recipe(concept={"text": "Van Gogh", "kind": "style"})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is read, and how.
+
+    Attributes:
+        name: for the test's name.
+        kind: of the file: "safetensors", "json", "yaml" or "text".
+        seeds: sound files.
+        read: reads a file and uses what it holds as the package does.
+        place: the file's name in its folder.
+    """
+
+    name: str
+    kind: str
+    seeds: tuple[bytes, ...]
+    read: Callable[[Path], object]
+    place: str = "file"
+
+
+def _pair(name: str, rank: int = 2, *, half: bool = True) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(len(name))
+    dtype = torch.float16 if half else torch.float32
+    return {
+        f"{name}.lora_A.weight": torch.randn(rank, 6, generator=generator).to(dtype),
+        f"{name}.lora_B.weight": torch.randn(5, rank, generator=generator).to(dtype),
+    }
+
+
+def _care_set() -> CareSet:
+    return CareSet.of_words(Concept(text="Van Gogh", kind="style"), ["stars", "night"])
+
+
+def _metadata(**changes: Any) -> PatchMetadata:
+    values: dict[str, Any] = {
+        "versions": {"torch": "2"},
+        "base": "atelier",
+        "base_family": "stable-diffusion",
+        "base_denoiser_sha256": "b" * 64,
+        "prediction_type": "epsilon",
+        "concept": "Van Gogh",
+        "kind": "style",
+        "method": "recare",
+        "layers": "cross-attention",
+        "rank": 2,
+        "alpha": 2.0,
+        "seed": 0,
+        "recipe": RECIPE.to_yaml(),
+        "care_set": _care_set().to_json(),
+    }
+    return PatchMetadata(**(values | changes))
+
+
+def a_patch(concept: str = "Van Gogh") -> Patch:
+    """A patch of a few numbers."""
+    tensors = _pair("unet.mid_block.attentions.0.proj_in") | _pair("unet.conv_in", 1)
+    return Patch(tensors, _metadata(concept=concept))
+
+
+def a_stack() -> Patch:
+    """Two of them stacked."""
+    return composing.stack([(a_patch(), 1.0), (a_patch("Monet"), 0.5)], dtype=torch.float16)
+
+
+def _as_file(patch: Patch) -> bytes:
+    return save(
+        dict(patch.tensors), {"format": "pt", **(patch.metadata.to_header() if patch.metadata else {})}
+    )
+
+
+def _kohya(patch: Patch) -> bytes:
+    tensors, header = formats.to_kohya(patch)
+    return save(tensors, header)
+
+
+def _foreign() -> tuple[bytes, ...]:
+    name = "base_model.model.mid_block.attentions.0.proj_in"
+    old = "unet.mid_block.attentions.0.processor"
+    text = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    settings = {
+        "lora_adapter_metadata": json.dumps(
+            {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"x": 1}}
+        )
+    }
+    return (
+        save(_pair(name)),
+        save(
+            {
+                key.replace("lora_A", "to_q_lora.down").replace("lora_B", "to_q_lora.up"): t
+                for key, t in _pair(old).items()
+            }
+        ),
+        save(_pair(text) | _pair("unet.conv_in"), settings),
+        save({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}),
+    )
+
+
+# ------------------------------------------------------------------------ reading and using
+
+
+def _patch(file: Path) -> None:
+    patch = Patch.load(file)
+    repr(patch), patch.ranks, patch.dtype, patch.sha256()
+    if patch.metadata is not None:
+        patch.metadata.to_header()
+        for concept in concepts_of(patch):
+            subject_of(patch, concept)
+        publishing.card_text(patch.metadata, {})
+    formats.to_kohya(patch)
+
+
+def _lora(file: Path) -> None:
+    patch = formats.from_any(file)
+    formats.to_kohya(patch)
+    formats.from_any(file, ["conv_in", "mid_block.attentions.0.proj_in"])
+
+
+def _inspect(file: Path) -> None:
+    header = read_safetensors_header(file)
+    facts = inspect.describe(file, header)
+    json.dumps(facts)
+    [inspect._in_words(value) for value in facts.values()]
+    stacked_concepts(file)
+    base_of([(file, 1.0)])
+    load_recipe(str(file))
+
+
+def _recipe(file: Path) -> None:
+    recipe = load_recipe(str(file))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert recipe.hash and recipe.concept.slug and recipe.concept.name_prompts
+
+
+def _suite(file: Path) -> None:
+    suite = load_suite(file, concept="Monet", kind="style")
+    assert Suite.from_yaml(suite.to_yaml()) == suite
+    for which in ("plain", "retained", "neighbours"):
+        suite.drawing(which, 5)
+
+
+def _care(file: Path) -> None:
+    found = CareSet.load(file)
+    assert CareSet.from_json(found.to_json()) == found
+    found.retain_prompts(), found.anchors()
+
+
+def _evidence(file: Path) -> None:
+    found = Evidence.load(file)
+    assert Evidence.from_json(found.to_json()) == found
+    publishing.evidence_section(found)
+    publishing.with_evidence("", found)
+
+
+def _card(file: Path) -> None:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    publishing.claimed_figures(text)
+    made = publishing.with_evidence(text, make_evidence())
+    assert publishing.with_evidence(made, make_evidence()) == made
+
+
+def _assignments(file: Path) -> None:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, value = parse_assignment(line)
+        RECIPE.with_overrides({key: value})
+
+
+def _attack(file: Path) -> None:
+    load_attack(file.parent)
+    load_about(file.parent)
+
+
+def attack_file() -> bytes:
+    """A saved attack without tensors."""
+    trial = {"prompt": "a cat", "attacked": "a cat", "seed": 3}
+    return json.dumps(
+        {
+            "version": 1,
+            "about": {"concept": "Van Gogh", "patch_sha256": "a" * 64},
+            "attack": "ring-a-bell",
+            "successes": 0,
+            "trials": 1,
+            "interval": [0.0, 0.8],
+            "without": 0,
+            "evaluations": 10,
+            "seconds": 1.5,
+            "budget": {"steps": 3},
+            "details": [trial],
+            "prompts": ["a cat"],
+            "base": 0.9,
+            "tensors": [],
+        }
+    ).encode()
+
+
+def _merge_record() -> bytes:
+    part = a_patch().as_part(1.0)
+    record = merging.MergeRecord(
+        version="0", base="atelier", base_denoiser_sha256="b" * 64, merged_denoiser_sha256="c" * 64,
+        patches=(part,), parts=(part,), rounding=1e-7,
+    )  # fmt: skip
+    return record.model_dump_json(exclude_none=True).encode()
+
+
+def _bundled(folder: Path) -> tuple[bytes, ...]:
+    return tuple(path.read_bytes() for path in sorted(folder.glob("*.yaml")))[:6]
+
+
+def _words() -> bytes:
+    return yaml.safe_dump({"related": ["Van Gogh", "Vincent"], "unrelated": ["cat", "dog", "stars"]}).encode()
+
+
+def readers() -> list[Reader]:
+    """All of them."""
+    patch, stack = a_patch(), a_stack()
+    ours, kohya, foreign = (_as_file(patch), _as_file(stack)), (_kohya(patch), _kohya(stack)), _foreign()
+    recipes = (RECIPE.to_yaml().encode(), *_bundled(recipes_folder())[:3])
+    card = publishing.with_evidence(publishing.card_text(patch.metadata, {}), make_evidence())
+    assignments = b"erase.steps=50\nconcept.text=Van Gogh\nadapter={rank: 2}\nseed=1e-4\nnotes=\n"
+    return [
+        Reader("patch", "safetensors", (*ours, *foreign[:3]), _patch, "x.safetensors"),
+        Reader("lora", "safetensors", (*kohya, *foreign), _lora, "x.safetensors"),
+        Reader("inspect", "safetensors", (*ours, *kohya), _inspect, "x.safetensors"),
+        Reader("recipe", "yaml", recipes, _recipe, "x.yaml"),
+        Reader("care-set", "json", (_care_set().to_json().encode(),), _care),
+        Reader("suite", "yaml", _bundled(suites_folder()), _suite, "x.yaml"),
+        Reader("evidence", "json", (make_evidence().to_json().encode(),), _evidence),
+        Reader("card", "text", (card.encode(), b"# A card without front matter\n"), _card, "README.md"),
+        Reader("prompts", "text", (b"a cat\na dog\n",), read_prompts),
+        Reader("words", "yaml", (_words(),), lambda file: read_words(str(file))),
+        Reader("attack", "json", (attack_file(),), _attack, "attack.json"),
+        Reader("merge record", "json", (_merge_record(),), lambda file: merging.MergeRecord.load(file.parent),
+               merging.RECORD_NAME),
+        Reader("peft settings", "json", (b'{"r": 2, "lora_alpha": 4, "alpha_pattern": {"x": 1}}',),
+               lambda file: formats.from_any(file.parent), "adapter_config.json"),
+        Reader("assignment", "text", (assignments,), _assignments),
+    ]  # fmt: skip
+
+
+FOLDER_FILES = {
+    EVIDENCE_NAME: "json",
+    "training.json": "json",
+    "recipe.yaml": "yaml",
+    "care_set.json": "json",
+    publishing.CARD_NAME: "text",
+    "erase-van-gogh.safetensors": "safetensors",
+    WEIGHTS_NAME: "safetensors",
+    "stack/stack.yaml": "yaml",
+    "stack/monet/evidence.json": "json",
+}
+"""What lies in a patch's folder, and in a stack's, as ``verify`` reads it."""
+
+
+def a_folder(place: Path) -> Path:
+    """A whole patch folder with evidence, a stack's in it."""
+    patch = a_patch()
+    weights = patch.save(place)
+    sha256 = Patch.load(place).sha256()
+    evidence = make_evidence(patch_sha256=sha256, attacks=())
+    evidence.save(place)
+    write_bytes(place / "training.json", json.dumps({"patch_sha256": sha256, "seconds": 1.0}).encode())
+    write_bytes(place / "recipe.yaml", RECIPE.to_yaml().encode())
+    _care_set().save(place / "care_set.json")
+    card = publishing.with_evidence(publishing.card_text(patch.metadata, {}), evidence)
+    write_bytes(place / publishing.CARD_NAME, card.encode())
+    formats.write_kohya(Patch.load(place), place)
+    composing.save_stack(a_stack(), place / "stack")
+    of_stack = make_evidence(
+        patch_sha256=Patch.load(place / "stack").sha256(), concept="Monet", method="stack", attacks=()
+    )
+    of_stack.save(place / "stack" / "monet" / EVIDENCE_NAME)
+    assert weights.is_file()
+    return place
+
+
+def read_folder(place: Path) -> None:
+    """Both integrity checks."""
+    check_integrity(place)
+    check_integrity(place / "stack")
+
+
+def reset_folder(sound: Path, place: Path) -> None:
+    """Make a folder sound again."""
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(sound, place)

@@ -1,0 +1,203 @@
+"""Twenty thousand unsound files: no traceback, no hang, no gigabyte; run with ``-m fuzz``."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.mutating import (
+    ODD_VALUES,
+    as_json,
+    as_yaml,
+    mutated_bytes,
+    mutated_document,
+    mutated_safetensors,
+)
+from tests.fuzz.readers import FOLDER_FILES, Reader, a_folder, read_folder, readers, reset_folder
+from tests.fuzz.watching import MEMORY, Watch, little_memory
+
+pytestmark = [
+    pytest.mark.fuzz,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited as Linux does it"),
+]
+
+MUTATIONS = 1200
+"""Inputs for each reader that come from sound files."""
+
+INVENTED = 250
+"""Inputs for each reader that hypothesis makes up."""
+
+OF_A_FOLDER = 150
+"""Inputs for each file of a patch's folder, which ``verify`` reads together."""
+
+LEAST = 20_000
+"""Inputs in all."""
+
+READERS = {reader.name: reader for reader in readers()}
+
+
+@pytest.fixture(scope="module")
+def watch() -> Iterator[Watch]:
+    made = Watch()
+    with little_memory():
+        yield made
+
+
+def _sound(watch: Watch, reader: Reader, folder: Path) -> None:
+    for seed in reader.seeds:
+        (folder / reader.place).write_bytes(seed)
+        watch.attempt(reader.name, seed, lambda: reader.read(folder / reader.place))
+
+
+def _beside(reader: Reader, folder: Path) -> None:
+    if reader.name == "peft settings":
+        lower, upper = READERS["lora"].seeds[2], "adapter_model.safetensors"
+        (folder / upper).write_bytes(lower)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_sound_files_are_read(name: str, watch: Watch, tmp_path: Path) -> None:
+    """Otherwise the others would prove nothing."""
+    reader = READERS[name]
+    _beside(reader, tmp_path)
+    refused = watch.refused
+    _sound(watch, reader, tmp_path)
+    allowed = {"patch": 3, "lora": 6, "inspect": 2, "peft settings": 1}.get(name, 0)
+    assert watch.refused - refused <= allowed
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_mutated_files(name: str, watch: Watch, tmp_path: Path) -> None:
+    reader = READERS[name]
+    _beside(reader, tmp_path)
+    rng = random.Random(name)
+    file = tmp_path / reader.place
+    others = [seed for other in READERS.values() for seed in other.seeds]
+    for number in range(MUTATIONS):
+        seed = rng.choice(reader.seeds)
+        if number % 2 or reader.kind == "text":
+            data = mutated_bytes(rng, seed, others if number % 5 == 0 else list(reader.seeds))
+        elif reader.kind == "safetensors":
+            data = mutated_safetensors(rng, seed)
+        else:
+            data = mutated_document(rng, seed, reader.kind)
+        file.write_bytes(data)
+        watch.attempt(name, data, lambda: reader.read(file))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD_VALUES),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=20), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_invented_files(name: str, watch: Watch, tmp_path: Path) -> None:
+    reader = READERS[name]
+    _beside(reader, tmp_path)
+    file = tmp_path / reader.place
+    known = _keys(reader)
+
+    @settings(
+        max_examples=INVENTED,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        st.one_of(
+            st.binary(max_size=300), st.text(max_size=300), st.dictionaries(st.sampled_from(known), JSON)
+        )
+    )
+    def run(found: Any) -> None:
+        if isinstance(found, bytes):
+            data = found
+        elif isinstance(found, str):
+            data = found.encode("utf-8", "replace")
+        elif reader.kind == "safetensors":
+            text = as_json({"__metadata__": {key: json.dumps(value) for key, value in found.items()}})
+            data = struct.pack("<Q", len(text)) + text
+        else:
+            data = as_json(found) if reader.kind == "json" else as_yaml(found)
+        file.write_bytes(data)
+        watch.attempt(name, data, lambda: reader.read(file))
+
+    run()
+
+
+def _keys(reader: Reader) -> list[str]:
+    """The names that a reader knows at the top of its files."""
+    seed = reader.seeds[0]
+    if reader.kind == "safetensors":
+        header = json.loads(seed[8 : 8 + struct.unpack("<Q", seed[:8])[0]])
+        return sorted(header.get("__metadata__", {})) or ["format"]
+    if reader.kind == "text":
+        return ["model-index", "tags", "license"]
+    return sorted(yaml.safe_load(seed))
+
+
+@pytest.mark.parametrize("changed", FOLDER_FILES)
+def test_a_folder_with_one_bad_file(changed: str, watch: Watch, tmp_path: Path) -> None:
+    sound = a_folder(tmp_path / "sound")
+    place = tmp_path / "place"
+    reset_folder(sound, place)
+    watch.attempt("folder", b"", lambda: read_folder(place))
+    rng = random.Random(changed)
+    seed, kind = (sound / changed).read_bytes(), FOLDER_FILES[changed]
+    for number in range(OF_A_FOLDER):
+        if number % 2 or kind == "text":
+            data = mutated_bytes(rng, seed, [seed])
+        elif kind == "safetensors":
+            data = mutated_safetensors(rng, seed)
+        else:
+            data = mutated_document(rng, seed, kind)
+        (place / changed).write_bytes(data)
+        watch.attempt(f"folder, {changed}", data, lambda: read_folder(place))
+
+
+def _file_with(header: bytes, file: Path) -> Path:
+    with open(file, "wb") as handle:
+        handle.write(struct.pack("<Q", len(header)))
+        handle.write(header)
+    return file
+
+
+@pytest.mark.parametrize("name", ["patch", "lora", "inspect"])
+def test_a_large_header(name: str, watch: Watch, tmp_path: Path) -> None:
+    """As large as the format allows, and made to take the most memory for its length."""
+    file = tmp_path / "x.safetensors"
+    for inner in (b"{}", b"[[]]", b"0"):
+        count = 99_000_000 // (len(inner) + 12)
+        header = b"{" + b",".join(b'"%08d":%s' % (k, inner) for k in range(count)) + b"}"
+        _file_with(header, file)
+        del header
+        watch.attempt(name, inner, lambda: READERS[name].read(file))
+    empty = {"dtype": "F16", "shape": [0, 0], "data_offsets": [0, 0]}
+    many = {f"unet.m{k}.lora_{side}.weight": empty for k in range(20_000) for side in "AB"}
+    _file_with(as_json(many), file)
+    watch.attempt(name, b"many tensors", lambda: READERS[name].read(file))
+
+
+def test_how_it_went(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last: enough was tried, in little memory."""
+    seconds = time.perf_counter() - watch.began
+    with capsys.disabled():
+        print(
+            f"\nfuzz: {watch.inputs:,} inputs, {watch.refused:,} refused, {seconds:.0f} s, slowest "
+            f"{watch.slowest[0]:.2f} s ({watch.slowest[1]}), grew by {watch.peak / 2**20:.0f} MiB"
+        )
+    assert watch.inputs >= LEAST, "run all of this file at once"
+    assert watch.peak < MEMORY

@@ -1,0 +1,105 @@
+"""Whether a reader answers: in time, in little memory, with what it read or with one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recare_patch.errors import RecarePatchError
+
+SECONDS = 20.0
+"""For one input; sound ones take milliseconds, and a machine may be busy."""
+
+MEMORY = 2**30
+"""Bytes that all of it together may take."""
+
+
+class Hang(BaseException):
+    """A reader that did not answer in time; no ``except Exception`` may swallow it."""
+
+
+@dataclass
+class Watch:
+    """What was tried, and how it went.
+
+    Attributes:
+        inputs: number of inputs.
+        refused: how many ended in one sentence.
+        slowest: seconds, and which reader.
+        peak: bytes that the process grew by at most.
+    """
+
+    inputs: int = 0
+    refused: int = 0
+    slowest: tuple[float, str] = (0.0, "")
+    began: float = field(default_factory=time.perf_counter)
+    _start: int = field(default_factory=lambda: _peak())
+
+    @property
+    def peak(self) -> int:
+        """Bytes by which the process's largest size grew."""
+        return _peak() - self._start
+
+    def attempt(self, name: str, data: bytes, read: Callable[[], object]) -> None:
+        """Let a reader read; every fault but our own escapes, with the input that shows it."""
+        self.inputs += 1
+        begun = time.perf_counter()
+        try:
+            with _deadline(SECONDS):
+                read()
+        except RecarePatchError as fault:
+            self.refused += 1
+            _check_sentence(str(fault), name, data)
+        except BaseException as fault:
+            raise AssertionError(
+                f"{name}: {type(fault).__name__}: {fault!s:.300}\n{data[:3000]!r}"
+            ) from fault
+        took = time.perf_counter() - begun
+        if took > self.slowest[0]:
+            self.slowest = (took, name)
+
+
+def _check_sentence(text: str, name: str, data: bytes) -> None:
+    odd = [one for one in text if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp")]
+    assert text and not odd, f"{name} said {text[:500]!r} of {data[:2000]!r}"
+    assert len(text) < 20_000, f"{name} said {len(text)} characters of {data[:2000]!r}"
+    text.encode("utf-8")
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Hang(f"no answer in {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """Refuse the process more than :data:`MEMORY` beyond what it has: a MemoryError is a failure."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
