@@ -3,6 +3,7 @@
     python -m benchmarks.attacks run --concept "van gogh" --row recare
     python -m benchmarks.attacks run --concept "van gogh" --row no-search --set search.rounds=0
     python -m benchmarks.attacks run --concept "van gogh" --row esd --set method=esd
+    python -m benchmarks.attacks run --concept "van gogh" --row robust --preset robust
     python -m benchmarks.attacks table
 
 A row erases, or takes the patch that ``benchmarks.erasure`` left in ``--work`` under its name, and then
@@ -33,11 +34,13 @@ TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
 def _run(arguments: argparse.Namespace) -> None:
     from recare_patch.attacking import attack_options, attack_patch
     from recare_patch.erasing import erase, resolve_recipe
+    from recare_patch.recipe import preset_overrides
 
     name = f"{arguments.concept.replace(' ', '-')}-{arguments.row}"
     out = Path(arguments.work) / name
     if not (out / "pytorch_lora_weights.safetensors").exists():
-        recipe = resolve_recipe(NAMES[arguments.concept], overrides=assignments(arguments.set))
+        overrides = {**preset_overrides(arguments.preset), **assignments(arguments.set)}
+        recipe = resolve_recipe(NAMES[arguments.concept], overrides=overrides)
         erase(recipe, out, device=arguments.device, resume=out.exists())
     file = RESULTS / f"{arguments.concept.replace(' ', '-')}.{arguments.row}.json"
     found = json.loads(file.read_text())["attacks"] if file.exists() else {}
@@ -62,7 +65,12 @@ def _run(arguments: argparse.Namespace) -> None:
         }
         print(f"{name}: {trial}: {result.successes} of {result.trials}", flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
-        note = {"row": arguments.row, "concept": arguments.concept, "overrides": arguments.set}
+        note = {
+            "row": arguments.row,
+            "concept": arguments.concept,
+            "preset": arguments.preset,
+            "overrides": arguments.set,
+        }
         file.write_text(json.dumps({**note, "attacks": found}, indent=1))
 
 
@@ -101,6 +109,7 @@ def main() -> None:
     parser.add_argument("--concept", choices=CONCEPTS, default="van gogh")
     parser.add_argument("--row", default="recare")
     parser.add_argument("--trial", action="append", choices=list(TRIALS), help="by default the first three")
+    parser.add_argument("--preset", help="of recare-patch erase")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", default="benchmark-runs")
     parser.add_argument("--device", default="cpu")

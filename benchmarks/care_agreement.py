@@ -1,6 +1,6 @@
 """How well the CARE score agrees with the judge that knows the bundled base's world.
 
-    recare-patch evaluate --patch van-gogh-patch --pictures 200      # and others, of erasers that cost companions too
+    recare-patch evaluate --patch van-gogh-patch --pictures 200    # and patches that cost companions
     python -m benchmarks.care_agreement van-gogh-patch tench-patch esd-patch …
 
 Each companion's pictures have two figures in ``evidence.json``: the CARE score, which asks CLIP, and the

@@ -156,7 +156,7 @@ def table() -> str:
             "",
             "| figure | pictures | "
             + " | ".join(WAYS)
-            + " | change: patch | gated | as SPM | same: patch | gated |",
+            + " | change: patch | change: gated | change: as SPM | same: patch | same: gated |",
             "|---" * (len(WAYS) + 7) + "|",
         ]
         for name, row in data["figures"].items():

@@ -47,6 +47,25 @@ class PaperSettings:
     seed: int = 0
 
 
+def expected_evaluations(settings: PaperSettings) -> dict[str, float]:
+    """What the procedure evaluates on average, counted from its settings; a training sample counts as 3.
+
+    A rollout stops at a random step, so that a run's own count differs by a few hundred.
+    """
+    names = 1 + settings.rounds
+    state = 2 * (settings.steps + 1) / 2
+    # Both halves of each of the frozen model's conditions, and of the trained predictions.
+    one_name = state + 2 * 1 + 2 * 3
+    final = state + 2 * (1 + 1 + names + 1) + 2 * 2 * 3
+    found = {
+        "target images": settings.target_images * settings.steps * 2,
+        "search: erase": settings.rounds * settings.erase_steps * one_name,
+        "search: inversion": settings.rounds * settings.inversion_steps * 3,
+        "erase": settings.final_steps * final,
+    }
+    return {**found, "all": sum(found.values())}
+
+
 @dataclass
 class PaperRun:
     """What the procedure cost and found; the base's denoiser is left erased."""

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 ADAPTER_NAME = "recare"
 
+TEACHER_NAME = "teacher"
+"""An adapter of this name belongs to the frozen teacher: it is on where all others are off."""
+
 
 def _is_attention(module: nn.Module) -> bool:
     """Whether a module projects to queries, keys and values: diffusers' ``Attention`` and its kin."""
@@ -228,7 +231,7 @@ def detach(network: nn.Module, name: str = ADAPTER_NAME) -> None:
 
 @contextmanager
 def off(*networks: nn.Module) -> Iterator[None]:
-    """The frozen teacher: inside, networks compute as if they held no adapter.
+    """The frozen teacher: inside, networks compute as if they held no adapter but its own.
 
     What was on before is on again afterwards, also when an error passes through.
 
@@ -236,18 +239,37 @@ def off(*networks: nn.Module) -> Iterator[None]:
         networks: those of a base that may hold one, ``*base.components.values()``.
     """
     layers = [
-        (layer, bool(layer.disable_adapters)) for network in networks for _, layer in tuner_layers(network)
+        (layer, bool(layer.disable_adapters), list(layer.active_adapters))
+        for network in networks
+        for _, layer in tuner_layers(network)
     ]
     with ExitStack() as kept:
         for network in networks:
             kept.enter_context(kept_requires_grad(network))
         try:
-            for layer, _ in layers:
-                layer.enable_adapters(False)
+            for layer, _, _ in layers:
+                if TEACHER_NAME in layer.lora_A:
+                    layer.set_adapter([TEACHER_NAME], inference_mode=True)
+                else:
+                    layer.enable_adapters(False)
             yield
         finally:
-            for layer, was_off in layers:
+            for layer, was_off, active in layers:
+                if TEACHER_NAME in layer.lora_A:
+                    layer.set_adapter(active, inference_mode=True)
                 layer.enable_adapters(not was_off)
+
+
+def switch_to(network: nn.Module, name: str) -> None:
+    """Let one adapter of a network be on, and no other.
+
+    Args:
+        network: a denoiser or text encoder.
+        name: of the adapter; layers that do not hold it compute without any.
+    """
+    with kept_requires_grad(network):
+        for _, layer in tuner_layers(network):
+            layer.set_adapter([name] if name in layer.lora_A else [])
 
 
 @contextmanager

@@ -113,17 +113,14 @@ class Comparison:
 
         Args:
             base: what draws; nothing else may change it meanwhile.
-            patches: name → patch.
+            patches: name → patch; :func:`load_patches` checks that they fit.
             remembered: pictures kept in memory, the oldest go first.
 
         Raises:
             DemoError: there is no patch.
-            IncompatiblePatchError: one does not fit the base.
         """
         if not patches:
             raise DemoError("a comparison needs at least one patch, and none was given")
-        for patch in patches.values():
-            patch.check_base(base)
         self.base = base
         self.patches = dict(patches)
         self._remembered = remembered
@@ -139,6 +136,7 @@ class Comparison:
 
         Raises:
             UnknownNameError: there is no patch of that name.
+            IncompatiblePatchError: a patch does not fit the base.
         """
         self.check(view)
         # At 0 a patch adds exactly nothing.

@@ -28,14 +28,14 @@ from recare_patch.clip import Clip, default_clip
 from recare_patch.components import full_name
 from recare_patch.concepts import Concept
 from recare_patch.environment import device_name, versions
-from recare_patch.errors import OutputError, ResumeError
+from recare_patch.errors import IncompatiblePatchError, OutputError, ResumeError
 from recare_patch.files import claim_folder, file_sha256, write_json, write_tensors, write_text
 from recare_patch.inversion import invert
 from recare_patch.methods import load_method
 from recare_patch.parallel import Crew, process_device
 from recare_patch.patch import Patch, PatchMetadata, check_together
-from recare_patch.preparing import draw_target, find_companions, neighbour_prompts, prepare
 from recare_patch.planning import choose
+from recare_patch.preparing import draw_target, find_companions, neighbour_prompts, prepare
 from recare_patch.progress import NullProgress, Progress
 from recare_patch.recipe import Recipe, find_recipe_for, load_recipe, preset_overrides
 from recare_patch.run import Run, Target, first_seed
@@ -102,7 +102,7 @@ def _attach(run: Run, seed: int) -> list[torch.nn.Parameter]:
     """Put the recipe's adapter into the base; its first values follow from ``seed``."""
     options, generator = run.recipe.adapter, torch.Generator().manual_seed(seed)
     parameters: list[torch.nn.Parameter] = []
-    for network in adapters.adapted(run.base, options.layers).values():
+    for part, network in adapters.adapted(run.base, options.layers).items():
         parameters += adapters.attach(
             network,
             layers=options.layers,
@@ -111,12 +111,67 @@ def _attach(run: Run, seed: int) -> list[torch.nn.Parameter]:
             generator=generator,
             name=ADAPTER,
         )
+        if part in run.ground:
+            adapters.load_adapter_state(network, run.ground[part], ADAPTER)
+            adapters.switch_to(network, ADAPTER)
     return parameters
 
 
 def _detach(run: Run) -> None:
-    for network in run.base.components.values():
+    for part, network in run.base.components.items():
         adapters.detach(network, ADAPTER)
+        if part in run.ground:
+            adapters.switch_to(network, adapters.TEACHER_NAME)
+
+
+@contextlib.contextmanager
+def _continued(run: Run) -> Iterator[Patch | None]:
+    """Inside, the model that an earlier patch left is the teacher; a new adapter starts as the patch's.
+
+    Raises:
+        IncompatiblePatchError: the patch has other layers or another rank than the recipe's adapter.
+    """
+    recipe, options = run.recipe, run.recipe.adapter
+    if recipe.continue_from is None:
+        yield None
+        return
+    earlier = Patch.load(recipe.continue_from)
+    earlier.check_base(run.base)
+    networks = adapters.adapted(run.base, options.layers)
+    wanted = [
+        full_name(part, name)
+        for part, network in networks.items()
+        for name in adapters.target_modules(network, options.layers)
+    ]
+    if sorted(earlier.modules) != sorted(wanted) or set(earlier.ranks.values()) != {options.rank}:
+        ranks = " and ".join(map(str, sorted(set(earlier.ranks.values()))))
+        raise IncompatiblePatchError(
+            f"patch {earlier.name} cannot be gone on with: it changes {len(earlier.modules)} layers at rank "
+            f"{ranks}, and this run would train {len(wanted)} at rank {options.rank}"
+        )
+    try:
+        for part, network in networks.items():
+            adapters.attach(
+                network,
+                layers=options.layers,
+                rank=options.rank,
+                alpha=options.alpha,
+                generator=torch.Generator().manual_seed(recipe.seed),
+                name=adapters.TEACHER_NAME,
+            )
+            state = adapters.adapter_state(network, adapters.TEACHER_NAME)
+            for key in state:
+                module, _, side = key.rpartition(".lora_")
+                a, b = earlier.factors(full_name(part, module))
+                state[key] = a.float() if side == "A.weight" else b.float() * (options.rank / options.alpha)
+            adapters.load_adapter_state(network, state, adapters.TEACHER_NAME)
+            network.requires_grad_(False)
+            run.ground[part] = state
+        yield earlier
+    finally:
+        run.ground = {}
+        for network in networks.values():
+            adapters.detach(network, adapters.TEACHER_NAME)
 
 
 class _Stages:
@@ -286,7 +341,9 @@ def _preview(run: Run, patch: Patch) -> Image.Image:
 
     def draw() -> list[Image.Image]:
         scale = options.guidance_scale
-        return base.generate(texts, numbers, steps=20, guidance_scale=scale, batch_size=options.batch_size)
+        return base.generate(
+            texts, numbers, steps=options.steps, guidance_scale=scale, batch_size=options.batch_size
+        )
 
     run.progress.update("preview", 0, 2)
     before = draw()
@@ -316,6 +373,7 @@ def erase(
     care_set: CareSet | None = None,
     save_target_images: bool = False,
     file_formats: Sequence[str] = formats.FORMATS,
+    preview: bool = True,
     base: BaseModel | None = None,
     clip: Clip | None = None,
 ) -> EraseResult:
@@ -331,6 +389,7 @@ def erase(
         save_target_images: keep the target images beside the patch.
         file_formats: names of :data:`recare_patch.formats.FORMATS`; "diffusers", the patch itself, must be
             among them, "kohya" adds a file for A1111 and ComfyUI.
+        preview: draw the sheet of pictures before and after, which is no part of what a run counts.
         base, clip: already loaded models to use instead of the recipe's.
 
     Raises:
@@ -365,7 +424,8 @@ def erase(
             run = Run(recipe, work, base, clip, progress, save_target_images)
             run.wait()
             patch, found = _erase(run, method, care_set)
-        cost = _finish(run, out, patch, found, chosen)
+        sheet = _preview(run, patch) if preview else None
+        cost = _finish(run, out, patch, found, chosen, sheet)
         if crew is not None:
             crew.wait()
         # One rename ends the run: a kill while the files go leaves a finished patch, not half a run.
@@ -406,6 +466,16 @@ def _help(
 
 
 def _erase(run: Run, method: type[Method], given: CareSet | None) -> tuple[Patch, CareSet | None]:
+    with _continued(run) as earlier:
+        patch, care_set = _train(run, method, given)
+    if earlier is not None and patch.metadata is not None:
+        told = earlier.metadata.concept if earlier.metadata is not None else Path(earlier.source).name
+        both = patch.metadata.model_copy(update={"concept": f"{told} + {patch.metadata.concept}"})
+        patch = Patch(patch.tensors, both, patch.source)
+    return patch, care_set
+
+
+def _train(run: Run, method: type[Method], given: CareSet | None) -> tuple[Patch, CareSet | None]:
     recipe, base, needs = run.recipe, run.base, method.needs
     contexts = []
     for target in run.targets:
@@ -438,10 +508,14 @@ def _all_companions(run: Run) -> CareSet | None:
 
 
 def _finish(
-    run: Run, out: Path, patch: Patch, care_set: CareSet | None, file_formats: Sequence[str]
+    run: Run,
+    out: Path,
+    patch: Patch,
+    care_set: CareSet | None,
+    file_formats: Sequence[str],
+    preview: Image.Image | None,
 ) -> dict[str, Any]:
     stages = run.ledger.stages
-    preview = _preview(run, patch)
     # Written apart and moved at the end, since its hash goes into a file that comes before it.
     weights = patch.save(run.work)
     cost: dict[str, Any] = {
@@ -463,8 +537,10 @@ def _finish(
     if care_set is not None:
         care_set.save(out / "care_set.json")
     write_json(out / "training.json", cost)
-    sheets.save_sheet(preview, out / "preview.png")
-    write_text(out / "README.md", publishing.card_text(patch.metadata, cost))
+    if preview is not None:
+        sheets.save_sheet(preview, out / "preview.png")
+    previews = ["preview.png"] if preview is not None else []
+    write_text(out / "README.md", publishing.card_text(patch.metadata, cost, previews=previews))
     if "kohya" in file_formats and formats.has_kohya_names(patch):
         formats.write_kohya(patch, out)
     weights.replace(out / weights.name)
@@ -474,6 +550,8 @@ def _finish(
 def erase_concept(
     concept: str,
     *,
+    also: Sequence[str] = (),
+    subject: str | None = None,
     kind: str | None = None,
     recipe: str | None = None,
     preset: str | None = None,
@@ -493,8 +571,10 @@ def erase_concept(
 
     Args:
         concept: what to erase, in any case; may be empty where ``recipe`` names one.
-        kind: ``style``, ``object``, ``identity`` or ``nsfw``; else from a recipe of that concept,
-            else guessed from what the base draws.
+        also: more concepts that the same patch erases.
+        subject: take the concept out of this alone, as an attribute of it: "stars" from "Van Gogh".
+        kind: ``style``, ``object``, ``identity`` or ``nsfw``, of all concepts, and of the subject where
+            there is one; else from a recipe of that concept, else guessed from what the base draws.
         recipe: name of a bundled recipe, a YAML file or a patch to take the recipe from.
         preset: a name of :data:`recare_patch.recipe.PRESETS`; ``overrides`` go before it.
         base, clip: where to find the models; else the recipe's, else the bundled ones.
@@ -505,6 +585,8 @@ def erase_concept(
     """
     made = resolve_recipe(
         concept,
+        also=also,
+        subject=subject,
         kind=kind,
         recipe=recipe,
         base=base,
@@ -515,7 +597,7 @@ def erase_concept(
     if vram is not None:
         made, _ = choose(made, vram)
         logger.info("for %g GB: %s", vram, made.memory.in_words())
-    folder = Path(out) if out is not None else Path(f"{made.concept.slug}-patch")
+    folder = Path(out) if out is not None else Path(f"{made.slug}-patch")
     return erase(
         made,
         folder,
@@ -531,6 +613,8 @@ def erase_concept(
 def resolve_recipe(
     concept: str,
     *,
+    also: Sequence[str] = (),
+    subject: str | None = None,
     kind: str | None = None,
     recipe: str | None = None,
     base: str | None = None,
@@ -540,28 +624,52 @@ def resolve_recipe(
 ) -> Recipe:
     """The recipe that a call of :func:`erase_concept` would run."""
     changes: dict[str, Any] = {}
+    earlier = _earlier_adapter((overrides or {}).get("continue_from"))
+    source = base or earlier.get("base") or "atelier"
     if recipe:
         made = load_recipe(recipe)
-    else:
-        source = base or "atelier"
-        found = find_recipe_for(concept, source)
-        if found is None:
-            if kind is None:
-                kind = _guess_kind(concept, source, clip, device)
-                logger.info(
-                    "kind of '%s' guessed from what the base draws: %s (--kind to choose)", concept, kind
-                )
-            found = Recipe(concept=Concept(text=concept, kind=kind), base=source, clip=clip)
-        else:
-            logger.info("kind of '%s' taken from its recipe: %s", concept, found.concept.kind)
+    elif subject is not None:
+        # An attribute needs no kind of its own: it is a word beside the subject's name.
+        made = Recipe(concept=Concept(text=concept, kind="object"), base=source, clip=clip)
+    elif (found := find_recipe_for(concept, source)) is not None:
+        logger.info("kind of '%s' taken from its recipe: %s", concept, found.concept.kind)
         made = found
+    else:
+        made = Recipe(concept=_concept(concept, kind, source, clip, device), base=source, clip=clip)
     if concept and concept.strip().lower() != made.concept.text.lower():
         changes["concept.text"] = concept
-    for key, value in (("concept.kind", kind), ("base", base), ("clip", clip)):
+    if kind is not None and subject is None:
+        changes["concept.kind"] = kind
+    for key, value in (("base", base), ("clip", clip)):
         if value is not None:
             changes[key] = value
-    changes.update(overrides or {})
+    if also:
+        changes["also"] = [_concept(one, kind, source, clip, device).model_dump() for one in also]
+    if subject is not None:
+        changes["subject"] = _concept(subject, kind, source, clip, device).model_dump()
+    changes = {**earlier, **changes, **(overrides or {})}
     return made.with_overrides(changes) if changes else made
+
+
+def _earlier_adapter(patch: str | None) -> dict[str, Any]:
+    """What a run must share with the patch that it goes on from."""
+    if patch is None:
+        return {}
+    found = load_recipe(patch)
+    keys = ("layers", "rank", "alpha")
+    shared = {f"adapter.{key}": getattr(found.adapter, key) for key in keys}
+    return {"base": found.base, "method": found.method, **shared}
+
+
+def _concept(text: str, kind: str | None, source: str, clip: str | None, device: str) -> Concept:
+    """A concept by its name; a kind that is not given is that of its recipe, or guessed."""
+    if kind is None and (found := find_recipe_for(text, source)) is not None:
+        kind = found.concept.kind
+        logger.info("kind of '%s' taken from its recipe: %s", text, kind)
+    elif kind is None:
+        kind = _guess_kind(text, source, clip, device)
+        logger.info("kind of '%s' guessed from what the base draws: %s (--kind to choose)", text, kind)
+    return Concept(text=text, kind=kind)
 
 
 def _guess_kind(concept: str, source: str, clip: str | None, device: str) -> str:

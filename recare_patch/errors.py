@@ -11,9 +11,10 @@ import difflib
 import re
 from collections.abc import Iterable
 
-
 _LONGEST_NAME = 500
 """Nothing longer is compared with names: that takes time by the square of the length."""
+
+_LONGEST_MESSAGE = 4000
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -23,11 +24,15 @@ class RecarePatchError(Exception):
 
     The message is one sentence that says what was given, what is allowed and, where there is one,
     the nearest allowed name. What was given may come from a file of unknown make: control characters
-    in it are shown as escapes, so that no file writes a second line or colours a terminal.
+    in it are shown as escapes, so that no file writes a second line or colours a terminal, and what is
+    longer than people read is cut.
     """
 
     def __str__(self) -> str:
-        return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], super().__str__())
+        told = super().__str__()
+        if len(told) > _LONGEST_MESSAGE:
+            told = f"{told[:_LONGEST_MESSAGE]}… ({len(told) - _LONGEST_MESSAGE:,} characters more)"
+        return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], told)
 
 
 class SettingsError(RecarePatchError, ValueError):

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 LOCK_NAME = ".recare-patch.lock"
 """The lock file inside a claimed folder; it holds the process id of its owner."""
 
-_MAX_HEADER = 100_000_000
-"""Bytes; the safetensors format's own limit, checked before anything is read."""
+_MAX_HEADER = 16_000_000
+"""Bytes, checked before anything is read. The format allows six times as many, which read as JSON can
+take gigabytes; the headers of the largest models, and of LoRAs with all their tags, have a few millions."""
 
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -259,11 +260,7 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             header = json.loads(handle.read(size))
         metadata = header.pop("__metadata__", {})
         tensors = {
-            key: TensorInfo(
-                str(one["dtype"]),
-                tuple(map(int, one["shape"])),
-                one["data_offsets"][1] - one["data_offsets"][0],
-            )
+            key: _tensor_info(one)
             for key, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         }
         sound = all(isinstance(text, str) for pair in metadata.items() for text in pair)
@@ -276,6 +273,14 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     if sum(one.bytes for one in tensors.values()) != left - size:
         raise PatchError(f"{name} is damaged: it ends before its tensors do, or goes on after them")
     return SafetensorsHeader(metadata, tensors)
+
+
+def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    numbers = [*entry["shape"], start, end]
+    if not isinstance(entry["dtype"], str) or not all(type(one) is int and one >= 0 for one in numbers):
+        raise ValueError("no tensor is described like that")
+    return TensorInfo(entry["dtype"], tuple(entry["shape"]), end - start)
 
 
 def load_tensors(

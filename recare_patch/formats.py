@@ -432,7 +432,7 @@ def _config_scale(
         return _scale_of(config, where, source)
     except OSError as fault:
         raise PatchError(f"cannot read {_PEFT_CONFIG} of {source}: {fault.strerror}") from fault
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         raise PatchError(f"{source} has a malformed {where}") from None
 
 

@@ -6,12 +6,15 @@ method computes is one file in :mod:`recare_patch.methods`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from recare_patch.errors import RecarePatchError
 from recare_patch.settings import Settings
 
 DENOISER_LAYERS = (
@@ -23,6 +26,9 @@ DENOISER_LAYERS = (
     "all",
 )
 TEXT_LAYERS = ("text-encoder",)
+
+FIGURES_FILE = Path(__file__).parent / "method_figures.json"
+"""What was measured of the methods, where a benchmark has written it."""
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Weight = Annotated[float, Field(ge=0, le=10_000)]
@@ -202,3 +208,18 @@ METHODS: Mapping[str, MethodInfo] = {
     ),
 }
 """Name → method, in the order in which they are listed."""
+
+
+def measured() -> dict[str, dict[str, dict[str, Any]]]:
+    """Method → concept → figures, of the bundled base; empty where nothing was measured.
+
+    Raises:
+        RecarePatchError: the file is damaged.
+    """
+    try:
+        found = json.loads(FIGURES_FILE.read_text(encoding="utf-8"))
+        return {name: dict(rows) for name, rows in found["methods"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as fault:
+        raise RecarePatchError(f"cannot read {FIGURES_FILE}: it is damaged; reinstall the package") from fault

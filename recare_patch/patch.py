@@ -149,6 +149,12 @@ class PatchMetadata(BaseModel):
     def _is_single_or_stack(self) -> PatchMetadata:
         if self.recipe is None and not self.parts:
             raise ValueError("a patch has a recipe, and a stack has parts")
+        try:
+            readable = all(isinstance(word, str) for word in self.care_words)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            readable = False
+        if not readable:
+            raise ValueError("its CARE-set is not readable")
         return self
 
     @classmethod
@@ -244,7 +250,7 @@ class PatchMetadata(BaseModel):
                 f"{source} has a malformed header entry "
                 f"'{HEADER_PREFIX}{'.'.join(map(str, first['loc'])) or 'recipe'}': {first['msg'].lower()}"
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise PatchError(f"{source} has a malformed header entry under '{HEADER_PREFIX}'") from None
 
 
@@ -306,7 +312,7 @@ def _check_scale(header: Mapping[str, str], source: str) -> None:
             and not config.get("rank_pattern")
             for config in configs.values()
         )
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         plain = False
     if not plain:
         raise PatchError(
@@ -662,7 +668,6 @@ class AppliedPatch:
             try:
                 for part, network in parts.items():
                     applied._load_part(part, network)
-                    settle_adapter(network, name)
             except Exception as fault:
                 for part, network in parts.items():
                     remove_adapter(network, name)
@@ -682,16 +687,25 @@ class AppliedPatch:
 
     def _load_part(self, part: str, network: nn.Module) -> None:
         """What ``load_lora_weights`` does for one network, without its warning that others get nothing."""
-        prefix = f"{part}."
-        tensors = {key: tensor for key, tensor in self.patch.tensors.items() if key.startswith(prefix)}
         others = [one for name, one in networks(self.pipe).items() if name != part]
         # diffusers takes a pipeline for offloaded, and offloads it anew, where one of its networks is.
         alone = hasattr(network, "_hf_hook") and not any(hasattr(one, "_hf_hook") for one in others)
-        common = {
-            "network_alphas": None,
-            "adapter_name": self.adapter_name,
-            "_pipeline": None if alone else self.pipe,
-        }
+        self._through_loader(part, network, None if alone else self.pipe)
+        if not alone:
+            return
+        # The values went where the network's own are kept: nowhere, for now.
+        settle_adapter(network, self.adapter_name)
+        for name, layer in named_tuner_layers({part: network}):
+            if self.adapter_name in layer.lora_A:
+                down, up = self.patch.factors(name)
+                with torch.no_grad():
+                    layer.lora_A[self.adapter_name].weight.copy_(down)
+                    layer.lora_B[self.adapter_name].weight.copy_(up)
+
+    def _through_loader(self, part: str, network: nn.Module, pipeline: Any) -> None:
+        prefix = f"{part}."
+        tensors = {key: tensor for key, tensor in self.patch.tensors.items() if key.startswith(prefix)}
+        common = {"network_alphas": None, "adapter_name": self.adapter_name, "_pipeline": pipeline}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             if part == UNET:

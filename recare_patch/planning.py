@@ -25,7 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from recare_patch import adapters
 from recare_patch.base_models import PRECISIONS, PromptEmbeds, family_of, find_layout
 from recare_patch.errors import RecipeError
+from recare_patch.methods import load_method
 from recare_patch.recipe import MemoryOptions, Recipe
+from recare_patch.states import SharedRolloutStates
 
 if TYPE_CHECKING:
     from recare_patch.base_models.latent_diffusion import LatentDiffusion
@@ -54,31 +56,80 @@ def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, i
             often as the recipe has steps.
 
     Raises:
-        RecipeError: the method, or its source of states, costs what cannot be told in advance.
+        RecipeError: the source of states costs what cannot be told in advance.
     """
     erase, search, images = recipe.erase, recipe.search, recipe.target_images
-    if recipe.method not in ("recare", "esd") or erase.states == "rollout":
-        what = f"method '{recipe.method}'" if erase.states != "rollout" else "states 'rollout'"
-        raise RecipeError(f"what {what} will cost is not known before a run")
+    if erase.states == "rollout":
+        raise RecipeError(
+            "what the states 'rollout' will cost is not known before a run: they stop at random"
+        )
+    needs = load_method(recipe.method).needs
     picture = (sampler_steps or images.steps) * (2 if images.guidance_scale > 1 else 1)
-    found = {"target images": images.count * picture}
-    # A teacher's prediction and a student's, which counts as three.
-    rows, both = erase.batch_size, 1 + 3
-    if recipe.method == "esd":
-        found["erase"] = erase.steps * rows * (2 + 3)
-    else:
-        for number in range(1, search.rounds + 1):
-            found[f"search {number} erase"] = search.erase_steps * rows * both
-            found[f"search {number} inversion"] = search.inversion_steps * search.batch_size * 3
-            found[f"search {number} check"] = 3 * min(images.count, 32)
-        found["retained images"] = erase.retained_images * picture
-        held = erase.retain_batch_size or rows
-        found["erase"] = erase.steps * (rows * (3 + 3) + held * both)
-    if erase.states == "shared-rollout":
-        from recare_patch.states import SharedRolloutStates as Shared
-
-        found["erase"] += math.ceil(erase.steps / Shared.period) * (Shared.steps - 1) * 2 * rows
+    found: dict[str, int] = {}
+    for number in range(len(recipe.also) + 1):
+        end = f" {number + 1}" if number else ""
+        if needs.target_images:
+            found[f"target images{end}"] = images.count * picture
+        for k in range(1, search.rounds + 1) if needs.search and not _separates(recipe, number) else ():
+            # The frozen model's prediction and the trained one's, which counts as three.
+            found[f"search {k} erase{end}"] = search.erase_steps * erase.batch_size * (1 + 3)
+            found[f"search {k} inversion{end}"] = search.inversion_steps * search.batch_size * 3
+            found[f"search {k} check{end}"] = 3 * min(images.count, 32)
+        if needs.retained_images:
+            found[f"retained images{end}"] = erase.retained_images * picture
+    for stage, count in _training(recipe).items():
+        found[stage] = found.get(stage, 0) + count
     return {stage: count for stage, count in found.items() if count}
+
+
+def _separates(recipe: Recipe, number: int = 0) -> bool:
+    """Whether a concept of the run is a subject that an attribute is taken from."""
+    return recipe.subject is not None and number == 0
+
+
+def _training(recipe: Recipe) -> dict[str, int]:
+    """Evaluations of a method's own stages, for all concepts."""
+    erase, found, concepts = recipe.erase, {}, len(recipe.also) + 1
+    if recipe.method == "s-grace":
+        own = recipe.s_grace
+        attack = own.attack_steps * erase.batch_size * 3 * concepts
+        return {f"attack {k}": attack for k in range(1, own.rounds + 1)}
+    if recipe.method == "forget-me-not":
+        steps = recipe.forget_me_not.inversion_steps
+        for number in range(1, concepts + 1):
+            stage = f"inversion {number}" if number > 1 else "inversion"
+            found[stage] = steps * recipe.search.batch_size * 3
+    if recipe.method != "uce":
+        found["erase"] = sum(
+            erase.steps * (predicted + 3 * trained) + hunted
+            for predicted, trained, hunted in (_step(recipe, number) for number in range(concepts))
+        )
+        if erase.states == "shared-rollout":
+            rollouts = math.ceil(erase.steps / SharedRolloutStates.period)
+            each = (SharedRolloutStates.steps - 1) * 2 * erase.batch_size
+            found["erase"] += concepts * rollouts * each
+    return found
+
+
+def _step(recipe: Recipe, number: int = 0) -> tuple[int, int, int]:
+    """Samples that the frozen model predicts in a step of a loss, and that the trained one does.
+
+    Returns:
+        Both, and the evaluations of all steps' adversaries.
+    """
+    erase, hunt = recipe.erase, recipe.adversary
+    rows, held = erase.batch_size, erase.retain_batch_size or erase.batch_size
+    instead = 3 if _separates(recipe, number) else 1 if recipe.replace_with is not None else None
+    if recipe.method == "forget-me-not":
+        return (rows if instead else 0), rows, 0
+    if recipe.method == "esd":
+        return (instead or 2) * rows, rows, 0
+    hunted = bool(hunt.count) and not _separates(recipe, number)
+    return (
+        (instead or 3) * rows + held,
+        rows * (1 + hunted) + held,
+        hunted * erase.steps * hunt.steps * hunt.batch_size * 3,
+    )
 
 
 # ------------------------------------------------------------------------ memory
@@ -396,14 +447,14 @@ def _sampler_steps(layout: Layout, steps: int) -> int:
 
 
 def _draws(stage: str) -> bool:
-    return stage.endswith("images")
+    return stage.startswith(("target images", "retained images"))
 
 
 def _seconds(found: Footprint, recipe: Recipe, stage: str, count: int, speed: float) -> float:
     memory = recipe.memory
     # Of a training sample's three evaluations one is a forward pass, which each of these repeats.
     repeated = memory.checkpointing + (memory.micro_batch is not None)
-    training = 0.0 if _draws(stage) or stage.endswith("check") else 0.75
+    training = 0.0 if _draws(stage) or "check" in stage else 0.75
     return count * found.operations * (1 + training * repeated / 3) / speed
 
 
@@ -433,24 +484,25 @@ def _stage_peak(found: Footprint, recipe: Recipe, stage: str) -> int:
     trained, predicted = _rows(recipe, stage)
     if memory.micro_batch:
         trained, predicted = min(trained, memory.micro_batch), min(predicted, memory.micro_batch)
-    # While the search inverts, the encoders take part in the backward pass.
-    weights = fixed if stage.endswith("inversion") else resident(found, memory)
+    # Where word vectors are fitted, the encoders take part in the backward pass.
+    reads = "inversion" in stage or stage.startswith("attack") or recipe.adversary.count > 0
+    weights = fixed if reads else resident(found, memory)
     return int(weights + adapter + max(trained * one, predicted * found.predicting))
 
 
 def _rows(recipe: Recipe, stage: str) -> tuple[int, int]:
     """Samples of one recorded prediction, and of one that is not."""
     erase, search = recipe.erase, recipe.search
-    if stage.endswith("inversion"):
+    if "inversion" in stage:
         return search.batch_size, 0
-    if stage.endswith("check"):
+    if "check" in stage:
         return 0, min(recipe.target_images.count, 32)
     if stage.startswith("search"):
         return erase.batch_size, erase.batch_size
-    if recipe.method == "esd":
-        return erase.batch_size, 2 * erase.batch_size
-    held = erase.retain_batch_size or erase.batch_size
-    return erase.batch_size + held, 3 * erase.batch_size + held
+    if stage.startswith("attack"):
+        return erase.batch_size, 0
+    predicted, trained, _ = _step(recipe)
+    return max(trained, recipe.adversary.batch_size if recipe.adversary.count else 0), predicted
 
 
 # ------------------------------------------------------------------------ choosing levers

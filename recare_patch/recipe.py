@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from recare_patch.concepts import MAX_LENGTH, Concept, same_concept
+from recare_patch.concepts import MAX_LENGTH, Concept, same_concept, slug_of
 from recare_patch.errors import RecipeError, nearest, unknown_name
 from recare_patch.files import read_safetensors_header
 from recare_patch.method_table import (
@@ -30,7 +30,7 @@ from recare_patch.method_table import (
     UCEOptions,
 )
 from recare_patch.method_table import METHODS as METHOD_TABLE
-from recare_patch.settings import Settings, one_of, yaml_mapping
+from recare_patch.settings import Settings, load_yaml, one_of, yaml_mapping
 
 METHODS = tuple(METHOD_TABLE)
 LAYER_SETS = (*DENOISER_LAYERS, *TEXT_LAYERS)
@@ -366,6 +366,11 @@ class Recipe(Settings):
         return (self.concept, *self.also)
 
     @property
+    def slug(self) -> str:
+        """Its title, fit for a folder: "stars-from-van-gogh"."""
+        return slug_of(self.title)
+
+    @property
     def title(self) -> str:
         """What its patch erases, in words: "Van Gogh", "tench + cat", "stars from Van Gogh"."""
         text = " + ".join(one.text for one in self.concepts)
@@ -424,7 +429,8 @@ class Recipe(Settings):
 
         Args:
             overrides: dotted key → value, such as ``{"erase.steps": 50, "seed": 1}``. A section
-                may be given as a mapping; its other keys keep their values.
+                may be given as a mapping; its other keys keep their values. Where the method changes,
+                the sections ``adapter``, ``search`` and ``erase`` start from the new one's defaults.
 
         Raises:
             RecipeError: unknown keys or bad values; all are told at once.
@@ -443,7 +449,7 @@ class Recipe(Settings):
                 place[last] = {**place[last], **value}
             else:
                 place[last] = value
-        self._leave_defaults(data, overrides)
+        self._leave_to_method(data, overrides)
         try:
             changed = type(self)(**data)
         except RecipeError as found:
@@ -452,19 +458,23 @@ class Recipe(Settings):
             raise RecipeError(f"recipe: {'; '.join(faults)}", faults)
         return changed
 
-    def _leave_defaults(self, data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-        """Where the method changes, take out what was the old one's default: the new one has its own."""
-        new, old = METHOD_TABLE.get(str(data["method"]).strip().casefold()), self.method_info
-        if new is None or new is old:
+    def _leave_to_method(self, data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+        """A recipe's numbers are its method's: another method starts from its own defaults."""
+        new = METHOD_TABLE.get(str(data["method"]).strip().casefold())
+        if new is None or new is self.method_info:
             return
-        for key in dict.fromkeys((*old.defaults, *new.defaults)):
-            section, _, name = key.partition(".")
-            if key in overrides or name in overrides.get(section, {}):
-                continue
-            plain = getattr(type(self).model_fields[section].default, name)
-            if data[section][name] == old.defaults.get(key, plain):
-                del data[section][name]
+        for section in _METHOD_SECTIONS:
+            given = overrides.get(section, {})
+            data[section] = {
+                name: value
+                for name, value in data[section].items()
+                if f"{section}.{name}" in overrides or name in given or f"{section}.{name}" in _OF_CONCEPT
+            }
 
+
+_METHOD_SECTIONS = ("adapter", "search", "erase")
+_OF_CONCEPT = ("search.init_word",)
+"""Keys of those sections that speak of the concept, not of the method."""
 
 _ABILITIES = {"replace_with": "replaces", "subject": "separates", "continue_from": "continues"}
 _WHAT = {
@@ -665,7 +675,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"'{text}' is not an assignment: write key=value, such as erase.steps=50")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), load_yaml(value)
     except yaml.YAMLError:
         raise RecipeError(
             f"'{text}' is not an assignment: the value of {key.strip()} is not readable"

@@ -84,6 +84,7 @@ class Run:
         losses: loop → the loss of every step.
         notes: further figures for ``training.json``.
         targets: its concepts.
+        ground: an earlier patch's adapter that the run goes on from, by component; empty without one.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Run:
         self.warnings: list[str] = []
         self.losses: dict[str, list[float]] = {}
         self.notes: dict[str, float] = {}
+        self.ground: dict[str, dict[str, Tensor]] = {}
         first = recipe.subject or recipe.concept
         attribute = recipe.concept if recipe.subject is not None else None
         concepts = (first, *recipe.also)

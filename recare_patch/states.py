@@ -102,9 +102,7 @@ class RolloutStates:
                 found.append((latents, times))
             if number == max(stops):
                 break
-            pred = base.denoise(
-                scaled(latents, timestep).repeat(2, 1, 1, 1), times.repeat(2), prompts
-            )
+            pred = base.denoise(scaled(latents, timestep).repeat(2, 1, 1, 1), times.repeat(2), prompts)
             uncond, cond = pred.chunk(2)
             latents = scheduler.step(
                 classifier_free(uncond, cond, self.guidance_scale), timestep, latents

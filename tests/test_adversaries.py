@@ -1,4 +1,4 @@
-"""Adversaries in the loop: they learn, they are erased with the concept, and a resumed run meets the same ones."""
+"""Adversaries in the loop: they learn, are erased with the concept, and a resumed run meets the same ones."""
 
 from __future__ import annotations
 

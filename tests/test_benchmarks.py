@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import stacking
-from benchmarks.suites import CONCEPTS, suite
+from benchmarks.suites import ALL_CONCEPTS, suite
 from recare_patch.atelier.judge import LABELS
 
 
-@pytest.mark.parametrize("concept", CONCEPTS)
+@pytest.mark.parametrize("concept", ALL_CONCEPTS)
 def test_choosing_and_reporting_are_apart(concept: str) -> None:
     choose, report = (
         [draw for figure in suite(concept, split) for draw in figure.draws(split)]
@@ -19,7 +19,7 @@ def test_choosing_and_reporting_are_apart(concept: str) -> None:
     assert not {s for _, _, s in choose} & {s for _, _, s in report}
 
 
-@pytest.mark.parametrize("concept", CONCEPTS)
+@pytest.mark.parametrize("concept", ALL_CONCEPTS)
 def test_every_reported_figure_has_a_hundred_pictures_and_known_labels(concept: str) -> None:
     for figure in suite(concept, "report"):
         draws = figure.draws("report")

@@ -182,16 +182,17 @@ def test_a_care_set_of_ones_own_is_used(
 def test_unsafe_target_images_never_touch_the_disk(
     tiny_sd: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recare_patch import erasing
+    from recare_patch import erasing, run
 
     seen: list[str] = []
-    write = erasing.write_tensors
+    write = run.write_tensors
 
     def watch(path: Path, tensors: object, metadata: object) -> None:
         seen.append(Path(path).name)
         write(path, tensors, metadata)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(erasing, "write_tensors", watch)
+    for module in (erasing, run):
+        monkeypatch.setattr(module, "write_tensors", watch)
     erase(_recipe(tiny_sd, tiny_clip, kind="nsfw"), tmp_path / "p", device="cpu")
     assert not [name for name in seen if "images" in name]
     erase(_recipe(tiny_sd, tiny_clip, kind="nsfw"), tmp_path / "q", device="cpu", save_target_images=True)

@@ -40,6 +40,18 @@ LARGE = Footprint(
     [
         {"erase.states": "shared-rollout", "erase.retain_batch_size": None, "erase.steps": 21},
         {"method": "esd", "target_images.guidance_scale": 1.0},
+        {"method": "s-grace", "s_grace.rounds": 2, "s_grace.attack_steps": 1, "erase.steps": 1},
+        {"method": "forget-me-not", "forget_me_not.inversion_steps": 2, "erase.steps": 2},
+        {
+            "also": [{"text": "stars", "kind": "object"}],
+            "adversary.count": 2,
+            "search.inversion_steps": 1,
+            "target_images.count": 2,
+        },
+        {"also": [{"text": "tench", "kind": "object"}], "replace_with": None, "adversary.count": 1},
+        {"replace_with": "Monet"},
+        {"method": "esd", "subject": {"text": "Monet", "kind": "style"}},
+        {"subject": {"text": "Monet", "kind": "style"}},
     ],
 )
 def test_evaluations_are_those_that_a_run_counts(
@@ -47,7 +59,7 @@ def test_evaluations_are_those_that_a_run_counts(
 ) -> None:
     recipe = small_recipe(tiny_sd, tiny_clip, **changes)
     planned = {stage.name: stage.evaluations for stage in planning.plan(recipe, speed=1e9).stages}
-    cost = erase(recipe, tmp_path / "patch", device="cpu").cost
+    cost = erase(recipe, tmp_path / "patch", device="cpu", preview=False).cost
     counted = {stage: one["evaluations"] for stage, one in cost["stages"].items() if one["evaluations"]}
     assert planned == counted
     assert sum(planned.values()) == cost["denoiser_evaluations"]

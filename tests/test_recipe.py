@@ -190,7 +190,7 @@ def test_the_bundled_recipes_are_sound_and_headed_by_their_command() -> None:
     assert [info.name for info in found] == [
         f"{concept}-{base}"
         for concept in ("nudity", "tench", "van-gogh")
-        for base in ("atelier", "sd-1.4", "sd-1.5")
+        for base in ("atelier", "sd-1.4", "sd-1.5", "sd-2.1", "sdxl")
     ]
     for info in found:
         assert info.path.read_text().startswith(f"# recare-patch erase --recipe {info.name}\n")

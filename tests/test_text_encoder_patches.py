@@ -243,7 +243,9 @@ class TestTogether:
         back = merging.unmerge(tmp_path / "m", [text_patch, unet_patch], tmp_path / "u", base=tiny_sd)
         assert back.max_difference is not None and back.max_difference < 1e-6
         merging.merge([(text_patch, 1.0)], sibling, tmp_path / "s")
-        with pytest.raises(IncompatiblePatchError, match=r"'Van Gogh' .* the denoiser of base 'tiny-sibling'"):
+        with pytest.raises(
+            IncompatiblePatchError, match=r"'Van Gogh' .* the denoiser of base 'tiny-sibling'"
+        ):
             merging.merge(patches, sibling, tmp_path / "t")
 
     def test_merged_in_memory(self, text_patch: Patch, tiny_sd: Path) -> None:

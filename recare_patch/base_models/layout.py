@@ -86,7 +86,7 @@ class Layout:
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise BaseModelError(f"base {name} has an unreadable {path.parent.name}/{path.name}") from fault
     if not isinstance(found, dict):
         raise BaseModelError(f"base {name} has an unreadable {path.parent.name}/{path.name}")

@@ -23,6 +23,7 @@ from recare_patch.cli.generate import generate
 from recare_patch.cli.index import index
 from recare_patch.cli.inspect import inspect
 from recare_patch.cli.merge import merge, unmerge
+from recare_patch.cli.methods import methods
 from recare_patch.cli.plan import plan
 from recare_patch.cli.pull import pull
 from recare_patch.cli.push import push
@@ -57,8 +58,8 @@ class _Commands(click.Group):
                 raise
             _fail(
                 ctx,
-                "the accelerator's memory is full; try --vram with less than it has (`recare-patch plan` tells "
-                "what a run takes)",
+                "the accelerator's memory is full; try --vram with less than it has (`recare-patch plan` "
+                "tells what a run takes)",
                 2,
             )
 
@@ -110,6 +111,7 @@ for _command in (
     search,
     index,
     inspect,
+    methods,
     recipes,
     atelier,
 ):

@@ -18,6 +18,7 @@ from recare_patch.recipe import (
     PRECISIONS,
     PRESETS,
     STATES,
+    WEIGHTS_NAME,
     EraseOptions,
     Recipe,
     load_recipe,
@@ -26,9 +27,48 @@ from recare_patch.recipe import (
 
 
 @click.command()
-@click.option("--concept", metavar="TEXT", help='What to erase, such as "Van Gogh".')
+@click.option(
+    "--concept",
+    "concepts",
+    metavar="TEXT",
+    multiple=True,
+    help='What to erase, such as "Van Gogh"; repeatable, one patch a concept.',
+)
+@click.option(
+    "--concepts",
+    "concepts_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A text file of concepts, one a line; lines that start with # are skipped.",
+)
+@click.option("--together", is_flag=True, help="One patch that erases all the concepts.")
+@click.option(
+    "--stack",
+    "stacked",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Stack the concepts' patches into one file afterwards, exactly.",
+)
 @click.option("--kind", metavar="KIND", help=f"{' | '.join(KINDS)}.  [default: a recipe's, else guessed]")
-@click.option("--method", metavar="NAME", help=f"{' | '.join(METHODS)}.  [default: recare]")
+@click.option(
+    "--replace-with", metavar="TEXT", help='What its prompts show instead, such as "cat" for tench.'
+)
+@click.option(
+    "--from",
+    "subject",
+    metavar="TEXT",
+    help='Take the concept, as an attribute, out of this alone: --concept stars --from "Van Gogh".',
+)
+@click.option(
+    "--continue-from",
+    metavar="PATCH",
+    help="Go on training this patch, so that one patch erases its concept and this one.",
+)
+@click.option(
+    "--method",
+    metavar="NAME",
+    help=f"{' | '.join(METHODS)}; see `recare-patch methods`.  [default: recare]",
+)
 @common.base_option
 @common.clip_option
 @click.option("--seed", type=int, help="All random draws follow from it.  [default: 0]")
@@ -42,7 +82,11 @@ from recare_patch.recipe import (
 @click.option("--resume", is_flag=True, help="Go on with the run in --out that was interrupted.")
 @click.option("--rank", type=int, help="LoRA rank.  [default: 8]")
 @click.option("--alpha", type=float, help="LoRA alpha.  [default: the rank, where --rank is given]")
-@click.option("--layers", metavar="SET", help=f"{' | '.join(LAYER_SETS)}.  [default: cross-attention]")
+@click.option(
+    "--layers",
+    metavar="SET",
+    help=f"{' | '.join(LAYER_SETS)}.  [default: the method's, else cross-attention]",
+)
 @click.option("--steps", type=int, help=f"Training steps of the patch.  [default: {EraseOptions().steps}]")
 @click.option("--states", metavar="NAME", help=f"{' | '.join(STATES)}.  [default: target-images]")
 @click.option("--optimizer", metavar="NAME", help=f"{' | '.join(OPTIMIZERS)}.  [default: adamw8bit]")
@@ -63,8 +107,14 @@ from recare_patch.recipe import (
 )
 @common.set_option
 def erase(
-    concept: str | None,
+    concepts: tuple[str, ...],
+    concepts_file: Path | None,
+    together: bool,
+    stacked: Path | None,
     kind: str | None,
+    replace_with: str | None,
+    subject: str | None,
+    continue_from: str | None,
     method: str | None,
     base: str | None,
     clip: str | None,
@@ -94,6 +144,8 @@ def erase(
     recare-patch erase --concept "Van Gogh"
     recare-patch erase --concept tench --kind object --base path/to/pipeline
     recare-patch erase --recipe nudity-sd-1.5
+    recare-patch erase --concept tench --replace-with cat
+    recare-patch erase --concepts artists.txt --kind style --out patches --resume
 
     Several processes share every step, with the same result:
 
@@ -105,6 +157,8 @@ def erase(
     overrides = common.overrides_from(
         assignments,
         method=method,
+        replace_with=replace_with,
+        continue_from=continue_from,
         seed=seed,
         precision=precision,
         adapter__rank=rank,
@@ -116,12 +170,13 @@ def erase(
         care_set__file=care_set,
     )
     overrides |= levers
-    if resume and concept is None and recipe is None and out is not None:
+    texts = [*concepts, *(_listed(concepts_file) if concepts_file is not None else ())]
+    if resume and not texts and recipe is None and out is not None:
         recipe = _recipe_of_run(out)
     overrides = {**preset_overrides(preset), **overrides}
-    plan = _check(concept, kind, recipe, base, clip, overrides)
-    text = concept if concept is not None else plan.concept.text
-    folder = out if out is not None else Path(f"{plan.concept.slug}-patch")
+    plan, *others = _plans(texts, together, subject, kind, recipe, base, clip, overrides)
+    several = [plan, *others]
+    _check_several(several, stacked, continue_from, care_set)
     from recare_patch.formats import check_formats
 
     chosen = check_formats(file_formats.split(","))
@@ -136,25 +191,98 @@ def erase(
 
     crew = Crew.found()
     first = crew is None or crew.main
-    # Of several processes one speaks; all work.
-    with common.shown_progress() if first else contextlib.nullcontext() as progress:
-        result = erase_concept(
-            text,
-            kind=kind,
-            recipe=recipe,
-            base=base,
-            clip=clip,
-            out=folder,
-            resume=resume,
-            overrides=overrides,
-            vram=vram,
-            progress=progress,
-            device=device,
-            save_target_images=save_target_images,
-            file_formats=chosen,
-        )
-    if first:
-        _report(text, result)
+    folders = []
+    for one in several:
+        name = f"{one.slug}-patch"
+        folder = Path(name) if out is None else out if len(several) == 1 else out / name
+        folders.append(folder)
+        if len(several) > 1 and resume and _finished(folder):
+            click.echo(f"{one.title}: finished before, in {folder}", err=True)
+            continue
+        # Of several processes one speaks; all work.
+        with common.shown_progress() if first else contextlib.nullcontext() as progress:
+            result = erase_concept(
+                one.concept.text,
+                also=[other.text for other in one.also],
+                subject=subject,
+                kind=kind,
+                recipe=recipe,
+                base=base,
+                clip=clip,
+                out=folder,
+                resume=resume and (len(several) == 1 or folder.exists()),
+                overrides=overrides,
+                vram=vram,
+                progress=progress,
+                device=device,
+                save_target_images=save_target_images,
+                file_formats=chosen,
+            )
+        if first:
+            _report(one.title, result)
+    if stacked is not None and first:
+        _stack(folders, stacked)
+
+
+def _listed(file: Path) -> list[str]:
+    """The concepts of a text file."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or "it is not UTF-8 text"
+        raise RecipeError(f"cannot read the concepts in {file}: {reason.lower()}") from None
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise RecipeError(f"{file} names no concept")
+    return found
+
+
+def _plans(
+    texts: list[str],
+    together: bool,
+    subject: str | None,
+    kind: str | None,
+    recipe: str | None,
+    base: str | None,
+    clip: str | None,
+    overrides: dict[str, Any],
+) -> list[Recipe]:
+    """The runs, each as far as it is known now."""
+    if together and len(texts) < 2:
+        raise RecipeError(f"--together is for several concepts, and there is {len(texts) or 'none'}")
+    if recipe is not None and len(texts) > 1:
+        raise RecipeError(f"--recipe is for one concept, and there are {len(texts)}")
+    asked: list[tuple[str | None, list[str]]] = [(text, []) for text in texts] or [(None, [])]
+    if together:
+        asked = [(texts[0], texts[1:])]
+    return [_check(text, also, subject, kind, recipe, base, clip, overrides) for text, also in asked]
+
+
+def _check_several(
+    plans: list[Recipe], stacked: Path | None, continue_from: str | None, care_set: str | None
+) -> None:
+    """Refuse what cannot be meant for several runs."""
+    slugs = [plan.slug for plan in plans]
+    double = next((plan.title for k, plan in enumerate(plans) if plan.slug in slugs[:k]), None)
+    if double is not None:
+        raise RecipeError(f"the concept '{double}' is there twice")
+    for option, value in (("--continue-from", continue_from), ("--care-set", care_set)):
+        if value is not None and len(plans) > 1:
+            raise RecipeError(f"{option} is for one patch, and there would be {len(plans)}")
+    if stacked is not None and len(plans) < 2:
+        raise RecipeError("--stack is for several patches, and there is one")
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / WEIGHTS_NAME).is_file() and not (folder / ".run").exists()
+
+
+def _stack(folders: list[Path], out: Path) -> None:
+    from recare_patch.composing import save_stack, stack
+    from recare_patch.patch import Patch
+
+    save_stack(stack([(Patch.load(folder), 1.0) for folder in folders]), out)
+    click.echo(f"Stack of {len(folders)} patches: {out}")
 
 
 def _recipe_of_run(out: Path) -> str:
@@ -169,6 +297,8 @@ def _recipe_of_run(out: Path) -> str:
 
 def _check(
     concept: str | None,
+    also: list[str],
+    subject: str | None,
     kind: str | None,
     recipe: str | None,
     base: str | None,
@@ -191,7 +321,13 @@ def _check(
             plan = plan.with_overrides({"concept": chosen.model_dump()})
     else:
         plan = Recipe(concept=Concept(text=concept or "", kind=kind or "object"))
-    places = {key: value for key, value in (("base", base), ("clip", clip)) if value is not None}
+    places: dict[str, Any] = {
+        key: value for key, value in (("base", base), ("clip", clip)) if value is not None
+    }
+    if also:
+        places["also"] = [Concept(text=one, kind=kind or "object").model_dump() for one in also]
+    if subject is not None:
+        places["subject"] = Concept(text=subject, kind=kind or "object").model_dump()
     return plan.with_overrides({**places, **overrides})
 
 

@@ -14,6 +14,7 @@ import datetime
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args
@@ -317,9 +318,9 @@ class Evidence(_Evidence):
             ("figure", [one.name for one in self.figures]),
             ("check", [one.name for one in self.checks]),
         ):
-            twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-            if twice:
-                raise ValueError(f"the {what} '{twice[0]}' is there twice")
+            twice = next((name for name, number in Counter(names).items() if number > 1), None)
+            if twice is not None:
+                raise ValueError(f"the {what} '{twice}' is there twice")
         for what, held in (("suite", self.suite), ("options", self.options), ("cost", self.cost)):
             if not all(map(math.isfinite, _floats(held))):
                 raise ValueError(f"{what} holds a number that is not finite")

@@ -8,6 +8,7 @@ registered things, as recipes do. A bench holds several concepts, and gives the 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,9 @@ def _plain_words(text: str) -> str:
 
 
 def _distinct(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    twice = [one for one in dict.fromkeys(prompts) if prompts.count(one) > 1]
-    if twice:
-        raise ValueError(f"'{twice[0]}' is there twice")
+    twice = next((one for one, number in Counter(prompts).items() if number > 1), None)
+    if twice is not None:
+        raise ValueError(f"'{twice}' is there twice")
     return prompts
 
 

@@ -93,7 +93,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise AttackError(f"{folder} holds no saved attack: {JSON_NAME} is not in it")
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise AttackError(f"the saved attack in {folder} is damaged: {JSON_NAME} is not readable") from None
     version = note.get("version") if isinstance(note, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -105,7 +105,7 @@ def _read(folder: Path) -> dict[str, Any]:
         version == FORMAT_VERSION
         and all(isinstance(note.get(name), kind) for name, kind in _PARTS.items())
         and len(note["interval"]) == 2
-        and all(isinstance(value, int | float) for value in note["interval"])
+        and all(isinstance(value, int | float) and 0 <= value <= 1 for value in note["interval"])
         and isinstance(note.get("base"), int | float | None)
         and isinstance(note.get("about"), dict)
         and isinstance(note.get("tensors"), list)

@@ -25,7 +25,7 @@ class SamplersOptions(CheckOptions):
 
     Attributes:
         steps: numbers of steps of the base's own scheduler.
-        schedulers: names of :data:`~recare_patch.evaluation.pictures.SCHEDULERS`.
+        schedulers: names of :data:`~recare_patch.evaluation.suites.SCHEDULERS`.
         scheduler_steps: steps of each of those; None: the suite's.
     """
 

@@ -1,0 +1,286 @@
+"""What a run costs: seconds, evaluations and memory by stage, for each base and size of card.
+
+    python -m benchmarks.cost run --base sd-1.5 --vram 6 --device cuda       # one row, the whole procedure
+    python -m benchmarks.cost run --base sdxl --cut --size 256x256           # steps cut, smaller pictures
+    python -m benchmarks.cost adam                                           # bytes of optimizer states
+    python -m benchmarks.cost all --device cuda                              # every base and card
+    python -m benchmarks.cost table                                          # all results as Markdown
+
+``atelier`` is the bundled base; ``sd-1.5``, ``sd-2.1`` and ``sdxl`` have the published sizes and random
+weights (:mod:`benchmarks.bases`), so that their pictures are noise and their costs are real. ``--cut``
+does one or two of everything; what the whole recipe takes is then counted, and its seconds follow from
+those measured for an evaluation. Each call leaves one JSON file in ``benchmarks/results/cost``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.bases import BASES, make_base, write_configurations
+from benchmarks.paper_procedure import PaperSettings, expected_evaluations
+from recare_patch.files import write_json
+from recare_patch.recipe import MemoryOptions, Recipe, load_recipe
+
+RESULTS = Path(__file__).parent / "results" / "cost"
+VRAM = (6, 8, 12, 24)
+RECIPES = {
+    "atelier": "van-gogh-atelier",
+    "sd-1.5": "van-gogh-sd-1.5",
+    "sd-2.1": "van-gogh-sd-2.1",
+    "sdxl": "van-gogh-sdxl",
+}
+RANKS = (4, 8)
+
+# One or two of everything; the CARE-set is mined as always, but noise has no clusters worth the name.
+CUT: dict[str, Any] = {
+    "target_images.count": 2,
+    "target_images.steps": 1,
+    "target_images.batch_size": 1,
+    "care_set.clustering": False,
+    "care_set.refinement": False,
+    "search.rounds": 1,
+    "search.erase_steps": 1,
+    "search.inversion_steps": 1,
+    "search.batch_size": 1,
+    "erase.steps": 2,
+    "erase.batch_size": 1,
+    "erase.retain_batch_size": 1,
+    "erase.retained_images": 1,
+    "erase.retained_vocabulary": 2,
+    "erase.retained_pairs": 0,
+    "erase.composed": False,
+}
+
+
+def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
+    """The recipe to run, with what the command line changes."""
+    from benchmarks.erasure import assignments
+
+    name = arguments.base
+    recipe = load_recipe(RECIPES[name])
+    places = {} if name == "atelier" else {"base": str(folder), "clip": "atelier"}
+    recipe = recipe.with_overrides({**places, **assignments(arguments.set)})
+    if arguments.rank:
+        recipe = recipe.with_overrides(
+            {"adapter.rank": arguments.rank, "adapter.alpha": float(arguments.rank)}
+        )
+    if arguments.size:
+        recipe = recipe.with_overrides({"memory.resolution": arguments.size})
+    if arguments.precision:
+        recipe = recipe.with_overrides({"precision": arguments.precision})
+    if arguments.vram:
+        from recare_patch.planning import choose
+
+        recipe, _ = choose(recipe, arguments.vram)
+    return recipe
+
+
+def run(arguments: argparse.Namespace) -> Path:
+    """Measure one row."""
+    from recare_patch.base_models import load_base
+    from recare_patch.clip import Clip
+    from recare_patch.environment import device_name, versions
+    from recare_patch.erasing import erase
+    from recare_patch.planning import evaluations, measured_speed, plan
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / arguments.base
+        if arguments.base in BASES:
+            write_configurations(arguments.base, folder)
+        whole = _recipe(arguments, folder)
+        recipe = whole.with_overrides(CUT) if arguments.cut else whole
+        device = torch.device(arguments.device)
+        speed = measured_speed(device, recipe.precision)
+        expected = plan(whole, speed=speed)
+        if arguments.base == "atelier":
+            base = load_base(precision=recipe.precision, device=device, memory=recipe.memory)
+        else:
+            base = make_base(
+                arguments.base, folder, precision=recipe.precision, device=str(device), memory=recipe.memory
+            )
+        out = Path(place) / "patch"
+        result = erase(recipe, out, base=base, clip=Clip.load("atelier"), preview=False, device=str(device))
+        loads = _loads_in_diffusers(base, out)
+        size = (out / "pytorch_lora_weights.safetensors").stat().st_size
+        note = {
+            "base": arguments.base,
+            "card_gb": arguments.vram,
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "cut": bool(arguments.cut),
+            "precision": recipe.precision,
+            "memory": recipe.memory.model_dump(exclude_defaults=True),
+            "latent_shape": list(base.latent_shape),
+            "rank": recipe.adapter.rank,
+            "cost": {key: result.cost[key] for key in ("stages", "seconds", "denoiser_evaluations")},
+            "peak_memory_bytes": result.cost["peak_memory_bytes"],
+            "patch_bytes": size,
+            "loads_in_diffusers": loads,
+            "whole_evaluations": evaluations(whole),
+            "planned": {
+                "peak_memory_bytes": expected.peak,
+                "seconds": round(expected.seconds, 1),
+                "operations_per_evaluation": expected.footprint.operations,
+            },
+            "paper_evaluations": expected_evaluations(PaperSettings()),
+            "versions": versions(("torch", "diffusers", "peft", "transformers", "bitsandbytes")),
+        }
+    card = f"{arguments.vram:g}gb" if arguments.vram else "plain"
+    kind = "cpu" if device.type == "cpu" else "gpu"
+    parts = [arguments.base, card, kind, f"rank{recipe.adapter.rank}", *(["cut"] if arguments.cut else [])]
+    file = RESULTS / f"{'.'.join(parts)}.json"
+    write_json(file, note)
+    print(f"{file.name}: {note['cost']['seconds']} s, {size} bytes", flush=True)
+    return file
+
+
+@torch.no_grad()
+def _loads_in_diffusers(base: Any, folder: Path) -> bool:
+    """Whether diffusers' own loader takes the patch, and the base then predicts otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn((1, 4, 16, 16), generator=generator)
+    embeds, at = base.encode_prompts(["A painting in the style of Van Gogh"]), torch.tensor([500])
+    before = base.denoise(latents, at, embeds)
+    base.pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    after = base.denoise(latents, at, embeds)
+    base.pipeline.unload_lora_weights()
+    return bool(torch.isfinite(after).all() and not torch.equal(before, after))
+
+
+def adam(arguments: argparse.Namespace) -> Path:
+    """Measure the bytes of both optimizers' states after a step, at each base's size and rank."""
+    from recare_patch import adapters
+    from recare_patch.base_models import find_layout
+    from recare_patch.planning import phantom
+    from recare_patch.training import OPTIMIZERS
+
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        for name in RECIPES:
+            source = "atelier" if name == "atelier" else write_configurations(name, Path(place) / name)
+            layout, _ = find_layout(source, weights=False)
+            for rank in RANKS:
+                shapes = [
+                    parameter.shape
+                    for parameter in adapters.attach(
+                        phantom(layout, "fp32").denoiser,
+                        layers="cross-attention",
+                        rank=rank,
+                        alpha=float(rank),
+                        generator=torch.Generator(),
+                    )
+                ]
+                row = {"base": name, "rank": rank, "parameters": sum(shape.numel() for shape in shapes)}
+                for optimizer in ("adamw", "adamw8bit"):
+                    row[optimizer] = _state_bytes(shapes, OPTIMIZERS.get(optimizer), arguments.device)
+                # bitsandbytes keeps 32 bits for tensors of fewer values.
+                row["tensors"] = len(shapes)
+                row["tensors_in_8_bits"] = sum(shape.numel() >= 4096 for shape in shapes)
+                rows.append(row)
+                print(row, flush=True)
+    file = RESULTS / "adam.json"
+    write_json(file, {"device": arguments.device, "rows": rows})
+    return file
+
+
+def _state_bytes(shapes: list[torch.Size], make: Any, device: str) -> int:
+    parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    optimizer = make(parameters, 1e-3)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    found: dict[int, int] = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                # The table of 8-bit values is shared by all.
+                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def every(arguments: argparse.Namespace) -> None:
+    """Each base without levers and for each card, one after the other; what is there is left."""
+    for name in RECIPES:
+        for vram in (None, *VRAM):
+            arguments.base, arguments.vram = name, vram
+            try:
+                run(arguments)
+            except (RuntimeError, ValueError) as fault:
+                # A card that is too small for the plain run does not end the table.
+                print(f"{name}, {vram or 'no'} GB: {str(fault).splitlines()[0]}", flush=True)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def table(arguments: argparse.Namespace) -> str:
+    """All results as Markdown."""
+    lines = [
+        "| base | card | levers | device | pictures | evaluations | seconds | s / evaluation | peak GiB "
+        "(planned) | patch | whole recipe | the paper's |",
+        "|---" * 12 + "|",
+    ]
+    for file in sorted(RESULTS.glob("*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        if "cost" not in row:
+            continue
+        done = row["cost"]["denoiser_evaluations"]
+        each = sum(
+            stage["seconds"] for stage in row["cost"]["stages"].values() if stage["evaluations"]
+        ) / max(1, done)
+        whole, paper = sum(row["whole_evaluations"].values()), row["paper_evaluations"]["all"]
+        side = [8 * one if row["base"] != "atelier" else 4 * one for one in row["latent_shape"][1:]]
+        levers = MemoryOptions(**{k: v for k, v in row["memory"].items() if k != "resolution"}).in_words()
+        planned = f" ({_gib(row['planned']['peak_memory_bytes'])})" if not row["cut"] else ""
+        lines.append(
+            f"| {row['base']} | {row['card_gb'] or '–'} | {levers} | {row['device']} | {side[1]}x{side[0]} "
+            f"| {done:,}{' (cut)' if row['cut'] else ''} | {row['cost']['seconds']:.0f} | {each:.3f} "
+            f"| {_gib(row['peak_memory_bytes'])}{planned} | {row['patch_bytes'] / 1e6:.2f} MB, rank "
+            f"{row['rank']} | {whole:,}: {whole * each:,.0f} s | {paper:,}: {paper * each:,.0f} s |"
+        )
+    file = RESULTS / "adam.json"
+    if file.is_file():
+        lines += [
+            "",
+            "| base | rank | parameters | tensors in 8 bits | AdamW states | 8-bit AdamW states | saved |",
+            "|---" * 7 + "|",
+        ]
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            lines.append(
+                f"| {row['base']} | {row['rank']} | {row['parameters']:,} | {row['tensors_in_8_bits']} of "
+                f"{row['tensors']} | {row['adamw'] / 2**20:.2f} MiB | {row['adamw8bit'] / 2**20:.2f} MiB "
+                f"| {(row['adamw'] - row['adamw8bit']) / 2**20:.2f} MiB |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=["run", "adam", "all", "table"])
+    parser.add_argument("--base", choices=list(RECIPES), default="atelier")
+    parser.add_argument("--vram", type=float, choices=VRAM, help="choose levers for a card of this size")
+    parser.add_argument("--cut", action="store_true", help="one or two of everything")
+    parser.add_argument("--size", metavar="WxH", help="smaller pictures than the base's own")
+    parser.add_argument("--rank", type=int, help="of the LoRA; the recipe's by default")
+    parser.add_argument("--precision", help="of the base; the recipe's by default")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    if arguments.action == "table":
+        print(table(arguments))
+        return
+    {"run": run, "adam": adam, "all": every}[arguments.action](arguments)
+
+
+if __name__ == "__main__":
+    main()
