@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> Path:
         recipe = whole.with_overrides(CUT) if arguments.cut else whole
         device = torch.device(arguments.device)
         speed = measured_speed(device, recipe.precision)
-        expected = plan(whole, speed=speed)
+        expected = plan(recipe, speed=speed)
         if arguments.base == "atelier":
             base = load_base(precision=recipe.precision, device=device, memory=recipe.memory)
         else:
@@ -238,7 +238,7 @@ def table(arguments: argparse.Namespace) -> str:
         whole, paper = sum(row["whole_evaluations"].values()), row["paper_evaluations"]["all"]
         side = [8 * one if row["base"] != "atelier" else 4 * one for one in row["latent_shape"][1:]]
         levers = MemoryOptions(**{k: v for k, v in row["memory"].items() if k != "resolution"}).in_words()
-        planned = f" ({_gib(row['planned']['peak_memory_bytes'])})" if not row["cut"] else ""
+        planned = f" ({_gib(row['planned']['peak_memory_bytes'])})"
         lines.append(
             f"| {row['base']} | {row['card_gb'] or '–'} | {levers} | {row['device']} | {side[1]}x{side[0]} "
             f"| {done:,}{' (cut)' if row['cut'] else ''} | {row['cost']['seconds']:.0f} | {each:.3f} "

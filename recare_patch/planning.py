@@ -304,17 +304,19 @@ def measure(layout: Layout, recipe: Recipe) -> Footprint:
             generator=torch.Generator(),
         )
     embeds = _embeds(base)
+    # As where word vectors are fitted: a patch may leave the denoiser alone.
+    embeds.prompt_embeds.requires_grad_()
     latents = torch.empty((1, *base.latent_shape), device=META)
     at = torch.zeros(1, dtype=torch.long, device=META)
 
     def trained() -> None:
         base.denoise(latents, at, embeds).mean().backward()
-        for parameter in parameters:
+        for parameter in (*parameters, embeds.prompt_embeds):
             parameter.grad = None
 
     def predicted() -> None:
         with torch.no_grad():
-            base.denoise(latents, at, embeds)
+            base.denoise(latents, at, embeds.detach())
 
     with _fused_attention() as attention:
         with FlopCounterMode(display=False) as counted:

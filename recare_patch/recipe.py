@@ -460,16 +460,27 @@ class Recipe(Settings):
 
     def _leave_to_method(self, data: dict[str, Any], overrides: Mapping[str, Any]) -> None:
         """A recipe's numbers are its method's: another method starts from its own defaults."""
-        new = METHOD_TABLE.get(str(data["method"]).strip().casefold())
-        if new is None or new is self.method_info:
+        new, old = METHOD_TABLE.get(str(data["method"]).strip().casefold()), self.method_info
+        if new is None or new is old:
             return
         for section in _METHOD_SECTIONS:
-            given = overrides.get(section, {})
             data[section] = {
                 name: value
                 for name, value in data[section].items()
-                if f"{section}.{name}" in overrides or name in given or f"{section}.{name}" in _OF_CONCEPT
+                if f"{section}.{name}" in _OF_CONCEPT or _is_set(overrides, section, name)
             }
+        for key in dict.fromkeys((*old.defaults, *new.defaults)):
+            section, _, name = key.partition(".")
+            if section in _METHOD_SECTIONS or _is_set(overrides, section, name):
+                continue
+            # Elsewhere only what was the old one's default is left to the new one.
+            plain = getattr(type(self).model_fields[section].default, name)
+            if data[section].get(name) == old.defaults.get(key, plain):
+                data[section].pop(name, None)
+
+
+def _is_set(overrides: Mapping[str, Any], section: str, name: str) -> bool:
+    return f"{section}.{name}" in overrides or name in overrides.get(section, {})
 
 
 _METHOD_SECTIONS = ("adapter", "search", "erase")

@@ -173,13 +173,14 @@ class TestContinued:
     def test_another_shape_is_refused(
         self, first: Path, tiny_sd: Path, tiny_clip: Path, tmp_path: Path
     ) -> None:
-        for changes in ({"adapter.rank": 3}, {"adapter.layers": "attention"}):
+        for number, changes in enumerate(({"adapter.rank": 3}, {"adapter.layers": "attention"})):
+            out = tmp_path / str(number)
             recipe = small_recipe(
                 "esd", tiny_sd, tiny_clip, continue_from=str(first), concept=TENCH, **changes
             )
             with pytest.raises(IncompatiblePatchError, match="cannot be gone on with"):
-                erase(recipe, tmp_path / "p", device="cpu")
-            assert not (tmp_path / "p" / "pytorch_lora_weights.safetensors").exists()
+                erase(recipe, out, device="cpu")
+            assert not (out / "pytorch_lora_weights.safetensors").exists()
 
     def test_a_run_takes_the_shape_of_the_patch(self, first: Path, tiny_sd: Path) -> None:
         recipe = resolve_recipe("tench", kind="object", overrides={"continue_from": str(first)})

@@ -35,6 +35,7 @@ def text_trained(folder: Path, *, seed: int = 0, size: float = 0.3) -> tuple[Bas
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     recipe = Recipe(
         concept={"text": "Monet", "kind": "style"},  # type: ignore[arg-type]
+        method="s-grace",
         adapter={"layers": "text-encoder", "rank": 2, "alpha": 6.0},  # type: ignore[arg-type]
     )
     metadata = PatchMetadata.describe(recipe, base, None, {})

@@ -61,7 +61,7 @@ def _generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
-class _Loop:
+class Loop:
     """An AdamW loop with cosine decay whose every step depends on (seed, step) alone."""
 
     def __init__(
@@ -122,6 +122,7 @@ class _Loop:
         return int(meta["step"])
 
     def run(self, loss_at: Callable[[int, torch.Generator], Tensor], progress: Progress | None) -> None:
+        """Train to the end; the module is left with its averaged weights, where it has some."""
         start = self._resume()
         self.module.train()
         running = 0.0
@@ -161,28 +162,38 @@ class _Loop:
 
 
 @dataclass
-class _World:
+class World:
+    """Drawn scenes.
+
+    Attributes:
+        images: ``[scenes, height, width, 3]``, uint8.
+        captions: several of each scene.
+        labels: what each scene shows.
+    """
+
     images: np.ndarray
     captions: list[list[str]]
     labels: list[frozenset[str]]
 
     def pixels(self, index: Tensor) -> Tensor:
+        """Pictures of scenes, ``[batch, 3, height, width]``, −1 … 1."""
         return torch.from_numpy(self.images[index.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def words(self, index: Tensor, generator: torch.Generator) -> list[str]:
+        """A caption of each scene, by lot."""
         which = torch.randint(0, len(self.captions[0]), (len(index),), generator=generator)
         return [self.captions[int(i)][int(k)] for i, k in zip(index, which, strict=True)]
 
 
-def _draw_world(count: int, per_scene: int, seed: int, file: Path) -> _World:
+def draw_world(count: int, per_scene: int, seed: int, file: Path) -> World:
     """Draw ``count`` scenes, or read them from ``file`` where an earlier run left them."""
     if file.exists():
         stored = np.load(file, allow_pickle=False)
         rows = json.loads(str(stored["text"]))
-        return _World(stored["images"], rows["captions"], [frozenset(r) for r in rows["labels"]])
+        return World(stored["images"], rows["captions"], [frozenset(r) for r in rows["labels"]])
     rng = np.random.default_rng(seed)
     drawn = [scenes.sample_scene(rng) for _ in range(count)]
-    world = _World(
+    world = World(
         np.stack([scenes.draw(scene) for scene in drawn]),
         [[captions.caption(scene, rng) for _ in range(per_scene)] for scene in drawn],
         [scene.labels for scene in drawn],
@@ -246,21 +257,23 @@ def _train_tokenizer(corpus: Iterable[str], folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(markers, indent=2))
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that :func:`_train_tokenizer` wrote."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _new_clip(vocabulary: int, end_of_text: int) -> Any:
+def new_clip(vocabulary: int, end_of_text: int, width: int = 128) -> Any:
+    """An untrained CLIP for scenes, with heads of 32 values."""
     from transformers import CLIPConfig, CLIPModel
 
     tower = {
-        "hidden_size": 128,
-        "intermediate_size": 512,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "projection_dim": 128,
+        "num_attention_heads": width // 32,
+        "projection_dim": width,
         "hidden_act": "gelu",
     }
     text = {
@@ -272,7 +285,7 @@ def _new_clip(vocabulary: int, end_of_text: int) -> Any:
         "pad_token_id": end_of_text,
     }
     vision = {**tower, "image_size": scenes.SIZE, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
     # At these sizes a plain attention in bfloat16 trains twice as fast as the fused kernel on CPUs.
     model.set_attn_implementation("eager")
     return model
@@ -283,11 +296,29 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _train_clip(
-    config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
+    config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
-    tokenizer = _load_tokenizer(work / "tokenizer")
+    tokenizer = load_tokenizer(work / "tokenizer")
     torch.manual_seed(config.seed + 1)
-    model = _new_clip(len(tokenizer), tokenizer.eos_token_id)
+    model = new_clip(len(tokenizer), tokenizer.eos_token_id)
+    loop = Loop(
+        "clip",
+        work,
+        model,
+        steps=config.clip_steps,
+        lr=1e-3,
+        seed=config.seed + 1,
+        weight_decay=0.05,
+        device=device,
+    )
+    loop.run(contrastive_loss(model, tokenizer, world, device), progress)
+    model.cpu().save_pretrained(work / "clip")
+
+
+def contrastive_loss(
+    model: Any, tokenizer: Any, world: World, device: torch.device
+) -> Callable[[int, torch.Generator], Tensor]:
+    """CLIP's loss on scenes and their captions, for a :class:`Loop`."""
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
@@ -308,22 +339,11 @@ def _train_clip(
             -(share * logits.log_softmax(1)).sum(1).mean() - (share * logits.T.log_softmax(1)).sum(1).mean()
         ) / 2
 
-    loop = _Loop(
-        "clip",
-        work,
-        model,
-        steps=config.clip_steps,
-        lr=1e-3,
-        seed=config.seed + 1,
-        weight_decay=0.05,
-        device=device,
-    )
-    loop.run(loss_at, progress)
-    model.cpu().save_pretrained(work / "clip")
+    return loss_at
 
 
 def _train_autoencoder(
-    config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
+    config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
     from diffusers import AutoencoderKL
 
@@ -348,7 +368,7 @@ def _train_autoencoder(
         # The KL weight only keeps the scale of the latents in bounds: at 1e-5 the brush strokes were lost.
         return F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + 1e-7 * posterior.kl().mean()
 
-    loop = _Loop(
+    loop = Loop(
         "autoencoder",
         work,
         model,
@@ -372,7 +392,7 @@ def _train_autoencoder(
 
 
 def _train_judge(
-    config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
+    config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
     torch.manual_seed(config.seed + 3)
     network = judge.JudgeNetwork()
@@ -392,7 +412,7 @@ def _train_judge(
         pixels = pixels + 0.06 * torch.randn(pixels.shape, generator=generator)
         return judge.judge_loss(network(pixels.to(device)).float(), wanted[index].to(device))
 
-    loop = _Loop(
+    loop = Loop(
         "judge",
         work,
         network,
@@ -445,7 +465,7 @@ def new_denoiser(sample_size: int = 16) -> Any:
 
 
 @torch.no_grad()
-def _encoded(vae: Any, world: _World, file: Path, device: torch.device) -> Tensor:
+def _encoded(vae: Any, world: World, file: Path, device: torch.device) -> Tensor:
     """Scaled latents of all scenes ``[scenes, 4, 16, 16]``, encoded once and kept for a resumed run."""
     if not file.exists():
         parts = []
@@ -459,13 +479,13 @@ def _encoded(vae: Any, world: _World, file: Path, device: torch.device) -> Tenso
 
 
 def _train_denoiser(
-    config: AtelierTraining, work: Path, world: _World, device: torch.device, progress: Progress | None
+    config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPModel
 
-    tokenizer = _load_tokenizer(work / "tokenizer")
+    tokenizer = load_tokenizer(work / "tokenizer")
     text = CLIPModel.from_pretrained(work / "clip", dtype=torch.float32).text_model.to(device).eval()
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
     latents = _encoded(vae, world, work / "latents.safetensors", device)
@@ -493,7 +513,7 @@ def _train_denoiser(
         model_pred = denoiser(noisy.to(device), timesteps.to(device), prompt_embeds, return_dict=False)[0]
         return F.mse_loss(model_pred.float(), noise.to(device))
 
-    loop = _Loop(
+    loop = Loop(
         "denoiser",
         work,
         denoiser,
@@ -507,12 +527,36 @@ def _train_denoiser(
     denoiser.cpu().save_pretrained(work / "unet")
 
 
+def save_half(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline's folder in fp16."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.half()
+    pipeline.save_pretrained(folder)
+    for config in folder.rglob("config.json"):
+        # diffusers notes the folder that a part came from: it means nothing on another machine.
+        _set_entry(config, "_name_or_path", None)
+        if config.parent.name.startswith("text_encoder"):
+            # transformers loads a model in the dtype that its config names, diffusers in float32: without
+            # this, the plainest call would mix the two and fail.
+            _set_entry(config, "dtype", "float32")
+
+
+def _set_entry(file: Path, key: str, value: str | None) -> None:
+    entries = json.loads(file.read_text())
+    if value is None:
+        entries.pop(key, None)
+    else:
+        entries[key] = value
+    file.write_text(json.dumps(entries, indent=2) + "\n")
+
+
 def _export(work: Path, out: Path) -> None:
     """Write the fp16 folders that the package bundles: a plain diffusers pipeline, CLIP, the judge."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel
 
-    tokenizer = _load_tokenizer(work / "tokenizer")
+    tokenizer = load_tokenizer(work / "tokenizer")
     clip = CLIPModel.from_pretrained(work / "clip", dtype=torch.float32)
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict(clip.text_model.state_dict())
@@ -526,27 +570,15 @@ def _export(work: Path, out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, clip):
-        part.half()
-    pipeline.save_pretrained(out / "pipeline")
-    clip.save_pretrained(out / "clip")
-    for config in (out / "pipeline" / "text_encoder" / "config.json", out / "clip" / "config.json"):
-        # transformers loads a model in the dtype that its config names, diffusers in float32: without
-        # this, the plainest call would mix the two and fail.
-        entries = json.loads(config.read_text())
-        entries["dtype"] = "float32"
-        config.write_text(json.dumps(entries, indent=2) + "\n")
+    save_half(pipeline, out / "pipeline")
+    clip.half().save_pretrained(out / "clip")
+    _set_entry(out / "clip" / "config.json", "dtype", "float32")
     tokenizer.save_pretrained(out / "clip")
     size = {"height": scenes.SIZE, "width": scenes.SIZE}
     processor = CLIPImageProcessor(
         size=size, do_center_crop=False, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
     )
     processor.save_pretrained(out / "clip")
-    for config in (out / "pipeline").rglob("config.json"):
-        # diffusers notes the folder that a part came from: it means nothing on another machine.
-        entries = json.loads(config.read_text())
-        entries.pop("_name_or_path", None)
-        config.write_text(json.dumps(entries, indent=2) + "\n")
     (out / "judge").mkdir(parents=True, exist_ok=True)
     weights = {
         k: v.half() if v.is_floating_point() else v
@@ -583,13 +615,13 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     target = torch.device(device)
     seconds: dict[str, float] = {}
-    world: _World | None = None
+    world: World | None = None
     for stage in STAGES:
         if stage not in set(stages):
             continue
         began = time.perf_counter()
         if world is None and stage != "export":
-            world = _draw_world(config.scenes, config.captions, config.seed, work / "scenes.npz")
+            world = draw_world(config.scenes, config.captions, config.seed, work / "scenes.npz")
         if stage == "tokenizer":
             assert world is not None
             _train_tokenizer((c for row in world.captions for c in row), work / "tokenizer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,7 +43,10 @@ def info() -> None:
 
 
 @atelier.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("atelier-weights"), show_default=True)
+@click.option("--xl", is_flag=True, help="Atelier XL instead: SDXL's anatomy on the same scenes.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="[default: atelier-weights; with --xl atelier-xl]"
+)
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -53,25 +57,32 @@ def info() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; repeatable.")
 @click.option("--device", default="cpu", show_default=True)
-def train(out: Path, work: Path, seed: int, stages: tuple[str, ...], device: str) -> None:
-    """Train Atelier from nothing: scenes, CLIP, autoencoder, judge, denoiser. Resumable."""
-    from recare_patch.atelier import training
+def train(xl: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, ...], device: str) -> None:
+    """Train Atelier from nothing: scenes, CLIP, autoencoder, judge, denoiser. Resumable.
 
+    Atelier XL takes tokenizer, autoencoder, judge and first text encoder from the bundled Atelier, and
+    trains a second encoder and the denoiser. `recare-patch erase --recipe van-gogh-atelier-xl` erases on it.
+    """
+    from recare_patch.atelier import training, training_xl
+
+    known = training_xl.STAGES if xl else training.STAGES
     for stage in stages:
-        if stage not in training.STAGES:
-            raise unknown_name("stage", stage, training.STAGES)
+        if stage not in known:
+            raise unknown_name("stage", stage, known)
+    out = out or Path("atelier-xl" if xl else "atelier-weights")
+    run: Any = training_xl.train if xl else training.train
     with common.shown_progress() as progress:
-        seconds = training.train(
+        seconds = run(
             out,
             work,
-            training.AtelierTraining(seed=seed),
-            stages=stages or training.STAGES,
+            training_xl.XLTraining(seed=seed) if xl else training.AtelierTraining(seed=seed),
+            stages=stages or known,
             device=device,
             progress=lambda stage, done, total, loss: progress.update(stage, done, total, f"loss {loss:.4f}"),
         )
     for stage, spent in seconds.items():
         click.echo(f"{stage}: {spent:.0f} s")
-    click.echo(f"Atelier: {out}")
+    click.echo(f"Atelier{' XL' if xl else ''}: {out}")
     if "export" in seconds:
         _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300)
 
