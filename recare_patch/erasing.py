@@ -124,20 +124,17 @@ def _detach(run: Run) -> None:
             adapters.switch_to(network, adapters.TEACHER_NAME)
 
 
-@contextlib.contextmanager
-def _continued(run: Run) -> Iterator[Patch | None]:
-    """Inside, the model that an earlier patch left is the teacher; a new adapter starts as the patch's.
+def _earlier(recipe: Recipe, base: BaseModel) -> Patch | None:
+    """The patch that a recipe goes on from.
 
     Raises:
-        IncompatiblePatchError: the patch has other layers or another rank than the recipe's adapter.
+        IncompatiblePatchError: it has other layers or another rank than the recipe's adapter.
     """
-    recipe, options = run.recipe, run.recipe.adapter
     if recipe.continue_from is None:
-        yield None
-        return
-    earlier = Patch.load(recipe.continue_from)
-    earlier.check_base(run.base)
-    networks = adapters.adapted(run.base, options.layers)
+        return None
+    options, earlier = recipe.adapter, Patch.load(recipe.continue_from)
+    earlier.check_base(base)
+    networks = adapters.adapted(base, options.layers)
     wanted = [
         full_name(part, name)
         for part, network in networks.items()
@@ -149,6 +146,17 @@ def _continued(run: Run) -> Iterator[Patch | None]:
             f"patch {earlier.name} cannot be gone on with: it changes {len(earlier.modules)} layers at rank "
             f"{ranks}, and this run would train {len(wanted)} at rank {options.rank}"
         )
+    return earlier
+
+
+@contextlib.contextmanager
+def _continued(run: Run) -> Iterator[Patch | None]:
+    """Inside, the model that an earlier patch left is the teacher; a new adapter starts as the patch's."""
+    recipe, options, earlier = run.recipe, run.recipe.adapter, _earlier(run.recipe, run.base)
+    if earlier is None:
+        yield None
+        return
+    networks = adapters.adapted(run.base, options.layers)
     try:
         for part, network in networks.items():
             adapters.attach(
@@ -406,6 +414,7 @@ def erase(
     # A target that matches no module must fail before anything is drawn.
     for network in adapters.adapted(base, recipe.adapter.layers).values():
         adapters.target_modules(network, recipe.adapter.layers)
+    _earlier(recipe, base)
     clip = clip or Clip.load(recipe.clip or default_clip(recipe.base))
     if crew is not None and not crew.main:
         return _help(recipe, out, base, clip, crew, method, care_set)
