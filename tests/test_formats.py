@@ -585,7 +585,10 @@ BAD = {
     "odd part": (_kohya(color=1.0), "belongs to no LoRA"),
     "odd prefix": ({"lora_prior_unet_x.lora_down.weight": torch.ones(2, 2)}, "belongs to no LoRA"),
     "odd module": (_kohya("lora_unet_double_blocks_0_img_attn_qkv"), "names no module"),
-    "long number": (_kohya("lora_unet_input_blocks_" + "9" * 5000 + "_1_proj_in"), "has a 'lora_unet_input_blocks_9"),
+    "long number": (
+        _kohya("lora_unet_input_blocks_" + "9" * 5000 + "_1_proj_in"),
+        "has a 'lora_unet_input_blocks_9",
+    ),
     "trailing underscore": (_kohya("lora_unet_conv_in_"), "names no module"),
     "no LoRA": ({"conv.weight": torch.ones(2)}, "belongs to no LoRA"),
     "mixed": (_kohya() | {"unet.conv_in.lora_A.weight": torch.ones(2, 2)}, "mixes the shapes"),
