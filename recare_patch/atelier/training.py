@@ -61,6 +61,14 @@ def _generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 saves time: it halves it on GPUs and where a processor has tiles (AMX) for it.
+
+    On processors with AVX-512 alone it takes twice as long as fp32.
+    """
+    return device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+
+
 class Loop:
     """An AdamW loop with cosine decay whose every step depends on (seed, step) alone."""
 
@@ -125,14 +133,15 @@ class Loop:
         """Train to the end; the module is left with its averaged weights, where it has some."""
         start = self._resume()
         self.module.train()
+        half = multiplies_bfloat16(self.device)
         running = 0.0
         for step in range(start, self.steps):
             warm = min(1.0, (step + 1) / 100)
             rate = self.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            # bfloat16 halves the time where the processor multiplies it in hardware; weights stay fp32.
-            with torch.autocast(self.device.type, torch.bfloat16):
+            # Weights stay fp32.
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 loss = loss_at(step, _generator(self.seed, step))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -60,8 +60,8 @@ class XLTraining:
 
     scenes: int = 16_000
     captions: int = 4
-    encoder_steps: int = 2_000
-    denoiser_steps: int = 6_400
+    encoder_steps: int = 1_000
+    denoiser_steps: int = 4_500
     seed: int = 0
 
 
