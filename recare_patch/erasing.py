@@ -39,6 +39,7 @@ from recare_patch.preparing import draw_target, find_companions, neighbour_promp
 from recare_patch.progress import NullProgress, Progress
 from recare_patch.recipe import Recipe, find_recipe_for, load_recipe, preset_overrides
 from recare_patch.run import Run, Target, first_seed
+from recare_patch.samplers import scheduled
 from recare_patch.states import TargetImageStates, noised
 from recare_patch.training import Carried, fit, step_generator
 
@@ -349,9 +350,10 @@ def _preview(run: Run, patch: Patch) -> Image.Image:
 
     def draw() -> list[Image.Image]:
         scale = options.guidance_scale
-        return base.generate(
-            texts, numbers, steps=options.steps, guidance_scale=scale, batch_size=options.batch_size
-        )
+        with scheduled(base.pipeline, options.scheduler):
+            return base.generate(
+                texts, numbers, steps=options.steps, guidance_scale=scale, batch_size=options.batch_size
+            )
 
     run.progress.update("preview", 0, 2)
     before = draw()

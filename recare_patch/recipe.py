@@ -30,6 +30,7 @@ from recare_patch.method_table import (
     UCEOptions,
 )
 from recare_patch.method_table import METHODS as METHOD_TABLE
+from recare_patch.samplers import SCHEDULERS
 from recare_patch.settings import Settings, load_yaml, one_of, yaml_mapping
 
 METHODS = tuple(METHOD_TABLE)
@@ -77,12 +78,14 @@ class TargetImageOptions(Settings):
     Attributes:
         count: how many.
         steps: denoising steps of each.
+        scheduler: what takes them, a name of :data:`~recare_patch.samplers.SCHEDULERS`; None: the base's own.
         guidance_scale: classifier-free guidance; 1 is none.
         batch_size: pictures drawn together; changes memory and speed only.
     """
 
     count: Annotated[int, Field(ge=1, le=100_000)] = 30
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    scheduler: Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS.names()))] | None = None
     guidance_scale: Scale = 5.0
     batch_size: Count = 8
 

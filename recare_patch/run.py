@@ -19,6 +19,7 @@ from recare_patch.files import write_tensors
 from recare_patch.ledger import Ledger
 from recare_patch.progress import Progress
 from recare_patch.recipe import Recipe
+from recare_patch.samplers import scheduled
 from recare_patch.training import Checkpoint
 
 if TYPE_CHECKING:
@@ -150,13 +151,14 @@ class Run:
 
     def _drawn(self, prompts: list[str], first_seed: int) -> Tensor:
         options = self.recipe.target_images
-        return self.base.sample_latents(
-            self.base.encode_prompts(prompts),
-            [first_seed + k for k in range(len(prompts))],
-            steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            batch_size=options.batch_size,
-        )
+        with scheduled(self.base.pipeline, options.scheduler):
+            return self.base.sample_latents(
+                self.base.encode_prompts(prompts),
+                [first_seed + k for k in range(len(prompts))],
+                steps=options.steps,
+                guidance_scale=options.guidance_scale,
+                batch_size=options.batch_size,
+            )
 
     @property
     def main(self) -> bool:

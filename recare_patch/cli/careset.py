@@ -53,6 +53,7 @@ def build(
     from recare_patch.careset import build_care_set
     from recare_patch.clip import Clip, default_clip
     from recare_patch.erasing import resolve_recipe, target_seeds
+    from recare_patch.samplers import scheduled
 
     with common.shown_progress() as progress:
         plan = resolve_recipe(
@@ -61,14 +62,15 @@ def build(
         path = out if out is not None else Path(f"{plan.concept.slug}-care-set.json")
         model = load_base(plan.base, precision=plan.precision, device=device)
         options = plan.target_images
-        images = model.generate(
-            [plan.concept.target_prompt] * options.count,
-            target_seeds(plan),
-            steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            batch_size=options.batch_size,
-            progress=progress,
-        )
+        with scheduled(model.pipeline, options.scheduler):
+            images = model.generate(
+                [plan.concept.target_prompt] * options.count,
+                target_seeds(plan),
+                steps=options.steps,
+                guidance_scale=options.guidance_scale,
+                batch_size=options.batch_size,
+                progress=progress,
+            )
         reader = Clip.load(plan.clip or default_clip(plan.base))
         found = build_care_set(plan.concept, images, reader, plan.care_set, seed=plan.seed, progress=progress)
     found.save(path)

@@ -29,9 +29,9 @@ from torch import Tensor
 from recare_patch.base_models import weights_hash
 from recare_patch.components import TEXT_ENCODERS, named_tuner_layers
 from recare_patch.errors import EvaluationError
-from recare_patch.evaluation.suites import SCHEDULERS
 from recare_patch.files import write_bytes
 from recare_patch.parallel import processes
+from recare_patch.samplers import SCHEDULERS, scheduled
 
 if TYPE_CHECKING:
     from recare_patch.base_models import BaseModel
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 CACHE_VERSION = 1
 """Part of every key: raised when pictures of the same key would come out differently."""
-
-# As Stable Diffusion uses it: its Runge-Kutta start needs four steps more.
-_SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {"pndm": {"skip_prk_steps": True}}
 
 
 def default_cache() -> Path:
@@ -109,20 +106,6 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 # ------------------------------------------------------------------------ drawing
-
-
-@contextlib.contextmanager
-def _scheduled(base: BaseModel, name: str | None) -> Iterator[None]:
-    """The pipeline with another scheduler of the same noise schedule, for as long as it is needed."""
-    if name is None:
-        yield
-        return
-    own = base.pipeline.scheduler
-    base.pipeline.scheduler = SCHEDULERS.get(name).from_config(own.config, **_SCHEDULER_OPTIONS.get(name, {}))
-    try:
-        yield
-    finally:
-        base.pipeline.scheduler = own
 
 
 class Studio:
@@ -306,7 +289,7 @@ class Studio:
             patches: what is put into the base, each at its scale.
             steps: of the scheduler.
             guidance_scale: at 1 or less there is no guidance.
-            scheduler: a name of :data:`SCHEDULERS`; None: the base's own.
+            scheduler: a name of :data:`~recare_patch.samplers.SCHEDULERS`; None: the base's own.
             stage: how progress and the base's counter call it.
             vectors: token vectors ``[vectors, token_width]`` for prompts that hold
                 :data:`~recare_patch.base_models.PLACEHOLDER`.
@@ -372,7 +355,7 @@ class Studio:
 
     @contextlib.contextmanager
     def _set_up(self, request: _Request) -> Iterator[None]:
-        with _scheduled(self.base, request.scheduler), contextlib.ExitStack() as stack:
+        with scheduled(self.base.pipeline, request.scheduler), contextlib.ExitStack() as stack:
             for patch, scale in request.patches:
                 stack.enter_context(patch.apply(self.base.pipeline, scale=scale))
             yield

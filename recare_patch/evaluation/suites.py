@@ -21,7 +21,7 @@ from recare_patch.concepts import KINDS, Concept, Kind, same_concept
 from recare_patch.errors import EvaluationError, SettingsError, nearest, unknown_name
 from recare_patch.evaluation.detectors import DETECTORS
 from recare_patch.recipe import recipes_folder
-from recare_patch.registry import Registry
+from recare_patch.samplers import SCHEDULERS
 from recare_patch.settings import Settings, one_of, yaml_mapping
 
 if TYPE_CHECKING:
@@ -36,14 +36,6 @@ FIRST_SEED = 1_700_000_000
 
 MAX_PROMPT = 1000
 """Longest prompt in characters; no text tower reads as much."""
-
-SCHEDULERS = Registry("scheduler")
-SCHEDULERS.register("ddim", "diffusers:DDIMScheduler")
-SCHEDULERS.register("dpm-solver++", "diffusers:DPMSolverMultistepScheduler")
-SCHEDULERS.register("euler", "diffusers:EulerDiscreteScheduler")
-SCHEDULERS.register("pndm", "diffusers:PNDMScheduler")
-SCHEDULERS.register("unipc", "diffusers:UniPCMultistepScheduler")
-"""Which samplers can be asked for by name."""
 
 BLOCK = 100_000
 """Seeds between one set of prompts and the next."""
@@ -136,7 +128,7 @@ class Suite(_Evaluation):
         retained: prompts for prompt agreement and for distances to the base's own pictures.
         labels: what a CARE concept competes with (``O`` of the CARE score); None: COCO and two words.
         steps, guidance_scale: of the sampler.
-        scheduler: a name of :data:`SCHEDULERS`; None: the base's own.
+        scheduler: a name of :data:`~recare_patch.samplers.SCHEDULERS`; None: the base's own.
         first_seed: every seed follows from it.
         notes: for the reader.
 

@@ -14,7 +14,6 @@ from recare_patch import adapters
 from recare_patch.base_models import PLACEHOLDER, BaseModel, load_base
 from recare_patch.errors import EvaluationError, UnknownNameError
 from recare_patch.evaluation.pictures import (
-    SCHEDULERS,
     PictureCache,
     Studio,
     default_cache,
@@ -22,6 +21,7 @@ from recare_patch.evaluation.pictures import (
 )
 from recare_patch.parallel import process_device, processes
 from recare_patch.patch import Patch
+from recare_patch.samplers import SCHEDULERS
 from tests.evaluation.making import make_patch
 
 PROMPTS = ["a cat", "a dog", "stars", "a house", "a boat"]

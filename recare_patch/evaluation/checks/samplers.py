@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from recare_patch.evaluation.checks.protocol import CheckContext, CheckOptions, point
 from recare_patch.evaluation.evidence import Check
 from recare_patch.evaluation.metrics import Rate
-from recare_patch.evaluation.suites import SCHEDULERS
+from recare_patch.samplers import SCHEDULERS
 from recare_patch.settings import one_of
 
 TITLES = {"ddim": "DDIM", "dpm-solver++": "DPM-Solver++", "euler": "Euler", "pndm": "PNDM", "unipc": "UniPC"}
@@ -25,7 +25,7 @@ class SamplersOptions(CheckOptions):
 
     Attributes:
         steps: numbers of steps of the base's own scheduler.
-        schedulers: names of :data:`~recare_patch.evaluation.suites.SCHEDULERS`.
+        schedulers: names of :data:`~recare_patch.samplers.SCHEDULERS`.
         scheduler_steps: steps of each of those; None: the suite's.
     """
 
