@@ -46,6 +46,7 @@ from recare_patch.files import claim_folder, file_sha256, write_json, write_tens
 from recare_patch.patch import Patch
 from recare_patch.progress import NullProgress, Progress
 from recare_patch.recipe import WEIGHTS_NAME, Recipe
+from recare_patch.samplers import scheduled
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class _Setting:
     label: str
     seed: int
     steps: int
+    scheduler: str | None
     guidance_scale: float
 
     @property
@@ -91,6 +93,7 @@ class _Setting:
             "preset": preset,
             "seed": self.seed,
             "steps": self.steps,
+            "scheduler": self.scheduler,
             "guidance_scale": self.guidance_scale,
         }
 
@@ -194,6 +197,7 @@ def _setting(
         name,
         seed,
         options.steps if steps is None else steps,
+        options.scheduler,
         options.guidance_scale if guidance_scale is None else guidance_scale,
     )
 
@@ -323,7 +327,8 @@ def attack_patch(
         label: what the detector calls the concept; else as the suite says.
         replay: folder of a saved attack; nothing is learnt.
         seed: every random draw follows from it.
-        steps, guidance_scale: of the judged pictures; else those of the recipe's target images.
+        steps, guidance_scale: of the judged pictures; else those of the recipe's target images, whose
+            scheduler draws them in any case.
         out: folder for the result; ``None`` keeps nothing.
         resume: go on with a run in ``out`` that was stopped; a finished one is read.
         progress: told of every stage's steps.
@@ -406,12 +411,15 @@ def _run(
 ) -> tuple[AttackResult, list[Image]]:
     """The result, and pictures by the untouched base to look at beside its own."""
     pipeline = setting.base.pipeline
-    if saved is not None:
+    with scheduled(pipeline, setting.scheduler):
+        if saved is not None:
+            with setting.patch.apply(pipeline):
+                return attack.replay(setting.target(None), saved, progress=progress), []
+        found = _targets(setting, attack, options, progress, work)
         with setting.patch.apply(pipeline):
-            return attack.replay(setting.target(None), saved, progress=progress), []
-    found = _targets(setting, attack, options, progress, work)
-    with setting.patch.apply(pipeline):
-        result = attack.run(setting.target(found), options, seed=setting.seed, progress=progress, work=work)
+            result = attack.run(
+                setting.target(found), options, seed=setting.seed, progress=progress, work=work
+            )
     return replace(result, base=round(found.rate, 6)), found.images
 
 

@@ -26,7 +26,8 @@ from recare_patch import adapters
 from recare_patch.base_models import PRECISIONS, PromptEmbeds, family_of, find_layout
 from recare_patch.errors import RecipeError
 from recare_patch.methods import load_method
-from recare_patch.recipe import MemoryOptions, Recipe
+from recare_patch.recipe import MemoryOptions, Recipe, TargetImageOptions
+from recare_patch.samplers import SCHEDULERS
 from recare_patch.states import SharedRolloutStates
 
 if TYPE_CHECKING:
@@ -429,7 +430,7 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     """
     layout, _ = find_layout(recipe.base, weights=False)
     found = footprint or measure(layout, recipe)
-    counts = evaluations(recipe, _sampler_steps(layout, recipe.target_images.steps))
+    counts = evaluations(recipe, _sampler_steps(layout, recipe.target_images))
     stages = tuple(
         PlannedStage(
             stage, count, _seconds(found, recipe, stage, count, speed), _stage_peak(found, recipe, stage)
@@ -439,12 +440,13 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     return Plan(stages, found, speed, 2 * found.adapter)
 
 
-def _sampler_steps(layout: Layout, steps: int) -> int:
+def _sampler_steps(layout: Layout, options: TargetImageOptions) -> int:
     import diffusers
 
-    kind = getattr(diffusers, layout.index["scheduler"][1])
+    named = options.scheduler
+    kind = SCHEDULERS.get(named) if named else getattr(diffusers, layout.index["scheduler"][1])
     scheduler = kind.from_config(layout.require("scheduler", weights=False))
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(options.steps)
     return len(scheduler.timesteps)
 
 

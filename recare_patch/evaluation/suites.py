@@ -496,7 +496,7 @@ def default_suite(recipe: Recipe, care_words: Sequence[str]) -> Suite:
         retained=_RETAINED,
         # As the bundled suites: on Atelier the rates are those of twenty steps of its own scheduler.
         steps=8 if atelier else recipe.target_images.steps,
-        scheduler="dpm-solver++" if atelier else None,
+        scheduler="dpm-solver++" if atelier else recipe.target_images.scheduler,
         guidance_scale=recipe.target_images.guidance_scale,
     )
 
