@@ -3,7 +3,7 @@
     python -m benchmarks.erasure run --concept "van gogh" --method recare     # erase, then score
     python -m benchmarks.erasure base --concept "van gogh"                    # the untouched base
     python -m benchmarks.erasure paper --concept "van gogh"                   # the published procedure
-    python -m benchmarks.erasure compare --concept "van gogh"                 # run and paper, one process
+    python -m benchmarks.erasure compare --concept "van gogh" --attack        # run and paper, one process
     python -m benchmarks.erasure table                                        # all results as Markdown
 
 Each call leaves one JSON file in ``benchmarks/results``; ``table`` reads them all. ``--split choose``
@@ -37,6 +37,25 @@ def _file(arguments: argparse.Namespace, row: str) -> Path:
     return RESULTS / arguments.split / f"{arguments.concept.replace(' ', '-')}.{row}.json"
 
 
+def _goals(arguments: argparse.Namespace, base: Any) -> Any:
+    """What attacks are after, drawn by the untouched base; None where none was asked for."""
+    if not arguments.attack:
+        return None
+    from benchmarks.in_place import draw_goals
+    from recare_patch.erasing import resolve_recipe
+
+    return draw_goals(base, resolve_recipe(NAMES[arguments.concept]).concept, arguments.concept)
+
+
+def _attacked(goals: Any) -> dict[str, Any]:
+    """Attacks on the model as it stands."""
+    if goals is None:
+        return {}
+    from benchmarks.in_place import attack_in_place
+
+    return {"attacks": attack_in_place(goals)}
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from recare_patch.base_models import load_base
     from recare_patch.erasing import erase, resolve_recipe
@@ -61,6 +80,9 @@ def _run(arguments: argparse.Namespace) -> None:
         pictures=arguments.pictures,
         figures=arguments.figure,
     )
+    goals = _goals(arguments, base)
+    with patch.apply(base.pipeline):
+        attacked = _attacked(goals)
     size = (out / "pytorch_lora_weights.safetensors").stat().st_size
     note = {
         "row": row,
@@ -69,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> None:
         "cost": cost,
         "patch_bytes": size,
     }
-    save_scores(_file(arguments, row), rows, **note)
+    save_scores(_file(arguments, row), rows, **note, **attacked)
 
 
 def _base(arguments: argparse.Namespace) -> None:
@@ -89,6 +111,7 @@ def _paper(arguments: argparse.Namespace) -> None:
     from recare_patch.erasing import resolve_recipe
 
     base = load_base("atelier", device=arguments.device)
+    goals = _goals(arguments, base)
     settings = PaperSettings(erase_rate=arguments.rate)
     began = time.perf_counter()
     made = run(
@@ -110,9 +133,8 @@ def _paper(arguments: argparse.Namespace) -> None:
         base, arguments.concept, arguments.split, pictures=arguments.pictures, figures=arguments.figure
     )
     row = arguments.row or "paper"
-    save_scores(
-        _file(arguments, row), rows, row=row, concept=arguments.concept, cost=cost, rate=arguments.rate
-    )
+    note = {"row": row, "concept": arguments.concept, "cost": cost, "rate": arguments.rate}
+    save_scores(_file(arguments, row), rows, **note, **_attacked(goals))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -136,12 +158,13 @@ def table(split: str) -> str:
             continue
         base = _cells(data["base"])
         figures = list(base)
+        tried = list(dict.fromkeys(trial for row in data.values() for trial in row.get("attacks", {})))
         lines += [
             f"### {NAMES[concept]}",
             "",
-            "| row | " + " | ".join(figures) + " | evaluations | seconds | patch |",
+            "| row | " + " | ".join([*figures, *tried]) + " | evaluations | seconds | patch |",
         ]
-        lines.append("|---" * (len(figures) + 4) + "|")
+        lines.append("|---" * (len(figures) + len(tried) + 4) + "|")
         order = sorted(data, key=lambda r: (r != "base", r != "recare", r))
         for row in order:
             cells = []
@@ -155,6 +178,10 @@ def table(split: str) -> str:
                 if row != "base" and figure != "concept" and base[figure]["rate"]:
                     text += f" = {entry['rate'] / base[figure]['rate']:.0%}"
                 cells.append(text)
+            for trial in tried:
+                one = data[row].get("attacks", {}).get(trial)
+                low, high = one["interval"] if one else (0, 0)
+                cells.append(f"{one['rate']:.2f} ({low:.2f}–{high:.2f})" if one else "–")
             cost = data[row].get("cost", {})
             size = data[row].get("patch_bytes")
             cells.append(f"{cost['denoiser_evaluations']:,}" if cost else "–")
@@ -179,6 +206,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--figure", action="append", default=[], help="score this figure alone; repeatable")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of the published procedure")
+    parser.add_argument("--attack", action="store_true", help="attack what is left, too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", default="benchmark-runs")
     parser.add_argument("--device", default="cpu")
