@@ -171,6 +171,7 @@ def _setting(
     label: str | None,
     seed: int,
     steps: int | None,
+    scheduler: str | None,
     guidance_scale: float | None,
     device: str,
 ) -> _Setting:
@@ -197,7 +198,7 @@ def _setting(
         name,
         seed,
         options.steps if steps is None else steps,
-        options.scheduler,
+        scheduler or options.scheduler,
         options.guidance_scale if guidance_scale is None else guidance_scale,
     )
 
@@ -306,6 +307,7 @@ def attack_patch(
     replay: Path | str | None = None,
     seed: int = 0,
     steps: int | None = None,
+    scheduler: str | None = None,
     guidance_scale: float | None = None,
     out: Path | str | None = None,
     resume: bool = False,
@@ -327,8 +329,8 @@ def attack_patch(
         label: what the detector calls the concept; else as the suite says.
         replay: folder of a saved attack; nothing is learnt.
         seed: every random draw follows from it.
-        steps, guidance_scale: of the judged pictures; else those of the recipe's target images, whose
-            scheduler draws them in any case.
+        steps, scheduler, guidance_scale: of the target pictures and the judged ones; else as the recipe's
+            target images have them.
         out: folder for the result; ``None`` keeps nothing.
         resume: go on with a run in ``out`` that was stopped; a finished one is read.
         progress: told of every stage's steps.
@@ -356,7 +358,9 @@ def attack_patch(
     loaded, sha256 = _load_patch(patch)
     if replay is not None and concept is None and len(concepts_of(loaded)) > 1:
         concept = replayed_concept(replay)
-    setting = _setting(loaded, sha256, concept, base, detector, label, seed, steps, guidance_scale, device)
+    setting = _setting(
+        loaded, sha256, concept, base, detector, label, seed, steps, scheduler, guidance_scale, device
+    )
     if replay is not None:
         _check_concept(setting, replay)
     about = {"attack": name, **setting.about("replay" if saved else budget)}

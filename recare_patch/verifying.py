@@ -805,6 +805,7 @@ def _drawn_again(attack: AttackFigure, patch: Patch, base: BaseModel, plan: Plan
         label=about.get("label"),
         seed=about.get("seed", 0),
         steps=about.get("steps"),
+        scheduler=about.get("scheduler"),
         guidance_scale=about.get("guidance_scale"),
         progress=plan.progress,
         device=plan.device,
