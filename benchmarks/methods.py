@@ -8,7 +8,8 @@
     python -m benchmarks.methods package
 
 ``run`` erases (or takes the patch that is in ``--work``), scores the concept's suite, attacks the patch, and
-recovers a token from it (concept inversion of one vector and 200 steps); each part that is in the result already is left as it is, so a stopped run goes on.
+recovers a token from it (concept inversion of one vector and 200 steps); each part that is in the result
+already is left as it is, so a stopped run goes on.
 ``stack`` does the same with the stack of several methods' patches, which it takes from ``--work``.
 ``package`` writes the figures that ``recare-patch methods`` shows. Settings are chosen by ``--split choose``,
 whose results lie apart.

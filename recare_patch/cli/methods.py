@@ -62,7 +62,7 @@ def _measured(figures: Mapping[str, Any]) -> str:
         ("shown", "{:.0%} still shown"),
         ("care", "companions kept {:.0%}"),
         ("kept", "styles and objects kept {:.0%}"),
-        ("inversion", "concept inversion brings back {:.0%}"),
+        ("recovered", "concept inversion brings back {:.0%}"),
         ("UnlearnDiffAtk", "UnlearnDiffAtk {:.0%}"),
         ("seconds", "{:.0f} s"),
         ("evaluations", "{:,} evaluations"),
