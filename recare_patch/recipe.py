@@ -41,6 +41,7 @@ TEXT_LAYER_SETS = TEXT_LAYERS
 OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "constant")
 STATES = ("target-images", "shared-rollout", "rollout")
+ADVERSARY_SPACES = ("words", "embeddings")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BASE_WEIGHTS = ("full", "int8", "nf4")
 
@@ -141,6 +142,9 @@ class AdversaryOptions(Settings):
 
     Attributes:
         count: adversaries at a time; 0 is the published method.
+        space: what they may change, a name of :data:`ADVERSARY_SPACES`: the vectors of some words before the
+            text encoder, as an attacker would, or all that the text encoder has made of a prompt, which an
+            attacker's words reach a part of. The latter needs a tenth of the steps.
         vectors: word vectors of an adversary; a quarter of them have one.
         steps: of textual inversion before each training step.
         life: after how many of its steps an adversary starts anew.
@@ -150,6 +154,7 @@ class AdversaryOptions(Settings):
     """
 
     count: Annotated[int, Field(ge=0, le=100)] = 0
+    space: Annotated[str, BeforeValidator(one_of("space of adversaries", ADVERSARY_SPACES))] = "words"
     vectors: Annotated[int, Field(ge=1, le=16)] = 4
     steps: Annotated[int, Field(ge=1, le=100)] = 2
     life: Count = 300
@@ -512,6 +517,16 @@ KEYS: tuple[str, ...] = tuple(_dotted(Recipe))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    # Seconds, and weak: see `recare-patch methods forget-me-not`.
+    "fast": {"method": "forget-me-not"},
+    # A third of the default's evaluations: fewer pictures in fewer steps, no search, half the training.
+    "quick": {
+        "target_images.count": 24,
+        "target_images.steps": 8,
+        "target_images.scheduler": "dpm-solver++",
+        "search.rounds": 0,
+        "erase.steps": 68,
+    },
     # Against learnt names of several vectors: adversaries in the loop, and layers enough to lose the concept
     # itself and not its names alone. About six times the evaluations and ten times the size.
     "robust": {

@@ -5,11 +5,15 @@ attacker looks in the finished model, with more words and more steps. So a few a
 or several word vectors, are improved by textual inversion (Gal et al., arXiv 2208.01618) before every step
 of the erasing itself, and what they found is erased with the concept's own name: adversarial training (as
 AdvUnlearn does with prompts, Zhang et al., arXiv 2405.15234), at the cost of a few states a step.
+
+An adversary may also change the embeddings of a whole prompt, behind the text encoder. Whatever words can
+say to the denoiser it can say too, and it finds it in a tenth of the steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +33,23 @@ _SINGLE = 0.25
 
 _SPREAD = 0.1
 """Standard deviation of the noise on an adversary's first vectors, in those of the vocabulary."""
+
+
+@dataclass
+class _Member:
+    """One adversary.
+
+    Attributes:
+        learnt: word vectors ``[vectors, width]``, or a prompt's embeddings ``[1, tokens, width]``.
+        optimizer: over it.
+        age: steps so far.
+        pooled: the rest of a prompt's embeddings, where the base has more.
+    """
+
+    learnt: nn.Parameter
+    optimizer: torch.optim.Optimizer
+    age: int = 0
+    pooled: Tensor | None = None
 
 
 class Adversaries:
@@ -56,7 +77,7 @@ class Adversaries:
         self.base, self.latents, self.templates, self.options = base, latents, tuple(templates), options
         self._start = base.word_vector(class_word)
         self._spread = _SPREAD * base.token_table().std()
-        self._members: list[tuple[nn.Parameter, torch.optim.Adam, int] | None] = [None] * options.count
+        self._members: list[_Member | None] = [None] * options.count
         self._turn = 0
 
     def improve(self, generator: torch.Generator) -> None:
@@ -66,21 +87,21 @@ class Adversaries:
             place = self._turn % options.count
             self._turn += 1
             member = self._members[place]
-            if member is None or member[2] >= options.life:
+            if member is None or member.age >= options.life:
                 member = self._newcomer(generator)
-            vectors, optimizer, age = member
             index = torch.randint(0, len(self.latents), (options.batch_size,), generator=generator)
             states, timesteps, noise = noised(base, self.latents[index], generator)
             target = base.training_target(self.latents[index], noise, timesteps).float()
             with adapters.frozen(*base.components.values()), torch.enable_grad():
-                embeds = base.encode_with_vectors([self._template(generator)], vectors)
+                embeds = self._said(member, generator)
                 made = base.denoise(states, timesteps, embeds.repeat(options.batch_size)).float()
-                (vectors.grad,) = torch.autograd.grad(F.mse_loss(made, target), [vectors])
+                (member.learnt.grad,) = torch.autograd.grad(F.mse_loss(made, target), [member.learnt])
             if base.crew is not None:
-                base.crew.mean_gradients([vectors])
-            nn.utils.clip_grad_norm_([vectors], 1.0)
-            optimizer.step()
-            self._members[place] = vectors, optimizer, age + 1
+                base.crew.mean_gradients([member.learnt])
+            nn.utils.clip_grad_norm_([member.learnt], 1.0)
+            member.optimizer.step()
+            member.age += 1
+            self._members[place] = member
 
     @torch.no_grad()
     def names(self, rows: int, generator: torch.Generator) -> PromptEmbeds:
@@ -91,17 +112,26 @@ class Adversaries:
         made = []
         for row in range(rows):
             chosen = there[int(torch.randint(0, len(there), (1,), generator=generator))] if row else last
-            made.append(self.base.encode_with_vectors([self._template(generator)], chosen[0].detach()))
+            made.append(self._said(chosen, generator).detach())
         return PromptEmbeds.cat(made)
+
+    def _said(self, member: _Member, generator: torch.Generator) -> PromptEmbeds:
+        """An adversary as the denoiser is told it, one row; names stand in a template drawn by lot."""
+        if self.options.space == "embeddings":
+            dtype = self.base.dtype
+            return PromptEmbeds(member.learnt.to(dtype), member.pooled)
+        return self.base.encode_with_vectors([self._template(generator)], member.learnt)
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs, as tensors."""
         found = {"turn": torch.tensor(self._turn)}
         for place, member in enumerate(self._members):
             if member is not None:
-                vectors, optimizer, age = member
-                found |= {f"{place}.vectors": vectors.detach().cpu(), f"{place}.age": torch.tensor(age)}
-                for key, value in optimizer.state[vectors].items():
+                learnt = member.learnt
+                found |= {f"{place}.vectors": learnt.detach().cpu(), f"{place}.age": torch.tensor(member.age)}
+                if member.pooled is not None:
+                    found[f"{place}.pooled"] = member.pooled.cpu()
+                for key, value in member.optimizer.state[learnt].items():
                     found[f"{place}.optimizer.{key}"] = value.detach().cpu()
         return found
 
@@ -110,28 +140,35 @@ class Adversaries:
         self._turn = int(state["turn"])
         for place in range(len(self._members)):
             if f"{place}.vectors" in state:
-                vectors, optimizer = self._member(state[f"{place}.vectors"])
-                prefix = f"{place}.optimizer."
-                optimizer.state[vectors] = {
+                member = self._member(state[f"{place}.vectors"], state.get(f"{place}.pooled"))
+                prefix, device = f"{place}.optimizer.", self.base.device
+                member.optimizer.state[member.learnt] = {
                     # torch keeps the step count on the CPU.
-                    key[len(prefix) :]: value.clone() if key.endswith("step") else value.to(vectors.device)
+                    key[len(prefix) :]: value.clone() if key.endswith("step") else value.to(device)
                     for key, value in state.items()
                     if key.startswith(prefix)
                 }
-                self._members[place] = vectors, optimizer, int(state[f"{place}.age"])
+                member.age = int(state[f"{place}.age"])
+                self._members[place] = member
 
     def _template(self, generator: torch.Generator) -> str:
         return self.templates[int(torch.randint(0, len(self.templates), (1,), generator=generator))]
 
-    def _newcomer(self, generator: torch.Generator) -> tuple[nn.Parameter, torch.optim.Adam, int]:
+    def _newcomer(self, generator: torch.Generator) -> _Member:
         single, of_class = (torch.rand(2, generator=generator) < torch.tensor([_SINGLE, 0.5])).tolist()
         count = 1 if single else self.options.vectors
         table = self.base.token_table()
         tokens = torch.randint(0, len(table), (count,), generator=generator).to(table.device)
         first = self._start.repeat(count, 1) if of_class else table[tokens]
         noise = torch.randn(first.shape, generator=generator).to(first.device)
-        return (*self._member(first + self._spread * noise), 0)
+        first = first + self._spread * noise
+        if self.options.space == "words":
+            return self._member(first)
+        with torch.no_grad():
+            said = self.base.encode_with_vectors([self._template(generator)], first)
+        return self._member(said.prompt_embeds, said.pooled_prompt_embeds)
 
-    def _member(self, vectors: Tensor) -> tuple[nn.Parameter, torch.optim.Adam]:
-        parameter = nn.Parameter(vectors.detach().clone().float().to(self.base.device))
-        return parameter, torch.optim.Adam([parameter], lr=self.options.learning_rate)
+    def _member(self, learnt: Tensor, pooled: Tensor | None = None) -> _Member:
+        parameter = nn.Parameter(learnt.detach().clone().float().to(self.base.device))
+        optimizer = torch.optim.Adam([parameter], lr=self.options.learning_rate)
+        return _Member(parameter, optimizer, pooled=None if pooled is None else pooled.to(self.base.device))
