@@ -422,8 +422,11 @@ class Recipe(Settings):
             key for key in ("also", "replace_with", "subject", "continue_from") if not getattr(self, key)
         }
         deciding = self.model_dump(mode="json", exclude=asides)
+        if self.target_images.scheduler is None:
+            del deciding["target_images"]["scheduler"]
         if self.adversary.count:
-            deciding["adversary"] = self.adversary.model_dump(mode="json")
+            plain = {"space"} if self.adversary.space == "words" else None
+            deciding["adversary"] = self.adversary.model_dump(mode="json", exclude=plain)
         # Most levers change where and when something is computed, not what.
         if levers := self.memory.model_dump(
             mode="json", include={"weights", "vae_tiling", "resolution"}, exclude_defaults=True

@@ -12,7 +12,14 @@ from recare_patch.base_models import PLACEHOLDER, BaseModel, load_base
 from recare_patch.methods import ErasingContext
 from recare_patch.methods.adversaries import Adversaries
 from recare_patch.methods.recare import ReCARE
-from recare_patch.recipe import PRESETS, AdversaryOptions, EraseOptions, Recipe, preset_overrides
+from recare_patch.recipe import (
+    ADVERSARY_SPACES,
+    PRESETS,
+    AdversaryOptions,
+    EraseOptions,
+    Recipe,
+    preset_overrides,
+)
 from recare_patch.training import Checkpoint, fit
 
 TEMPLATES = (f"A painting in the style of {PLACEHOLDER}", f"a {PLACEHOLDER} painting")
@@ -39,6 +46,11 @@ def _attach(base: BaseModel) -> list[torch.nn.Parameter]:
     return adapters.attach(base.denoiser, layers="cross-attention", rank=2, alpha=2, generator=generator)
 
 
+@pytest.fixture(params=ADVERSARY_SPACES)
+def space(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 def test_adversaries_take_turns_and_one_too_old_starts_anew(base: BaseModel) -> None:
     adversaries = _adversaries(base, life=2)
     ages = []
@@ -50,9 +62,9 @@ def test_adversaries_take_turns_and_one_too_old_starts_anew(base: BaseModel) -> 
     assert {len(state[f"{k}.vectors"]) for k in range(2)} <= {1, 3}
 
 
-def test_adversaries_learn_what_the_model_makes_of_the_pictures(base: BaseModel) -> None:
+def test_adversaries_learn_what_the_model_makes_of_the_pictures(base: BaseModel, space: str) -> None:
     """Against one fixed picture, the noise is predicted better with a name that was sought for long."""
-    adversaries = _adversaries(base, count=1, life=1000, batch_size=4, learning_rate=5e-2)
+    adversaries = _adversaries(base, count=1, life=1000, batch_size=4, learning_rate=5e-2, space=space)
     adversaries.latents = adversaries.latents[:1]
     generator = torch.Generator().manual_seed(77)
     noise = torch.randn((16, *base.latent_shape), generator=generator)
@@ -71,8 +83,8 @@ def test_adversaries_learn_what_the_model_makes_of_the_pictures(base: BaseModel)
     assert error() < before
 
 
-def test_state_goes_on_where_it_stopped(base: BaseModel) -> None:
-    whole, first, second = (_adversaries(base, life=3) for _ in range(3))
+def test_state_goes_on_where_it_stopped(base: BaseModel, space: str) -> None:
+    whole, first, second = (_adversaries(base, life=3, space=space) for _ in range(3))
     _improve(whole, range(9))
     _improve(first, range(5))
     second.load_state(first.state())
@@ -80,6 +92,15 @@ def test_state_goes_on_where_it_stopped(base: BaseModel) -> None:
     expected, found = whole.state(), second.state()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_embeddings_of_a_whole_prompt_are_an_adversary_too(base: BaseModel) -> None:
+    adversaries = _adversaries(base, space="embeddings")
+    _improve(adversaries, range(3))
+    said = adversaries.names(2, torch.Generator().manual_seed(0))
+    plain = base.encode_prompts(["a cat"])
+    assert said.prompt_embeds.shape == (2, *plain.prompt_embeds.shape[1:])
+    assert not said.prompt_embeds.requires_grad
 
 
 def test_seeking_leaves_the_adapter_without_gradient(base: BaseModel) -> None:
@@ -92,10 +113,12 @@ class _Killed(Exception):
     pass
 
 
-def _train(base: BaseModel, checkpoint: Path | None, stop: int | None = None) -> list[torch.Tensor]:
+def _train(
+    base: BaseModel, checkpoint: Path | None, space: str, stop: int | None = None
+) -> list[torch.Tensor]:
     parameters = _attach(base)
     try:
-        adversaries = _adversaries(base)
+        adversaries = _adversaries(base, space=space)
         options = EraseOptions(batch_size=2, retain_batch_size=2)
         context = ErasingContext(
             base,
@@ -133,11 +156,11 @@ def _train(base: BaseModel, checkpoint: Path | None, stop: int | None = None) ->
         adapters.detach(base.denoiser)
 
 
-def test_a_resumed_run_meets_the_same_adversaries(base: BaseModel, tmp_path: Path) -> None:
-    whole = _train(base, None)
+def test_a_resumed_run_meets_the_same_adversaries(base: BaseModel, space: str, tmp_path: Path) -> None:
+    whole = _train(base, None, space)
     with pytest.raises(_Killed):
-        _train(base, tmp_path / "loop.safetensors", stop=5)
-    resumed = _train(base, tmp_path / "loop.safetensors")
+        _train(base, tmp_path / "loop.safetensors", space, stop=5)
+    resumed = _train(base, tmp_path / "loop.safetensors", space)
     assert all(torch.equal(one, other) for one, other in zip(whole, resumed, strict=True))
 
 
