@@ -1,11 +1,11 @@
 """Twelve requests one after the other: independent patches stacked, against one patch trained on and on.
 
-    python -m benchmarks.sequential run --way stacked
-    python -m benchmarks.sequential run --way continued
+    python -m benchmarks.sequential run --way stacked --preset quick
+    python -m benchmarks.sequential run --way continued --preset quick
     python -m benchmarks.sequential table
     python -m benchmarks.sequential plot
 
-Request by request another concept goes. After each, everything is drawn: what was erased so far, what was not
+Request by request another concept goes. After most of them everything is drawn: what was erased so far, what was not
 asked for yet, and the companions of what was erased. ``stacked`` trains every patch on the untouched base and
 applies them together; ``continued`` goes on with the patch before, in the same adapter, against the model
 that it left (``erase --continue-from``). Finished steps are read, so a stopped run goes on.
@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.erasure import assignments
+from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS
 from recare_patch.evaluation import wilson_interval
 from recare_patch.method_table import METHODS
+from recare_patch.samplers import scheduled
 
 RESULTS = Path(__file__).parent / "results" / "sequential"
 REQUESTS = (
@@ -56,6 +58,9 @@ KEPT = (
 """What no request ever names."""
 
 WAYS = ("stacked", "continued")
+MEASURED = (0, 1, 2, 3, 4, 6, 8, 10, 12)
+"""After how many requests everything is drawn."""
+
 FIRST_SEED = 5_000_000
 
 
@@ -72,7 +77,7 @@ def prompts_of(label: str, name: str, kind: str) -> tuple[str, ...]:
 def _patch(arguments: argparse.Namespace, place: int, before: Path | None) -> Path:
     from recare_patch.concepts import Concept
     from recare_patch.erasing import erase
-    from recare_patch.recipe import Recipe
+    from recare_patch.recipe import Recipe, preset_overrides
 
     label, name, kind = REQUESTS[place]
     way = "continued" if before is not None else "alone"
@@ -83,7 +88,8 @@ def _patch(arguments: argparse.Namespace, place: int, before: Path | None) -> Pa
     )
     if not (out / "pytorch_lora_weights.safetensors").exists():
         recipe = Recipe(concept=Concept.model_validate({"text": name, "kind": kind}))
-        changes: dict[str, Any] = {"method": arguments.method, **assignments(arguments.set)}
+        changes: dict[str, Any] = {"method": arguments.method, **preset_overrides(arguments.preset)}
+        changes |= assignments(arguments.set)
         if before is not None:
             changes["continue_from"] = str(before)
         erase(recipe.with_overrides(changes), out, device=arguments.device, resume=out.exists())
@@ -96,7 +102,13 @@ def _rate(base: Any, judge: Any, asked: Sequence[tuple[str, str]], pictures: int
     texts = [prompt for _, prompt in asked for _ in range(each)]
     labels = [label for label, _ in asked for _ in range(each)]
     seeds = [FIRST_SEED + k for k in range(len(texts))]
-    found = judge(base.generate(texts, seeds, steps=20, guidance_scale=5.0, batch_size=32)) if texts else []
+    with scheduled(base.pipeline, SCHEDULER):
+        images = (
+            base.generate(texts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32)
+            if texts
+            else []
+        )
+    found = judge(images) if texts else []
     counts: dict[str, list[int]] = {}
     for label, seen in zip(labels, found, strict=True):
         hits, total = counts.get(label, [0, 0])
@@ -134,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if place >= 0:
             before = folders[-1] if arguments.way == "continued" and folders else None
             folders.append(_patch(arguments, place, before))
-        if len(data["steps"]) > place + 1:
+        if place + 1 not in MEASURED or any(one["requests"] == place + 1 for one in data["steps"]):
             continue
         base = load_base("atelier", device=arguments.device)
         if place < 0:
@@ -152,7 +164,8 @@ def _run(arguments: argparse.Namespace) -> None:
             with patch.apply(base.pipeline):
                 found = _measure(arguments, base, judge, place + 1)
         data["steps"].append({"requests": place + 1, **found})
-        data |= {"way": arguments.way, "method": arguments.method, "overrides": arguments.set}
+        data |= {"way": arguments.way, "method": arguments.method, "preset": arguments.preset}
+        data["overrides"] = arguments.set
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(data, indent=1))
         print(f"{arguments.way}: {place + 1} requests: {_means(data)[-1]}", flush=True)
@@ -219,15 +232,13 @@ def plot(out: Path) -> list[Path]:
     means = {name: _means(data) for name, data in _files().items()}
     written = []
     for group, title in (("not asked for", "kept"), ("erased", "erased"), ("companions", "companions")):
-        most = max((len(rows) for rows in means.values()), default=0)
-        series = [
-            Series(name, [rows[k][group] if k < len(rows) else None for k in range(most)])
-            for name, rows in means.items()
-        ]
+        at = {name: {row["requests"]: row[group] for row in rows} for name, rows in means.items()}
+        places = sorted({place for one in at.values() for place in one})
+        series = [Series(name, [one.get(place) for place in places]) for name, one in at.items()]
         label = "share of the base's rate" if group != "erased" else "still shown"
         chart = line_chart(
             f"Sequential requests: {title}",
-            list(range(most)),
+            places,
             series,
             x_label="requests",
             y_label=label,
@@ -248,7 +259,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--way", choices=WAYS, default="stacked")
     parser.add_argument("--method", choices=[m for m in METHODS if METHODS[m].continues], default="recare")
     parser.add_argument("--requests", type=int, choices=range(1, len(REQUESTS) + 1), default=len(REQUESTS))
-    parser.add_argument("--pictures", type=int, default=16, help="pictures a prompt")
+    parser.add_argument("--pictures", type=int, default=8, help="pictures a prompt")
+    parser.add_argument("--preset", help="of recare-patch erase")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", default="benchmark-runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
