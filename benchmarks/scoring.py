@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 STEPS, SCHEDULER, GUIDANCE_SCALE = 8, "dpm-solver++", 5.0
 """As the bundled suites: the base's rates are those of twenty steps of its own scheduler."""
 
+Sampler = tuple[int, str | None]
+"""Steps, and the scheduler that takes them; None: the base's own."""
+
+TWENTY: Sampler = (20, None)
+"""What the first tables were drawn with."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -49,14 +55,14 @@ class Score:
         return low, high
 
 
-def draw_figure(base: Any, figure: Figure, split: str) -> list[Image]:
+def draw_figure(base: Any, figure: Figure, split: str, sampler: Sampler = (STEPS, SCHEDULER)) -> list[Image]:
     """One figure's pictures."""
     draws = figure.draws(split)
-    with scheduled(base.pipeline, SCHEDULER):
+    with scheduled(base.pipeline, sampler[1]):
         images: list[Image] = base.generate(
             [p for p, _, _ in draws],
             [s for _, _, s in draws],
-            steps=STEPS,
+            steps=sampler[0],
             guidance_scale=GUIDANCE_SCALE,
             batch_size=32,
         )
@@ -83,12 +89,14 @@ def score(
     patch: Any = None,
     pictures: int = 100,
     figures: Sequence[str] = (),
+    sampler: Sampler = (STEPS, SCHEDULER),
     log: Callable[[str], None] = print,
 ) -> list[Score]:
     """Every figure of a concept's suite, under a patch where one is given.
 
     Args:
         figures: names of the figures to draw; all where empty.
+        sampler: how they are drawn.
     """
     judge = Judge.load()
     rows = []
@@ -96,7 +104,7 @@ def score(
         for figure in suite(concept, split, pictures):
             if figures and figure.name not in figures:
                 continue
-            rows.append(judge_figure(judge, figure, split, draw_figure(base, figure, split)))
+            rows.append(judge_figure(judge, figure, split, draw_figure(base, figure, split, sampler)))
             log(f"  {rows[-1].figure:16} {rows[-1].rate:.3f} of {rows[-1].pictures}")
     return rows
 
