@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
+import numbers
 import re
+import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -597,7 +598,7 @@ class Patch:
         Raises:
             IncompatiblePatchError: the pipeline lacks a network that the patch changes, or has one of
                 another shape.
-            PatchError: the scale is not finite, or the adapter's name is taken or unusable.
+            PatchError: the scale is no finite number, or the adapter's name is taken or unusable.
         """
         parts = networks(pipe)
         for part in self.components:
@@ -606,8 +607,7 @@ class Patch:
                     f"patch {self.name} does not fit a {type(pipe).__name__}: it has no {in_words(part)} "
                     "that takes LoRAs"
                 )
-        if not math.isfinite(scale):
-            raise PatchError(f"the scale of a patch must be a finite number, got {scale}")
+        _check_strength(scale, "a patch")
         self._check_shapes(parts, f"this {type(pipe).__name__}")
         name = self._adapter_name(parts, adapter_name)
         return AppliedPatch._load(self, pipe, {part: parts[part] for part in self.components}, name, scale)
@@ -617,7 +617,7 @@ class Patch:
         if wanted is not None:
             if wanted in taken:
                 raise PatchError(f"the pipeline already holds an adapter named '{wanted}'")
-            if not wanted or "." in wanted:
+            if not isinstance(wanted, str) or not wanted or "." in wanted:
                 raise PatchError(f"'{wanted}' cannot name an adapter: it must be text without dots")
             return wanted
         concept = self.metadata.concept if self.metadata else Path(self.source).stem
@@ -626,6 +626,15 @@ class Patch:
         while name in taken:
             name, number = f"{stem}-{number}", number + 1
         return name
+
+
+def _check_strength(scale: object, whose: str) -> None:
+    """Refuse a scale that is no finite number, whatever it is instead."""
+    number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    # Not isfinite: it stumbles over whole numbers that no float holds.
+    if not (number and -sys.float_info.max <= scale <= sys.float_info.max):  # type: ignore[operator]
+        given = f"{scale!r:.40}" if isinstance(scale, str | float | None) else f"a {type(scale).__name__}"
+        raise PatchError(f"the scale of {whose} must be a finite number, got {given}")
 
 
 def _words(shape: tuple[int, ...]) -> str:
@@ -749,14 +758,13 @@ class AppliedPatch:
         """Change the patch's strength.
 
         Raises:
-            PatchError: the scale is not finite.
+            PatchError: the scale is no finite number.
         """
-        if not math.isfinite(scale):
-            raise PatchError(f"the scale of a patch must be a finite number, got {scale}")
+        _check_strength(scale, "a patch")
         for _, layer in named_tuner_layers(self._networks):
             if self.adapter_name in layer.lora_A:
-                layer.set_scale(self.adapter_name, scale)
-        self.scale = scale
+                layer.set_scale(self.adapter_name, float(scale))
+        self.scale = float(scale)
 
     def remove(self) -> None:
         """Take the patch out; the pipeline is then what it was. Removing twice does nothing."""
@@ -829,8 +837,7 @@ def check_together(patches: Sequence[tuple[Patch, float]]) -> PatchMetadata | No
     if not patches:
         raise PatchError("no patch was given, and at least one is needed")
     for patch, scale in patches:
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise PatchError(f"the scale of patch {patch.name} must be a finite number, got {scale!r}")
+        _check_strength(scale, f"patch {patch.name}")
     told: dict[str, Patch] = {}
     shapes: dict[str, tuple[tuple[int, ...], int, Patch]] = {}
     for patch, _ in patches:
