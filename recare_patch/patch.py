@@ -348,6 +348,7 @@ class Patch:
             Components are those of :data:`recare_patch.components.COMPONENTS`.
         metadata: of the run that made it; ``None`` for a LoRA file of other make.
         source: where it was loaded from, for messages.
+        file_sha256: of the weights file that :meth:`load` read; ``None`` for other patches.
 
     Example:
         >>> patch = Patch.load("van-gogh-patch")  # doctest: +SKIP
@@ -358,6 +359,7 @@ class Patch:
     tensors: Mapping[str, Tensor]
     metadata: PatchMetadata | None = None
     source: str = "the patch"
+    file_sha256: str | None = None
 
     def __post_init__(self) -> None:
         _check_pairs(self.tensors, self.source)
@@ -414,6 +416,9 @@ class Patch:
         Raises:
             PatchError: the file cannot be read any more.
         """
+        if self.file_sha256 is not None:
+            # Of these very tensors: what lies at that place now may be another patch.
+            return self.file_sha256
         path = Path(self.source).expanduser()
         if path.exists():
             return file_sha256(_find_weights(path))
@@ -504,7 +509,7 @@ class Patch:
         metadata = PatchMetadata.from_header(header.metadata, source)
         if metadata is None:
             _check_scale(header.metadata, source)
-        return cls(tensors, metadata, source)
+        return cls(tensors, metadata, source, file_sha256(file))
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:
         """Write the weights file into a folder, whole or not at all.
