@@ -73,6 +73,7 @@ class PatchPart(BaseModel):
         sha256: of its weights file; for a patch that has no file, of its tensors in the file's order.
         scale: its strength; stacks of stacks multiply theirs.
         care_words: what its run guarded.
+        method: how it was made; ``None`` where it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -83,6 +84,7 @@ class PatchPart(BaseModel):
     sha256: str
     scale: float
     care_words: tuple[str, ...] = ()
+    method: str | None = None
 
 
 class Stacking(BaseModel):
@@ -438,6 +440,7 @@ class Patch:
             sha256=self.sha256(),
             scale=scale,
             care_words=self.metadata.care_words if self.metadata else (),
+            method=self.metadata.method if self.metadata else None,
         )
 
     # ------------------------------------------------------------------ making, reading, writing
