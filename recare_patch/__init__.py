@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from recare_patch.erasing import generate_pictures as generate
     from recare_patch.errors import RecarePatchError
     from recare_patch.evaluating import evaluate
-    from recare_patch.merging import merge
-    from recare_patch.patch import Patch
+    from recare_patch.merging import merge, unmerge
+    from recare_patch.patch import Patch, apply_all
     from recare_patch.recipe import Recipe, load_recipe
     from recare_patch.sharing import pull, push, search
 
@@ -34,6 +34,7 @@ _HOMES = {
     "Patch": "recare_patch.patch:Patch",
     "RecarePatchError": "recare_patch.errors:RecarePatchError",
     "Recipe": "recare_patch.recipe:Recipe",
+    "apply_all": "recare_patch.patch:apply_all",
     "build_care_set": "recare_patch.careset:build_care_set",
     "erase": "recare_patch.erasing:erase",
     "erase_concept": "recare_patch.erasing:erase_concept",
@@ -46,6 +47,7 @@ _HOMES = {
     "push": "recare_patch.sharing:push",
     "search": "recare_patch.sharing:search",
     "stack": "recare_patch.composing:stack",
+    "unmerge": "recare_patch.merging:unmerge",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Patch",
     "RecarePatchError",
     "Recipe",
+    "apply_all",
     "build_care_set",
     "erase",
     "erase_concept",
@@ -67,6 +70,7 @@ __all__ = [
     "push",
     "search",
     "stack",
+    "unmerge",
 ]
 
 

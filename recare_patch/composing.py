@@ -8,10 +8,12 @@ is lost. The other methods give fewer ranks or less interference for an error, w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from torch import Tensor
 import recare_patch
 from recare_patch import formats, publishing
 from recare_patch.errors import PatchError, unknown_name
-from recare_patch.files import claim_folder, file_sha256, write_text
+from recare_patch.files import LOCK_NAME, claim_folder, file_sha256, write_text
 from recare_patch.patch import Patch, PatchMetadata, PatchPart, Stacking, check_together
 
 logger = logging.getLogger(__name__)
@@ -278,7 +280,7 @@ def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] 
         raise PatchError(f"{patch.name} is no stack: stack patches before they are saved as one")
     chosen = formats.check_formats(file_formats)
     folder = Path(folder)
-    with claim_folder(folder):
+    with claim_folder(folder, resumable=False), _emptied_on_failure(folder):
         # Written apart and moved at the end, since its hash goes into a file that comes before it.
         weights = patch.save(folder / _WORK, patch.dtype)
         told = {
@@ -297,6 +299,21 @@ def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] 
         file = weights.replace(folder / weights.name)
         weights.parent.rmdir()
     return file
+
+
+@contextlib.contextmanager
+def _emptied_on_failure(folder: Path) -> Iterator[None]:
+    """Leave nothing of a stack that could not be written whole; the folder was claimed empty."""
+    try:
+        yield
+    except BaseException:
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != LOCK_NAME:
+                with contextlib.suppress(OSError):
+                    entry.unlink()
+        raise
 
 
 # ------------------------------------------------------------------------ interference
@@ -336,6 +353,18 @@ class Interference:
     def worst(self, count: int = 5) -> tuple[LayerInterference, ...]:
         """The layers with the lowest cosines, the lowest first."""
         return tuple(sorted(self.layers, key=lambda one: one.cosine)[:count])
+
+    @property
+    def in_short(self) -> str:
+        """One sentence with the range of the cosines and the largest overlaps; empty if none is shared."""
+        if not self.layers:
+            return ""
+        cosines = [one.cosine for one in self.layers]
+        reads, writes = (max(getattr(one, f"overlap_{way}") for one in self.layers) for way in ("in", "out"))
+        return (
+            f"The parts meet with cosines of {min(cosines):.2f} to {max(cosines):.2f}, layer by layer; what "
+            f"they read overlaps by up to {reads:.2f}, what they write by up to {writes:.2f}."
+        )
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -314,7 +314,9 @@ def load_tensors(
 
 
 @contextlib.contextmanager
-def claim_folder(path: str | os.PathLike[str], *, resume: bool = False) -> Iterator[None]:
+def claim_folder(
+    path: str | os.PathLike[str], *, resume: bool = False, resumable: bool = True
+) -> Iterator[None]:
     """Own an output folder for the length of a run.
 
     The claim is an advisory lock on a file inside the folder. The system gives it back when the
@@ -323,6 +325,7 @@ def claim_folder(path: str | os.PathLike[str], *, resume: bool = False) -> Itera
     Args:
         path: the folder; made when it does not exist.
         resume: accept a folder that already holds files.
+        resumable: whether the run can go on in such a folder, for the message that refuses it.
 
     Raises:
         OutputError: another process owns the folder, it holds files and ``resume`` is off, it is a
@@ -343,10 +346,8 @@ def claim_folder(path: str | os.PathLike[str], *, resume: bool = False) -> Itera
         others = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
         if others and not resume:
             _drop_lock(folder)
-            raise OutputError(
-                f"{folder} already holds files ({others[0]}, …); add --resume to go on with its run "
-                "or choose another --out"
-            )
+            way = "add --resume to go on with its run or " if resumable else ""
+            raise OutputError(f"{folder} already holds files ({others[0]}, …); {way}choose another --out")
         try:
             _write_owner(held, folder)
             yield

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from recare_patch import __version__
 from recare_patch.components import COMPONENTS, TRANSFORMER, full_name, split_name
+from recare_patch.concepts import KINDS
 from recare_patch.errors import IncompatiblePatchError, OutputError, PatchError, nearest, unknown_name
 from recare_patch.files import SafetensorsHeader, load_tensors, read_safetensors_header, write_tensors
 from recare_patch.patch import Patch, PatchMetadata, makes_update
@@ -752,14 +753,16 @@ def _kohya_header(
     if version.pixels is not None:
         header["modelspec.resolution"] = f"{version.pixels}x{version.pixels}"
     if made is not None:
-        what = f"Erases the {made.kind} '{made.concept}' from {made.base}, by {made.method}"
+        # A stack of several kinds has none that could be named.
+        kind = made.kind if made.kind in KINDS else "concepts" if made.parts else "concept"
+        what = f"Erases the {kind} '{made.concept}' from {made.base}, by {made.method}"
         header |= {
             "ss_training_comment": f"{what}; made by recare-patch {__version__}",
             "ss_sd_model_name": made.base,
             "ss_seed": str(made.seed),
             "modelspec.title": f"Erase {made.concept}" if name is None else name,
             "modelspec.description": f"{what}. To be used at strength 1.",
-            "modelspec.tags": f"concept-erasure, {made.kind}",
+            "modelspec.tags": f"concept-erasure, {kind}",
             "modelspec.prediction_type": "v" if made.prediction_type == "v_prediction" else "epsilon",
         }
         header |= made.to_header()

@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
+import numbers
 import re
+import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,7 @@ class PatchPart(BaseModel):
         sha256: of its weights file; for a patch that has no file, of its tensors in the file's order.
         scale: its strength; stacks of stacks multiply theirs.
         care_words: what its run guarded.
+        method: how it was made; ``None`` where it is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -82,6 +84,7 @@ class PatchPart(BaseModel):
     sha256: str
     scale: float
     care_words: tuple[str, ...] = ()
+    method: str | None = None
 
 
 class Stacking(BaseModel):
@@ -347,6 +350,7 @@ class Patch:
             Components are those of :data:`recare_patch.components.COMPONENTS`.
         metadata: of the run that made it; ``None`` for a LoRA file of other make.
         source: where it was loaded from, for messages.
+        file_sha256: of the weights file that :meth:`load` read; ``None`` for other patches.
 
     Example:
         >>> patch = Patch.load("van-gogh-patch")  # doctest: +SKIP
@@ -357,6 +361,7 @@ class Patch:
     tensors: Mapping[str, Tensor]
     metadata: PatchMetadata | None = None
     source: str = "the patch"
+    file_sha256: str | None = None
 
     def __post_init__(self) -> None:
         _check_pairs(self.tensors, self.source)
@@ -413,6 +418,9 @@ class Patch:
         Raises:
             PatchError: the file cannot be read any more.
         """
+        if self.file_sha256 is not None:
+            # Of these very tensors: what lies at that place now may be another patch.
+            return self.file_sha256
         path = Path(self.source).expanduser()
         if path.exists():
             return file_sha256(_find_weights(path))
@@ -432,6 +440,7 @@ class Patch:
             sha256=self.sha256(),
             scale=scale,
             care_words=self.metadata.care_words if self.metadata else (),
+            method=self.metadata.method if self.metadata else None,
         )
 
     # ------------------------------------------------------------------ making, reading, writing
@@ -503,7 +512,7 @@ class Patch:
         metadata = PatchMetadata.from_header(header.metadata, source)
         if metadata is None:
             _check_scale(header.metadata, source)
-        return cls(tensors, metadata, source)
+        return cls(tensors, metadata, source, file_sha256(file))
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:
         """Write the weights file into a folder, whole or not at all.
@@ -597,7 +606,7 @@ class Patch:
         Raises:
             IncompatiblePatchError: the pipeline lacks a network that the patch changes, or has one of
                 another shape.
-            PatchError: the scale is not finite, or the adapter's name is taken or unusable.
+            PatchError: the scale is no finite number, or the adapter's name is taken or unusable.
         """
         parts = networks(pipe)
         for part in self.components:
@@ -606,8 +615,7 @@ class Patch:
                     f"patch {self.name} does not fit a {type(pipe).__name__}: it has no {in_words(part)} "
                     "that takes LoRAs"
                 )
-        if not math.isfinite(scale):
-            raise PatchError(f"the scale of a patch must be a finite number, got {scale}")
+        _check_strength(scale, "a patch")
         self._check_shapes(parts, f"this {type(pipe).__name__}")
         name = self._adapter_name(parts, adapter_name)
         return AppliedPatch._load(self, pipe, {part: parts[part] for part in self.components}, name, scale)
@@ -617,7 +625,7 @@ class Patch:
         if wanted is not None:
             if wanted in taken:
                 raise PatchError(f"the pipeline already holds an adapter named '{wanted}'")
-            if not wanted or "." in wanted:
+            if not isinstance(wanted, str) or not wanted or "." in wanted:
                 raise PatchError(f"'{wanted}' cannot name an adapter: it must be text without dots")
             return wanted
         concept = self.metadata.concept if self.metadata else Path(self.source).stem
@@ -626,6 +634,15 @@ class Patch:
         while name in taken:
             name, number = f"{stem}-{number}", number + 1
         return name
+
+
+def _check_strength(scale: object, whose: str) -> None:
+    """Refuse a scale that is no finite number, whatever it is instead."""
+    number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    # Not isfinite: it stumbles over whole numbers that no float holds.
+    if not (number and -sys.float_info.max <= scale <= sys.float_info.max):  # type: ignore[operator]
+        given = f"{scale!r:.40}" if isinstance(scale, str | float | None) else f"a {type(scale).__name__}"
+        raise PatchError(f"the scale of {whose} must be a finite number, got {given}")
 
 
 def _words(shape: tuple[int, ...]) -> str:
@@ -749,14 +766,13 @@ class AppliedPatch:
         """Change the patch's strength.
 
         Raises:
-            PatchError: the scale is not finite.
+            PatchError: the scale is no finite number.
         """
-        if not math.isfinite(scale):
-            raise PatchError(f"the scale of a patch must be a finite number, got {scale}")
+        _check_strength(scale, "a patch")
         for _, layer in named_tuner_layers(self._networks):
             if self.adapter_name in layer.lora_A:
-                layer.set_scale(self.adapter_name, scale)
-        self.scale = scale
+                layer.set_scale(self.adapter_name, float(scale))
+        self.scale = float(scale)
 
     def remove(self) -> None:
         """Take the patch out; the pipeline is then what it was. Removing twice does nothing."""
@@ -829,8 +845,7 @@ def check_together(patches: Sequence[tuple[Patch, float]]) -> PatchMetadata | No
     if not patches:
         raise PatchError("no patch was given, and at least one is needed")
     for patch, scale in patches:
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise PatchError(f"the scale of patch {patch.name} must be a finite number, got {scale!r}")
+        _check_strength(scale, f"patch {patch.name}")
     told: dict[str, Patch] = {}
     shapes: dict[str, tuple[tuple[int, ...], int, Patch]] = {}
     for patch, _ in patches:

@@ -6,11 +6,22 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from recare_patch import composing, merging
 from recare_patch.errors import OutputError, PatchError, RecipeError
 from recare_patch.patch import Patch
 from tests.test_patch import trained
+
+
+def test_a_stack_that_fails_while_it_is_written_leaves_nothing(tmp_path: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for name in ("unet.a.b_c", "unet.a_b.c"):
+        tensors |= {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)}
+    made = composing.stack([(Patch(tensors), 1.0)])
+    with pytest.raises(PatchError, match="kohya's spelling calls"):
+        composing.save_stack(made, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 def test_stack_merge_and_back(tiny_sd: Path, tmp_path: Path) -> None:

@@ -215,6 +215,14 @@ class TestWhatIsWritten:
         assert patch.metadata.to_header().items() <= header.items()
         assert all(isinstance(text, str) for text in header.values())
 
+    def test_the_header_of_a_stack(self, patch: Patch) -> None:
+        assert patch.metadata is not None
+        part = patch.as_part(1.0)
+        about = patch.metadata.model_copy(update={"kind": "several", "recipe": None, "parts": (part, part)})
+        header = formats.to_kohya(Patch(patch.tensors, about), date=DAY)[1]
+        assert header["ss_training_comment"].startswith("Erases the concepts 'Van Gogh' from ")
+        assert header["modelspec.tags"] == "concept-erasure, concepts"
+
     @pytest.mark.parametrize(
         ("width", "prediction", "base", "v2", "architecture", "resolution", "seen_by_a1111"),
         [

@@ -76,6 +76,19 @@ class TestRecord:
         assert back.max_difference is not None and back.max_difference < 1e-5
         assert not (tmp_path / "back" / merging.RECORD_NAME).exists()
 
+    def test_the_patch_that_was_loaded_is_recorded_not_what_lies_there_since(
+        self, first: Patch, tiny_sd: Path, tmp_path: Path
+    ) -> None:
+        first.save(tmp_path / "patch")
+        patch = Patch.load(tmp_path / "patch")
+        told = patch.sha256()
+        trained(tiny_sd, seed=5)[1].save(tmp_path / "patch")
+        assert patch.sha256() == told != Patch.load(tmp_path / "patch").sha256()
+        record = merging.merge([(patch, 1.0)], tiny_sd, tmp_path / "merged")
+        assert record.patches[0].sha256 == told
+        with pytest.raises(IncompatiblePatchError, match="was not merged into"):
+            merging.unmerge(tmp_path / "merged", [Patch.load(tmp_path / "patch")], tmp_path / "out")
+
     def test_a_folder_that_was_changed_since(self, first: Patch, tiny_sd: Path, tmp_path: Path) -> None:
         merging.merge([(first, 1.0)], tiny_sd, tmp_path / "one")
         (file,) = (tmp_path / "one" / "unet").glob("*.safetensors")

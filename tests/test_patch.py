@@ -363,11 +363,11 @@ class TestApply:
             assert _difference(_draw(pipe), base) == 0
             applied.set_scale(0.4)
             ours = _draw(pipe)
-            for bad in (float("nan"), float("inf")):
+            for bad in (float("nan"), float("inf"), "0.4", None, True, 10**400):
                 with pytest.raises(PatchError, match="finite"):
-                    applied.set_scale(bad)
+                    applied.set_scale(bad)  # type: ignore[arg-type]
                 with pytest.raises(PatchError, match="finite"):
-                    patch.apply(pipe, scale=bad)
+                    patch.apply(pipe, scale=bad)  # type: ignore[arg-type]
         plain = StableDiffusionPipeline.from_pretrained(tiny_sd)
         plain.set_progress_bar_config(disable=True)
         plain.load_lora_weights(dict(patch.tensors), adapter_name="x")
@@ -450,8 +450,9 @@ class TestApply:
         with patch.apply(pipe, adapter_name="mine"):
             with pytest.raises(PatchError, match="already holds an adapter named 'mine'"):
                 patch.apply(pipe, adapter_name="mine")
-            with pytest.raises(PatchError, match="without dots"):
-                patch.apply(pipe, adapter_name="a.b")
+            for unusable in ("a.b", "", 3):
+                with pytest.raises(PatchError, match="without dots"):
+                    patch.apply(pipe, adapter_name=unusable)  # type: ignore[arg-type]
         # Concepts whose names PyTorch's module dictionaries reserve.
         assert patch.metadata is not None
         for text in ("type", "keys", "東京"):

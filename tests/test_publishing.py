@@ -11,6 +11,7 @@ import yaml
 from recare_patch import publishing
 from recare_patch.errors import EvidenceError, PatchError
 from recare_patch.evaluation.evidence import Check, CheckPoint
+from recare_patch.method_table import METHODS
 from recare_patch.patch import PatchMetadata
 from recare_patch.recipe import Recipe
 from tests.evaluation.test_evidence import make_evidence, make_figure
@@ -130,6 +131,15 @@ def test_methods_without_care_set() -> None:
     assert "Not recorded" in card
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_cited(method: str) -> None:
+    source = METHODS[method].source
+    card = publishing.card_text(_metadata(method=method), {})
+    arxiv = source.split("arXiv ")[1]
+    assert f"https://arxiv.org/abs/{arxiv}" in card and f"eprint = {{{arxiv}}}" in card
+    assert source.split(",")[0] in card
+
+
 def test_unsafe_concepts_show_no_picture_in_the_widget() -> None:
     card = publishing.card_text(_metadata("nudity", "nsfw"), TRAINING)
     assert "widget" not in _front(card)
@@ -149,9 +159,10 @@ def _stack(*parts: dict[str, Any], kind: str = "several") -> PatchMetadata:
 def test_the_card_of_a_stack() -> None:
     about = _stack(
         {"name": "Van | Gogh", "concept": "Van Gogh", "kind": "style", "care_words": ("stars",)},
-        {"name": "nudity", "concept": "nudity", "kind": "nsfw", "scale": 0.8},
+        {"name": "nudity", "concept": "nudity", "kind": "nsfw", "scale": 0.8, "method": "uce"},
     )
     card = publishing.card_text(about, {}, previews=())
+    assert card.count("@inproceedings{uce2024,") == 1
     front = _front(card)
     assert {"concept:van-gogh", "concept:nudity", "stack", "not-for-all-audiences"} <= set(front["tags"])
     assert not {"widget", "thumbnail", "instance_prompt"} & set(front)

@@ -456,8 +456,11 @@ def test_no_connection(folder: Path, hub: HubStandIn, monkeypatch: pytest.Monkey
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    # The client tries some requests again, after seconds.
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def waits(seconds: float) -> None:
+        raise AssertionError("the client tries again, for half a minute, what cannot be reached")
+
+    monkeypatch.setattr("time.sleep", waits)
     for words in (("push", folder), ("pull", REPO), ("search",)):
         assert "cannot reach the Hub at http://127.0.0.1:9" in refused(*words)
     assert not Path("erase-van-gogh").exists()

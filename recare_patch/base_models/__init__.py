@@ -8,6 +8,7 @@ A new architecture is one file with a class that has the methods of
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,11 +109,21 @@ def _fetch(hub_id: str, weights: bool) -> Path:
         )
     except Exception as fault:
         # The hub's client raises a dozen unrelated classes: offline, not found, gated, refused, …
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        # What the system said, of no network or a full disk, is the shortest true account of them.
+        told = next((one for one in _chain(fault) if isinstance(one, OSError) and one.strerror), fault)
+        reason = (getattr(told, "strerror", None) or str(told).strip() or type(told).__name__).splitlines()[0]
         raise BaseModelError(
             f"base {hub_id} is no folder here and could not be fetched from the hub ({reason})"
         ) from fault
     return Path(found)
+
+
+def _chain(fault: BaseException) -> Iterator[BaseException]:
+    """A fault and those that led to it."""
+    one: BaseException | None = fault
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
 
 
 def chosen_device(device: str | torch.device) -> torch.device:

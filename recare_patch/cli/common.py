@@ -241,8 +241,8 @@ class _EchoHandler(logging.Handler):
 
 def quiet_libraries() -> None:
     """Keep the model libraries' own bars and notices off the terminal; their errors still come."""
-    for name, value in (("TRANSFORMERS_VERBOSITY", "error"), ("DIFFUSERS_VERBOSITY", "error")):
-        os.environ.setdefault(name, value)
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # It warns of a 4-bit kernel that it misses on CPUs, and nothing here computes in 4 bits.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

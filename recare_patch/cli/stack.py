@@ -95,7 +95,8 @@ def stack(
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
     dtype = torch.float16 if precision == "fp16" else torch.float32
     made = composing.stack(loaded, method=method, rank=rank, density=density, seed=seed, dtype=dtype)
-    for warning in composing.interference(loaded).warnings:
+    met = composing.interference(loaded)
+    for warning in met.warnings:
         click.echo(f"Warning: {warning}", err=True)
     file = composing.save_stack(made, out, file_formats=written)
     assert made.metadata is not None and made.metadata.stacking is not None
@@ -105,6 +106,8 @@ def stack(
         f"{file.stat().st_size:,} bytes)"
     )
     click.echo(f"Differs from the sum of its parts by {error:.2g} of its norm.")
+    if met.in_short:
+        click.echo(met.in_short)
     if evidence:
         from recare_patch import stack_evidence
 

@@ -1,6 +1,6 @@
 """The model card of a patch: what it erases, what it keeps, how to use it, where it ends."""
 
-from recare_patch.publishing.card import PLACE, card_template, card_text
+from recare_patch.publishing.card import PLACE, card_text, template
 from recare_patch.publishing.figures import (
     EVIDENCE_END,
     EVIDENCE_START,
@@ -27,7 +27,6 @@ __all__ = [
     "PLACE",
     "Identity",
     "base_tag",
-    "card_template",
     "card_text",
     "claimed_figures",
     "concept_tag",
@@ -40,5 +39,6 @@ __all__ = [
     "model_index",
     "plain",
     "split_card",
+    "template",
     "with_evidence",
 ]

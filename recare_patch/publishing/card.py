@@ -34,6 +34,13 @@ class _Paper:
         self.line = f"[{name}]({self.url}) ({authors}, {venue})"
         self.arxiv = arxiv
 
+    def entry(self) -> list[str]:
+        """Its lines in BibTeX."""
+        fields = {**self.bibtex, "eprint": self.arxiv, "archiveprefix": "arXiv"}
+        kind = "inproceedings" if "booktitle" in fields else "misc"
+        lines = [f"  {key} = {{{value}}}," for key, value in fields.items()]
+        return [f"@{kind}{{{self.key}{fields['year']},", *lines, "}"]
+
 
 _PAPERS = {
     "recare": _Paper(
@@ -61,22 +68,81 @@ _PAPERS = {
             "year": "2023",
         },
     ),
+    "s-grace": _Paper(
+        "S-GRACE",
+        "Yin et al.",
+        "2025",
+        "2510.27285",
+        {"author": "Yin and others", "title": "{S-GRACE}", "year": "2025"},
+    ),
+    "forget-me-not": _Paper(
+        "Forget-Me-Not",
+        "Zhang et al.",
+        "2023",
+        "2303.17591",
+        {
+            "author": "Zhang, Gong and Wang, Kai and Xu, Xingqian and Wang, Zhangyang and Shi, Humphrey",
+            "title": "{Forget-Me-Not}: Learning to Forget in Text-to-Image Diffusion Models",
+            "year": "2023",
+        },
+    ),
+    "uce": _Paper(
+        "UCE",
+        "Gandikota et al.",
+        "WACV 2024",
+        "2308.14761",
+        {
+            "author": "Gandikota, Rohit and Orgad, Hadas and Belinkov, Yonatan and Materzy{\\'n}ska, Joanna "
+            "and Bau, David",
+            "title": "Unified Concept Editing in Diffusion Models",
+            "booktitle": "IEEE/CVF Winter Conference on Applications of Computer Vision",
+            "year": "2024",
+        },
+    ),
+    "ties": _Paper(
+        "TIES",
+        "Yadav et al.",
+        "NeurIPS 2023",
+        "2306.01708",
+        {
+            "author": "Yadav, Prateek and Tam, Derek and Choshen, Leshem and Raffel, Colin and Bansal, Mohit",
+            "title": "{TIES}-Merging: Resolving Interference When Merging Models",
+            "booktitle": "Advances in Neural Information Processing Systems",
+            "year": "2023",
+        },
+    ),
+    "dare": _Paper(
+        "DARE",
+        "Yu et al.",
+        "ICML 2024",
+        "2311.03099",
+        {
+            "author": "Yu, Le and Yu, Bowen and Yu, Haiyang and Huang, Fei and Li, Yongbin",
+            "title": "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a "
+            "Free Lunch",
+            "booktitle": "International Conference on Machine Learning",
+            "year": "2024",
+        },
+    ),
 }
+"""By method, of erasing and of stacking."""
+
 _LORA_PAPER = "[LoRA](https://arxiv.org/abs/2106.09685) (Hu et al., ICLR 2022)"
 
 
-def card_template() -> Template:
-    """The card's template: inside an installed package, beside it in a source checkout."""
-    name = "card_template.md"
+def template(name: str) -> Template:
+    """A page's template: inside an installed package, beside it in a source checkout.
+
+    Raises:
+        PatchError: it is missing.
+    """
     package = Path(__file__).parent.parent
     inside = package / "_hub" / name
     file = inside if inside.is_file() else package.parent / "hub" / name
     try:
         return Template(file.read_text(encoding="utf-8"))
     except OSError as fault:
-        raise PatchError(
-            f"the card template {name} is not in this installation; reinstall the package"
-        ) from fault
+        raise PatchError(f"the template {name} is not in this installation; reinstall the package") from fault
 
 
 def card_text(
@@ -100,7 +166,7 @@ def card_text(
     if metadata is None:
         raise PatchError("a card needs a patch made by recare-patch, and this LoRA carries no such metadata")
     picture = f"![Before and after, at the same seeds]({previews[0]})\n\n" if previews else ""
-    return card_template().substitute(
+    return template("card_template.md").substitute(
         front_matter=yaml_text(front_matter(metadata, previews)),
         title=f"{plain(metadata.concept)}, erased from {plain(metadata.base)}",
         summary=_summary(metadata),
@@ -338,11 +404,10 @@ def _licence(metadata: PatchMetadata) -> str:
 
 
 def _citation(metadata: PatchMetadata) -> str:
-    paper = _PAPERS.get(metadata.method)
-    lines = [f"- {paper.line}"] if paper is not None else []
-    lines.append(f"- {_LORA_PAPER}")
-    if paper is not None:
-        fields = {**paper.bibtex, "eprint": paper.arxiv, "archiveprefix": "arXiv"}
-        entries = [f"  {key} = {{{value}}}," for key, value in fields.items()]
-        lines += ["", "```bibtex", f"@inproceedings{{{paper.key}{fields['year']},", *entries, "}", "```"]
+    methods = [part.method for part in metadata.parts or ()]
+    methods.append(metadata.stacking.method if metadata.stacking is not None else metadata.method)
+    papers = [_PAPERS[one] for one in dict.fromkeys(methods) if one in _PAPERS]
+    lines = [*(f"- {paper.line}" for paper in papers), f"- {_LORA_PAPER}"]
+    if papers:
+        lines += ["", "```bibtex", *(line for paper in papers for line in paper.entry()), "```"]
     return "\n".join(lines)

@@ -50,6 +50,13 @@ def endpoint() -> str:
     return str(constants.ENDPOINT)
 
 
+def check_reachable() -> None:
+    """Fail at once where there is no network: for a listing the client tries again for half a minute."""
+    from huggingface_hub.utils import get_session
+
+    get_session().head(endpoint(), timeout=60)
+
+
 def check_repo(text: str) -> str:
     """A repo's id, checked.
 

@@ -10,7 +10,7 @@ from recare_patch.errors import PatchError
 from recare_patch.evaluation.evidence import EVIDENCE_NAME, RATE, Evidence, show_value
 from recare_patch.files import file_sha256
 from recare_patch.patch import Patch
-from recare_patch.publishing import plain
+from recare_patch.publishing import plain, template
 from recare_patch.publishing.figures import worst_erased, worst_kept
 from recare_patch.recipe import METHODS, WEIGHTS_NAME
 from recare_patch.sharing.hub import PREFIX
@@ -95,17 +95,9 @@ def index_text(rows: Sequence[Row], title: str = "Patches") -> str:
         rows: in their order.
         title: its heading.
     """
-    lines = [
-        f"# {plain(title)}",
-        "",
-        "What still shows is the highest rate that was measured. What suffered is the rate that fell most, "
-        "or the lowest where the base's is not told. – was not measured.",
-        "",
-        "| erased | base | method | size | still shows | suffered | patch |",
-        "|---|---|---|---|---:|---:|---|",
-    ]
+    lines = []
     for row in rows:
         cells = [row.concept, row.base, row.method, row.size, row.shown, row.kept]
         link = row.link.replace(" ", "%20").replace("(", "%28").replace(")", "%29")
         lines.append(f"| {' | '.join(map(plain, cells))} | [{plain(row.patch)}]({plain(link)}) |")
-    return "\n".join(lines) + "\n"
+    return template("index_template.md").substitute(title=plain(title), rows="\n".join(lines))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from recare_patch.concepts import Concept
 from recare_patch.publishing import base_tag, concept_tag
 from recare_patch.publishing.front_matter import TAG
-from recare_patch.sharing.hub import client, one_line, talking
+from recare_patch.sharing.hub import check_reachable, client, one_line, talking
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -95,6 +95,7 @@ def search(
         concept = Concept(text=concept, kind="object").text
     wanted = [TAG, *([base_tag(base)] if base else []), *([concept_tag(concept)] if concept else []), *tags]
     with talking("the search"):
+        check_reachable()
         listed = list(
             client().list_models(
                 filter=wanted, search=text, author=owner, sort="downloads", limit=limit, expand=_PROPERTIES

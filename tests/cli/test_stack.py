@@ -95,6 +95,17 @@ def test_a_merged_folder_draws_what_the_patch_does(
     assert np.abs(_picture(_plain(Path("again"))) - before).max() <= 1
 
 
+def test_how_parts_meet_is_told_before_and_a_taken_folder_is_refused(
+    invoke: Invoke, parts: tuple[Path, Path]
+) -> None:
+    told = invoke("stack", parts[0], f"{parts[0]}:-0.5", "--out", "odd")
+    assert "(cosine -1.00)" in told.stderr
+    assert "cosines of -1.00 to -1.00" in told.stdout and "by up to 1.00, what they write" in told.stdout
+    again = invoke("stack", *parts, "--out", "odd")
+    assert again.exit_code == 2
+    assert "already holds files" in again.stderr and "--resume" not in again.stderr
+
+
 def test_bad_input_is_one_sentence_and_leaves_nothing(
     invoke: Invoke, tiny_sd: Path, tiny_sd_v: Path, parts: tuple[Path, Path], tmp_path: Path
 ) -> None:
