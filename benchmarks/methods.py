@@ -40,7 +40,7 @@ SUITES = {
 }
 
 ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "UnlearnDiffAtk": ("unlearn-diff-atk", {"pictures": 12}),
+    "UnlearnDiffAtk": ("unlearn-diff-atk", {"pictures": 8}),
     "inversion, 1 vector": ("concept-inversion", {"vectors": 1}),
     "inversion, 4 vectors": ("concept-inversion", {"vectors": 4}),
 }
@@ -288,7 +288,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", action="append", choices=list(METHODS), help="repeatable for stack")
     parser.add_argument("--row", help="name of the row, by default the method's")
     parser.add_argument("--split", choices=SPLITS, default="report")
-    parser.add_argument("--pictures", type=int, default=48)
+    parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument(
         "--trial", action="append", choices=list(ATTACKS), help="by default the first; repeatable"
     )

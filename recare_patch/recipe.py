@@ -530,12 +530,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search.rounds": 0,
         "erase.steps": 68,
     },
-    # Against learnt names of several vectors: adversaries in the loop, and layers enough to lose the concept
-    # itself and not its names alone. About six times the evaluations and ten times the size.
+    # Against learnt names of several vectors: adversaries in the loop, which take the search's place, and
+    # layers enough to lose the concept itself and not its names alone. Three times the evaluations and ten
+    # times the size.
     "robust": {
         "adapter.layers": "all",
-        "erase.steps": 600,
-        "adversary.count": 2,
+        "target_images.steps": 8,
+        "target_images.scheduler": "dpm-solver++",
+        "search.rounds": 0,
+        "erase.steps": 400,
+        "adversary.count": 4,
+        "adversary.space": "embeddings",
+        "adversary.steps": 1,
+        "adversary.life": 40,
+        "adversary.learning_rate": 0.1,
         "adversary.weight": 2.0,
     },
 }
