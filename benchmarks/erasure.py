@@ -3,7 +3,7 @@
     python -m benchmarks.erasure run --concept "van gogh" --method recare     # erase, then score
     python -m benchmarks.erasure base --concept "van gogh"                    # the untouched base
     python -m benchmarks.erasure paper --concept "van gogh"                   # the published procedure
-    python -m benchmarks.erasure compare --concept "van gogh" --attack        # run and paper, one process
+    python -m benchmarks.erasure compare --preset quick --row quick --attack  # run and paper, one process
     python -m benchmarks.erasure table                                        # all results as Markdown
 
 Each call leaves one JSON file in ``benchmarks/results``; ``table`` reads them all. ``--split choose``
@@ -69,10 +69,12 @@ def _run(arguments: argparse.Namespace) -> None:
     from recare_patch.base_models import load_base
     from recare_patch.erasing import erase, resolve_recipe
     from recare_patch.patch import Patch
+    from recare_patch.recipe import preset_overrides
 
     row = arguments.row or arguments.method
     out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-{row}"
-    overrides = {"method": arguments.method, **assignments(arguments.set)}
+    overrides = {"method": arguments.method, **preset_overrides(arguments.preset)}
+    overrides |= assignments(arguments.set)
     recipe = resolve_recipe(NAMES[arguments.concept], overrides=overrides)
     if (out / "pytorch_lora_weights.safetensors").exists():
         patch, cost = Patch.load(out), json.loads((out / "training.json").read_text())
@@ -221,6 +223,7 @@ def main() -> None:
     parser.add_argument("action", choices=["run", "base", "paper", "compare", "table"])
     parser.add_argument("--concept", choices=CONCEPTS, default="van gogh")
     parser.add_argument("--method", default="recare")
+    parser.add_argument("--preset", help="of recare-patch erase")
     parser.add_argument("--row", help="name of the row, by default the method's")
     parser.add_argument("--split", choices=SPLITS, default="report")
     parser.add_argument("--pictures", type=int, default=100)
