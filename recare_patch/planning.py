@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from recare_patch.errors import RecipeError
 from recare_patch.methods import load_method
 from recare_patch.recipe import MemoryOptions, Recipe
 from recare_patch.states import SharedRolloutStates
+from recare_patch.samplers import scheduled
 
 if TYPE_CHECKING:
     from recare_patch.base_models.latent_diffusion import LatentDiffusion
@@ -429,7 +431,7 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     """
     layout, _ = find_layout(recipe.base, weights=False)
     found = footprint or measure(layout, recipe)
-    counts = evaluations(recipe, _sampler_steps(layout, recipe.target_images.steps))
+    counts = evaluations(recipe, _sampler_steps(layout, recipe))
     stages = tuple(
         PlannedStage(
             stage, count, _seconds(found, recipe, stage, count, speed), _stage_peak(found, recipe, stage)
@@ -439,13 +441,15 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     return Plan(stages, found, speed, 2 * found.adapter)
 
 
-def _sampler_steps(layout: Layout, steps: int) -> int:
+def _sampler_steps(layout: Layout, recipe: Recipe) -> int:
+    """How often a picture's sampler calls the denoiser."""
     import diffusers
 
-    kind = getattr(diffusers, layout.index["scheduler"][1])
-    scheduler = kind.from_config(layout.require("scheduler", weights=False))
-    scheduler.set_timesteps(steps)
-    return len(scheduler.timesteps)
+    kind, images = getattr(diffusers, layout.index["scheduler"][1]), recipe.target_images
+    holder = types.SimpleNamespace(scheduler=kind.from_config(layout.require("scheduler", weights=False)))
+    with scheduled(holder, images.scheduler):
+        holder.scheduler.set_timesteps(images.steps)
+        return len(holder.scheduler.timesteps)
 
 
 def _draws(stage: str) -> bool:
@@ -525,7 +529,7 @@ def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
     """The recipe with the fastest set of levers that is expected to fit a card.
 
     Args:
-        recipe: of the run; levers that it sets already stay.
+        recipe: of the run; levers that it sets already stay, its micro batch as the largest.
         gigabytes: GiB of the card's memory, of which :data:`USED` is filled.
 
     Returns:
@@ -543,7 +547,11 @@ def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
     for levers in _SETS:
         for tiling in (False, True):
             chosen = {"encoders_off_device": True, "vae_off_device": True, "vae_tiling": tiling, **levers}
-            tried = half.with_overrides({"memory": {**chosen, **own}})
+            kept = {**chosen, **own}
+            if "micro_batch" in own:
+                # What a recipe sets for one card is the most that another one takes at once.
+                kept["micro_batch"] = min(own["micro_batch"], levers.get("micro_batch", own["micro_batch"]))
+            tried = half.with_overrides({"memory": kept})
             peak = plan(tried, speed=1.0, footprint=found).peak
             smallest = min(smallest, peak)
             if peak <= USED * gigabytes * _GIB:
