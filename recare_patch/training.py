@@ -39,8 +39,9 @@ def _adamw8bit(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Opt
 
 
 def _adamw(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW with 32-bit states."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    """AdamW with 32-bit states; on a GPU one kernel updates all tensors."""
+    fused = all(parameter.is_cuda for parameter in parameters)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
 
 
 def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
@@ -139,8 +140,8 @@ class Checkpoint:
                 for key, value in tensors.items():
                     if key.startswith(prefix):
                         name = key[len(prefix) :]
-                        # torch keeps the step count of a plain AdamW on the CPU.
-                        state[name] = value if name == "step" else value.to(parameter.device)
+                        here = name == "step" and not fused
+                        state[name] = value if here else value.to(parameter.device)
                 for key, scalar in note["scalars"].items():
                     owner, name = key.split(".", 1)
                     if int(owner) == index:
@@ -192,6 +193,8 @@ def fit(
         schedule: ``cosine`` (to a tenth) or ``constant``.
         max_grad_norm: gradients are clipped to this norm.
         checkpoint: where to save and resume; ``None`` keeps nothing.
+        # torch keeps the step count of a plain AdamW on the CPU, and of a fused one with its parameter.
+        fused = bool(optimizer.param_groups[0].get("fused"))
         save_every: steps between checkpoints.
         extra, restore_extra: JSON values to carry across a resume.
         progress: told after every step.
