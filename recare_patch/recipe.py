@@ -206,7 +206,7 @@ def _resolution(given: Any) -> Any:
 
 
 class MemoryOptions(Settings):
-    """Levers that make a run fit a smaller device; by default all are off.
+    """Levers that make a run fit a smaller device, or take less time on it; by default all are off.
 
     Attributes:
         weights: how the denoiser's linear layers are kept, a name of :data:`BASE_WEIGHTS`: as loaded, or
@@ -220,6 +220,9 @@ class MemoryOptions(Settings):
             same. None: a step's whole batch.
         offload: the denoiser's layers wait in the host's memory, and each comes to the device to compute.
         resolution: ``WIDTHxHEIGHT`` of the pictures in pixels; None: what the base was trained on.
+        channels_last: the denoiser and the autoencoder keep a pixel's channels side by side, as convolutions
+            on most devices like it.
+        compile: the denoiser's transformer blocks are compiled when they are first used.
     """
 
     weights: Annotated[str, BeforeValidator(one_of("form of base weights", BASE_WEIGHTS))] = "full"
@@ -230,6 +233,8 @@ class MemoryOptions(Settings):
     micro_batch: Count | None = None
     offload: bool = False
     resolution: Annotated[str, BeforeValidator(_resolution)] | None = None
+    channels_last: bool = False
+    compile: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> MemoryOptions:
@@ -238,6 +243,9 @@ class MemoryOptions(Settings):
         if self.offload and not self.checkpointing:
             # Otherwise every layer's weights stay on the device until the backward pass.
             raise ValueError("offload needs checkpointing: true")
+        if self.compile and (self.offload or self.weights != "full"):
+            other = "offload" if self.offload else f"{self.weights} weights"
+            raise ValueError(f"compile does not go with {other}: choose one")
         return self
 
     def in_words(self) -> str:
@@ -352,6 +360,8 @@ class Recipe(Settings):
             raise ValueError(
                 "also, and replace_with or subject, do not go together: write a recipe for each concept"
             )
+        if self.method == "forget-me-not" and self.memory.compile:
+            raise ValueError(f"{quoted} looks into layers, and compiled ones are closed: no memory.compile")
         names = [self.concept, *self.also]
         for k, one in enumerate(names):
             if any(same_concept(one, other) for other in names[:k]):
