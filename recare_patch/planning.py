@@ -26,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from recare_patch import adapters
 from recare_patch.base_models import PRECISIONS, PromptEmbeds, family_of, find_layout
 from recare_patch.errors import RecipeError
+from recare_patch.inversion import HELD_OUT, most_evaluations
 from recare_patch.methods import load_method
 from recare_patch.recipe import MemoryOptions, Recipe
-from recare_patch.states import SharedRolloutStates
 from recare_patch.samplers import scheduled
+from recare_patch.states import SharedRolloutStates
 
 if TYPE_CHECKING:
     from recare_patch.base_models.latent_diffusion import LatentDiffusion
@@ -51,6 +52,8 @@ _WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.5625}
 
 def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, int]:
     """Denoiser evaluations of every stage, as ``training.json`` will count them.
+
+    Inversions that may end early are counted with all their steps.
 
     Args:
         recipe: of the run.
@@ -75,7 +78,9 @@ def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, i
         for k in range(1, search.rounds + 1) if needs.search and not _separates(recipe, number) else ():
             # The frozen model's prediction and the trained one's, which counts as three.
             found[f"search {k} erase{end}"] = search.erase_steps * erase.batch_size * (1 + 3)
-            found[f"search {k} inversion{end}"] = search.inversion_steps * search.batch_size * 3
+            found[f"search {k} inversion{end}"] = most_evaluations(
+                search.inversion_steps, search.batch_size, search.patience
+            )
             found[f"search {k} check{end}"] = 3 * min(images.count, 32)
         if needs.retained_images:
             found[f"retained images{end}"] = erase.retained_images * picture
@@ -100,7 +105,7 @@ def _training(recipe: Recipe) -> dict[str, int]:
         steps = recipe.forget_me_not.inversion_steps
         for number in range(1, concepts + 1):
             stage = f"inversion {number}" if number > 1 else "inversion"
-            found[stage] = steps * recipe.search.batch_size * 3
+            found[stage] = most_evaluations(steps, recipe.search.batch_size, recipe.search.patience)
     if recipe.method != "uce":
         found["erase"] = sum(
             erase.steps * (predicted + 3 * trained) + hunted
@@ -378,7 +383,7 @@ class PlannedStage:
 
     Attributes:
         name: as in ``training.json``.
-        evaluations: denoiser evaluations, exactly.
+        evaluations: denoiser evaluations, exactly; of an inversion that may end early, at most.
         seconds: expected.
         peak: bytes on the device at the worst moment, expected.
     """
@@ -500,7 +505,7 @@ def _rows(recipe: Recipe, stage: str) -> tuple[int, int]:
     """Samples of one recorded prediction, and of one that is not."""
     erase, search = recipe.erase, recipe.search
     if "inversion" in stage:
-        return search.batch_size, 0
+        return search.batch_size, 0 if search.patience is None else HELD_OUT
     if "check" in stage:
         return 0, min(recipe.target_images.count, 32)
     if stage.startswith("search"):

@@ -123,6 +123,10 @@ class SearchOptions(Settings):
         learning_rate: of the inversion.
         init_word: the word that an inversion starts from; None: the kind's own.
         vectors: word vectors of an adversarial name.
+        patience: an inversion ends when its loss on held-out pictures has had no new best for so many looks,
+            one in ten steps, and keeps the best; None: it takes all its steps, on all pictures.
+        noise_up_to: the share of the process, from its clean end, that an inversion's states come from.
+        warm_start: each round starts from the name that the round before found.
     """
 
     rounds: Annotated[int, Field(ge=0, le=100)] = 2
@@ -132,6 +136,9 @@ class SearchOptions(Settings):
     learning_rate: Rate = 2.0e-2
     init_word: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     vectors: Annotated[int, Field(ge=1, le=16)] = 1
+    patience: Annotated[int, Field(ge=1, le=1000)] | None = None
+    noise_up_to: Rate = 1.0
+    warm_start: bool = False
 
 
 class AdversaryOptions(Settings):
@@ -362,6 +369,8 @@ class Recipe(Settings):
             )
         if self.method == "forget-me-not" and self.memory.compile:
             raise ValueError(f"{quoted} looks into layers, and compiled ones are closed: no memory.compile")
+        if self.search.patience is not None and self.target_images.count < 2:
+            raise ValueError("search.patience holds pictures out: target_images.count must be at least 2")
         names = [self.concept, *self.also]
         for k, one in enumerate(names):
             if any(same_concept(one, other) for other in names[:k]):
@@ -427,6 +436,10 @@ class Recipe(Settings):
             key for key in ("also", "replace_with", "subject", "continue_from") if not getattr(self, key)
         }
         deciding = self.model_dump(mode="json", exclude=asides)
+        for section, name in _LATER:
+            options = getattr(self, section)
+            if getattr(options, name) == type(options).model_fields[name].default:
+                del deciding[section][name]
         if self.adversary.count:
             deciding["adversary"] = self.adversary.model_dump(mode="json")
         # Most levers change where and when something is computed, not what.
@@ -499,6 +512,14 @@ def _is_set(overrides: Mapping[str, Any], section: str, name: str) -> bool:
 _METHOD_SECTIONS = ("adapter", "search", "erase")
 _OF_CONCEPT = ("search.init_word",)
 """Keys of those sections that speak of the concept, not of the method."""
+
+_LATER = (
+    ("target_images", "scheduler"),
+    ("search", "patience"),
+    ("search", "noise_up_to"),
+    ("search", "warm_start"),
+)
+"""Keys that older recipes lack, and whose defaults are what was done before they were there."""
 
 _ABILITIES = {"replace_with": "replaces", "subject": "separates", "continue_from": "continues"}
 _WHAT = {

@@ -80,8 +80,9 @@ def plan(
     source = (
         "as given" if tflops is not None else f"{planning.UTILIZATION:.0%} of a matrix product on {place}"
     )
+    sure = "exact" if made.search.patience is None else "the most that there can be"
     click.echo(
-        f"Evaluations are exact; memory and time are estimates, at {speed / 1e12:.3g} TFLOP/s ({source}). "
+        f"Evaluations are {sure}; memory and time are estimates, at {speed / 1e12:.3g} TFLOP/s ({source}). "
         "training.json will say what it was."
     )
 
