@@ -2,6 +2,7 @@
 
     python -m benchmarks.cost run --base sd-1.5 --vram 6 --device cuda       # one row, the whole procedure
     python -m benchmarks.cost run --base sdxl --cut --size 256x256           # steps cut, smaller pictures
+    python -m benchmarks.cost run --base sd-1.5 --cut --paper                # and the published procedure
     python -m benchmarks.cost adam                                           # bytes of optimizer states
     python -m benchmarks.cost all --device cuda                              # every base and card
     python -m benchmarks.cost table                                          # all results as Markdown
@@ -9,7 +10,10 @@
 ``atelier`` is the bundled base; ``sd-1.5``, ``sd-2.1`` and ``sdxl`` have the published sizes and random
 weights (:mod:`benchmarks.bases`), so that their pictures are noise and their costs are real. ``--cut``
 does one or two of everything; what the whole recipe takes is then counted, and its seconds follow from
-those measured for an evaluation. Each call leaves one JSON file in ``benchmarks/results/cost``.
+those measured for an evaluation. ``--paper`` runs the published procedure in the same process, always cut:
+its count follows from its settings (:mod:`benchmarks.paper_procedure`), and its seconds are that count at
+its cheapest stage's rate. It trains most of the denoiser, which takes six times its weights. Each call
+leaves one JSON file in ``benchmarks/results/cost``.
 """
 
 from __future__ import annotations
@@ -22,10 +26,12 @@ from typing import Any
 
 import torch
 
+from benchmarks import paper_procedure
 from benchmarks.bases import BASES, make_base, write_configurations
 from benchmarks.paper_procedure import PaperSettings, expected_evaluations
+from recare_patch.base_models import BaseModel
 from recare_patch.files import write_json
-from recare_patch.recipe import MemoryOptions, Recipe, load_recipe
+from recare_patch.recipe import CareSetOptions, MemoryOptions, Recipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "cost"
 VRAM = (6, 8, 12, 24)
@@ -58,6 +64,12 @@ CUT: dict[str, Any] = {
 }
 
 
+# As often as it takes to have each stage's seconds.
+PAPER_CUT = PaperSettings(
+    target_images=10, steps=2, rounds=1, erase_steps=2, inversion_steps=2, final_steps=2
+)
+
+
 def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
     """The recipe to run, with what the command line changes."""
     from benchmarks.erasure import assignments
@@ -83,7 +95,6 @@ def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> Path:
     """Measure one row."""
-    from recare_patch.base_models import load_base
     from recare_patch.clip import Clip
     from recare_patch.environment import device_name, versions
     from recare_patch.erasing import erase
@@ -98,17 +109,12 @@ def run(arguments: argparse.Namespace) -> Path:
         device = torch.device(arguments.device)
         speed = measured_speed(device, recipe.precision)
         expected = plan(recipe, speed=speed)
-        if arguments.base == "atelier":
-            base = load_base(precision=recipe.precision, device=device, memory=recipe.memory)
-        else:
-            base = make_base(
-                arguments.base, folder, precision=recipe.precision, device=str(device), memory=recipe.memory
-            )
+        base = _base(arguments.base, folder, recipe, device)
         out = Path(place) / "patch"
         result = erase(recipe, out, base=base, clip=Clip.load("atelier"), preview=False, device=str(device))
         loads = _loads_in_diffusers(base, out)
         size = (out / "pytorch_lora_weights.safetensors").stat().st_size
-        note = {
+        note: dict[str, Any] = {
             "base": arguments.base,
             "card_gb": arguments.vram,
             "device": device_name(device),
@@ -131,6 +137,10 @@ def run(arguments: argparse.Namespace) -> Path:
             "paper_evaluations": expected_evaluations(PaperSettings()),
             "versions": versions(("torch", "diffusers", "peft", "transformers", "bitsandbytes")),
         }
+        if arguments.paper:
+            # What ours holds would be counted with it.
+            del base
+            note["paper"] = _paper(arguments.base, folder, recipe, device)
     card = f"{arguments.vram:g}gb" if arguments.vram else "plain"
     kind = "cpu" if device.type == "cpu" else "gpu"
     parts = [arguments.base, card, kind, f"rank{recipe.adapter.rank}", *(["cut"] if arguments.cut else [])]
@@ -138,6 +148,36 @@ def run(arguments: argparse.Namespace) -> Path:
     write_json(file, note)
     print(f"{file.name}: {note['cost']['seconds']} s, {size} bytes", flush=True)
     return file
+
+
+def _base(name: str, folder: Path, recipe: Recipe, device: torch.device) -> BaseModel:
+    from recare_patch.base_models import load_base
+
+    if name == "atelier":
+        return load_base(precision=recipe.precision, device=device, memory=recipe.memory)
+    return make_base(name, folder, precision=recipe.precision, device=str(device), memory=recipe.memory)
+
+
+def _paper(name: str, folder: Path, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """The published procedure, cut, on a new base without levers, and what the whole of it would take."""
+    from recare_patch.clip import Clip
+    from recare_patch.environment import forget_peak_memory, peak_memory
+
+    plain = recipe.with_overrides({"memory": MemoryOptions(resolution=recipe.memory.resolution)})
+    base = _base(name, folder, plain, device)
+    forget_peak_memory(device)
+    # Pictures of a random base have no clusters worth the name.
+    mining = CareSetOptions(clustering=False, refinement=False)
+    done = paper_procedure.run(base, recipe.concept, Clip.load("atelier"), PAPER_CUT, mining=mining)
+    whole = expected_evaluations(PaperSettings())
+    return {
+        "seconds": done.seconds,
+        "evaluations": done.evaluations,
+        "peak_memory_bytes": peak_memory(device),
+        # A short rollout bears more of what surrounds it: the cheapest stage's evaluations stand for all.
+        "whole_seconds": whole["all"]
+        * min(done.seconds[stage] / count for stage, count in done.evaluations.items() if count),
+    }
 
 
 @torch.no_grad()
@@ -208,7 +248,7 @@ def every(arguments: argparse.Namespace) -> None:
     """Each base without levers and for each card, one after the other; what is there is left."""
     for name in RECIPES:
         for vram in (None, *VRAM):
-            arguments.base, arguments.vram = name, vram
+            arguments.base, arguments.vram, arguments.paper = name, vram, vram is None
             try:
                 run(arguments)
             except (RuntimeError, ValueError) as fault:
@@ -220,31 +260,50 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
+def _rows_of(row: dict[str, Any]) -> list[str]:
+    """A result as rows of the table: ours, and the published procedure under it."""
+    cost, scale = row["cost"], 4 if row["base"] == "atelier" else 8
+    done = cost["denoiser_evaluations"]
+    each = sum(one["seconds"] for one in cost["stages"].values() if one["evaluations"]) / max(1, done)
+    counted, published = sum(row["whole_evaluations"].values()), row["paper_evaluations"]["all"]
+    seconds = counted * each if row["cut"] else cost["seconds"]
+    height, width = (scale * side for side in row["latent_shape"][1:])
+    place = f"{row['device']} | {width}x{height}"
+    levers = MemoryOptions(**{k: v for k, v in row["memory"].items() if k != "resolution"}).in_words()
+    rows = [
+        f"{row['base']} | {row['card_gb'] or '–'} | ours, {row['precision']}, {levers} | {place} "
+        f"| {done:,}{' (cut)' if row['cut'] else ''} | {cost['seconds']:,.0f} "
+        f"| {_gib(row['peak_memory_bytes'])} ({_gib(row['planned']['peak_memory_bytes'])}) "
+        f"| {row['patch_bytes'] / 1e6:.2f} MB, rank {row['rank']} | {counted:,} | {seconds:,.0f}"
+    ]
+    if "paper" in row:
+        own = row["paper"]
+        rows.append(
+            f"{row['base']} | – | the paper's, {row['precision']} | {place} "
+            f"| {sum(own['evaluations'].values()):,} (cut) | {sum(own['seconds'].values()):,.0f} "
+            f"| {_gib(own['peak_memory_bytes'])} | – | {published:,.0f} | {own['whole_seconds']:,.0f}"
+        )
+    elif row["card_gb"] is None:
+        # Not run beside this one: what it counts, at the seconds of our evaluations.
+        rows.append(
+            f"{row['base']} | – | the paper's, counted | {place} | – | – | – | – | {published:,.0f} "
+            f"| {published * each:,.0f}"
+        )
+    return [f"| {one} |" for one in rows]
+
+
 def table(arguments: argparse.Namespace) -> str:
     """All results as Markdown."""
     lines = [
-        "| base | card | levers | device | pictures | evaluations | seconds | s / evaluation | peak GiB "
-        "(planned) | patch | whole recipe | the paper's |",
-        "|---" * 12 + "|",
+        "| base | card | procedure | device | pictures | evaluations | seconds | peak GiB (planned) | patch "
+        "| whole: evaluations | whole: seconds |",
+        "|---" * 11 + "|",
     ]
     for file in sorted(RESULTS.glob("*.json")):
         row = json.loads(file.read_text(encoding="utf-8"))
         if "cost" not in row:
             continue
-        done = row["cost"]["denoiser_evaluations"]
-        each = sum(
-            stage["seconds"] for stage in row["cost"]["stages"].values() if stage["evaluations"]
-        ) / max(1, done)
-        whole, paper = sum(row["whole_evaluations"].values()), row["paper_evaluations"]["all"]
-        side = [8 * one if row["base"] != "atelier" else 4 * one for one in row["latent_shape"][1:]]
-        levers = MemoryOptions(**{k: v for k, v in row["memory"].items() if k != "resolution"}).in_words()
-        planned = f" ({_gib(row['planned']['peak_memory_bytes'])})"
-        lines.append(
-            f"| {row['base']} | {row['card_gb'] or '–'} | {levers} | {row['device']} | {side[1]}x{side[0]} "
-            f"| {done:,}{' (cut)' if row['cut'] else ''} | {row['cost']['seconds']:.0f} | {each:.3f} "
-            f"| {_gib(row['peak_memory_bytes'])}{planned} | {row['patch_bytes'] / 1e6:.2f} MB, rank "
-            f"{row['rank']} | {whole:,}: {whole * each:,.0f} s | {paper:,}: {paper * each:,.0f} s |"
-        )
+        lines += _rows_of(row)
     file = RESULTS / "adam.json"
     if file.is_file():
         lines += [
@@ -270,6 +329,7 @@ def main() -> None:
     parser.add_argument("--base", choices=list(RECIPES), default="atelier")
     parser.add_argument("--vram", type=float, choices=VRAM, help="choose levers for a card of this size")
     parser.add_argument("--cut", action="store_true", help="one or two of everything")
+    parser.add_argument("--paper", action="store_true", help="the published procedure beside it, cut")
     parser.add_argument("--size", metavar="WxH", help="smaller pictures than the base's own")
     parser.add_argument("--rank", type=int, help="of the LoRA; the recipe's by default")
     parser.add_argument("--precision", help="of the base; the recipe's by default")

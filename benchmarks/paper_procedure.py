@@ -105,7 +105,7 @@ class _Procedure:
         scheduler = type(self.base.pipeline.scheduler).from_config(self.base.pipeline.scheduler.config)
         scheduler.set_timesteps(self.settings.steps)
         stop = int(torch.randint(0, self.settings.steps, (1,), generator=self.generator))
-        latents = torch.randn((1, *self.base.latent_shape), generator=self.generator)
+        latents = torch.randn((1, *self.base.latent_shape), generator=self.generator).to(self.base.device)
         with torch.no_grad():
             for timestep in scheduler.timesteps[: stop + 1]:
                 pred = self._both_halves(latents, timestep, embeds, self.settings.guidance)
@@ -152,7 +152,7 @@ class _Procedure:
             pick = int(torch.randint(0, len(images), (1,), generator=self.generator))
             latents = base.encode_images([images[pick]])
             timestep = sample_timesteps(1, 0, base.num_train_timesteps, self.generator)
-            noise = torch.randn(latents.shape, generator=self.generator)
+            noise = torch.randn(latents.shape, generator=self.generator).to(latents)
             states = base.add_noise(latents, noise, timestep)
             target = base.training_target(latents, noise, timestep)
             loss = F.mse_loss(
@@ -193,6 +193,7 @@ def run(
     clip: Clip,
     settings: PaperSettings | None = None,
     log: Callable[[str], None] = print,
+    mining: CareSetOptions | None = None,
 ) -> PaperRun:
     """Run the procedure on a base, in place.
 
@@ -202,6 +203,7 @@ def run(
         clip: for the CARE-set.
         settings: the released ones by default.
         log: told what is done.
+        mining: how companions are found; as published by default.
 
     Returns:
         Seconds and denoiser evaluations by stage (a training sample counts as 3).
@@ -226,9 +228,8 @@ def run(
             [concept.target_prompt] * count, seeds, steps=settings.steps, guidance_scale=7.5, batch_size=10
         ),
     )
-    care_set = timed(
-        "CARE-set", lambda: build_care_set(concept, images, clip, CareSetOptions(), seed=settings.seed)
-    )
+    options = mining or CareSetOptions()
+    care_set = timed("CARE-set", lambda: build_care_set(concept, images, clip, options, seed=settings.seed))
     result.care_set = care_set
     template = concept.target_prompt_for(PLACEHOLDER)
     names: list[Callable[[], PromptEmbeds]] = [lambda: base.encode_prompts([concept.target_prompt])]

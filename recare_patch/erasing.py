@@ -244,6 +244,8 @@ class _Stages:
                 learning_rate=options.learning_rate,
                 seed=run.recipe.seed,
                 stage=stage,
+                patience=options.patience,
+                noise_up_to=options.noise_up_to,
                 checkpoint=run.checkpoint(stage),
                 extra=run.ledger.so_far,
                 restore_extra=run.ledger.restore,
@@ -279,6 +281,7 @@ def _search(run: Run, target: Target) -> list[PromptEmbeds]:
     template = target.concept.target_prompt_for(PLACEHOLDER)
     stages = _Stages(run, _attach(run, recipe.seed + 1))
     current = concept
+    start = base.word_vector(options.init_word or target.concept.class_word).repeat(options.vectors, 1)
     try:
         source = TargetImageStates(base, latents, current, empty)
         for number in range(1, options.rounds + 1):
@@ -292,9 +295,6 @@ def _search(run: Run, target: Target) -> list[PromptEmbeds]:
                 return F.mse_loss(base.denoise(states, timesteps, name.repeat(rows)).float(), wanted)
 
             stages.fit(target.stage(f"search {number} erase"), loss_at, options.erase_steps)
-            start = base.word_vector(options.init_word or target.concept.class_word).repeat(
-                options.vectors, 1
-            )
             stage = target.stage(f"search {number} inversion")
             vectors = stages.invert(stage, latents, template, start, options.inversion_steps)
             name = base.encode_with_vectors([template], vectors).detach()
@@ -307,6 +307,7 @@ def _search(run: Run, target: Target) -> list[PromptEmbeds]:
                 # and the next round goes on with the name before.
                 current = name
                 found.append(name)
+                start = vectors if options.warm_start else start
     finally:
         _detach(run)
     return found

@@ -14,13 +14,26 @@ from torch.nn import functional as F
 
 from recare_patch import adapters
 from recare_patch.base_models import PLACEHOLDER
-from recare_patch.states import noised
-from recare_patch.training import Checkpoint, Fitted, fit
+from recare_patch.states import noised, timestep_limit
+from recare_patch.training import Checkpoint, EarlyStop, Fitted, fit, step_generator
 
 if TYPE_CHECKING:
     from recare_patch.base_models import BaseModel
     from recare_patch.concepts import Concept
     from recare_patch.progress import Progress
+
+
+HELD_OUT = 16
+"""States that a look at the held-out loss predicts."""
+
+_LOOK_EVERY = 10
+"""Steps between two looks."""
+
+
+def most_evaluations(steps: int, batch_size: int, patience: int | None) -> int:
+    """Denoiser evaluations of an inversion that takes all its steps; a training sample counts as 3."""
+    looks = 0 if patience is None else -(-steps // _LOOK_EVERY)
+    return steps * batch_size * 3 + looks * HELD_OUT
 
 
 def name_templates(concept: Concept) -> tuple[str, ...]:
@@ -44,6 +57,8 @@ def invert(
     learning_rate: float,
     seed: int,
     stage: str,
+    patience: int | None = None,
+    noise_up_to: float = 1.0,
     checkpoint: Checkpoint | None = None,
     extra: Callable[[], Mapping[str, Any]] = dict,
     restore_extra: Callable[[dict[str, Any]], None] | None = None,
@@ -59,16 +74,26 @@ def invert(
         prompts: templates that hold :data:`PLACEHOLDER`.
         start: initial vectors ``[vectors, width]``.
         steps, batch_size, learning_rate, seed, stage: of the loop.
+        patience: looks at a held-out fifth of the pictures without a new best that end the loop; the best
+            vectors are returned then. None: all steps, on all pictures.
+        noise_up_to: the share of the process, from its clean end, that states are drawn from.
         checkpoint, extra, restore_extra, progress: see :func:`recare_patch.training.fit`.
 
     Returns:
         The vectors ``[vectors, width]``, fp32, and the fitted loop.
     """
     vectors = nn.Parameter(start.detach().clone().float())
+    stop = None
+    if patience is not None:
+        kept = max(1, len(latents) // 5)
+        latents, held = latents[:-kept], latents[-kept:]
+        generator = step_generator(seed, f"{stage} held out", 0)
+        look = _held_out(base, held, prompts, vectors, noise_up_to, generator)
+        stop = EarlyStop([vectors], look, patience=patience, every=_LOOK_EVERY)
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(0, len(latents), (batch_size,), generator=generator)
-        states, timesteps, noise = noised(base, latents[index], generator)
+        states, timesteps, noise = noised(base, latents[index], generator, noise_up_to)
         target = base.training_target(latents[index], noise, timesteps)
         which = int(torch.randint(0, len(prompts), (1,), generator=generator))
         embeds = base.encode_with_vectors([prompts[which]], vectors).repeat(batch_size)
@@ -89,5 +114,29 @@ def invert(
             restore_extra=restore_extra,
             progress=progress,
             crew=base.crew,
+            stop=stop,
         )
     return vectors.detach(), fitted
+
+
+def _held_out(
+    base: BaseModel,
+    latents: Tensor,
+    prompts: Sequence[str],
+    vectors: Tensor,
+    up_to: float,
+    generator: torch.Generator,
+) -> Callable[[], float]:
+    """The loss of the vectors as they stand, always on the same states, spread evenly over the timesteps."""
+    rows = torch.arange(HELD_OUT)
+    clean = latents[rows % len(latents)]
+    timesteps = ((rows + 0.5) / HELD_OUT * timestep_limit(base, up_to)).long().to(base.device)
+    noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
+    states = base.add_noise(clean, noise, timesteps)
+    target = base.training_target(clean, noise, timesteps).float()
+
+    def loss() -> float:
+        embeds = base.encode_with_vectors(prompts, vectors)[rows % len(prompts)]
+        return F.mse_loss(base.denoise(states, timesteps, embeds).float(), target).item()
+
+    return loss

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from recare_patch import adapters
 from recare_patch.base_models import PRECISIONS, PromptEmbeds, family_of, find_layout
 from recare_patch.errors import RecipeError
+from recare_patch.inversion import HELD_OUT, most_evaluations
 from recare_patch.methods import load_method
-from recare_patch.recipe import MemoryOptions, Recipe, TargetImageOptions
-from recare_patch.samplers import SCHEDULERS
+from recare_patch.recipe import MemoryOptions, Recipe
+from recare_patch.samplers import scheduled
 from recare_patch.states import SharedRolloutStates
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ _WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.5625}
 
 def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, int]:
     """Denoiser evaluations of every stage, as ``training.json`` will count them.
+
+    Inversions that may end early are counted with all their steps.
 
     Args:
         recipe: of the run.
@@ -74,7 +78,9 @@ def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, i
         for k in range(1, search.rounds + 1) if needs.search and not _separates(recipe, number) else ():
             # The frozen model's prediction and the trained one's, which counts as three.
             found[f"search {k} erase{end}"] = search.erase_steps * erase.batch_size * (1 + 3)
-            found[f"search {k} inversion{end}"] = search.inversion_steps * search.batch_size * 3
+            found[f"search {k} inversion{end}"] = most_evaluations(
+                search.inversion_steps, search.batch_size, search.patience
+            )
             found[f"search {k} check{end}"] = 3 * min(images.count, 32)
         if needs.retained_images:
             found[f"retained images{end}"] = erase.retained_images * picture
@@ -99,7 +105,7 @@ def _training(recipe: Recipe) -> dict[str, int]:
         steps = recipe.forget_me_not.inversion_steps
         for number in range(1, concepts + 1):
             stage = f"inversion {number}" if number > 1 else "inversion"
-            found[stage] = steps * recipe.search.batch_size * 3
+            found[stage] = most_evaluations(steps, recipe.search.batch_size, recipe.search.patience)
     if recipe.method != "uce":
         found["erase"] = sum(
             erase.steps * (predicted + 3 * trained) + hunted
@@ -377,7 +383,7 @@ class PlannedStage:
 
     Attributes:
         name: as in ``training.json``.
-        evaluations: denoiser evaluations, exactly.
+        evaluations: denoiser evaluations, exactly; of an inversion that may end early, at most.
         seconds: expected.
         peak: bytes on the device at the worst moment, expected.
     """
@@ -430,7 +436,7 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     """
     layout, _ = find_layout(recipe.base, weights=False)
     found = footprint or measure(layout, recipe)
-    counts = evaluations(recipe, _sampler_steps(layout, recipe.target_images))
+    counts = evaluations(recipe, _sampler_steps(layout, recipe))
     stages = tuple(
         PlannedStage(
             stage, count, _seconds(found, recipe, stage, count, speed), _stage_peak(found, recipe, stage)
@@ -440,14 +446,15 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     return Plan(stages, found, speed, 2 * found.adapter)
 
 
-def _sampler_steps(layout: Layout, options: TargetImageOptions) -> int:
+def _sampler_steps(layout: Layout, recipe: Recipe) -> int:
+    """How often a picture's sampler calls the denoiser."""
     import diffusers
 
-    named = options.scheduler
-    kind = SCHEDULERS.get(named) if named else getattr(diffusers, layout.index["scheduler"][1])
-    scheduler = kind.from_config(layout.require("scheduler", weights=False))
-    scheduler.set_timesteps(options.steps)
-    return len(scheduler.timesteps)
+    kind, images = getattr(diffusers, layout.index["scheduler"][1]), recipe.target_images
+    holder = types.SimpleNamespace(scheduler=kind.from_config(layout.require("scheduler", weights=False)))
+    with scheduled(holder, images.scheduler):
+        holder.scheduler.set_timesteps(images.steps)
+        return len(holder.scheduler.timesteps)
 
 
 def _draws(stage: str) -> bool:
@@ -498,7 +505,7 @@ def _rows(recipe: Recipe, stage: str) -> tuple[int, int]:
     """Samples of one recorded prediction, and of one that is not."""
     erase, search = recipe.erase, recipe.search
     if "inversion" in stage:
-        return search.batch_size, 0
+        return search.batch_size, 0 if search.patience is None else HELD_OUT
     if "check" in stage:
         return 0, min(recipe.target_images.count, 32)
     if stage.startswith("search"):
@@ -527,7 +534,7 @@ def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
     """The recipe with the fastest set of levers that is expected to fit a card.
 
     Args:
-        recipe: of the run; levers that it sets already stay.
+        recipe: of the run; levers that it sets already stay, its micro batch as the largest.
         gigabytes: GiB of the card's memory, of which :data:`USED` is filled.
 
     Returns:
@@ -545,7 +552,11 @@ def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
     for levers in _SETS:
         for tiling in (False, True):
             chosen = {"encoders_off_device": True, "vae_off_device": True, "vae_tiling": tiling, **levers}
-            tried = half.with_overrides({"memory": {**chosen, **own}})
+            kept = {**chosen, **own}
+            if "micro_batch" in own:
+                # What a recipe sets for one card is the most that another one takes at once.
+                kept["micro_batch"] = min(own["micro_batch"], levers.get("micro_batch", own["micro_batch"]))
+            tried = half.with_overrides({"memory": kept})
             peak = plan(tried, speed=1.0, footprint=found).peak
             smallest = min(smallest, peak)
             if peak <= USED * gigabytes * _GIB:

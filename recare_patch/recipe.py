@@ -124,6 +124,10 @@ class SearchOptions(Settings):
         learning_rate: of the inversion.
         init_word: the word that an inversion starts from; None: the kind's own.
         vectors: word vectors of an adversarial name.
+        patience: an inversion ends when its loss on held-out pictures has had no new best for so many looks,
+            one in ten steps, and keeps the best; None: it takes all its steps, on all pictures.
+        noise_up_to: the share of the process, from its clean end, that an inversion's states come from.
+        warm_start: each round starts from the name that the round before found.
     """
 
     rounds: Annotated[int, Field(ge=0, le=100)] = 2
@@ -133,6 +137,9 @@ class SearchOptions(Settings):
     learning_rate: Rate = 2.0e-2
     init_word: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     vectors: Annotated[int, Field(ge=1, le=16)] = 1
+    patience: Annotated[int, Field(ge=1, le=1000)] | None = None
+    noise_up_to: Rate = 1.0
+    warm_start: bool = False
 
 
 class AdversaryOptions(Settings):
@@ -211,7 +218,7 @@ def _resolution(given: Any) -> Any:
 
 
 class MemoryOptions(Settings):
-    """Levers that make a run fit a smaller device; by default all are off.
+    """Levers that make a run fit a smaller device, or take less time on it; by default all are off.
 
     Attributes:
         weights: how the denoiser's linear layers are kept, a name of :data:`BASE_WEIGHTS`: as loaded, or
@@ -225,6 +232,9 @@ class MemoryOptions(Settings):
             same. None: a step's whole batch.
         offload: the denoiser's layers wait in the host's memory, and each comes to the device to compute.
         resolution: ``WIDTHxHEIGHT`` of the pictures in pixels; None: what the base was trained on.
+        channels_last: the denoiser and the autoencoder keep a pixel's channels side by side, as convolutions
+            on most devices like it.
+        compile: the denoiser's transformer blocks are compiled when they are first used.
     """
 
     weights: Annotated[str, BeforeValidator(one_of("form of base weights", BASE_WEIGHTS))] = "full"
@@ -235,6 +245,8 @@ class MemoryOptions(Settings):
     micro_batch: Count | None = None
     offload: bool = False
     resolution: Annotated[str, BeforeValidator(_resolution)] | None = None
+    channels_last: bool = False
+    compile: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> MemoryOptions:
@@ -243,6 +255,9 @@ class MemoryOptions(Settings):
         if self.offload and not self.checkpointing:
             # Otherwise every layer's weights stay on the device until the backward pass.
             raise ValueError("offload needs checkpointing: true")
+        if self.compile and (self.offload or self.weights != "full"):
+            other = "offload" if self.offload else f"{self.weights} weights"
+            raise ValueError(f"compile does not go with {other}: choose one")
         return self
 
     def in_words(self) -> str:
@@ -357,6 +372,10 @@ class Recipe(Settings):
             raise ValueError(
                 "also, and replace_with or subject, do not go together: write a recipe for each concept"
             )
+        if self.method == "forget-me-not" and self.memory.compile:
+            raise ValueError(f"{quoted} looks into layers, and compiled ones are closed: no memory.compile")
+        if self.search.patience is not None and self.target_images.count < 2:
+            raise ValueError("search.patience holds pictures out: target_images.count must be at least 2")
         names = [self.concept, *self.also]
         for k, one in enumerate(names):
             if any(same_concept(one, other) for other in names[:k]):
@@ -422,8 +441,10 @@ class Recipe(Settings):
             key for key in ("also", "replace_with", "subject", "continue_from") if not getattr(self, key)
         }
         deciding = self.model_dump(mode="json", exclude=asides)
-        if self.target_images.scheduler is None:
-            del deciding["target_images"]["scheduler"]
+        for section, name in _LATER:
+            options = getattr(self, section)
+            if getattr(options, name) == type(options).model_fields[name].default:
+                del deciding[section][name]
         if self.adversary.count:
             plain = {"space"} if self.adversary.space == "words" else None
             deciding["adversary"] = self.adversary.model_dump(mode="json", exclude=plain)
@@ -497,6 +518,14 @@ def _is_set(overrides: Mapping[str, Any], section: str, name: str) -> bool:
 _METHOD_SECTIONS = ("adapter", "search", "erase")
 _OF_CONCEPT = ("search.init_word",)
 """Keys of those sections that speak of the concept, not of the method."""
+
+_LATER = (
+    ("target_images", "scheduler"),
+    ("search", "patience"),
+    ("search", "noise_up_to"),
+    ("search", "warm_start"),
+)
+"""Keys that older recipes lack, and whose defaults are what was done before they were there."""
 
 _ABILITIES = {"replace_with": "replaces", "subject": "separates", "continue_from": "continues"}
 _WHAT = {

@@ -44,13 +44,26 @@ class StateSource(Protocol):
         """
 
 
-def noised(base: BaseModel, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def timestep_limit(base: BaseModel, up_to: float) -> int:
+    """The first timestep beyond a share of the process, counted from its clean end."""
+    return max(1, round(up_to * base.num_train_timesteps))
+
+
+def noised(
+    base: BaseModel, latents: Tensor, generator: torch.Generator, up_to: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Noise clean latents ``[batch, c, h, w]`` to uniformly drawn timesteps ``[batch]``.
+
+    Args:
+        base: whose process it is.
+        latents: clean.
+        generator: for every draw.
+        up_to: the share of the process, from its clean end, that timesteps are drawn from.
 
     Returns:
         ``(z_t, timesteps, noise)``.
     """
-    timesteps = sample_timesteps(len(latents), 0, base.num_train_timesteps, generator).to(base.device)
+    timesteps = sample_timesteps(len(latents), 0, timestep_limit(base, up_to), generator).to(base.device)
     noise = torch.randn(latents.shape, generator=generator).to(base.device, latents.dtype)
     return base.add_noise(latents, noise, timesteps), timesteps, noise
 

@@ -39,8 +39,9 @@ def _adamw8bit(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Opt
 
 
 def _adamw(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW with 32-bit states."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    """AdamW with 32-bit states; on a GPU one kernel updates all tensors."""
+    fused = all(parameter.is_cuda for parameter in parameters)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
 
 
 def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
@@ -75,6 +76,72 @@ class Carried(Protocol):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state` returned."""
         ...
+
+
+_BETTER = 1e-3
+"""By what share a held-out loss must fall to be a new best: it creeps on long after it has said all."""
+
+
+class EarlyStop:
+    """Ends a loop whose loss on what it does not train on no longer falls, and keeps the best parameters.
+
+    Attributes:
+        every: steps between two looks; the loop's last step has one too.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        held_out: Callable[[], float],
+        *,
+        patience: int,
+        every: int,
+    ) -> None:
+        """Watch a loop.
+
+        Args:
+            parameters: what is trained.
+            held_out: the loss of the parameters as they stand.
+            patience: so many looks in a row without a new best end the loop.
+            every: steps between two looks.
+        """
+        self.parameters, self.held_out, self.patience, self.every = parameters, held_out, patience, every
+        self._best, self._since = math.inf, 0
+        self._kept = [parameter.detach().clone() for parameter in parameters]
+
+    @property
+    def over(self) -> bool:
+        """Whether the loop should end here."""
+        return self._since >= self.patience
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Compare the parameters as they stand with the best so far."""
+        loss = self.held_out()
+        if loss < (1 - _BETTER) * self._best:
+            self._best, self._since = loss, 0
+            self._kept = [parameter.detach().clone() for parameter in self.parameters]
+        else:
+            self._since += 1
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the parameters the values that were best."""
+        for parameter, value in zip(self.parameters, self._kept, strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """See :class:`Carried`."""
+        found = {f"kept.{k}": value.cpu() for k, value in enumerate(self._kept)}
+        return found | {
+            "best": torch.tensor(self._best, dtype=torch.float64),
+            "since": torch.tensor(self._since),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """See :class:`Carried`."""
+        self._best, self._since = float(state["best"]), int(state["since"])
+        self._kept = [state[f"kept.{k}"].to(parameter.device) for k, parameter in enumerate(self.parameters)]
 
 
 class Checkpoint:
@@ -126,6 +193,8 @@ class Checkpoint:
             raise ResumeError(
                 f"the checkpoint {self.path.name} is damaged ({error}); start again without --resume"
             ) from error
+        # torch keeps the step count of a plain AdamW on the CPU, and of a fused one with its parameter.
+        fused = bool(optimizer.param_groups[0].get("fused"))
         with torch.no_grad():
             for index, parameter in enumerate(parameters):
                 stored = tensors.get(f"parameter.{index}")
@@ -139,8 +208,8 @@ class Checkpoint:
                 for key, value in tensors.items():
                     if key.startswith(prefix):
                         name = key[len(prefix) :]
-                        # torch keeps the step count of a plain AdamW on the CPU.
-                        state[name] = value if name == "step" else value.to(parameter.device)
+                        here = name == "step" and not fused
+                        state[name] = value if here else value.to(parameter.device)
                 for key, scalar in note["scalars"].items():
                     owner, name = key.split(".", 1)
                     if int(owner) == index:
@@ -178,6 +247,7 @@ def fit(
     progress: Progress | None = None,
     crew: Crew | None = None,
     carried: Carried | None = None,
+    stop: EarlyStop | None = None,
 ) -> Fitted:
     """Minimise a loss over ``parameters``.
 
@@ -198,6 +268,7 @@ def fit(
         crew: processes that train together, each of which calls this; their gradients are averaged, and
             the first of them writes.
         carried: what else must go on where it stopped.
+        stop: may end the loop before its last step; not together with ``carried``.
 
     Raises:
         ResumeError: if the checkpoint does not fit.
@@ -206,6 +277,8 @@ def fit(
     make = OPTIMIZERS.get(optimizer)
     assert callable(make)
     optimiser: torch.optim.Optimizer = make(list(parameters), learning_rate)
+    assert stop is None or carried is None
+    carried = carried or stop
     start = 0
     losses: list[float] = []
     if checkpoint is not None and (found := checkpoint.load(parameters, optimiser, carried)):
@@ -213,6 +286,8 @@ def fit(
         if restore_extra:
             restore_extra(kept)
     for step in range(start, steps):
+        if stop is not None and stop.over:
+            break
         for group in optimiser.param_groups:
             group["lr"] = learning_rate_at(step, steps, learning_rate, schedule)
         loss = loss_at(step, step_generator(seed, stage, step))
@@ -227,11 +302,17 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimiser.step()
         losses.append(round(loss.item(), 6))
+        last = step + 1 == steps
+        if stop is not None and (last or (step + 1) % stop.every == 0):
+            stop.look()
+            last = last or stop.over
         if progress:
-            progress.update(stage, step + 1, steps, f"loss {losses[-1]:.4f}")
-        if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+            progress.update(stage, steps if last else step + 1, steps, f"loss {losses[-1]:.4f}")
+        if checkpoint is not None and (last or (step + 1) % save_every == 0):
             note = extra()
             if crew is None or crew.main:
                 state = carried.state() if carried is not None else None
                 checkpoint.save(step + 1, parameters, optimiser, losses, note, state)
+    if stop is not None:
+        stop.settle()
     return Fitted(losses, dict(extra()))

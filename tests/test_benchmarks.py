@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from benchmarks import stacking
+from benchmarks import cost, stacking
+from benchmarks.paper_procedure import PaperSettings, expected_evaluations
 from benchmarks.suites import ALL_CONCEPTS, suite
 from recare_patch.atelier.judge import LABELS
 
@@ -43,3 +49,36 @@ def test_stacks_are_judged_by_known_labels_on_prompts_apart(size: int) -> None:
         assert labels == {one.name.split(":")[0]} if one.group == "concept" else not labels & set(parts)
     choose = {draw[0].lower() for one in chosen for draw in one.draws("choose")}
     assert not choose & {draw[0].lower() for one in reported for draw in one.draws("report")}
+
+
+@pytest.mark.parametrize("run", [False, True])
+def test_the_published_procedure_stands_beside_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: bool
+) -> None:
+    stage = {"seconds": 8.0, "evaluations": 4}
+    row: dict[str, Any] = {
+        "base": "sd-1.5",
+        "card_gb": None,
+        "device": "cpu",
+        "cut": True,
+        "precision": "bf16",
+        "memory": {"micro_batch": 2, "resolution": "256x384"},
+        "latent_shape": [4, 48, 32],
+        "rank": 4,
+        "cost": {"stages": {"erase": stage}, "seconds": 9.0, "denoiser_evaluations": 4},
+        "peak_memory_bytes": 2**30,
+        "patch_bytes": 10**6,
+        "whole_evaluations": {"erase": 100},
+        "planned": {"peak_memory_bytes": 2**31},
+        "paper_evaluations": expected_evaluations(PaperSettings()),
+    }
+    if run:
+        ran = {"seconds": {"erase": 3.0}, "evaluations": {"erase": 6}}
+        row["paper"] = {**ran, "peak_memory_bytes": 2**32, "whole_seconds": 53_300.0}
+    (tmp_path / "sd-1.5.json").write_text(json.dumps(row))
+    monkeypatch.setattr(cost, "RESULTS", tmp_path)
+    head, _, ours, paper = cost.table(argparse.Namespace()).splitlines()
+    assert {line.count("|") for line in (head, ours, paper)} == {12}
+    assert "| ours, bf16, micro batch 2 | cpu | 256x384 | 4 (cut) | 9 | 1.00 (2.00) |" in ours
+    assert ours.endswith("| 100 | 200 |")
+    assert paper.endswith("| 106,600 | 53,300 |" if run else "| 106,600 | 213,200 |")

@@ -25,6 +25,7 @@ LEVERS = {
     "micro batch": {"micro_batch": 2},
     "both": {"checkpointing": True, "micro_batch": 1},
     "offload": {"offload": True, "checkpointing": True},
+    "channels last": {"channels_last": True},
 }
 QUANTIZED = {"int8": {"weights": "int8"}, "nf4": {"weights": "nf4"}}
 
@@ -80,6 +81,52 @@ def test_a_lever_changes_no_result(folder: Path, plain: BaseModel, lever: str) -
     )
     for picture, other in zip(found, pictures, strict=True):
         assert np.abs(np.asarray(picture, int) - np.asarray(other, int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        # What is compiled when is the same for every compiler, and the real one takes its time.
+        "eager",
+        pytest.param("inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_see_adapters_come_and_go(
+    folder: Path, plain: BaseModel, compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recare_patch.base_models.levers.COMPILER", compiler)
+    torch._dynamo.reset()
+    base = load_base(folder, device="cpu", memory=MemoryOptions(compile=True))
+    assert any(one._compiled_call_impl is not None for one in base.denoiser.modules())
+    assert base.denoiser_hash() == plain.denoiser_hash()
+    for found, wanted in zip(_switched(base), _switched(plain), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    loss, grads, counted = _step(base)
+    wanted_loss, wanted_grads, wanted_count = _step(plain)
+    assert loss == pytest.approx(wanted_loss, rel=1e-4) and counted == wanted_count
+    for one, other in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def _switched(base: BaseModel) -> list[torch.Tensor]:
+    """Predictions before an adapter, with it, with it off, with it on again, and after it."""
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn((2, *base.latent_shape), generator=generator)
+    at, embeds = torch.tensor([100, 800]), base.encode_prompts(["a cat", "stars"])
+    found = [base.denoise(latents, at, embeds)]
+    for parameter in adapters.attach(
+        base.denoiser, layers="cross-attention", rank=2, alpha=2.0, generator=generator
+    ):
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    found.append(base.denoise(latents, at, embeds))
+    with adapters.off(base.denoiser):
+        found.append(base.denoise(latents, at, embeds))
+    found.append(base.denoise(latents, at, embeds))
+    adapters.detach(base.denoiser)
+    found.append(base.denoise(latents, at, embeds))
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    return found
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -139,6 +186,10 @@ def test_levers_leave_old_recipes_alone(tiny_sd: Path, tiny_clip: Path) -> None:
     )
     assert Recipe.from_yaml(old).hash == recipe.hash
     assert recipe.with_overrides({"memory.checkpointing": True, "memory.micro_batch": 2}).hash == recipe.hash
+    faster = {"memory.channels_last": True, "memory.compile": True}
+    assert recipe.with_overrides(faster).hash == recipe.hash
+    with pytest.raises(RecipeError, match="compiled ones are closed"):
+        recipe.with_overrides({"method": "forget-me-not", "memory.compile": True})
     for change in ({"memory.weights": "nf4"}, {"memory.resolution": "512x384"}):
         assert recipe.with_overrides(change).hash != recipe.hash
 
@@ -160,6 +211,8 @@ def test_resolution(tiny_sdxl: Path, caplog: pytest.LogCaptureFixture) -> None:
         ({"weights": "int4"}, "nf4"),
         ({"offload": True}, "needs checkpointing"),
         ({"offload": True, "checkpointing": True, "weights": "nf4"}, "choose one"),
+        ({"compile": True, "weights": "int8"}, "compile does not go with int8 weights"),
+        ({"compile": True, "offload": True, "checkpointing": True}, "compile does not go with offload"),
         ({"micro_batch": 0}, "at least 1"),
         ({"resolution": "512"}, "write WIDTHxHEIGHT"),
         ({"checkpoint": True}, "did you mean 'checkpointing'"),

@@ -49,7 +49,7 @@ LARGE = Footprint(
             "target_images.count": 2,
         },
         {"also": [{"text": "tench", "kind": "object"}], "replace_with": None, "adversary.count": 1},
-        {"replace_with": "Monet"},
+        {"replace_with": "Monet", "target_images.scheduler": "pndm", "target_images.steps": 5},
         {"method": "esd", "subject": {"text": "Monet", "kind": "style"}},
         {"subject": {"text": "Monet", "kind": "style"}},
     ],
@@ -128,6 +128,9 @@ def test_the_fastest_levers_that_fit_are_chosen(
     # What a recipe sets itself stays.
     kept, _ = planning.choose(recipe.with_overrides({"memory.checkpointing": True}), 48)
     assert kept.memory.checkpointing
+    # A micro batch is the most: a smaller card takes fewer samples, and not the slowest lever.
+    bound, _ = planning.choose(recipe.with_overrides({"memory.micro_batch": 4}), 8)
+    assert bound.memory == planning.choose(recipe, 8)[0].memory
     with pytest.raises(RecipeError, match=r"fit into 1 GB: the smallest set .* is expected to take"):
         planning.choose(recipe, 1)
 

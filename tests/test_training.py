@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from recare_patch.errors import ResumeError, UnknownNameError
-from recare_patch.training import Checkpoint, fit, learning_rate_at, step_generator
+from recare_patch.training import Checkpoint, EarlyStop, fit, learning_rate_at, step_generator
 
 
 def _problem() -> tuple[list[nn.Parameter], torch.Tensor]:
@@ -123,3 +123,26 @@ def test_cosine_runs_from_the_peak_to_a_tenth() -> None:
     assert learning_rate_at(5, 11, 1.0, "cosine") == pytest.approx(0.55)
     assert learning_rate_at(10, 11, 1.0, "cosine") == pytest.approx(0.1)
     assert learning_rate_at(10, 11, 1.0, "constant") == 1.0
+
+
+def test_an_early_stop_keeps_the_best() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    seen: list[float] = []
+    losses = iter([3.0, 1.0, 2.0, 1.0, 0.0])
+
+    def held_out() -> float:
+        seen.append(parameter.item())
+        return next(losses)
+
+    fitted = fit(
+        [parameter],
+        lambda s, g: (parameter - 5).square().sum(),
+        stage="t",
+        steps=100,
+        learning_rate=1e-2,
+        seed=0,
+        optimizer="adamw",
+        stop=EarlyStop([parameter], held_out, patience=2, every=3),
+    )
+    assert len(fitted.losses) == 12
+    assert parameter.item() == seen[1] != seen[-1]

