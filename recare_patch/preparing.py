@@ -25,12 +25,31 @@ from recare_patch.errors import CareSetError, RecipeError
 from recare_patch.inversion import name_templates
 from recare_patch.methods import ErasingContext, Instead, Needs
 from recare_patch.methods.adversaries import Adversaries
+from recare_patch.recipe import Recipe
 from recare_patch.run import Run, Target, first_seed
 from recare_patch.settings import yaml_mapping
 from recare_patch.states import STATES, StateSource
 
 COMPOSED_BESIDE = 64
 """Words beyond the CARE-set that the concept's name is joined to, when prompts are varied."""
+
+
+def check_files(recipe: Recipe, needs: Needs, given: CareSet | None) -> None:
+    """Read the files that a recipe names, so that a faulty one is told before anything is drawn.
+
+    Args:
+        recipe: of the run.
+        needs: of its method.
+        given: a CARE-set that goes before the recipe's.
+
+    Raises:
+        CareSetError: there is no CARE-set in its file.
+        RecipeError: there are no word lists in theirs.
+    """
+    if needs.care_set and given is None and recipe.care_set.file:
+        CareSet.load(Path(recipe.care_set.file))
+    if recipe.method == "s-grace" and recipe.s_grace.words is not None:
+        read_words(recipe.s_grace.words)
 
 
 # ------------------------------------------------------------------------ pictures and companions
@@ -222,9 +241,11 @@ def read_words(file: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as fault:
-        reason = getattr(fault, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError(f"cannot read the word list {file}: {reason.lower()}") from None
+    except OSError as fault:
+        reason = (fault.strerror or str(fault)).lower()
+        raise RecipeError(f"cannot read the word list {file}: {reason}") from None
+    except ValueError:
+        raise RecipeError(f"cannot read the word list {file}: it is not UTF-8 text") from None
     lists = yaml_mapping(text, source=file, noun="word list", error=RecipeError)
     unknown = [key for key in lists if key not in ("related", "unrelated")]
     if unknown:

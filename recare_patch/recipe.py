@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from recare_patch.concepts import MAX_LENGTH, Concept, same_concept, slug_of
+from recare_patch.concepts import MAX_LENGTH, Concept, check_text, same_concept, slug_of
 from recare_patch.errors import RecipeError, nearest, unknown_name
 from recare_patch.files import read_safetensors_header
 from recare_patch.method_table import (
@@ -279,7 +279,9 @@ class Recipe(Settings):
     version: Literal[1] = 1
     concept: Concept
     also: tuple[Concept, ...] = ()
-    replace_with: Annotated[str, Field(min_length=1, max_length=MAX_LENGTH)] | None = None
+    replace_with: (
+        Annotated[str, Field(min_length=1, max_length=MAX_LENGTH), AfterValidator(check_text)] | None
+    ) = None
     subject: Concept | None = None
     continue_from: Annotated[str, Field(min_length=1)] | None = None
     base: Annotated[str, Field(min_length=1)] = "atelier"
@@ -352,6 +354,10 @@ class Recipe(Settings):
             raise ValueError(
                 "also, and replace_with or subject, do not go together: write a recipe for each concept"
             )
+        if self.replace_with is not None and same_concept(self.replace_with, self.concept):
+            raise ValueError(f"the concept '{self.concept}' cannot be replaced with itself")
+        if self.subject is not None and same_concept(self.subject, self.concept):
+            raise ValueError(f"the concept '{self.concept}' cannot be taken out of itself")
         names = [self.concept, *self.also]
         for k, one in enumerate(names):
             if any(same_concept(one, other) for other in names[:k]):
