@@ -33,6 +33,9 @@ from recare_patch.states import STATES, StateSource
 COMPOSED_BESIDE = 64
 """Words beyond the CARE-set that the concept's name is joined to, when prompts are varied."""
 
+RELATED_WORDS = 50
+"""At most so many words name a concept to S-GRACE, as published; CLIP's whole vocabulary may have more."""
+
 
 def check_files(recipe: Recipe, needs: Needs, given: CareSet | None) -> None:
     """Read the files that a recipe names, so that a faulty one is told before anything is drawn.
@@ -229,7 +232,11 @@ def _word_lists(run: Run, target: Target) -> tuple[tuple[str, ...], list[str], i
     words = target.care_set.words if target.care_set is not None else ()
     guarded = _guarded_prompts(target.concept, words)
     guarded += _paired_prompts(run, target, words) if words else []
-    names = dict.fromkeys((target.concept.text, *words_around(run, target)[2]))
+    names = words_around(run, target)[2]
+    if len(names) > RELATED_WORDS:
+        cosine = run.clip.text_features(names) @ concept_feature(target.concept, run.clip)
+        names = [names[k] for k in cosine.argsort(descending=True).tolist()[:RELATED_WORDS]]
+    names = list(dict.fromkeys((target.concept.text, *names)))
     return tuple(names), [*guarded, *_vocabulary_prompts(run, target)], len(guarded)
 
 
