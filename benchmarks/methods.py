@@ -5,12 +5,16 @@
     python -m benchmarks.methods run --concept "van gogh" --method s-grace --trial "inversion, 4 vectors"
     python -m benchmarks.methods stack --concept "van gogh" --method recare --method s-grace
     python -m benchmarks.methods table
+    python -m benchmarks.methods conceptbench
+    python -m benchmarks.methods pictures --concept "van gogh"
     python -m benchmarks.methods package
 
 ``run`` erases (or takes the patch that is in ``--work``), scores the concept's suite, attacks the patch, and
 recovers a token from it (concept inversion of one vector and 200 steps); each part that is in the result
 already is left as it is, so a stopped run goes on.
 ``stack`` does the same with the stack of several methods' patches, which it takes from ``--work``.
+``conceptbench`` puts all methods into one table, by the groups of ConceptBench: identity, object, style.
+``pictures`` draws a sheet of the base and of the methods' patches that are in ``--work``, at the same seeds.
 ``package`` writes the figures that ``recare-patch methods`` shows. Settings are chosen by ``--split choose``,
 whose results lie apart.
 """
@@ -18,6 +22,7 @@ whose results lie apart.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -26,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.erasure import assignments
-from benchmarks.scoring import SCHEDULER, STEPS, score
-from benchmarks.suites import ALL_CONCEPTS, SPLITS
+from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS, score
+from benchmarks.suites import ALL_CONCEPTS, SPLITS, suite
 from recare_patch.method_table import FIGURES_FILE, METHODS
 
 RESULTS = Path(__file__).parent / "results" / "methods"
@@ -45,6 +50,10 @@ ATTACKS: dict[str, tuple[str, dict[str, Any]]] = {
     "inversion, 4 vectors": ("concept-inversion", {"vectors": 4}),
 }
 """Column → attack, and what is changed in its small budget; without ``--trial`` the first is run."""
+
+
+GROUPS = {"identity": ("mira vale",), "object": ("tench",), "style": ("van gogh",)}
+"""The groups of ConceptBench (Zhang et al., arXiv 2303.17591) and the concepts here that stand for them."""
 
 
 def _slug(text: str) -> str:
@@ -66,11 +75,15 @@ def _write(file: Path, data: dict[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=1))
 
 
+def _folder(arguments: argparse.Namespace, row: str) -> Path:
+    return Path(arguments.work) / f"{_slug(arguments.concept)}-{_slug(row)}"
+
+
 def _erased(arguments: argparse.Namespace, method: str, row: str) -> Path:
     """The patch of a row, made unless it is there."""
     from recare_patch.erasing import erase, resolve_recipe
 
-    out = Path(arguments.work) / f"{_slug(arguments.concept)}-{row}"
+    out = _folder(arguments, row)
     if not (out / "pytorch_lora_weights.safetensors").exists():
         overrides = {"method": method, **assignments(arguments.set)}
         kind = "identity" if arguments.concept == "mira vale" else None
@@ -165,7 +178,7 @@ def _stack(arguments: argparse.Namespace) -> None:
     from recare_patch.patch import Patch
 
     row = " + ".join(arguments.method)
-    out = Path(arguments.work) / f"{_slug(arguments.concept)}-{_slug(row)}"
+    out = _folder(arguments, row)
     if not out.exists():
         parts = [Patch.load(_erased(arguments, method, method)) for method in arguments.method]
         save_stack(stack([(part, 1.0) for part in parts]), out)
@@ -177,6 +190,32 @@ def _base(arguments: argparse.Namespace) -> None:
         _file(arguments, "base"),
         {"row": "base", "concept": arguments.concept, "scores": _scores(arguments, None)},
     )
+
+
+def _pictures(arguments: argparse.Namespace) -> None:
+    """A row for each figure's first prompt, a column for the base and each method."""
+    from recare_patch import sheets
+    from recare_patch.base_models import load_base
+    from recare_patch.patch import Patch
+    from recare_patch.samplers import scheduled
+
+    base = load_base("atelier", device=arguments.device)
+    draws = [figure.draws(arguments.split)[0] for figure in suite(arguments.concept, arguments.split)]
+    texts, seeds = [prompt for prompt, _, _ in draws], [seed for _, _, seed in draws]
+    made = {}
+    for name in ("base", *METHODS):
+        folder = _folder(arguments, name)
+        if name != "base" and not folder.exists():
+            continue
+        put_in = contextlib.nullcontext() if name == "base" else Patch.load(folder).apply(base.pipeline)
+        with put_in, scheduled(base.pipeline, SCHEDULER):
+            made[name] = base.generate(
+                texts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32
+            )
+    rows = [sheets.SheetRow(text, [one[k] for one in made.values()]) for k, text in enumerate(texts)]
+    title = f"{NAMES[arguments.concept]}, erased by each method"
+    sheet = sheets.sheet(rows, list(made), title, blur=arguments.concept == "nude")
+    print(sheets.save_sheet(sheet, Path(arguments.out) / f"methods-{_slug(arguments.concept)}.png"))
 
 
 # ------------------------------------------------------------------------ reading
@@ -267,6 +306,28 @@ def table(split: str) -> str:
     return "\n".join(lines)
 
 
+def conceptbench(split: str) -> str:
+    """All methods × (identity, object, style) in one Markdown table.
+
+    A cell tells how often the group's concepts are still shown, and what is kept of companions and of other
+    styles and objects, as shares of the base's rates; means over the group's concepts.
+    """
+    found = results(split)
+    figures = (("shown", "still shown"), ("care", "companions"), ("kept", "rest"))
+    heads = [f"{group}: {told}" for group in GROUPS for _, told in figures]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method in ("base", *METHODS):
+        cells = []
+        for concepts in GROUPS.values():
+            rows = [found[one][method] for one in concepts if method in found.get(one, {})]
+            for key, _ in figures:
+                values = [row[key] for row in rows if key in row]
+                cells.append(_cell(sum(values) / len(values) if values else None, "share"))
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _package() -> None:
     """Write what ``recare-patch methods`` shows: the methods' own rows."""
     chosen = {
@@ -278,12 +339,15 @@ def _package() -> None:
     print(f"{FIGURES_FILE}: {', '.join(told) or 'nothing was measured'}")
 
 
+ACTIONS = {"run": _run, "stack": _stack, "base": _base, "pictures": _pictures}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["run", "stack", "base", "table", "package"])
+    parser.add_argument("action", choices=[*ACTIONS, "table", "conceptbench", "package"])
     parser.add_argument("--concept", choices=ALL_CONCEPTS, default="van gogh")
     parser.add_argument("--method", action="append", choices=list(METHODS), help="repeatable for stack")
     parser.add_argument("--row", help="name of the row, by default the method's")
@@ -294,14 +358,17 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", default="benchmark-runs")
+    parser.add_argument("--out", default="docs", help="folder of the sheet that pictures writes")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args(words)
     if arguments.action == "table":
         print(table(arguments.split))
+    elif arguments.action == "conceptbench":
+        print(conceptbench(arguments.split))
     elif arguments.action == "package":
         _package()
     else:
-        {"run": _run, "stack": _stack, "base": _base}[arguments.action](arguments)
+        ACTIONS[arguments.action](arguments)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,12 @@ _CLASS_WORDS: dict[str, str] = {
 }
 
 
-def _check_text(text: str) -> str:
+def check_text(text: str) -> str:
+    """A concept's name with single spaces.
+
+    Raises:
+        ValueError: it is too long, or has no letter and no digit.
+    """
     text = " ".join(text.split())
     if not text:
         raise ValueError("a concept needs at least one letter or digit, got an empty text")
@@ -62,7 +67,7 @@ class Concept(Settings):
     error: ClassVar[type[ConceptError]] = ConceptError
     noun: ClassVar[str] = "concept"
 
-    text: Annotated[str, AfterValidator(_check_text)]
+    text: Annotated[str, AfterValidator(check_text)]
     kind: Annotated[Kind, BeforeValidator(one_of("kind", KINDS))]
 
     @property

@@ -28,14 +28,14 @@ from recare_patch.clip import Clip, default_clip
 from recare_patch.components import full_name
 from recare_patch.concepts import Concept
 from recare_patch.environment import device_name, versions
-from recare_patch.errors import IncompatiblePatchError, OutputError, ResumeError
+from recare_patch.errors import IncompatiblePatchError, OutputError, PatchError, ResumeError
 from recare_patch.files import claim_folder, file_sha256, write_json, write_tensors, write_text
 from recare_patch.inversion import invert
 from recare_patch.methods import load_method
 from recare_patch.parallel import Crew, process_device
 from recare_patch.patch import Patch, PatchMetadata, check_together
 from recare_patch.planning import choose
-from recare_patch.preparing import draw_target, find_companions, neighbour_prompts, prepare
+from recare_patch.preparing import check_files, draw_target, find_companions, neighbour_prompts, prepare
 from recare_patch.progress import NullProgress, Progress
 from recare_patch.recipe import Recipe, find_recipe_for, load_recipe, preset_overrides
 from recare_patch.run import Run, Target, first_seed
@@ -410,6 +410,7 @@ def erase(
     progress = progress or NullProgress()
     chosen = formats.check_formats(file_formats)
     method = load_method(recipe.method)
+    check_files(recipe, method.needs, care_set)
     crew = Crew.found()
     base = base or load_base(
         recipe.base, precision=recipe.precision, device=process_device(device), memory=recipe.memory
@@ -667,7 +668,10 @@ def _earlier_adapter(patch: str | None) -> dict[str, Any]:
     """What a run must share with the patch that it goes on from."""
     if patch is None:
         return {}
-    found = load_recipe(patch)
+    if not Path(patch).exists():
+        raise PatchError(f"there is no patch at {patch}")
+    # A name of a recipe would go before a folder of that name; a whole path is none.
+    found = load_recipe(str(Path(patch).absolute()))
     keys = ("layers", "rank", "alpha")
     shared = {f"adapter.{key}": getattr(found.adapter, key) for key in keys}
     return {"base": found.base, "method": found.method, **shared}

@@ -25,12 +25,34 @@ from recare_patch.errors import CareSetError, RecipeError
 from recare_patch.inversion import name_templates
 from recare_patch.methods import ErasingContext, Instead, Needs
 from recare_patch.methods.adversaries import Adversaries
+from recare_patch.recipe import Recipe
 from recare_patch.run import Run, Target, first_seed
 from recare_patch.settings import yaml_mapping
 from recare_patch.states import STATES, StateSource
 
 COMPOSED_BESIDE = 64
 """Words beyond the CARE-set that the concept's name is joined to, when prompts are varied."""
+
+RELATED_WORDS = 50
+"""At most so many words name a concept to S-GRACE, as published; CLIP's whole vocabulary may have more."""
+
+
+def check_files(recipe: Recipe, needs: Needs, given: CareSet | None) -> None:
+    """Read the files that a recipe names, so that a faulty one is told before anything is drawn.
+
+    Args:
+        recipe: of the run.
+        needs: of its method.
+        given: a CARE-set that goes before the recipe's.
+
+    Raises:
+        CareSetError: there is no CARE-set in its file.
+        RecipeError: there are no word lists in theirs.
+    """
+    if needs.care_set and given is None and recipe.care_set.file:
+        CareSet.load(Path(recipe.care_set.file))
+    if recipe.method == "s-grace" and recipe.s_grace.words is not None:
+        read_words(recipe.s_grace.words)
 
 
 # ------------------------------------------------------------------------ pictures and companions
@@ -210,7 +232,11 @@ def _word_lists(run: Run, target: Target) -> tuple[tuple[str, ...], list[str], i
     words = target.care_set.words if target.care_set is not None else ()
     guarded = _guarded_prompts(target.concept, words)
     guarded += _paired_prompts(run, target, words) if words else []
-    names = dict.fromkeys((target.concept.text, *words_around(run, target)[2]))
+    names = words_around(run, target)[2]
+    if len(names) > RELATED_WORDS:
+        cosine = run.clip.text_features(names) @ concept_feature(target.concept, run.clip)
+        names = [names[k] for k in cosine.argsort(descending=True).tolist()[:RELATED_WORDS]]
+    names = list(dict.fromkeys((target.concept.text, *names)))
     return tuple(names), [*guarded, *_vocabulary_prompts(run, target)], len(guarded)
 
 
@@ -222,9 +248,11 @@ def read_words(file: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as fault:
-        reason = getattr(fault, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError(f"cannot read the word list {file}: {reason.lower()}") from None
+    except OSError as fault:
+        reason = (fault.strerror or str(fault)).lower()
+        raise RecipeError(f"cannot read the word list {file}: {reason}") from None
+    except ValueError:
+        raise RecipeError(f"cannot read the word list {file}: it is not UTF-8 text") from None
     lists = yaml_mapping(text, source=file, noun="word list", error=RecipeError)
     unknown = [key for key in lists if key not in ("related", "unrelated")]
     if unknown:

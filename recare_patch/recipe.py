@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from recare_patch.concepts import MAX_LENGTH, Concept, same_concept, slug_of
+from recare_patch.concepts import MAX_LENGTH, Concept, check_text, same_concept, slug_of
 from recare_patch.errors import RecipeError, nearest, unknown_name
 from recare_patch.files import read_safetensors_header
 from recare_patch.method_table import (
@@ -299,7 +299,9 @@ class Recipe(Settings):
     version: Literal[1] = 1
     concept: Concept
     also: tuple[Concept, ...] = ()
-    replace_with: Annotated[str, Field(min_length=1, max_length=MAX_LENGTH)] | None = None
+    replace_with: (
+        Annotated[str, Field(min_length=1, max_length=MAX_LENGTH), AfterValidator(check_text)] | None
+    ) = None
     subject: Concept | None = None
     continue_from: Annotated[str, Field(min_length=1)] | None = None
     base: Annotated[str, Field(min_length=1)] = "atelier"
@@ -376,6 +378,10 @@ class Recipe(Settings):
             raise ValueError(f"{quoted} looks into layers, and compiled ones are closed: no memory.compile")
         if self.search.patience is not None and self.target_images.count < 2:
             raise ValueError("search.patience holds pictures out: target_images.count must be at least 2")
+        if self.replace_with is not None and same_concept(self.replace_with, self.concept):
+            raise ValueError(f"the concept '{self.concept}' cannot be replaced with itself")
+        if self.subject is not None and same_concept(self.subject, self.concept):
+            raise ValueError(f"the concept '{self.concept}' cannot be taken out of itself")
         names = [self.concept, *self.also]
         for k, one in enumerate(names):
             if any(same_concept(one, other) for other in names[:k]):

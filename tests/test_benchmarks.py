@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diffusers import DDIMScheduler
+from PIL import Image
 
-from benchmarks import cost, stacking
+from benchmarks import cost, methods, stacking
 from benchmarks.paper_procedure import PaperSettings, expected_evaluations
 from benchmarks.suites import ALL_CONCEPTS, suite
 from recare_patch.atelier.judge import LABELS
@@ -82,3 +86,51 @@ def test_the_published_procedure_stands_beside_ours(
     assert "| ours, bf16, micro batch 2 | cpu | 256x384 | 4 (cut) | 9 | 1.00 (2.00) |" in ours
     assert ours.endswith("| 100 | 200 |")
     assert paper.endswith("| 106,600 | 53,300 |" if run else "| 106,600 | 213,200 |")
+
+
+def test_pictures_of_the_methods_whose_patches_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+
+    class Applied:
+        def apply(self, pipeline: object) -> contextlib.nullcontext[None]:
+            return contextlib.nullcontext()
+
+    def generate(prompts: list[str], seeds: list[int], **options: object) -> list[Image.Image]:
+        asked.append(prompts)
+        return [Image.new("RGB", (64, 64)) for _ in prompts]
+
+    pipeline = SimpleNamespace(scheduler=DDIMScheduler())
+    base = SimpleNamespace(pipeline=pipeline, generate=generate)
+    monkeypatch.setattr("recare_patch.base_models.load_base", lambda *_, **__: base)
+    monkeypatch.setattr("recare_patch.patch.Patch.load", lambda _: Applied())
+    (tmp_path / "van-gogh-uce").mkdir()
+    methods.main(["pictures", "--work", str(tmp_path), "--out", str(tmp_path)])
+    assert len(asked) == 2 and asked[0] == asked[1] and len(asked[0]) == len(suite("van gogh", "report"))
+    with Image.open(tmp_path / "methods-van-gogh.png") as sheet:
+        assert sheet.width > 2 * 64
+
+
+def test_conceptbench_is_one_table_of_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scores(shown: float, stars: float) -> list[dict[str, object]]:
+        figures = (("concept", "concept", shown), ("CARE stars", "care", stars), ("other", "styles", 0.5))
+        return [{"figure": f, "group": g, "rate": rate, "interval": [0, 1]} for f, g, rate in figures]
+
+    monkeypatch.setattr(methods, "RESULTS", tmp_path)
+    for name, row, found in (
+        ("van-gogh.base", "base", scores(0.9, 0.8)),
+        ("van-gogh.uce", "uce", scores(0.1, 0.4)),
+        ("mira-vale.base", "base", scores(1.0, 1.0)),
+        # Stacks and variants are no methods, nudity is in no group, and tench was not measured.
+        ("van-gogh.other", "recare + s-grace", scores(0.0, 0.8)),
+        ("nude.base", "base", scores(1.0, 1.0)),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"row": row, "scores": found}))
+    methods.main(["conceptbench"])
+    head, _, base, uce = capsys.readouterr().out.splitlines()
+    assert [cell.split(":")[0].strip() for cell in head.split("|")[2:-1:3]] == ["identity", "object", "style"]
+    assert base == "| base | 100% | 100% | 100% | – | – | – | 90% | 100% | 100% |"
+    assert uce == "| uce | – | – | – | – | – | – | 10% | 50% | 100% |"

@@ -140,6 +140,13 @@ def test_every_method_is_cited(method: str) -> None:
     assert source.split(",")[0] in card
 
 
+def test_a_card_tells_its_methods_weakness_and_what_its_rank_leaves_out() -> None:
+    card = publishing.card_text(_metadata(method="forget-me-not", care_set=None), {})
+    assert "Forget-Me-Not: nothing holds what is near the concept, and attacks bring it back." in card
+    card = publishing.card_text(_metadata(method="uce", care_set=None), {"rank_residual": 0.0123})
+    assert "leaves out 0.012 of the norm of the update" in card
+
+
 def test_unsafe_concepts_show_no_picture_in_the_widget() -> None:
     card = publishing.card_text(_metadata("nudity", "nsfw"), TRAINING)
     assert "widget" not in _front(card)

@@ -14,7 +14,13 @@ from recare_patch.base_models import BaseModel, load_base
 from recare_patch.careset import CareSet
 from recare_patch.components import named_tuner_layers
 from recare_patch.erasing import _continued, erase, resolve_recipe
-from recare_patch.errors import CareSetError, IncompatiblePatchError, RecarePatchError, RecipeError
+from recare_patch.errors import (
+    CareSetError,
+    IncompatiblePatchError,
+    PatchError,
+    RecarePatchError,
+    RecipeError,
+)
 from recare_patch.methods import ErasingContext, LossMethod, load_method
 from recare_patch.patch import Patch
 from recare_patch.preparing import prepare
@@ -186,6 +192,9 @@ class TestContinued:
         recipe = resolve_recipe("tench", kind="object", overrides={"continue_from": str(first)})
         assert (recipe.method, recipe.adapter.rank, recipe.adapter.layers) == ("esd", 2, "cross-attention")
         assert recipe.base == str(tiny_sd)
+        # A bundled recipe of that name is no patch.
+        with pytest.raises(PatchError, match="there is no patch at van-gogh"):
+            resolve_recipe("tench", kind="object", overrides={"continue_from": "van-gogh"})
         with pytest.raises(RecipeError, match="method 'uce' cannot go on from an earlier patch"):
             recipe.with_overrides({"method": "uce"})
 
@@ -299,6 +308,22 @@ def test_a_recipe_speaks_of_one_wish() -> None:
         make_recipe("recare", replace_with="Monet").with_overrides(STARS_FROM_VAN_GOGH)
     with pytest.raises(RecarePatchError, match="at least 1"):
         make_recipe("recare", replace_with="")
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "sentence"),
+    [
+        ("s-grace", "s_grace.words", "cannot read the word list"),
+        ("recare", "care_set.file", "nowhere"),
+    ],
+)
+def test_files_are_read_before_anything_is_drawn(
+    method: str, key: str, sentence: str, tiny_sd: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(method, tiny_sd, tiny_clip, **{key: str(tmp_path / "nowhere")})
+    with pytest.raises(RecarePatchError, match=sentence):
+        erase(recipe, tmp_path / "p", device="cpu")
+    assert not (tmp_path / "p").exists()
 
 
 def test_prepared_contexts_are_complete(base: BaseModel, tiny_clip: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from recare_patch import adapters, composing, formats, merging
@@ -136,12 +136,32 @@ class TestSameEverywhere:
         with text_patch.apply(base.pipeline):
             assert _difference(base.generate(PROMPTS, SEEDS, steps=2), before) > 20
             assert text_patch.check_base(base, strict=True)
+            ours = base.generate(PROMPTS, SEEDS, steps=3)
+        plain = _plain(sibling)
+        plain.load_lora_weights(dict(text_patch.tensors))
+        assert _difference(ours, _draw(plain)) <= 1
         with torch.no_grad():
             next(base.components["text_encoder"].parameters()).mul_(2)
         with pytest.raises(IncompatiblePatchError, match="the text encoder of base 'tiny-sibling'"):
             text_patch.check_base(base, strict=True)
         with pytest.raises(IncompatiblePatchError, match="does not fit"):
             text_patch.check_base(load_base(tiny_sd_v, device="cpu"))
+
+    def test_both_encoders_in_plain_diffusers(self, tiny_sdxl: Path, tmp_path: Path) -> None:
+        base, generator = load_base(tiny_sdxl, device="cpu"), torch.Generator().manual_seed(0)
+        for encoder in adapters.adapted(base, "text-encoder").values():
+            for p in adapters.attach(encoder, layers="text-encoder", rank=2, alpha=6.0, generator=generator):
+                p.data.add_(0.3 * torch.randn(p.shape, generator=generator))
+        made = Patch.from_adapter(base, "recare", 2, 6.0)
+        assert made.components == ("text_encoder", "text_encoder_2")
+        made.save(tmp_path)
+        ours = base.encode_prompts(PROMPTS)
+        plain = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+        plain.load_lora_weights(str(tmp_path))
+        with torch.no_grad():
+            states, _, pooled, _ = plain.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        torch.testing.assert_close(states, ours.prompt_embeds, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(pooled, ours.pooled_prompt_embeds, atol=2e-2, rtol=2e-2)
 
     def test_one_hash_for_all_ways_of_naming(self, tiny_sd: Path, tmp_path: Path) -> None:
         """Transformers 5 leaves ``text_model.`` out of names, and old files store positions."""

@@ -16,7 +16,13 @@ import torch
 
 from recare_patch.base_models.hashing import weights_hash
 from recare_patch.base_models.layout import Layout, read_layout
-from recare_patch.base_models.protocol import PLACEHOLDER, BaseModel, EvaluationCounter, PromptEmbeds
+from recare_patch.base_models.protocol import (
+    PLACEHOLDER,
+    TEXT_ROOM,
+    BaseModel,
+    EvaluationCounter,
+    PromptEmbeds,
+)
 from recare_patch.base_models.single_file import read_single_file
 from recare_patch.errors import BaseModelError, nearest, unknown_name
 from recare_patch.registry import Registry
@@ -30,6 +36,7 @@ __all__ = [
     "FAMILIES",
     "PLACEHOLDER",
     "PRECISIONS",
+    "TEXT_ROOM",
     "BaseModel",
     "EvaluationCounter",
     "PromptEmbeds",

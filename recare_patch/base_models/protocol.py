@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from recare_patch.progress import Progress
     from recare_patch.recipe import MemoryOptions
 
+TEXT_ROOM = 75
+"""Tokens between start and end of a text that CLIP's towers read."""
+
 PLACEHOLDER = "<*>"
 """Stands in a prompt where learnt token vectors go (Gal et al., arXiv 2208.01618)."""
 

@@ -10,7 +10,7 @@ import click
 
 from recare_patch.cli import common
 from recare_patch.concepts import KINDS, Concept
-from recare_patch.errors import RecipeError, ResumeError
+from recare_patch.errors import OutputError, RecipeError, ResumeError
 from recare_patch.recipe import (
     LAYER_SETS,
     METHODS,
@@ -176,7 +176,10 @@ def erase(
     overrides = {**preset_overrides(preset), **overrides}
     plan, *others = _plans(texts, together, subject, kind, recipe, base, clip, overrides)
     several = [plan, *others]
+    folders = [_folder(one, out, alone=not others) for one in several]
     _check_several(several, stacked, continue_from, care_set)
+    if continue_from is not None:
+        overrides["continue_from"] = _earlier_patch(continue_from)
     from recare_patch.formats import check_formats
 
     chosen = check_formats(file_formats.split(","))
@@ -191,11 +194,9 @@ def erase(
 
     crew = Crew.found()
     first = crew is None or crew.main
-    folders = []
-    for one in several:
-        name = f"{one.slug}-patch"
-        folder = Path(name) if out is None else out if len(several) == 1 else out / name
-        folders.append(folder)
+    if first and others:
+        _check_free([] if resume else folders, folders, stacked)
+    for one, folder in zip(several, folders, strict=True):
         if len(several) > 1 and resume and _finished(folder):
             click.echo(f"{one.title}: finished before, in {folder}", err=True)
             continue
@@ -227,10 +228,13 @@ def erase(
 def _listed(file: Path) -> list[str]:
     """The concepts of a text file."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as fault:
-        reason = getattr(fault, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError(f"cannot read the concepts in {file}: {reason.lower()}") from None
+        # Some editors mark UTF-8 text by three bytes at its start.
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as fault:
+        reason = (fault.strerror or str(fault)).lower()
+        raise RecipeError(f"cannot read the concepts in {file}: {reason}") from None
+    except ValueError:
+        raise RecipeError(f"cannot read the concepts in {file}: it is not UTF-8 text") from None
     found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found:
         raise RecipeError(f"{file} names no concept")
@@ -271,6 +275,30 @@ def _check_several(
             raise RecipeError(f"{option} is for one patch, and there would be {len(plans)}")
     if stacked is not None and len(plans) < 2:
         raise RecipeError("--stack is for several patches, and there is one")
+
+
+def _folder(plan: Recipe, out: Path | None, *, alone: bool) -> Path:
+    name = f"{plan.slug}-patch"
+    return Path(name) if out is None else out if alone else out / name
+
+
+def _earlier_patch(text: str) -> str:
+    """Where the patch of ``--continue-from`` lies; short names go as for other commands."""
+    path, scale = common.parse_patch(common.short_patch(text))
+    if scale != 1:
+        raise RecipeError(f"--continue-from goes on from a whole patch, and '{text}' has a scale")
+    return str(path)
+
+
+def _check_free(new: list[Path], patches: list[Path], stacked: Path | None) -> None:
+    """Refuse folders that could not be written to, before hours go into the first of several patches."""
+    if stacked is not None and any(stacked in (one, *one.parents) for one in patches):
+        raise OutputError(f"the stack cannot lie in {stacked}: its patches will lie there")
+    for folder in [*new, *([stacked] if stacked is not None else [])]:
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise OutputError(f"{folder} already holds files: choose another folder")
 
 
 def _finished(folder: Path) -> bool:

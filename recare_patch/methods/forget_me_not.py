@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch import adapters
-from recare_patch.base_models import PLACEHOLDER, BaseModel, PromptEmbeds
-from recare_patch.errors import BaseModelError
+from recare_patch.base_models import PLACEHOLDER, TEXT_ROOM, BaseModel, PromptEmbeds
+from recare_patch.errors import BaseModelError, ConceptError
 from recare_patch.methods.protocol import ErasingContext, Method, Stages
 
 
@@ -112,7 +112,7 @@ def name_positions(base: BaseModel, prompt: str, words: Sequence[str]) -> tuple[
         prompt: what is read.
         words: each may have several tokens.
     """
-    ids = base.token_ids(prompt)
+    ids = base.token_ids(prompt)[:TEXT_ROOM]
     found: dict[int, None] = {}
     for word in words:
         own = base.token_ids(word)
@@ -130,14 +130,26 @@ class ForgetMeNot(Method):
     """
 
     def __init__(self, context: ErasingContext) -> None:
-        """Encode the concept's prompts and find its tokens in them."""
+        """Encode the concept's prompts and find its tokens in them.
+
+        Raises:
+            ConceptError: they are not there.
+        """
         super().__init__(context)
         assert context.recipe is not None and context.concept is not None
         base, concept = context.base, context.concept
         self.attention = Attention(base.denoiser)
         prompts = concept.name_prompts
         self.embeds = context.base.encode_prompts(prompts)
-        self.positions = [name_positions(base, prompt, concept.words) for prompt in prompts]
+        # The whole name first: one of its words may be another one of the prompt's, as in "The Who".
+        self.positions = [
+            name_positions(base, prompt, [concept.text]) or name_positions(base, prompt, concept.words)
+            for prompt in prompts
+        ]
+        if not context.recipe.forget_me_not.inversion_steps and not all(self.positions):
+            raise ConceptError(
+                f"method 'forget-me-not' cannot find '{concept.text}' among the tokens of its own prompts"
+            )
         self.wanted: PromptEmbeds | None = None
         if context.recipe.replace_with is not None:
             self.wanted = base.encode_prompts(context.became[: len(prompts)])

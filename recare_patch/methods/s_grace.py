@@ -6,7 +6,8 @@ where the encoder's reading of them predicts the concept's pictures best; then t
 them as something else, and everything that must stay as before.
 
 Notation: ``enc`` is the text encoder with the adapter on, ``enc*`` without; ``f`` its state at end-of-text,
-of unit length; ``c`` the concept's prompt, ``a`` an adversarial sequence, ``r`` a retained prompt.
+of unit length; ``c`` the concept's prompt, ``a`` an adversarial sequence, ``r`` a retained prompt. Where the
+denoiser reads a pooled text as well (Stable Diffusion XL and 3), a cosine of ``f`` is the mean of both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch import adapters
-from recare_patch.base_models import PromptEmbeds
+from recare_patch.base_models import TEXT_ROOM, PromptEmbeds
 from recare_patch.components import named_tuner_layers
 from recare_patch.errors import CareSetError
 from recare_patch.methods.protocol import ErasingContext, Method, Needs, Stages
@@ -27,9 +28,6 @@ from recare_patch.timesteps import sample_timesteps
 
 NOISY = (0.75, 0.95)
 """The part of the diffusion process on which an attack is judged: where the prompt decides most."""
-
-_ROOM = 75
-"""Tokens between start and end of a text that CLIP's towers read."""
 
 WORDS = (3, 20)
 """How many words a sequence has at least and at most."""
@@ -49,6 +47,7 @@ class SGrace(Method):
         self.options, self.latents = context.recipe.s_grace, context.latents
         self.kept: PromptEmbeds = context.retained
         self.names = [self._vectors(prompt) for prompt in context.concept.name_prompts]
+        self.name = self._vectors(context.concept.text)
         self.words = [self._vectors(word) for word in context.related]
         self.retained = [self._vectors(prompt) for prompt in context.retained_prompts]
         self.replaced = context.recipe.replace_with is not None
@@ -56,14 +55,12 @@ class SGrace(Method):
             self.feature = self._features(self.names[:1])
             if self.replaced:
                 other = [self._vectors(prompt) for prompt in context.became[: len(self.names)]]
-                self.feature, self.wanted = (
-                    self._features(other[:1]),
-                    context.base.encode_token_vectors(other),
-                )
+                self.wanted = context.base.encode_token_vectors(other)
+                self.wanted_feature = self._features(other[:1])
 
     def _vectors(self, text: str) -> Tensor:
-        """The vectors of a text's tokens, ``[tokens, token_width]``."""
-        table, ids = self.context.base.token_table(), self.context.base.token_ids(text)
+        """The vectors of a text's tokens, as many as are read, ``[tokens, token_width]``."""
+        table, ids = self.context.base.token_table(), self.context.base.token_ids(text)[:TEXT_ROOM]
         return table[torch.tensor(ids, dtype=torch.long, device=table.device)]
 
     def _features(self, rows: Sequence[Tensor], embeds: PromptEmbeds | None = None) -> Tensor:
@@ -72,7 +69,11 @@ class SGrace(Method):
         states = embeds.prompt_embeds
         # Start of text, the tokens, then end of text.
         ends = torch.tensor([len(row) + 1 for row in rows], device=states.device)
-        return F.normalize(states[torch.arange(len(rows), device=states.device), ends].float(), dim=-1)
+        parts = [states[torch.arange(len(rows), device=states.device), ends]]
+        if embeds.pooled_prompt_embeds is not None:
+            # Left alone, it would go on telling the denoiser of the concept.
+            parts.append(embeds.pooled_prompt_embeds)
+        return torch.cat([F.normalize(part.float(), dim=-1) for part in parts], -1) / len(parts) ** 0.5
 
     # ------------------------------------------------------------------ attack
 
@@ -83,7 +84,7 @@ class SGrace(Method):
         while len(rows) < count:
             size = int(torch.randint(WORDS[0], WORDS[1] + 1, (1,), generator=generator))
             picks = torch.randint(0, len(self.words), (size - 1,), generator=generator).tolist()
-            rows.append(torch.cat([self.words[0], *(self.words[k] for k in picks)])[:_ROOM])
+            rows.append(torch.cat([self.name, *(self.words[k] for k in picks)])[:TEXT_ROOM])
         return rows
 
     def attack(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -147,11 +148,11 @@ class SGrace(Method):
         embeds = base.encode_token_vectors([*sequences, *retained, *own])
         count = len(sequences)
         features = self._features(sequences, embeds[:count])
-        to_concept = (features @ self.feature.T).mean()
-        consistent = (features * found["features"]).sum(1).mean()
-        loss = 1 - to_concept
-        if not self.replaced:
-            loss = 1 + to_concept + options.consistency_weight * (1 - consistent)
+        if self.replaced:
+            loss = 1 - (features @ self.wanted_feature.T).mean()
+        else:
+            consistent = (features * found["features"]).sum(1).mean()
+            loss = 1 + (features @ self.feature.T).mean() + options.consistency_weight * (1 - consistent)
         loss = loss + options.parameter_weight * self._size()
         kept = embeds[count : count + rows]
         loss = loss + context.options.retain_weight * _distance(kept, self.kept[picks])

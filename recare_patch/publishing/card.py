@@ -13,6 +13,7 @@ from typing import Any
 from recare_patch.concepts import Concept
 from recare_patch.errors import PatchError
 from recare_patch.formats import concept_name
+from recare_patch.method_table import METHODS
 from recare_patch.patch import PatchMetadata
 from recare_patch.publishing.figures import UNMEASURED
 from recare_patch.publishing.front_matter import front_matter, hub_id
@@ -389,6 +390,14 @@ def _limits(metadata: PatchMetadata, training: Mapping[str, Any]) -> str:
         )
     if metadata.method == "esd":
         points.append("ESD guards nothing: what goes along with the concept may fade with it.")
+    elif metadata.method in METHODS and metadata.method != "recare":
+        info = METHODS[metadata.method]
+        points.append(f"{info.title}: {info.weakness}.")
+    if (residual := _number(training.get("rank_residual"))) is not None:
+        points.append(
+            f"The patch has rank {metadata.rank}, which leaves out {residual:.2g} of the norm of the update "
+            "that was computed."
+        )
     if metadata.kind == "nsfw":
         points.append("It is no safety filter: it knows the one concept it was trained on.")
     warnings = training.get("warnings")

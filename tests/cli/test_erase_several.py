@@ -82,6 +82,10 @@ def test_a_replacement_and_an_attribute_arrive(stage: Stage) -> None:
         (["--concept", "a", "--stack", "x"], "--stack is for several patches"),
         (["--concepts", "nowhere.txt"], "cannot read the concepts in nowhere.txt"),
         (["--concept", "tench", "--from", "x", "--replace-with", "cat"], "do not go together"),
+        (["--concept", "cat", "--replace-with", "Cat"], "the concept 'cat' cannot be replaced with itself"),
+        (["--concept", "cat", "--from", "CAT"], "the concept 'cat' cannot be taken out of itself"),
+        (["--concept", "cat", "--replace-with", "!!"], "at least one letter or digit"),
+        (["--concept", "cat", "--continue-from", "tench"], "there is no patch at tench"),
         (["--concept", "a", "--from", "x", "--method", "uce"], "cannot take an attribute out of a subject"),
         (["--concept", "a", "--continue-from", "x", "--method", "uce"], "cannot go on from an earlier patch"),
         (["--concept", "a", "--method", "uce", "--layers", "all"], "adapter.layers cannot be all"),
@@ -95,6 +99,42 @@ def test_bad_wishes_are_one_sentence(stage: Stage, words: list[str], sentence: s
     assert not stage.calls
     (line,) = result.stderr.splitlines()
     assert line.startswith("Error: ") and sentence in line
+
+
+def test_the_stack_has_a_free_folder_before_anything_is_erased(stage: Stage) -> None:
+    words = ("erase", "--concept", "tench", "--concept", "cat", "--kind", "object")
+    Path("full").mkdir()
+    Path("full/file").touch()
+    for more, sentence in (
+        (("--stack", "full"), "full already holds files"),
+        (("--stack", "full/file"), "it is a file, not a folder"),
+        (("--out", "all", "--stack", "all"), "the stack cannot lie in all"),
+        (("--stack", "cat-patch"), "the stack cannot lie in cat-patch"),
+    ):
+        result = stage.run(*words, *more)
+        assert result.exit_code == 2 and sentence in result.stderr
+    Path("cat-patch").mkdir()
+    Path("cat-patch/file").touch()
+    result = stage.run(*words)
+    assert result.exit_code == 2 and "cat-patch already holds files" in result.stderr
+    assert not stage.calls
+
+
+def test_a_short_name_goes_on_from_a_patch(stage: Stage) -> None:
+    Path("boat-patch").mkdir()
+    stage.run("erase", "--concept", "cat", "--kind", "object", "--continue-from", "boat")
+    assert stage.calls[-1][1]["overrides"] == {"continue_from": "boat-patch"}
+    result = stage.run("erase", "--concept", "tench", "--continue-from", "boat:0.5")
+    assert result.exit_code == 2 and "has a scale" in result.stderr
+
+
+def test_a_list_with_a_mark_or_in_another_encoding(stage: Stage) -> None:
+    Path("marked.txt").write_bytes(b"\xef\xbb\xbftench\n")
+    stage.run("erase", "--concepts", "marked.txt", "--kind", "object")
+    assert stage.calls[-1][1]["concept"] == "tench"
+    Path("odd.txt").write_bytes(b"\xff\xfe")
+    result = stage.run("erase", "--concepts", "odd.txt")
+    assert result.exit_code == 2 and "it is not UTF-8 text" in result.stderr
 
 
 def test_an_empty_list(stage: Stage) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from recare_patch import adapters
 from recare_patch.base_models import BaseModel, load_base
+from recare_patch.errors import ConceptError
 from recare_patch.methods.forget_me_not import Attention, ForgetMeNot, name_positions
 from tests.methods.making import contexts_of, make_recipe
 
@@ -100,6 +101,24 @@ def test_padding_is_never_among_the_concepts_tokens(tiny_sd: Path) -> None:
     assert max(found) == len(ids)
     assert name_positions(base, "A photo of a nude person", ("nudity", "nude", "naked")) == (5,)
     assert name_positions(base, "a cat", ("van", "gogh")) == ()
+
+
+def test_a_names_small_words_are_not_taken_from_the_rest(
+    tiny_sd: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    base = load_base(tiny_sd, device="cpu")
+    recipe = make_recipe("forget-me-not", text="the night")
+    (context,) = contexts_of(recipe, base, tiny_clip, tmp_path)
+    first = ForgetMeNot(context).positions[0]
+    ids = base.token_ids("A painting in the style of the night")
+    assert first == tuple(range(len(ids) + 1 - len(base.token_ids("the night")), len(ids) + 1))
+
+
+def test_a_name_that_is_cut_off(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    base = load_base(tiny_sd, device="cpu")
+    (context,) = contexts_of(make_recipe("forget-me-not", text="q" * 100), base, tiny_clip, tmp_path)
+    with pytest.raises(ConceptError, match="among the tokens of its own prompts"):
+        ForgetMeNot(context)
 
 
 def test_the_loss_is_the_attention_to_the_name(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:

@@ -124,6 +124,51 @@ def test_a_replacement_is_read_in_all_places(base: BaseModel, tiny_clip: Path, t
     assert torch.isfinite(method.edit(found, torch.Generator().manual_seed(1)))
 
 
+def test_an_attack_seeks_the_concept_whatever_replaces_it(
+    base: BaseModel, tiny_clip: Path, tmp_path: Path
+) -> None:
+    found = []
+    for other in (None, "Monet"):
+        changes = {"s_grace.attack_similarity": 100.0, "s_grace.attack_steps": 3, "replace_with": other}
+        method = _method(base, tiny_clip, tmp_path / str(other), **changes)
+        found.append(_sequences(method.attack(torch.Generator().manual_seed(3))))
+        adapters.detach(base.components["text_encoder"])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_the_pooled_text_is_turned_away_too(tiny_sdxl: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    """SDXL's denoiser reads it beside the prompt, from a layer that the prompt's states do not pass."""
+    base = load_base(tiny_sdxl, device="cpu")
+    method = _method(base, tiny_clip, tmp_path, **{"erase.retain_weight": 0, "s_grace.parameter_weight": 0})
+    found = method.attack(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found["features"].norm(dim=1), torch.ones(5))
+    method.edit(found, torch.Generator().manual_seed(1)).backward()
+    last = [
+        p.grad
+        for name, p in base.components["text_encoder_2"].named_parameters()
+        if "layers.1." in name and "lora_B" in name
+    ]
+    assert last and all(grad is not None and grad.abs().sum() > 0 for grad in last)
+
+
+def test_no_more_words_than_published(
+    base: BaseModel, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recare_patch.preparing.RELATED_WORDS", 1)
+    related = _method(base, tiny_clip, tmp_path).context.related
+    assert related[0] == "Van Gogh" and len(related) <= 2
+
+
+def test_every_sequence_names_the_concept(base: BaseModel, tiny_clip: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.yaml"
+    words.write_text("related: [night]\nunrelated: [boat]\n")
+    method = _method(base, tiny_clip, tmp_path, **{"s_grace.words": str(words), "s_grace.attack_steps": 0})
+    table, ids = base.token_table(), base.token_ids("Van Gogh")
+    longest = _sequences(method.attack(torch.Generator().manual_seed(0)))[-1]
+    assert torch.equal(longest[: len(ids)], table[ids])
+    assert all(torch.equal(row, table[base.token_ids("night")[0]]) for row in longest[len(ids) :])
+
+
 def test_a_word_list_of_ones_own(base: BaseModel, tiny_clip: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.yaml"
     words.write_text("related: [van gogh, vincent]\nunrelated: [boat, cat]\n")
