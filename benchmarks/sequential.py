@@ -59,7 +59,7 @@ KEPT = (
 """What no request ever names."""
 
 WAYS = ("stacked", "continued")
-MEASURED = (0, 1, 2, 3, 4, 6, 8, 10, 12)
+MEASURED = (0, 1, 2, 4, 6, 9, 12)
 """After how many requests everything is drawn."""
 
 FIRST_SEED = 5_000_000
@@ -260,7 +260,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--way", choices=WAYS, default="stacked")
     parser.add_argument("--method", choices=[m for m in METHODS if METHODS[m].continues], default="recare")
     parser.add_argument("--requests", type=int, choices=range(1, len(REQUESTS) + 1), default=len(REQUESTS))
-    parser.add_argument("--pictures", type=int, default=8, help="pictures a prompt")
+    parser.add_argument("--pictures", type=int, default=6, help="pictures a prompt")
     parser.add_argument("--preset", help="of recare-patch erase")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", default="benchmark-runs")
