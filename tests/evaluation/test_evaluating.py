@@ -450,8 +450,14 @@ def test_measuring_writes_nothing(patch: Path, base: BaseModel) -> None:
     before = sorted(patch.iterdir())
     found = measure(Patch.load(patch), base, Suite(**SUITE), metrics=["concept-rate"], pictures=2)
     assert found is not None and len(found.evidence.figures) == 3
-    assert list(found.sheets) == [
+    assert list(found.pictures) == [
         f"Van Gogh: {name} prompts" for name in ("plain", "paraphrased", "implicit")
+    ]
+    # Two prompts took turns, and no place is left empty where each was drawn once.
+    plain = found.pictures["Van Gogh: plain prompts"]
+    assert [(one.label, len(one.before), len(one.after)) for one in plain] == [
+        ("a painting by van gogh", 1, 1),
+        ("van gogh", 1, 1),
     ]
     assert sorted(patch.iterdir()) == before and not Path(os.environ["XDG_CACHE_HOME"]).exists()
 
