@@ -23,6 +23,7 @@ from torch import Tensor
 
 from recare_patch import adapters, sheets
 from recare_patch.base_models import BaseModel, load_base
+from recare_patch.clip import default_clip
 from recare_patch.concepts import same_concept
 from recare_patch.errors import PatchError, ResumeError, unknown_name
 from recare_patch.evaluation.attacks import (
@@ -213,12 +214,15 @@ def _detector(
     """
     suite = find_suite_for(recipe.concept, recipe.base) or default_suite(recipe, words)
     if detector is None:
-        judge = load_detector(suite.detector, **suite.detector_options)
-    elif isinstance(detector, str):
+        detector = suite.detector
+    if isinstance(detector, str):
         name, _, source = detector.partition(":")
         options: dict[str, Any] = dict(suite.detector_options) if name == suite.detector else {}
         if source:
             options["clip" if name == "clip" else "source"] = source
+        if name == "clip":
+            # The one that `evaluate` reads its figures with, so that both judge alike.
+            options.setdefault("clip", recipe.clip or default_clip(recipe.base))
         judge = load_detector(name, **options)
     else:
         judge = detector

@@ -19,9 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
-from recare_patch import publishing, sheets
+from recare_patch import publishing
 from recare_patch.base_models import BaseModel, load_base
 from recare_patch.clip import Clip, default_clip
 from recare_patch.concepts import same_concept, slug_of
@@ -33,7 +31,7 @@ from recare_patch.evaluation.checks import CheckContext, check_names, run_checks
 from recare_patch.evaluation.detectors import DETECTORS, Detector
 from recare_patch.evaluation.evidence import EVIDENCE_NAME, AttackFigure, Check, Evidence, Figure
 from recare_patch.evaluation.memorization import MEMORIZATION, memorization_figures
-from recare_patch.evaluation.meters import SAMPLES, Job, Judges, chunks, make_jobs, short_name
+from recare_patch.evaluation.meters import Job, Judges, chunks, make_jobs, short_name
 from recare_patch.evaluation.metrics import KID_LIMIT
 from recare_patch.evaluation.pictures import PictureCache, Studio, default_cache
 from recare_patch.evaluation.subjects import concepts_of, folder_of, subject_of
@@ -51,6 +49,7 @@ from recare_patch.patch import Patch
 from recare_patch.progress import Progress
 from recare_patch.recipe import WEIGHTS_NAME
 from recare_patch.report import write_report
+from recare_patch.sheets import Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +140,11 @@ class Measured:
 
     Attributes:
         evidence: the figures.
-        sheets: caption → sheet, the base's pictures beside the patched model's.
+        pictures: caption → the base's pictures beside the patched model's, of a few prompts.
     """
 
     evidence: Evidence
-    sheets: dict[str, Image.Image] = field(default_factory=dict)
+    pictures: dict[str, list[Comparison]] = field(default_factory=dict)
 
 
 def measure(
@@ -231,7 +230,7 @@ def measure(
         # From here on one measures what lies in the cache, with a studio that waits for nobody.
         studio = Studio(base, cache=cache, batch_size=batch_size, shard=(0, 1))
     measured: list[Figure] = []
-    pages: dict[str, list[sheets.SheetRow]] = {}
+    shown: dict[str, list[Comparison]] = {}
     for job in jobs:
         streams = [studio.stream(**drawing) for drawing in _drawings(job, patch, suite)]
         pairs = ((row, old, new) for (row, old), (_, new) in zip(*streams, strict=True))
@@ -240,7 +239,7 @@ def measure(
                 meter.take(rows, old, new)
         for meter in job.meters:
             measured += meter.figures()
-        pages.setdefault(job.caption, []).extend(job.samples.rows())
+        shown.setdefault(job.caption, []).extend(job.samples.comparisons())
     if inverted:
         measured += memorization_figures(studio, patch, suite, judges.detector, pictures, progress)
     found = _checked(checked, check_pictures, studio, patch, suite, judges, progress)
@@ -287,10 +286,7 @@ def measure(
         checks=found,
         cost=cost,
     )
-    columns = ["before"] * SAMPLES + ["after"] * SAMPLES
-    return Measured(
-        evidence, {caption: sheets.sheet(rows, columns) for caption, rows in pages.items() if rows}
-    )
+    return Measured(evidence, {caption: some for caption, some in shown.items() if some})
 
 
 def _checked(
@@ -549,7 +545,7 @@ def evaluate(
     state = processes()
     if measured is not None:
         evidence = Evidence(**{**measured.evidence.model_dump(), "attacks": told})
-        _write(evidence, loaded, measured.sheets, folder, card)
+        _write(evidence, loaded, measured.pictures, folder, card)
     if state is not None:
         state.wait_for_everyone()
     return Evidence.load(folder)
@@ -684,10 +680,12 @@ def _attack_figures(weights: Path, folders: Sequence[tuple[Path, bool]], out: Pa
 # ------------------------------------------------------------------------ writing
 
 
-def _write(evidence: Evidence, patch: Patch, pages: dict[str, Image.Image], folder: Path, card: bool) -> None:
+def _write(
+    evidence: Evidence, patch: Patch, pictures: dict[str, list[Comparison]], folder: Path, card: bool
+) -> None:
     patch_folder = _weights_file(patch).parent
     training = _training(patch_folder)
-    write_report(evidence, folder, pages, training)
+    write_report(evidence, folder, pictures, training)
     file = patch_folder / publishing.CARD_NAME
     text = file.read_text(encoding="utf-8") if file.is_file() else None
     beside = folder.resolve() == patch_folder.resolve()

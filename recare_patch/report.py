@@ -32,12 +32,19 @@ from recare_patch.evaluation.evidence import (
 from recare_patch.files import write_text
 from recare_patch.plots import Series, bar_chart, interval_line, line_chart, radar_chart, thinned
 from recare_patch.recipe import WEIGHTS_NAME
+from recare_patch.sheets import Comparison
 
 REPORT_NAME = "report.html"
 """The file beside ``evidence.json``."""
 
+Pictures = Image.Image | Path | Sequence[Comparison]
+"""What the report shows under one caption: a sheet, its file, or pictures that it lays out itself."""
+
 _LARGEST = 2400
-"""Largest side of a picture in the report, pixels."""
+"""Largest side of a sheet in the report, pixels."""
+
+_LARGEST_OF_MANY = 320
+"""Largest side of a picture that stands beside others: enough for a sharp screen."""
 
 _SECTIONS: tuple[tuple[Group, str, str], ...] = (
     ("erased", "Erased", "How often the concept still shows, on prompts that name it in several ways."),
@@ -52,7 +59,7 @@ _SECTIONS: tuple[tuple[Group, str, str], ...] = (
 def write_report(
     evidence: Evidence,
     folder: str | os.PathLike[str],
-    sheets: Mapping[str, Image.Image | Path] | None = None,
+    pictures: Mapping[str, Pictures] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``report.html`` into a folder, whole or not at all.
@@ -60,8 +67,8 @@ def write_report(
     Args:
         evidence: what was measured.
         folder: made if it is missing; where the weights are in it, their size is told.
-        sheets: caption → picture or picture file, before and after; of unsafe concepts they are blurred
-            until the reader asks for them.
+        pictures: caption → pictures before and after; those of unsafe concepts are blurred until the
+            reader asks for them.
         training: what the run's ``training.json`` holds, for the plots of losses and cost.
 
     Returns:
@@ -74,13 +81,13 @@ def write_report(
     weights = place / WEIGHTS_NAME
     size = weights.stat().st_size if weights.is_file() else None
     file = place / REPORT_NAME
-    write_text(file, report_html(evidence, sheets or {}, training or {}, patch_bytes=size))
+    write_text(file, report_html(evidence, pictures or {}, training or {}, patch_bytes=size))
     return file
 
 
 def report_html(
     evidence: Evidence,
-    sheets: Mapping[str, Image.Image | Path],
+    pictures: Mapping[str, Pictures],
     training: Mapping[str, Any],
     *,
     patch_bytes: int | None = None,
@@ -88,12 +95,12 @@ def report_html(
     """The report's text; see :func:`write_report`.
 
     Args:
-        evidence, sheets, training: as there.
+        evidence, pictures, training: as there.
         patch_bytes: size of the weights file; None where it is not known.
     """
     parts: list[tuple[str, str, str]] = []
-    if sheets:
-        parts.append(("pictures", "Before and after", _pictures(evidence, sheets)))
+    if pictures:
+        parts.append(("pictures", "Before and after", _pictures(evidence, pictures)))
     for group, title, about in _SECTIONS:
         figures = evidence.in_group(group)
         if figures:
@@ -193,7 +200,8 @@ def _worst_kept(figures: Sequence[Figure]) -> tuple[str, str] | None:
     worst, base = min(found, key=lambda pair: pair[0].patched - pair[1])
     if worst.patched >= base:
         # All at the base's level or above: the one that gained least stands for them.
-        told = f"{worst.name}; base {worst.show(base)}. No loss among {len(found)}."
+        told = f"{worst.name}; base {worst.show(base)}. No loss"
+        told += f" among {len(found)}." if len(found) > 1 else "."
     else:
         told = f"{worst.name}{f', the largest loss of {len(found)}' if len(found) > 1 else ''}"
         told += f"; base {worst.show(base)}"
@@ -283,7 +291,7 @@ def _against_base(figure: Figure) -> str:
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[str], *, wide: bool = True) -> str:
-    """A table in a box of its own that scrolls where the page is narrow."""
+    """A table in a box of its own; a wide one becomes a list where the page is narrow."""
     cells = "".join(f'<th scope="col">{_t(name)}</th>' for name in head)
     kind = ' class="wide"' if wide else ""
     return (
@@ -293,9 +301,16 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[str], *, wide: bool
     )
 
 
-def _row(name: str, cells: Iterable[str]) -> str:
-    """A row of a table from HTML: the first cell is its heading."""
-    return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+def _row(name: str, cells: Sequence[str], head: Sequence[str] = ()) -> str:
+    """A row of a table from HTML: the first cell is its heading.
+
+    Args:
+        name, cells: HTML.
+        head: of the table, where it is wide: a narrow page writes each cell under its column's name.
+    """
+    columns = [f' data-column="{_t(column)}"' for column in head[1:]] or [""] * len(cells)
+    drawn = "".join(f"<td{column}>{cell}</td>" for column, cell in zip(columns, cells, strict=True))
+    return f'<tr><th scope="row">{name}</th>{drawn}</tr>'
 
 
 def _with_interval(value: str, interval: str) -> str:
@@ -305,6 +320,7 @@ def _with_interval(value: str, interval: str) -> str:
 def _figures(figures: Sequence[Figure], title: str) -> str:
     rows = []
     strips = any(one.unit == RATE for one in figures)
+    head = ["figure", "base", "patched", *(["0 to 100 %"] if strips else []), "against the base", "pictures"]
     for one in figures:
         how = " · ".join(dict.fromkeys(text for text in (one.metric, one.detector) if text))
         name = f'{_t(one.name)}<span class="small">{_t(how)}; {_t(one.better)} is better</span>'
@@ -320,8 +336,7 @@ def _figures(figures: Sequence[Figure], title: str) -> str:
                 if one.unit == RATE
                 else ""
             )
-        rows.append(_row(name, [*cells, _against_base(one), f"{one.pictures:,}"]))
-    head = ["figure", "base", "patched", *(["0 to 100 %"] if strips else []), "against the base", "pictures"]
+        rows.append(_row(name, [*cells, _against_base(one), f"{one.pictures:,}"], head))
     key = (
         '<p class="key"><span class="swatch base"></span> base <span class="swatch patched"></span> patched, '
         "with 95 % intervals</p>"
@@ -385,6 +400,16 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _attacks(attacks: Sequence[AttackFigure]) -> str:
+    head = [
+        "attack",
+        "success",
+        "0 to 100 %",
+        "came back",
+        "without attack",
+        "base",
+        "evaluations",
+        "time",
+    ]
     rows: list[str] = []
     notes: list[str] = []
     for one in attacks:
@@ -400,22 +425,12 @@ def _attacks(attacks: Sequence[AttackFigure]) -> str:
             f"{one.evaluations:,}",
             _t(_duration(one.seconds)),
         ]
-        rows.append(_row(name, cells))
+        rows.append(_row(name, cells, head))
         told = f"<p>{_t(one.note)}</p>" if one.note else ""
         if one.budget:
             told += f"<pre><code>{_t(json.dumps(one.budget, indent=2, ensure_ascii=False))}</code></pre>"
         if told:
             notes.append(f"<h3>{_t(_attack_name(one))}</h3>{told}")
-    head = [
-        "attack",
-        "success",
-        "0 to 100 %",
-        "came back",
-        "without attack",
-        "base",
-        "evaluations",
-        "time",
-    ]
     about = (
         "An attack searches for a prompt, or for word vectors, that bring the concept back. “Without attack” "
         "are the plain prompts in as many tries."
@@ -448,6 +463,7 @@ def _check(check: Check) -> str:
         groups = [_place(point.x) for point in check.points]
         label = check.y_label or check.x_label
         plot = bar_chart(check.title, groups, drawn, x_label=label, unit=check.unit, about=about)
+    head = [check.x_label or "setting", *check.series, "pictures"]
     rows = [
         _row(
             _t(_place(point.x)),
@@ -459,10 +475,11 @@ def _check(check: Check) -> str:
                 for name in check.series
             ]
             + ["–" if point.pictures is None else f"{point.pictures:,}"],
+            head,
         )
         for point in check.points
     ]
-    table = _table(check.title, [check.x_label or "setting", *check.series, "pictures"], rows)
+    table = _table(check.title, head, rows)
     return (
         f'<article class="check"><h3>{_t(check.title)}</h3>'
         + (f"<p>{_t(check.what)}</p>" if check.what else "")
@@ -479,17 +496,10 @@ def _place(x: float | str) -> str:
 # ---------------------------------------------------------------------- pictures
 
 
-def _pictures(evidence: Evidence, sheets: Mapping[str, Image.Image | Path]) -> str:
+def _pictures(evidence: Evidence, pictures: Mapping[str, Pictures]) -> str:
     unsafe = evidence.kind == "nsfw"
     shown = []
-    for number, (caption, picture) in enumerate(sheets.items()):
-        source, width, height = _data_uri(caption, picture)
-        alt = f"{caption}: pictures of {evidence.base} before and after the patch"
-        image = (
-            f'<img src="{source}" alt="{_t(alt)}" width="{width}" height="{height}" '
-            # On a narrow page the sheet scrolls in its frame, instead of shrinking to a stamp.
-            f'style="min-width:min({width}px,36rem)">'
-        )
+    for number, (caption, found) in enumerate(pictures.items()):
         veil = ""
         if unsafe:
             # A box that is ticked unblurs what follows it: no script is needed.
@@ -497,15 +507,43 @@ def _pictures(evidence: Evidence, sheets: Mapping[str, Image.Image | Path]) -> s
                 f'<input type="checkbox" id="veil-{number}" class="veil">'
                 f'<label for="veil-{number}">Show these pictures unblurred</label>'
             )
+        if isinstance(found, Image.Image | Path):
+            shown.append(_sheet(evidence, caption, found, veil))
+            continue
+        compared = "".join(_compared(caption, one) for one in found)
         shown.append(
-            f'<figure class="sheet">{veil}<div class="frame" role="group" tabindex="0" '
-            f'aria-label="{_t(caption)}">{image}</div>'
-            f"<figcaption>{_t(caption)}</figcaption></figure>"
+            f'<figure class="sheet"><figcaption>{_t(caption)}</figcaption>{veil}'
+            f'<div class="compared">{compared}</div></figure>'
         )
     return "".join(shown)
 
 
-def _data_uri(caption: str, picture: Image.Image | Path) -> tuple[str, int, int]:
+def _sheet(evidence: Evidence, caption: str, picture: Image.Image | Path, veil: str) -> str:
+    """A sheet that was laid out before: all of its labels are in the picture."""
+    alt = f"{caption}: pictures of {evidence.base} before and after the patch"
+    source, width, height = _data_uri(caption, picture, _LARGEST)
+    return (
+        f'<figure class="sheet">{veil}<div class="frame" role="group" tabindex="0" '
+        f'aria-label="{_t(caption)}"><img src="{source}" alt="{_t(alt)}" width="{width}" height="{height}" '
+        # On a narrow page the sheet scrolls in its frame, instead of shrinking to a stamp.
+        f'style="min-width:min({width}px,36rem)"></div><figcaption>{_t(caption)}</figcaption></figure>'
+    )
+
+
+def _compared(caption: str, one: Comparison) -> str:
+    """A prompt over its pictures, before on the left and after on the right, however narrow the page."""
+    halves = []
+    for when, images in (("before", one.before), ("after", one.after)):
+        drawn = []
+        for image in images:
+            source, width, height = _data_uri(caption, image, _LARGEST_OF_MANY)
+            alt = _t(f"{one.label}, {when}")
+            drawn.append(f'<img src="{source}" alt="{alt}" width="{width}" height="{height}">')
+        halves.append(f"<div><span>{when}</span>{''.join(drawn)}</div>")
+    return f"<article><p>{_t(one.label)}</p>{''.join(halves)}</article>"
+
+
+def _data_uri(caption: str, picture: Image.Image | Path, largest: int) -> tuple[str, int, int]:
     """A picture as text that a page can hold, with its size."""
     try:
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
@@ -514,8 +552,8 @@ def _data_uri(caption: str, picture: Image.Image | Path) -> tuple[str, int, int]
         raise OutputError(
             f"the sheet '{caption}' cannot be put into the report: {str(fault).splitlines()[0]}"
         ) from fault
-    if max(image.size) > _LARGEST:
-        image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+    if max(image.size) > largest:
+        image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=90, method=4)
     code = base64.b64encode(buffer.getvalue()).decode("ascii")

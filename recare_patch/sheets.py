@@ -39,6 +39,20 @@ class SheetRow:
     images: Sequence[Image.Image | None] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Pictures of one prompt before and after, at the same seeds.
+
+    Attributes:
+        label: the prompt.
+        before, after: as many of each.
+    """
+
+    label: str
+    before: Sequence[Image.Image]
+    after: Sequence[Image.Image]
+
+
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=size)
 

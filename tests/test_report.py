@@ -18,6 +18,7 @@ from recare_patch.errors import OutputError
 from recare_patch.evaluation.evidence import Check, CheckPoint, Evidence
 from recare_patch.recipe import WEIGHTS_NAME
 from recare_patch.report import REPORT_NAME, write_report
+from recare_patch.sheets import Comparison
 from tests.evaluation.test_evidence import make_evidence, make_figure
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}
@@ -139,6 +140,27 @@ def test_a_full_report(tmp_path: Path) -> None:
     assert write_report(
         evidence, tmp_path / "again", sheets, TRAINING
     ).read_text() == file.read_text().replace(", a patch of 1.59 MB", "")
+
+
+def test_a_prompt_stands_over_its_pictures_before_and_after(tmp_path: Path) -> None:
+    large, small = Image.new("RGB", (1024, 512), "teal"), Image.new("RGB", (64, 64))
+    pictures = {"Plain": [Comparison("a <b> cat", [large], [small]), Comparison("a dog", [small], [small])]}
+    page = check_page(write_report(make_evidence(), tmp_path, pictures))
+    assert "a <b> cat before after a dog before after" in page.text
+    assert [(one["alt"], one["width"], one["height"]) for one in page.all("img")] == [
+        ("a <b> cat, before", "320", "160"),
+        ("a <b> cat, after", "64", "64"),
+        ("a dog, before", "64", "64"),
+        ("a dog, after", "64", "64"),
+    ]
+    unsafe = check_page(write_report(make_evidence(concept="nudity", kind="nsfw"), tmp_path, pictures))
+    assert [veil["type"] for veil in unsafe.all("input")] == ["checkbox"]
+
+
+def test_each_cell_of_a_wide_table_can_name_its_column(tmp_path: Path) -> None:
+    page = check_page(write_report(make_evidence(), tmp_path))
+    named = {cell["data-column"] for cell in page.all("td") if "data-column" in cell}
+    assert {"base", "patched", "pictures", "success", "without attack"} <= named
 
 
 def test_pictures_of_unsafe_concepts_are_veiled(tmp_path: Path) -> None:

@@ -26,13 +26,13 @@ from recare_patch.evaluation.metrics import (
     perceptual_change,
 )
 from recare_patch.evaluation.suites import Drawing, Suite
-from recare_patch.sheets import SheetRow
+from recare_patch.sheets import Comparison
 
 KEPT = ("clip-score", "kid", "fid", "perceptual-change")
 """Metrics that are read from the pictures of retained prompts."""
 
 SAMPLES = 2
-"""Pictures of a prompt that a sheet shows, on each side."""
+"""Pictures of a prompt that the report shows, on each side."""
 
 _SETS = {
     "plain": "concept, plain prompts",
@@ -307,17 +307,9 @@ class Samples:
         """See :class:`Meter`."""
         return []
 
-    def rows(self) -> list[SheetRow]:
-        """Rows of a sheet: the base's pictures, then the patched model's."""
-        return [
-            SheetRow(prompt, [*_filled(before), *_filled(after)])
-            for prompt, (before, after) in self._kept.items()
-            if before
-        ]
-
-
-def _filled(images: Sequence[Image.Image]) -> list[Image.Image | None]:
-    return [*images, *[None] * (SAMPLES - len(images))]
+    def comparisons(self) -> list[Comparison]:
+        """The base's pictures beside the patched model's, prompt by prompt."""
+        return [Comparison(prompt, before, after) for prompt, (before, after) in self._kept.items() if before]
 
 
 def short_name(source: str) -> str:

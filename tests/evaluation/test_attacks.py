@@ -650,6 +650,8 @@ def test_the_concepts_suite_knows_who_judges(tiny_clip: Path) -> None:
     assert found("boat", "object", None, None) == ("atelier-judge", "boat")
     assert found("Van Gogh", "style", None, "monet") == ("atelier-judge", "monet")
     assert found("dragon", "object", f"clip:{tiny_clip}", None) == ("clip", "dragon")
+    # Without a source it is the recipe's CLIP, here the bundled one, and nothing is downloaded.
+    assert found("dragon", "object", "clip", None) == ("clip", "dragon")
     with pytest.raises(UnknownNameError, match="did you mean 'atelier-judge'"):
         found("Van Gogh", "style", "atelier-juge", None)
     with pytest.raises(UnknownNameError, match="did you mean 'van gogh'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import recare_patch.evaluating as evaluating
 from recare_patch.base_models import BaseModel, load_base
+from recare_patch.clip import Clip
 from recare_patch.errors import (
     EvaluationError,
     EvidenceError,
@@ -259,6 +261,29 @@ def test_a_prompt_file_is_drawn_once_each(patch: Path, base: BaseModel, tmp_path
     assert again.figures == evidence.figures
 
 
+@pytest.mark.parametrize("cache", [None, False])
+def test_many_prompts_need_no_more_room_than_a_few(
+    patch: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Any
+) -> None:
+    def alive() -> int:
+        return sum(isinstance(one, Image.Image) for one in gc.get_objects())
+
+    real, before = Clip.image_layers, alive()
+    seen: list[int] = []
+
+    def counted(self: Clip, images: Any) -> Any:
+        seen.append(alive() - before)
+        return real(self, images)
+
+    monkeypatch.setattr(Clip, "image_layers", counted)
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"a photo of {'a cat ' * (k % 5)}\n" for k in range(160)))
+    evidence = run(patch, base, prompts_file=file, metrics=["clip-score", "fid"], cache=cache)
+    assert {one.pictures for one in evidence.figures} == {160}
+    # Each model's handful of 32, what its last batch of 20 still holds, and samples: not 320 pictures.
+    assert len(seen) == 10 and max(seen) < 130
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -450,8 +475,14 @@ def test_measuring_writes_nothing(patch: Path, base: BaseModel) -> None:
     before = sorted(patch.iterdir())
     found = measure(Patch.load(patch), base, Suite(**SUITE), metrics=["concept-rate"], pictures=2)
     assert found is not None and len(found.evidence.figures) == 3
-    assert list(found.sheets) == [
+    assert list(found.pictures) == [
         f"Van Gogh: {name} prompts" for name in ("plain", "paraphrased", "implicit")
+    ]
+    # Two prompts took turns, and no place is left empty where each was drawn once.
+    plain = found.pictures["Van Gogh: plain prompts"]
+    assert [(one.label, len(one.before), len(one.after)) for one in plain] == [
+        ("a painting by van gogh", 1, 1),
+        ("van gogh", 1, 1),
     ]
     assert sorted(patch.iterdir()) == before and not Path(os.environ["XDG_CACHE_HOME"]).exists()
 
