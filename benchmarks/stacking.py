@@ -3,9 +3,10 @@
     python -m benchmarks.stacking erase                       # the patches that --work lacks
     python -m benchmarks.stacking run --size 2 --way concat   # a row; without options, all rows
     python -m benchmarks.stacking run --size 2 --way alone    # each patch by itself, on the same prompts
+    python -m benchmarks.stacking run --size 2 --way concat --scale 0.8   # every part at less than full scale
     python -m benchmarks.stacking table
 
-A stack of n holds the first n of :data:`CONCEPTS`, each at scale 1. Every part is judged by its own
+A stack of n holds the first n of :data:`CONCEPTS`, each at scale 1 or at ``--scale``. Every part is judged by its own
 prompts and companions; what belongs to no part must stay for all. The untouched base draws the same
 prompts from the same seeds. A row that is there already is read.
 """
@@ -177,7 +178,8 @@ def _run(arguments: argparse.Namespace) -> None:
         parts = labels[:size]
         chosen = figures(parts, words, arguments.split, arguments.pictures)
         for way in ways:
-            file = _file(arguments, size, way)
+            stacked = way in WAYS and arguments.scale != 1.0
+            file = _file(arguments, size, f"{way} at {arguments.scale:g}" if stacked else way)
             if file.exists() and not arguments.again:
                 continue
             print(f"{size} patches, {way}", flush=True)
@@ -198,9 +200,10 @@ def _run(arguments: argparse.Namespace) -> None:
                 save_scores(file, rows, **note)
             else:
                 made = composing.stack(
-                    [(patches[label], 1.0) for label in parts], method=way, dtype=torch.float16
+                    [(patches[label], arguments.scale) for label in parts], method=way, dtype=torch.float16
                 )
                 assert made.metadata is not None and made.metadata.stacking is not None
+                note["scale"] = arguments.scale
                 note |= {"rank": made.metadata.rank, "relative_error": made.metadata.stacking.relative_error}
                 save_scores(file, draw(chosen, made), **note)
 
@@ -240,10 +243,11 @@ def table(split: str) -> str:
             "other objects |",
             "|---|---|---|---|---|---|---|",
         ]
-        for way in ("base", "alone", *WAYS):
+        found = {file.stem.partition(".")[2] for file in (RESULTS / split).glob(f"{size}.*.json")}
+        order = ("base", "alone", *WAYS)
+        for way in sorted(found, key=lambda one: (order.index(one.partition(" ")[0]), one)):
             data = _data(split, size, way)
-            if data is None:
-                continue
+            assert data is not None
             error = f"{data['relative_error']:.2g}" if "relative_error" in data else "–"
             cells = [way, str(data.get("rank", "–")), error, _worst(data, rates, "concept")]
             cells += [
@@ -281,6 +285,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--figure", action="append", default=[], help="score this figure alone; repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipes")
+    parser.add_argument("--scale", type=float, default=1.0, help="of every part of a stack")
     parser.add_argument("--again", action="store_true", help="replace rows that are there")
     parser.add_argument("--work", default="benchmark-runs")
     parser.add_argument("--device", default="cpu")
