@@ -6,9 +6,9 @@
     python -m benchmarks.stacking run --size 2 --way concat --scale 0.8   # every part at less than full scale
     python -m benchmarks.stacking table
 
-A stack of n holds the first n of :data:`CONCEPTS`, each at scale 1 or at ``--scale``. Every part is judged by its own
-prompts and companions; what belongs to no part must stay for all. The untouched base draws the same
-prompts from the same seeds. A row that is there already is read.
+A stack of n holds the first n of :data:`CONCEPTS`, each at scale 1 or at ``--scale``. Every part is judged
+by its own prompts and companions; what belongs to no part must stay for all. The untouched base draws the
+same prompts from the same seeds. A row that is there already is read.
 """
 
 from __future__ import annotations
