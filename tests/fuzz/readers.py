@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from recare_patch import composing, formats, merging, publishing
 from recare_patch.careset import CareSet
-from recare_patch.cli.common import base_of, stacked_concepts
+from recare_patch.cli.common import base_of, several_concepts
 from recare_patch.concepts import Concept
 from recare_patch.evaluating import read_prompts
 from recare_patch.evaluation.attacks import load_about, load_attack
@@ -157,7 +157,7 @@ def _inspect(file: Path) -> None:
     facts = inspect.describe(file, header)
     json.dumps(facts)
     [inspect._in_words(value) for value in facts.values()]
-    stacked_concepts(file)
+    several_concepts(file)
     base_of([(file, 1.0)])
     load_recipe(str(file))
 
