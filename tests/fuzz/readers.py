@@ -24,7 +24,7 @@ from recare_patch.evaluation.evidence import EVIDENCE_NAME, Evidence
 from recare_patch.evaluation.subjects import concepts_of, subject_of
 from recare_patch.evaluation.suites import Suite, load_suite, suites_folder
 from recare_patch.files import read_safetensors_header, write_bytes
-from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.patch import Erased, Patch, PatchMetadata
 from recare_patch.preparing import read_words
 from recare_patch.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder
 from recare_patch.verifying import check_integrity
@@ -92,6 +92,15 @@ def a_patch(concept: str = "Van Gogh") -> Patch:
     """A patch of a few numbers."""
     tensors = _pair("unet.mid_block.attentions.0.proj_in") | _pair("unet.conv_in", 1)
     return Patch(tensors, _metadata(concept=concept))
+
+
+def a_patch_of_several() -> Patch:
+    """One that erases two concepts, and says so."""
+    told = (
+        Erased(concept="Van Gogh", kind="style", care_words=("stars",)),
+        Erased(concept="Monet", kind="style"),
+    )
+    return Patch(a_patch().tensors, _metadata(concepts=told))
 
 
 def a_stack() -> Patch:
@@ -249,7 +258,8 @@ def _words() -> bytes:
 def readers() -> list[Reader]:
     """All of them."""
     patch, stack = a_patch(), a_stack()
-    ours, kohya, foreign = (_as_file(patch), _as_file(stack)), (_kohya(patch), _kohya(stack)), _foreign()
+    ours = _as_file(patch), _as_file(stack), _as_file(a_patch_of_several())
+    kohya, foreign = (_kohya(patch), _kohya(stack)), _foreign()
     recipes = (RECIPE.to_yaml().encode(), *_bundled(recipes_folder())[:3])
     card = publishing.with_evidence(publishing.card_text(patch.metadata, {}), make_evidence())
     assignments = b"erase.steps=50\nconcept.text=Van Gogh\nadapter={rank: 2}\nseed=1e-4\nnotes=\n"
