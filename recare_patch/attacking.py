@@ -324,7 +324,7 @@ def attack_patch(
         patch: a patch or where it lies.
         attack: a name of :data:`recare_patch.evaluation.attacks.ATTACKS`; with ``replay`` it may be left
             out.
-        concept: which of the concepts that a stack erases; a replay knows its own.
+        concept: which of several that the patch erases; a replay knows its own.
         base: the model, or where to find it; else the recipe's.
         options: of the attack; else the budget's.
         budget: ``small`` or ``published``.

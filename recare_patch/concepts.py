@@ -144,7 +144,7 @@ def slug_of(text: str) -> str:
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
     # Scripts without an ASCII form still need a name, the same on every machine.
-    return slug or "concept-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    return slug or "concept-" + hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 def _article(text: str) -> str:

@@ -19,7 +19,6 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 
 from recare_patch.base_models import BaseModel
-from recare_patch.concepts import Concept
 from recare_patch.errors import DemoError, IncompatiblePatchError, PatchError, RecarePatchError, unknown_name
 from recare_patch.evaluation.suites import Prompt
 from recare_patch.patch import Patch
@@ -330,10 +329,8 @@ def first_prompt(comparison: Comparison) -> str:
     told = next(iter(comparison.patches.values())).metadata
     if told is None:
         return ""
-    part = told.parts[0] if told.parts else told
-    if part.concept is None or part.kind is None:
-        return ""
-    return Concept.model_validate({"text": part.concept, "kind": part.kind}).target_prompt
+    known = [one for one in told.erased if one.kind is not None]
+    return known[0].as_concept().target_prompt if known else ""
 
 
 def build_interface(comparison: Comparison) -> gradio.Blocks:

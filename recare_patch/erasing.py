@@ -33,7 +33,7 @@ from recare_patch.files import claim_folder, file_sha256, write_json, write_tens
 from recare_patch.inversion import invert
 from recare_patch.methods import load_method
 from recare_patch.parallel import Crew, process_device
-from recare_patch.patch import Patch, PatchMetadata, check_together
+from recare_patch.patch import Erased, Patch, PatchMetadata, check_together
 from recare_patch.planning import choose
 from recare_patch.preparing import check_files, draw_target, find_companions, neighbour_prompts, prepare
 from recare_patch.progress import NullProgress, Progress
@@ -481,10 +481,10 @@ def _help(
 def _erase(run: Run, method: type[Method], given: CareSet | None) -> tuple[Patch, CareSet | None]:
     with _continued(run) as earlier:
         patch, care_set = _train(run, method, given)
-    if earlier is not None and patch.metadata is not None:
-        told = earlier.metadata.concept if earlier.metadata is not None else Path(earlier.source).name
-        both = patch.metadata.model_copy(update={"concept": f"{told} + {patch.metadata.concept}"})
-        patch = Patch(patch.tensors, both, patch.source)
+    if patch.metadata is not None and (earlier is not None or run.recipe.also):
+        words = [target.care_set.words if target.care_set else () for target in run.targets]
+        told = patch.metadata.with_concepts(Erased.by(run.recipe, words), earlier)
+        patch = Patch(patch.tensors, told, patch.source)
     return patch, care_set
 
 

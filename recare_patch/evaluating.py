@@ -268,12 +268,12 @@ def measure(
     if checked:
         options |= {"checks": list(checked), "check_pictures": check_pictures}
     metadata = patch.metadata
-    single = metadata is not None and not metadata.parts
+    single = metadata is not None and not metadata.by_concept
     evidence = Evidence(
         patch_sha256=patch_sha256,
         base=base.id,
         base_denoiser_sha256=base.denoiser_hash(),
-        # Of a stack's concepts the suite's own was measured.
+        # Of several concepts the suite's own was measured.
         concept=metadata.concept if metadata and single else suite.concept,
         kind=metadata.kind if metadata and single else suite.kind,  # type: ignore[arg-type]
         method=metadata.method if metadata else "unknown",
@@ -380,7 +380,7 @@ def resolve_suite(
         suite: a suite, its name or file; None: the bundled one of the concept, else one made from the
             patch's recipe.
         base_id: of the base.
-        concept: which of a stack's concepts; None: the only one, or that of ``suite``.
+        concept: which of several concepts; None: the only one, or that of ``suite``.
         first_seed: instead of the suite's own.
 
     Raises:
@@ -447,11 +447,11 @@ def evaluate(
         patch: the patch's folder or file, or a patch loaded from one.
         base: the model, or where to find it; None: the one that the patch was made for.
         suite: a suite, its name or file; None: see :func:`resolve_suite`.
-        concept: which of the concepts that a stack erases; see :func:`concepts_of`.
+        concept: which of several that the patch erases; see :func:`concepts_of`.
         metrics: names of :data:`METRICS`; None: :func:`default_metrics`.
         pictures: of each figure.
-        out: where to write; None: beside the weights, where ``verify`` looks for it. Of a stack each
-            concept has a folder of its own in it, named as the concept's slug.
+        out: where to write; None: beside the weights, where ``verify`` looks for it. Of several concepts
+            each has a folder of its own in it, named as the concept's slug.
         cache: folder of pictures; None: :func:`~recare_patch.evaluation.pictures.default_cache`; False:
             keep none. It holds pictures of the erased concept, whatever that is.
         detector: instead of the suite's; a name may carry its source, as "image-classifier:FOLDER".
@@ -506,17 +506,18 @@ def evaluate(
         if name not in METRICS:
             raise unknown_name("metric", name, METRICS)
     check_names(checks)
-    stacked = metadata is not None and bool(metadata.parts)
-    if stacked and card:
+    several = metadata is not None and metadata.by_concept
+    if several and card:
         raise EvaluationError(
-            f"patch {loaded.name} is a stack, whose card tells no figures: leave them in {EVIDENCE_NAME}"
+            f"patch {loaded.name} is judged by each of its concepts, and its card tells no figures: leave "
+            f"them in {EVIDENCE_NAME}"
         )
     folder = folder_of(loaded, Path(out).expanduser() if out is not None else weights.parent, chosen.concept)
-    found = _attack_folders(weights, attacks, chosen.concept if stacked else None)
+    found = _attack_folders(weights, attacks, chosen.concept if several else None)
     told = _attack_figures(weights, found, folder)
     place = process_device(device)
     if source is not None:
-        recorded = metadata.parsed_recipe.precision if metadata is not None and not stacked else "fp32"
+        recorded = "fp32" if metadata is None or metadata.parts else metadata.parsed_recipe.precision
         exact = precision or recorded
         base = load_base(source, precision=exact, device=place)
     assert base is not None and not isinstance(base, str | Path)
@@ -630,7 +631,7 @@ def _attack_folders(
 ) -> list[tuple[Path, bool]]:
     """Folders of saved attacks, and whether they were asked for by name.
 
-    Those on a stack lie in a folder for each of its concepts, of which one is told of.
+    Those on a patch of several concepts lie in a folder for each, of which one is told of.
     """
     if given is None:
         beside = [weights.parent / "attacks", weights.parent.with_name(f"{weights.parent.name}-attacks")]

@@ -121,7 +121,7 @@ class Gate:
 
     @classmethod
     def of(cls, patch: Patch, pipe: Any) -> Gate:
-        """The gate of a patch, from what its header says; a stack's opens for each of its parts.
+        """The gate of a patch, from what its header says; it opens for each of its concepts.
 
         Raises:
             PatchError: the patch does not say what it erases.
@@ -133,16 +133,13 @@ class Gate:
                 f"{patch.name} does not say what it erases, so its scale cannot follow the prompt: "
                 "apply it without a gate"
             )
-        parts = told.parts or (told,)
-        concepts = []
-        for part in parts:
-            if part.concept is None or part.kind is None:
-                raise PatchError(
-                    f"a part of {patch.name} does not say what it erases, so the scale cannot follow the "
-                    "prompt: apply it without a gate, or stack it again from patches that do"
-                )
-            concepts.append(Concept.model_validate({"text": part.concept, "kind": part.kind}))
-        return cls(pipe, concepts, care_words=told.care_words)
+        unnamed = any(part.concept is None for part in told.parts or ())
+        if unnamed or any(one.kind is None for one in told.erased):
+            raise PatchError(
+                f"a part of {patch.name} does not say what it erases, so the scale cannot follow the "
+                "prompt: apply it without a gate, or stack it again from patches that do"
+            )
+        return cls(pipe, [one.as_concept() for one in told.erased], care_words=told.care_words)
 
     def likeness(self, prompts: Sequence[str]) -> Tensor:
         """How far each prompt's feature lies on the way from unrelated prompts to the concept's.

@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,6 +37,7 @@ from recare_patch.components import (
     networks,
     split_name,
 )
+from recare_patch.concepts import Concept, same_concept
 from recare_patch.errors import IncompatiblePatchError, PatchError, RecipeError
 from recare_patch.files import file_sha256, load_tensors, read_safetensors_header, write_tensors
 from recare_patch.peft_layers import kept_requires_grad, remove_adapter, settle_adapter, tuner_layers
@@ -63,6 +64,55 @@ class _CareSetLike(Protocol):
     def to_json(self) -> str: ...
 
 
+class Erased(BaseModel):
+    """One concept that a patch erases.
+
+    Attributes:
+        concept: its name; an attribute is named with its subject, "stars from Van Gogh".
+        kind: of it; ``None`` where it is not known.
+        method: how it was erased; ``None`` where it is not known.
+        care_words: what was guarded while it was.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    concept: str
+    kind: str | None = None
+    method: str | None = None
+    care_words: tuple[str, ...] = ()
+
+    @classmethod
+    def by(cls, recipe: Recipe, care_words: Iterable[Sequence[str]]) -> tuple[Erased, ...]:
+        """What a recipe erases, and the words that guard each of its concepts."""
+        names = [recipe.title] if recipe.subject is not None else [one.text for one in recipe.concepts]
+        return tuple(
+            cls(concept=name, kind=one.kind, method=recipe.method, care_words=tuple(words))
+            for name, one, words in zip(names, recipe.concepts, care_words, strict=True)
+        )
+
+    def as_concept(self) -> Concept:
+        """With the prompts that speak of it.
+
+        Raises:
+            ConceptError: it is no concept, or its kind is not known.
+        """
+        return Concept(text=self.concept, kind=self.kind)  # type: ignore[arg-type]
+
+
+def _each_once(found: Iterable[Erased]) -> tuple[Erased, ...]:
+    """Every concept once, with all that was guarded for it."""
+    kept: list[Erased] = []
+    for one in found:
+        place = next((k for k, other in enumerate(kept) if same_concept(other.concept, one.concept)), None)
+        if place is None:
+            kept.append(one)
+            continue
+        other = kept[place]
+        words = tuple(dict.fromkeys((*other.care_words, *one.care_words)))
+        kept[place] = other.model_copy(update={"kind": other.kind or one.kind, "care_words": words})
+    return tuple(kept)
+
+
 class PatchPart(BaseModel):
     """One patch in a stack, or one that was merged into a base.
 
@@ -74,6 +124,7 @@ class PatchPart(BaseModel):
         scale: its strength; stacks of stacks multiply theirs.
         care_words: what its run guarded.
         method: how it was made; ``None`` where it is not known.
+        concepts: of a part that erases several: each of them; ``None`` for others.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -85,6 +136,15 @@ class PatchPart(BaseModel):
     scale: float
     care_words: tuple[str, ...] = ()
     method: str | None = None
+    concepts: tuple[Erased, ...] | None = None
+
+    @property
+    def erased(self) -> tuple[Erased, ...]:
+        """Each concept that it erases; none where it does not say."""
+        if self.concepts or self.concept is None:
+            return self.concepts or ()
+        one = Erased(concept=self.concept, kind=self.kind, method=self.method, care_words=self.care_words)
+        return (one,)
 
 
 class Stacking(BaseModel):
@@ -117,7 +177,8 @@ class PatchMetadata(BaseModel):
         base_text_encoders_sha256: the same of the text encoders, by component; ``None`` for a patch that
             changes the denoiser alone.
         prediction_type: of the base.
-        concept, kind: what is erased.
+        concept: all that is erased, in words.
+        kind: of what the recipe's first concept is.
         method: how.
         layers, rank, alpha: the adapter that was trained; ``alpha / rank`` is baked into the tensors.
         seed: of the run.
@@ -125,6 +186,8 @@ class PatchMetadata(BaseModel):
         care_set: the CARE-set, JSON; ``None`` for methods without one.
         parts: of a stack, in its order; ``None`` for a single patch.
         stacking: how a stack was made; ``None`` for a single patch.
+        concepts: of a patch that erases several, or was continued: each of them, the earliest first;
+            ``None`` for others, and for patches from before this was told. See :attr:`erased`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -147,6 +210,7 @@ class PatchMetadata(BaseModel):
     parts: tuple[PatchPart, ...] | None = None
     stacking: Stacking | None = None
     base_text_encoders_sha256: dict[str, str] | None = None
+    concepts: tuple[Erased, ...] | None = None
 
     @model_validator(mode="after")
     def _is_single_or_stack(self) -> PatchMetadata:
@@ -190,6 +254,41 @@ class PatchMetadata(BaseModel):
             care_set=care_set.to_json() if care_set is not None else None,
             base_text_encoders_sha256=encoders if recipe.adapter.layers in TEXT_LAYER_SETS else None,
         )
+
+    def with_concepts(self, own: Sequence[Erased], earlier: Patch | None = None) -> PatchMetadata:
+        """The same, with each concept told.
+
+        Args:
+            own: what the run itself erased.
+            earlier: the patch that it went on from, whose concepts stay erased.
+        """
+        if earlier is None:
+            return self.model_copy(update={"concepts": tuple(own)})
+        before = earlier.metadata.erased if earlier.metadata is not None else ()
+        told = earlier.metadata.concept if earlier.metadata is not None else Path(earlier.source).name
+        both = _each_once((*before, *own))
+        title = " + ".join([told, *(one.concept for one in both[len(before) :])])
+        return self.model_copy(update={"concept": title, "concepts": both})
+
+    @property
+    def erased(self) -> tuple[Erased, ...]:
+        """Each concept that it erases, the earliest first; none for a stack of LoRAs that do not say."""
+        if self.parts:
+            return _each_once(one for part in self.parts for one in part.erased)
+        if self.concepts:
+            return _each_once(self.concepts)
+        try:
+            recipe = self.parsed_recipe
+        except RecipeError:
+            # Of a newer version, say: it is told of where its settings are needed.
+            one = Erased(concept=self.concept, kind=self.kind, method=self.method, care_words=self.care_words)
+            return (one,)
+        return Erased.by(recipe, [self.care_words] * len(recipe.concepts))
+
+    @property
+    def by_concept(self) -> bool:
+        """Whether it is judged by each of its concepts: a stack, or a patch that erases several."""
+        return bool(self.parts) or len(self.erased) > 1
 
     def component_hash(self, component: str) -> str | None:
         """SHA-256 of one of the base's networks, where the patch names it."""
@@ -433,6 +532,7 @@ class Patch:
     def as_part(self, scale: float) -> PatchPart:
         """What a stack, or a base that it is merged into, records about it."""
         concept, kind = (self.metadata.concept, self.metadata.kind) if self.metadata else (None, None)
+        told = self.metadata.erased if self.metadata else ()
         return PatchPart(
             name=concept or Path(self.source).name,
             concept=concept,
@@ -441,6 +541,7 @@ class Patch:
             scale=scale,
             care_words=self.metadata.care_words if self.metadata else (),
             method=self.metadata.method if self.metadata else None,
+            concepts=told if len(told) > 1 else None,
         )
 
     # ------------------------------------------------------------------ making, reading, writing

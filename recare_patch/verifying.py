@@ -74,8 +74,8 @@ class Verification:
 
     Attributes:
         findings: in their order.
-        measured: the figures as measured again; None where they were not, and for a stack, whose
-            concepts are measured each on its own.
+        measured: the figures as measured again; None where they were not, and for a patch of several
+            concepts, which are measured each on its own.
     """
 
     findings: tuple[Finding, ...]
@@ -147,7 +147,7 @@ def verify(
     Args:
         patch: its folder, or its safetensors file.
         base: the base model; by default the one that it was made for.
-        concept: one of the concepts that a stack erases; all of them by default, each by its own evidence.
+        concept: one of several that the patch erases; all of them by default, each by its own evidence.
         figures: names of figures; "all" of them and the attacks, or "none" for integrity alone.
         pictures: pictures a figure, instead of the recorded number.
         tolerance: of figures without an interval, relative.
@@ -198,7 +198,7 @@ def verify(
     for record, plan in zip(sound.records, plans, strict=True):
         found, measured = _verify_figures(loaded, metadata, record, plan, base, tolerance, measure)
         findings += record.named(found)
-    return Verification(tuple(findings), None if metadata.parts else measured)
+    return Verification(tuple(findings), None if metadata.by_concept else measured)
 
 
 def _verify_figures(
@@ -232,7 +232,7 @@ class Record:
 
     Attributes:
         folder: where it lies.
-        concept: which of a stack's concepts; None for a patch that is no stack.
+        concept: which of several concepts; None for a patch of one.
         evidence: None where there is none, or none that can be read.
         findings: from reading it.
     """
@@ -248,7 +248,7 @@ class Record:
         return EVIDENCE_NAME if self.concept is None else f"{self.folder.name}/{EVIDENCE_NAME}"
 
     def named(self, findings: Sequence[Finding]) -> list[Finding]:
-        """Findings that say which of a stack's concepts they are about."""
+        """Findings that say which of several concepts they are about."""
         if self.concept is None:
             return list(findings)
         return [replace(one, about=f"{self.concept}: {one.about}") for one in findings]
@@ -262,7 +262,7 @@ class Integrity:
         folder: they lie in it.
         findings: what was looked at.
         patch: as loaded; None where its weights cannot be.
-        records: the evidence; several for a stack, one for each of its concepts.
+        records: the evidence; of several concepts one for each.
     """
 
     folder: Path
@@ -272,7 +272,7 @@ class Integrity:
 
     @property
     def evidence(self) -> Evidence | None:
-        """What lies beside the weights; a stack's lies in folders of its concepts."""
+        """What lies beside the weights; that on several concepts lies in a folder for each."""
         return self.records[0].evidence if [one.concept for one in self.records] == [None] else None
 
     @property
@@ -286,7 +286,7 @@ def check_integrity(patch: str | Path, concept: str | None = None) -> Integrity:
 
     Args:
         patch: its folder, or its safetensors file.
-        concept: one of the concepts that a stack erases; all of them by default.
+        concept: one of several that the patch erases; all of them by default.
 
     Returns:
         The findings on weights, evidence, hash, records and card. A damaged or altered patch is a finding,
@@ -301,7 +301,8 @@ def check_integrity(patch: str | Path, concept: str | None = None) -> Integrity:
     findings, loaded = _check_weights(file)
     metadata = loaded.metadata if loaded is not None else None
     stacked = metadata is not None and metadata.parts is not None
-    if loaded is None or not stacked:
+    several = metadata is not None and metadata.by_concept
+    if loaded is None or not several:
         if loaded is not None and concept is not None:
             subject_of(loaded, concept)
         records = [_read_evidence(folder)]
@@ -314,7 +315,7 @@ def check_integrity(patch: str | Path, concept: str | None = None) -> Integrity:
     if loaded is not None and metadata is not None:
         findings += _check_folder(folder, metadata, records)
         findings += _check_other_file(folder, loaded)
-    findings += _check_card(folder, None if stacked else records[0].evidence)
+    findings += _check_card(folder, None if several else records[0].evidence)
     return Integrity(folder, tuple(findings), loaded, tuple(records))
 
 
@@ -440,8 +441,8 @@ def _check_folder(folder: Path, metadata: PatchMetadata, records: Sequence[Recor
             "method": metadata.method,
         }
         if record.concept is not None:
-            kinds = {part.kind for part in metadata.parts or () if part.concept == record.concept} - {None}
-            expected |= {"concept": record.concept, "kind": next(iter(kinds), record.evidence.kind)}
+            kind = next((one.kind for one in metadata.erased if one.concept == record.concept), None)
+            expected |= {"concept": record.concept, "kind": kind or record.evidence.kind}
         for what, header in expected.items():
             told = getattr(record.evidence, what)
             if told != header:

@@ -113,7 +113,7 @@ def test_evaluate_and_verify(stack: Path, base: BaseModel, tiny_sd: Path, tiny_c
         "monet/evidence.json",
         "van-gogh/evidence.json",
     ]
-    with pytest.raises(EvaluationError, match="whose card tells no figures"):
+    with pytest.raises(EvaluationError, match="its card tells no figures"):
         evaluate(stack, base=base, suite=SUITES[0], card=True, **options)
 
     done = verifying.verify(stack, tiny_sd, clip=str(tiny_clip), device="cpu")
@@ -234,7 +234,7 @@ def test_the_command(
         "--base", tiny_sd, "--device", "cpu",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert [line.split() for line in done.stdout.splitlines()[2:-1]] == [
+    assert [line.split() for line in done.stdout.splitlines()[3:-1]] == [
         ["figure", "base", "alone", "stacked"],
         ["Van", "Gogh:"],
         ["concept,", "plain", "prompts", "98.0", "%", "2.0", "%", "3.5", "%"],

@@ -110,14 +110,14 @@ def attack(
     }
     from recare_patch import attacking
 
-    stacked = common.stacked_concepts(patch)
-    if stacked and replay is not None and concept is None:
+    several = common.several_concepts(patch)
+    if several and replay is not None and concept is None:
         concept = attacking.replayed_concept(replay)
     with common.shown_progress() as progress:
         shared["progress"] = progress
         found = []
-        for chosen in stacked if stacked and concept is None else (concept,):
-            place = folder / slug_of(chosen) if stacked and chosen is not None else folder
+        for chosen in several if several and concept is None else (concept,):
+            place = folder / slug_of(chosen) if several and chosen is not None else folder
             if replay is not None:
                 given = attacks[0] if attacks else None
                 result = attacking.attack_patch(
@@ -133,7 +133,7 @@ def attack(
                     )
                 ]
     for name, chosen, result, place in found:
-        _report(f"{chosen}, {name}" if stacked else name, result, place)
+        _report(f"{chosen}, {name}" if several else name, result, place)
 
 
 def _options(attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]) -> dict[str, AttackOptions]:

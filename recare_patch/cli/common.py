@@ -23,7 +23,6 @@ from recare_patch.recipe import (
     WEIGHTS_NAME,
     load_recipe,
     parse_assignment,
-    parts_in_header,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -55,7 +54,7 @@ def clip_option(command: Command) -> Command:
 def concept_option(command: Command) -> Command:
     """Add ``--concept``."""
     return click.option(
-        "--concept", metavar="TEXT", help="One of the concepts that a stack erases.  [default: each of them]"
+        "--concept", metavar="TEXT", help="One of several that the patch erases.  [default: each of them]"
     )(command)
 
 
@@ -203,17 +202,19 @@ def base_of(patches: Sequence[tuple[Path, float]]) -> str:
     return "atelier"
 
 
-def stacked_concepts(patch: Path | str) -> tuple[str, ...]:
-    """What a stack erases, read from its header without torch; nothing for a patch that is no stack."""
+def several_concepts(patch: Path | str) -> tuple[str, ...]:
+    """What a stack, or a patch of several concepts, erases; nothing for any other."""
+    from recare_patch.patch import PatchMetadata
+
     path = Path(patch)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     try:
         header = read_safetensors_header(file).metadata if file.is_file() else {}
-        parts = parts_in_header(header, str(patch)) if PARTS_KEY in header else []
-    except (PatchError, RecipeError):
+        told = PatchMetadata.from_header(header, str(patch))
+    except PatchError:
         # Damaged files are refused where they are loaded.
         return ()
-    return tuple(dict.fromkeys(part["concept"] for part in parts if isinstance(part.get("concept"), str)))
+    return tuple(one.concept for one in told.erased) if told is not None and told.by_concept else ()
 
 
 @contextlib.contextmanager

@@ -149,9 +149,9 @@ def evaluate(
 
     first = evaluating.is_first_process()
     folder = out if out is not None else Path(patch) if Path(patch).is_dir() else Path(patch).parent
-    stacked = common.stacked_concepts(patch)
-    # A suite that is named is for one of a stack's concepts, and says itself for which.
-    for one in stacked if stacked and concept is None and suite is None else (concept,):
+    several = common.several_concepts(patch)
+    # A suite that is named is for one of several concepts, and says itself for which.
+    for one in several if several and concept is None and suite is None else (concept,):
         # Of several processes one speaks; all draw.
         with common.shown_progress() if first else contextlib.nullcontext() as progress:
             evidence = evaluating.evaluate(
@@ -178,9 +178,9 @@ def evaluate(
                 progress=progress,
             )
         if first:
-            if stacked:
+            if several:
                 click.echo(f"{evidence.concept}:")
-            _report(evidence, folder / slug_of(evidence.concept) if stacked else folder, card)
+            _report(evidence, folder / slug_of(evidence.concept) if several else folder, card)
 
 
 def _report(evidence: Evidence, folder: Path, card: bool) -> None:

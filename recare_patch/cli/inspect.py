@@ -15,6 +15,7 @@ from recare_patch.errors import PatchError
 from recare_patch.files import SafetensorsHeader, read_safetensors_header
 from recare_patch.recipe import METADATA_KEY, PARTS_KEY, WEIGHTS_NAME, Recipe, parts_in_header
 
+_CONCEPT = "recare_patch.concept"
 _DOWN = re.compile(r"\.(lora_A|lora_down|lora\.down)\.(?:\w+\.)?weight$")
 
 
@@ -79,8 +80,8 @@ def describe(file: Path, header: SafetensorsHeader) -> dict[str, Any]:
     elif facts["made_by"]:
         recipe = Recipe.from_yaml(header.metadata[METADATA_KEY], source=f"the recipe in {file}")
         facts |= {
-            "erases": recipe.concept.text,
-            "kind": recipe.concept.kind,
+            "erases": header.metadata.get(_CONCEPT, recipe.title),
+            "kind": " and ".join(dict.fromkeys(one.kind for one in recipe.concepts)),
             "base": recipe.base,
             "method": recipe.method,
             "layers": recipe.adapter.layers,

@@ -1,7 +1,8 @@
-"""What a patch is judged by: the concept it erases, or one of those that a stack erases.
+"""What a patch is judged by: the concept it erases, or one of several.
 
-A patch carries the recipe that made it. A stack has none: its parts name their concepts, and each is
-judged on its own, by the settings that a recipe has where nothing else is said.
+A patch carries the recipe that made it, and each concept is judged by that one's settings. A stack has
+none: its parts name their concepts, and each is judged by the settings that a recipe has where nothing
+else is said.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from recare_patch.concepts import Concept, same_concept, slug_of
 from recare_patch.errors import EvaluationError, nearest
 from recare_patch.evaluation.suites import find_suite_for
-from recare_patch.patch import Patch, PatchMetadata, PatchPart
+from recare_patch.patch import Erased, Patch, PatchMetadata
 from recare_patch.recipe import Recipe
 
 
@@ -21,16 +22,14 @@ class Subject:
     """One concept that a patch erases.
 
     Attributes:
-        recipe: that made the patch; of a stack's part, one of defaults with its concept and base.
+        recipe: that made the patch, with this concept alone; of a stack, one of defaults with its base.
         care_words: what was guarded while it was erased.
-        method: how it was erased; "stack" for a stack's part.
-        stacked: whether it is one of a stack's concepts.
+        method: the patch's; "stack" for a stack.
     """
 
     recipe: Recipe
     care_words: tuple[str, ...]
     method: str
-    stacked: bool
 
     @property
     def concept(self) -> Concept:
@@ -39,13 +38,8 @@ class Subject:
 
 
 def concepts_of(patch: Patch) -> tuple[str, ...]:
-    """What a patch erases; several for a stack, none for a LoRA that does not say."""
-    metadata = patch.metadata
-    if metadata is None:
-        return ()
-    if not metadata.parts:
-        return (metadata.concept,)
-    return tuple(dict.fromkeys(part.concept for part in metadata.parts if part.concept is not None))
+    """What a patch erases; none for a LoRA that does not say."""
+    return tuple(one.concept for one in patch.metadata.erased) if patch.metadata is not None else ()
 
 
 def subject_of(patch: Patch, concept: str | None = None) -> Subject:
@@ -69,37 +63,37 @@ def subject_of(patch: Patch, concept: str | None = None) -> Subject:
         hint = f"; did you mean '{guess}'?" if guess and len(known) > 1 else ""
         raise EvaluationError(f"patch {patch.name} erases {' and '.join(known)}, not '{concept}'{hint}")
     if len(chosen) > 1:
-        raise EvaluationError(
-            f"patch {patch.name} is a stack and erases several concepts: choose one of {', '.join(known)}"
-        )
-    if not metadata.parts:
-        return Subject(metadata.parsed_recipe, metadata.care_words, metadata.method, stacked=False)
-    parts = [part for part in metadata.parts if part.concept == chosen[0]]
-    recipe = Recipe(concept=_concept(metadata, parts), base=metadata.base)
-    words = dict.fromkeys(word for part in parts for word in part.care_words)
-    return Subject(recipe, tuple(words), metadata.method, stacked=True)
+        raise EvaluationError(f"patch {patch.name} erases several concepts: choose one of {', '.join(known)}")
+    if not metadata.by_concept:
+        return Subject(metadata.parsed_recipe, metadata.care_words, metadata.method)
+    one = next(one for one in metadata.erased if one.concept == chosen[0])
+    alone = {"concept": _concept(metadata, one), "also": (), "subject": None}
+    if metadata.parts:
+        recipe = Recipe(concept=alone["concept"], base=metadata.base)
+    else:
+        recipe = metadata.parsed_recipe.model_copy(update=alone)
+    return Subject(recipe, one.care_words, metadata.method)
 
 
 def folder_of(patch: Patch, folder: Path, concept: str) -> Path:
-    """Where evidence on one concept lies: in the patch's folder, or in one of its own within a stack's.
+    """Where evidence on one concept lies: in the patch's folder, or of several in one of its own within it.
 
     Args:
         patch: what was made.
         folder: the patch's, or another one chosen in its place.
         concept: the concept's text.
     """
-    if patch.metadata is None or not patch.metadata.parts:
-        return folder
-    return folder / slug_of(concept)
+    by_concept = patch.metadata is not None and patch.metadata.by_concept
+    return folder / slug_of(concept) if by_concept else folder
 
 
-def _concept(metadata: PatchMetadata, parts: list[PatchPart]) -> Concept:
-    text = parts[0].concept or ""
-    kinds = [part.kind for part in parts if part.kind is not None]
-    suite = find_suite_for(text, metadata.base)
-    kind = kinds[0] if kinds else suite.kind if suite is not None else None
-    if kind is None:
-        raise EvaluationError(
-            f"the stack does not say what kind of concept '{text}' is: stack it again from its patches"
-        )
-    return Concept(text=text, kind=kind)  # type: ignore[arg-type]
+def _concept(metadata: PatchMetadata, told: Erased) -> Concept:
+    if told.kind is None:
+        suite = find_suite_for(told.concept, metadata.base)
+        if suite is None:
+            raise EvaluationError(
+                f"patch '{metadata.concept}' does not say what kind of concept '{told.concept}' is: make it "
+                "again from patches that do"
+            )
+        return Concept(text=told.concept, kind=suite.kind)
+    return told.as_concept()

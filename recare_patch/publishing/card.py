@@ -10,13 +10,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from recare_patch.concepts import Concept
 from recare_patch.errors import PatchError
 from recare_patch.formats import concept_name
 from recare_patch.method_table import METHODS
 from recare_patch.patch import PatchMetadata
 from recare_patch.publishing.figures import UNMEASURED
-from recare_patch.publishing.front_matter import front_matter, hub_id
+from recare_patch.publishing.front_matter import front_matter, hub_id, sample_prompt
 from recare_patch.publishing.markdown import plain, yaml_text
 from recare_patch.recipe import WEIGHTS_NAME
 
@@ -198,10 +197,7 @@ def _project_url() -> str:
 
 
 def _prompt(metadata: PatchMetadata) -> str:
-    """A prompt that shows what the patch does; a stack's parts need not know theirs."""
-    if metadata.parts is not None:
-        return "a prompt of yours"
-    return Concept(text=metadata.concept, kind=metadata.kind).target_prompt  # type: ignore[arg-type]
+    return sample_prompt(metadata) or "a prompt of yours"
 
 
 def _summary(metadata: PatchMetadata) -> str:
@@ -212,9 +208,10 @@ def _summary(metadata: PatchMetadata) -> str:
             f"{len(metadata.parts)} patches in one LoRA of rank {metadata.rank}: it makes {base} forget "
             f"{names}. It is loaded like any other LoRA and taken out again."
         )
+    told = [f"**{plain(one.concept)}**" + (f" ({one.kind})" if one.kind else "") for one in metadata.erased]
     return (
-        f"A LoRA of rank {metadata.rank} that makes {base} forget **{plain(metadata.concept)}** "
-        f"({metadata.kind}). It is loaded like any other LoRA and taken out again."
+        f"A LoRA of rank {metadata.rank} that makes {base} forget {' and '.join(told)}. "
+        "It is loaded like any other LoRA and taken out again."
     )
 
 
@@ -224,12 +221,15 @@ def _erased(metadata: PatchMetadata) -> str:
             f"| {plain(part.name)} | {part.scale:g} | `{plain(part.sha256)}` |" for part in metadata.parts
         ]
         return "\n".join(["| part | scale | SHA-256 of its weights |", "|---|---:|---|", *rows])
-    concept = Concept(text=metadata.concept, kind=metadata.kind)  # type: ignore[arg-type]
-    prompts = ", ".join(f"“{plain(prompt)}”" for prompt in concept.name_prompts)
-    return f"Erased: prompts that name {plain(concept.text)}, such as {prompts}."
+    told = []
+    for concept in (one.as_concept() for one in metadata.erased if one.kind is not None):
+        prompts = ", ".join(f"“{plain(prompt)}”" for prompt in concept.name_prompts)
+        told.append(f"Erased: prompts that name {plain(concept.text)}, such as {prompts}.")
+    return "\n\n".join(told)
 
 
 def _care_set(metadata: PatchMetadata) -> str:
+    words = dict.fromkeys(word for one in metadata.erased for word in one.care_words)
     if metadata.stacking is not None:
         how = metadata.stacking
         exact = "exactly what the parts do together" if how.method == "concat" else "an approximation"
@@ -237,9 +237,7 @@ def _care_set(metadata: PatchMetadata) -> str:
             f"Stacked by `{plain(how.method)}`, {exact}: its update differs from the sum of the parts' by "
             f"{how.relative_error:.2g} of that sum's norm."
         )
-        guarded = dict.fromkeys(word for part in metadata.parts or () for word in part.care_words)
-        return f"{text}\n\nGuarded by its parts: {', '.join(map(plain, guarded))}." if guarded else text
-    words = metadata.care_words
+        return f"{text}\n\nGuarded by its parts: {', '.join(map(plain, words))}." if words else text
     if not words:
         return "Guarded: nothing by name; this method has no CARE-set."
     return (
@@ -388,6 +386,8 @@ def _limits(metadata: PatchMetadata, training: Mapping[str, Any]) -> str:
             "What was measured on a part alone does not speak for the stack. Evidence on the stack, where "
             "there is some, lies in a folder for each concept."
         )
+    elif metadata.by_concept:
+        points.append("Evidence, where there is some, lies in a folder for each concept.")
     if metadata.method == "esd":
         points.append("ESD guards nothing: what goes along with the concept may fade with it.")
     elif metadata.method in METHODS and metadata.method != "recare":
@@ -398,8 +398,8 @@ def _limits(metadata: PatchMetadata, training: Mapping[str, Any]) -> str:
             f"The patch has rank {metadata.rank}, which leaves out {residual:.2g} of the norm of the update "
             "that was computed."
         )
-    if metadata.kind == "nsfw":
-        points.append("It is no safety filter: it knows the one concept it was trained on.")
+    if any(one.kind == "nsfw" for one in metadata.erased):
+        points.append("It is no safety filter: it knows nothing but what it was trained on.")
     warnings = training.get("warnings")
     points += [plain(str(one)) for one in (warnings if isinstance(warnings, list) else ())]
     return "\n".join(f"- {point}" for point in points)
@@ -413,7 +413,7 @@ def _licence(metadata: PatchMetadata) -> str:
 
 
 def _citation(metadata: PatchMetadata) -> str:
-    methods = [part.method for part in metadata.parts or ()]
+    methods = [one.method for one in metadata.erased]
     methods.append(metadata.stacking.method if metadata.stacking is not None else metadata.method)
     papers = [_PAPERS[one] for one in dict.fromkeys(methods) if one in _PAPERS]
     lines = [*(f"- {paper.line}" for paper in papers), f"- {_LORA_PAPER}"]

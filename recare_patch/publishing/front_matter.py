@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recare_patch.concepts import KINDS, Concept, slug_of
+from recare_patch.concepts import KINDS, slug_of
 from recare_patch.patch import PatchMetadata
 
 TAG = "recare-patch"
@@ -36,18 +36,23 @@ def concept_tag(concept: str) -> str:
     return f"concept:{slug_of(concept)}"
 
 
-def concepts_of(metadata: PatchMetadata) -> tuple[str, ...]:
-    """What a patch erases: one concept, or those of a stack's parts."""
-    if metadata.parts is None:
-        return (metadata.concept,)
-    return tuple(dict.fromkeys(part.concept for part in metadata.parts if part.concept))
+def _tags_of(metadata: PatchMetadata) -> list[str]:
+    return [concept_tag(one.concept) for one in metadata.erased]
+
+
+def sample_prompt(metadata: PatchMetadata) -> str | None:
+    """A prompt that shows what a patch does; ``None`` for a stack, whose parts need not know theirs.
+
+    Of several concepts it names the last one: that is in the preview of a patch that was continued too.
+    """
+    known = [one for one in metadata.erased if one.kind is not None]
+    return known[-1].as_concept().target_prompt if known and metadata.parts is None else None
 
 
 def is_unsafe(metadata: PatchMetadata) -> bool:
     """Whether it deals with unsafe content; in a mixed stack, parts of unknown kind count as if they did."""
-    if metadata.kind in KINDS or metadata.parts is None:
-        return metadata.kind == "nsfw"
-    return any(part.concept and part.kind in ("nsfw", None) for part in metadata.parts)
+    kinds = [metadata.kind, *(one.kind for one in metadata.erased)]
+    return "nsfw" in kinds or (metadata.kind not in KINDS and None in kinds)
 
 
 def front_matter(metadata: PatchMetadata, previews: Sequence[str]) -> dict[str, Any]:
@@ -68,15 +73,14 @@ def front_matter(metadata: PatchMetadata, previews: Sequence[str]) -> dict[str, 
         tags.append(base_tag(metadata.base))
     if metadata.base_family.startswith("stable-diffusion"):
         tags += ["stable-diffusion", metadata.base_family]
-    tags += ["concept-erasure", TAG, metadata.method, *map(concept_tag, concepts_of(metadata))]
+    tags += ["concept-erasure", TAG, metadata.method, *_tags_of(metadata)]
     unsafe = is_unsafe(metadata)
     if unsafe:
         tags.append(UNSAFE_TAG)
     front |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     front |= license_of(metadata.base)
     front["tags"] = list(dict.fromkeys(tags))
-    if metadata.parts is None:
-        prompt = Concept(text=metadata.concept, kind=metadata.kind).target_prompt  # type: ignore[arg-type]
+    if (prompt := sample_prompt(metadata)) is not None:
         front["instance_prompt"] = prompt
         if previews and not unsafe:
             front["widget"] = [{"text": prompt, "output": {"url": url}} for url in previews]
@@ -125,7 +129,7 @@ class Identity:
     @classmethod
     def of(cls, metadata: PatchMetadata) -> Identity:
         """That of a patch."""
-        return cls(frozenset(map(concept_tag, concepts_of(metadata))), base_tag(metadata.base))
+        return cls(frozenset(_tags_of(metadata)), base_tag(metadata.base))
 
 
 def identity_in(front: Mapping[str, Any], like: Identity) -> Identity | None:

@@ -58,7 +58,7 @@ def kohya_name(patch: Patch) -> str:
 
 
 def text_names(patch: Patch) -> tuple[str, ...]:
-    """The files of words and figures; a stack has evidence on each of its concepts in a folder of its own."""
+    """The files of words and figures; of several concepts each has evidence in a folder of its own."""
     return (*_TEXTS, *_of_concepts(patch, EVIDENCE_NAME))
 
 
@@ -73,7 +73,7 @@ def all_names(patch: Patch) -> tuple[str, ...]:
 
 
 def _of_concepts(patch: Patch, name: str) -> tuple[str, ...]:
-    if patch.metadata is None or not patch.metadata.parts:
+    if patch.metadata is None or not patch.metadata.by_concept:
         return ()
     return tuple(dict.fromkeys(f"{slug_of(concept)}/{name}" for concept in concepts_of(patch)))
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from recare_patch import composing, formats, merging, publishing
 from recare_patch.careset import CareSet
-from recare_patch.cli.common import base_of, stacked_concepts
+from recare_patch.cli.common import base_of, several_concepts
 from recare_patch.concepts import Concept
 from recare_patch.evaluating import read_prompts
 from recare_patch.evaluation.attacks import load_about, load_attack
@@ -24,7 +24,7 @@ from recare_patch.evaluation.evidence import EVIDENCE_NAME, Evidence
 from recare_patch.evaluation.subjects import concepts_of, subject_of
 from recare_patch.evaluation.suites import Suite, load_suite, suites_folder
 from recare_patch.files import read_safetensors_header, write_bytes
-from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.patch import Erased, Patch, PatchMetadata
 from recare_patch.preparing import read_words
 from recare_patch.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder
 from recare_patch.verifying import check_integrity
@@ -94,6 +94,15 @@ def a_patch(concept: str = "Van Gogh") -> Patch:
     return Patch(tensors, _metadata(concept=concept))
 
 
+def a_patch_of_several() -> Patch:
+    """One that erases two concepts, and says so."""
+    told = (
+        Erased(concept="Van Gogh", kind="style", care_words=("stars",)),
+        Erased(concept="Monet", kind="style"),
+    )
+    return Patch(a_patch().tensors, _metadata(concepts=told))
+
+
 def a_stack() -> Patch:
     """Two of them stacked."""
     return composing.stack([(a_patch(), 1.0), (a_patch("Monet"), 0.5)], dtype=torch.float16)
@@ -157,7 +166,7 @@ def _inspect(file: Path) -> None:
     facts = inspect.describe(file, header)
     json.dumps(facts)
     [inspect._in_words(value) for value in facts.values()]
-    stacked_concepts(file)
+    several_concepts(file)
     base_of([(file, 1.0)])
     load_recipe(str(file))
 
@@ -249,7 +258,8 @@ def _words() -> bytes:
 def readers() -> list[Reader]:
     """All of them."""
     patch, stack = a_patch(), a_stack()
-    ours, kohya, foreign = (_as_file(patch), _as_file(stack)), (_kohya(patch), _kohya(stack)), _foreign()
+    ours = _as_file(patch), _as_file(stack), _as_file(a_patch_of_several())
+    kohya, foreign = (_kohya(patch), _kohya(stack)), _foreign()
     recipes = (RECIPE.to_yaml().encode(), *_bundled(recipes_folder())[:3])
     card = publishing.with_evidence(publishing.card_text(patch.metadata, {}), make_evidence())
     assignments = b"erase.steps=50\nconcept.text=Van Gogh\nadapter={rank: 2}\nseed=1e-4\nnotes=\n"
