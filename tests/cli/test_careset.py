@@ -74,7 +74,9 @@ def models(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
         path.write_bytes(b"png")
 
     fakes: dict[str, dict[str, Any]] = {
-        "base_models": {"load_base": lambda source, **_: SimpleNamespace(id=source, generate=generate)},
+        "base_models": {
+            "load_base": lambda source, **_: SimpleNamespace(id=source, generate=generate, pipeline=None)
+        },
         "careset": {"CareSet": FakeSet, "build_care_set": build, "plot_care_set": plot},
         "clip": {"Clip": SimpleNamespace(load=lambda source: source), "default_clip": lambda base: base},
     }
