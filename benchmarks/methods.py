@@ -138,7 +138,7 @@ def _memorized(arguments: argparse.Namespace, patch: Any) -> dict[str, float]:
     cache = PictureCache(Path(arguments.work) / "cache")
     studio = Studio(load_base("atelier", device=arguments.device), cache=cache)
     score_, rate = memorization_figures(
-        studio, patch, suite, load_detector("atelier-judge"), pictures=arguments.pictures
+        studio, patch, suite, load_detector("atelier-judge"), arguments.pictures, None
     )
     return {"base": score_.base, "patched": score_.patched, "rate_base": rate.base, "rate": rate.patched}
 
