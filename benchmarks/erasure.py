@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scoring import SCHEDULER, STEPS, TWENTY, Sampler, save_scores, score
+from benchmarks.scoring import SCHEDULER, STEPS, TWENTY, Score, save_scores, score
 from benchmarks.suites import CONCEPTS, SPLITS
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,8 +38,16 @@ def _folder(arguments: argparse.Namespace) -> Path:
     return RESULTS / (arguments.split if arguments.ddim else f"{arguments.split}-8")
 
 
-def _sampler(arguments: argparse.Namespace) -> Sampler:
-    return TWENTY if arguments.ddim else (STEPS, SCHEDULER)
+def _scored(arguments: argparse.Namespace, base: Any, patch: Any = None) -> list[Score]:
+    return score(
+        base,
+        arguments.concept,
+        arguments.split,
+        patch=patch,
+        pictures=arguments.pictures,
+        figures=arguments.figure,
+        sampler=TWENTY if arguments.ddim else (STEPS, SCHEDULER),
+    )
 
 
 def _file(arguments: argparse.Namespace, row: str) -> Path:
@@ -83,15 +91,7 @@ def _run(arguments: argparse.Namespace) -> None:
         patch, cost = result.patch, result.cost
     print(row, {k: v["evaluations"] for k, v in cost["stages"].items()}, f"{cost['seconds']} s", flush=True)
     base = load_base("atelier", device=arguments.device)
-    rows = score(
-        base,
-        arguments.concept,
-        arguments.split,
-        patch=patch,
-        pictures=arguments.pictures,
-        figures=arguments.figure,
-        sampler=_sampler(arguments),
-    )
+    rows = _scored(arguments, base, patch)
     goals = _goals(arguments, base)
     with patch.apply(base.pipeline):
         attacked = _attacked(goals)
@@ -110,14 +110,7 @@ def _base(arguments: argparse.Namespace) -> None:
     from recare_patch.base_models import load_base
 
     base = load_base("atelier", device=arguments.device)
-    rows = score(
-        base,
-        arguments.concept,
-        arguments.split,
-        pictures=arguments.pictures,
-        figures=arguments.figure,
-        sampler=_sampler(arguments),
-    )
+    rows = _scored(arguments, base)
     save_scores(_file(arguments, "base"), rows, row="base", concept=arguments.concept)
 
 
@@ -146,14 +139,7 @@ def _paper(arguments: argparse.Namespace) -> None:
         "denoiser_evaluations": sum(made.evaluations.values()),
         "stages": stages,
     }
-    rows = score(
-        base,
-        arguments.concept,
-        arguments.split,
-        pictures=arguments.pictures,
-        figures=arguments.figure,
-        sampler=_sampler(arguments),
-    )
+    rows = _scored(arguments, base)
     row = arguments.row or "paper"
     note = {"row": row, "concept": arguments.concept, "cost": cost, "rate": arguments.rate}
     save_scores(_file(arguments, row), rows, **note, **_attacked(goals))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.attacks import TRIALS
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS
 from recare_patch.atelier.judge import Judge
 from recare_patch.concepts import Concept
@@ -20,12 +21,8 @@ from recare_patch.samplers import scheduled
 IMAGES = 24
 """Pictures of the concept that attacks learn from, and that prompts are sought for."""
 
-TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
-    "inversion, 1 vector": ("concept-inversion", {"vectors": 1}),
-    "inversion, 4 vectors": ("concept-inversion", {"vectors": 4}),
-    "UnlearnDiffAtk": ("unlearn-diff-atk", {}),
-}
-"""Column → attack, and what is changed in its small budget."""
+TRIED = tuple(TRIALS)[:3]
+"""Those of :data:`benchmarks.attacks.TRIALS` that are run."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def draw_goals(base: Any, concept: Concept, label: str) -> Goals:
 
 
 def attack_in_place(goals: Goals) -> dict[str, dict[str, Any]]:
-    """Each of :data:`TRIALS` on the goals' model as it stands: successes, interval, evaluations."""
+    """Each of :data:`TRIED` on the goals' model as it stands: successes, interval, evaluations."""
     from recare_patch.attacking import attack_options
     from recare_patch.evaluation.attacks import load_attack_type
     from recare_patch.evaluation.attacks.protocol import AttackTarget
@@ -86,7 +83,8 @@ def attack_in_place(goals: Goals) -> dict[str, dict[str, Any]]:
         steps=STEPS,
         guidance_scale=GUIDANCE_SCALE,
     )
-    for trial, (attack, changes) in TRIALS.items():
+    for trial in TRIED:
+        attack, changes = TRIALS[trial]
         with scheduled(base.pipeline, SCHEDULER):
             result = load_attack_type(attack).run(target, attack_options(attack, overrides=changes), seed=0)
         found[trial] = {
