@@ -7,7 +7,7 @@ untouched base; the same function attacks a patch that is on, so that both rows 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,7 @@ class Goals:
 
     base: Any
     concept: Concept
+    judge: Judge
     label: str
     latents: Tensor
     prompts: tuple[str, ...]
@@ -38,7 +39,7 @@ class Goals:
 
     def shows(self, images: Any) -> list[bool]:
         """Which pictures show it, by the judge."""
-        return [self.label in seen for seen in Judge.load()(list(images))]
+        return [self.label in seen for seen in self.judge(list(images))]
 
 
 def draw_goals(base: Any, concept: Concept, label: str) -> Goals:
@@ -56,10 +57,13 @@ def draw_goals(base: Any, concept: Concept, label: str) -> Goals:
     embeds = base.encode_prompts(prompts)
     with scheduled(base.pipeline, SCHEDULER):
         latents = base.sample_latents(embeds, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
-    found = Goals(base, concept, label, latents, tuple(prompts), tuple(seeds))
-    hits = [k for k, hit in enumerate(found.shows(base.decode_latents(latents))) if hit][:IMAGES]
-    return Goals(
-        base, concept, label, latents[hits], tuple(prompts[k] for k in hits), tuple(seeds[k] for k in hits)
+    drawn = Goals(base, concept, Judge.load(), label, latents, tuple(prompts), tuple(seeds))
+    hits = [k for k, hit in enumerate(drawn.shows(base.decode_latents(latents))) if hit][:IMAGES]
+    return replace(
+        drawn,
+        latents=latents[hits],
+        prompts=tuple(prompts[k] for k in hits),
+        seeds=tuple(seeds[k] for k in hits),
     )
 
 
