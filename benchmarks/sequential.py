@@ -1,13 +1,15 @@
 """Twelve requests one after the other: independent patches stacked, against one patch trained on and on.
 
     python -m benchmarks.sequential run --way stacked --preset quick
+    python -m benchmarks.sequential run --way regmean --preset quick
     python -m benchmarks.sequential run --way continued --preset quick
     python -m benchmarks.sequential table
     python -m benchmarks.sequential plot
 
 Request by request another concept goes. After most of them everything is drawn: what was erased so far,
 what was not asked for yet, and the companions of what was erased. ``stacked`` trains every patch on the
-untouched base and applies them together; ``continued`` goes on with the patch before, in the same adapter,
+untouched base and applies them together; ``regmean`` takes the same patches, and stacks them by what
+their layers read (:mod:`recare_patch.moments`); ``continued`` goes on with the patch before, in the same adapter,
 against the model that it left (``erase --continue-from``). Finished steps are read, so a stopped run goes
 on.
 """
@@ -58,7 +60,7 @@ KEPT = (
 )
 """What no request ever names."""
 
-WAYS = ("stacked", "continued")
+WAYS = ("stacked", "regmean", "continued")
 MEASURED = (0, 1, 2, 4, 6, 9, 12)
 """After how many requests everything is drawn."""
 
@@ -136,12 +138,14 @@ def _measure(arguments: argparse.Namespace, base: Any, judge: Any, done: int) ->
 def _run(arguments: argparse.Namespace) -> None:
     from recare_patch.atelier.judge import Judge
     from recare_patch.base_models import load_base
+    from recare_patch.clip import Clip
     from recare_patch.composing import stack
+    from recare_patch.moments import measure_moments
     from recare_patch.patch import Patch
 
     file = RESULTS / f"{arguments.way}.{arguments.method}.json"
     data: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"steps": []}
-    judge = Judge.load()
+    judge, clip = Judge.load(), Clip.load("atelier")
     folders: list[Path] = []
     for place in range(-1, arguments.requests):
         if place >= 0:
@@ -160,8 +164,11 @@ def _run(arguments: argparse.Namespace) -> None:
                 ),
             }
         else:
-            chosen = folders if arguments.way == "stacked" else folders[-1:]
-            patch = stack([(Patch.load(folder), 1.0) for folder in chosen])
+            chosen = folders[-1:] if arguments.way == "continued" else folders
+            parts = [Patch.load(folder) for folder in chosen]
+            moments = measure_moments(parts, base, clip) if arguments.way == "regmean" else None
+            method = "regmean" if moments is not None else "concat"
+            patch = stack([(part, 1.0) for part in parts], method=method, moments=moments)
             with patch.apply(base.pipeline):
                 found = _measure(arguments, base, judge, place + 1)
         data["steps"].append({"requests": place + 1, **found})

@@ -28,7 +28,7 @@ from benchmarks.suites import SPLITS, Figure, shared_figures, suite
 
 RESULTS = Path(__file__).parent / "results" / "stacking"
 SIZES = (2, 4, 8)
-WAYS = ("concat", "ties", "dare", "svd")
+WAYS = ("concat", "regmean", "ties", "dare", "svd")
 """See :func:`recare_patch.composing.stack`; "alone" is each patch by itself."""
 
 CONCEPTS = {
@@ -155,6 +155,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from recare_patch import composing
     from recare_patch.atelier.judge import Judge
     from recare_patch.base_models import load_base
+    from recare_patch.clip import Clip
+    from recare_patch.moments import measure_moments
     from recare_patch.patch import Patch
 
     sizes, ways = arguments.size or SIZES, arguments.way or ("base", "alone", *WAYS)
@@ -199,8 +201,15 @@ def _run(arguments: argparse.Namespace) -> None:
                 }
                 save_scores(file, rows, **note)
             else:
+                moments = None
+                if way == "regmean":
+                    moments = measure_moments([patches[label] for label in parts], base, Clip.load("atelier"))
+                    note["measuring"] = moments.evaluations
                 made = composing.stack(
-                    [(patches[label], arguments.scale) for label in parts], method=way, dtype=torch.float16
+                    [(patches[label], arguments.scale) for label in parts],
+                    method=way,
+                    dtype=torch.float16,
+                    moments=moments,
                 )
                 assert made.metadata is not None and made.metadata.stacking is not None
                 note["scale"] = arguments.scale

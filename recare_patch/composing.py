@@ -3,7 +3,7 @@
 Notation: patch i changes a layer's weight by ``Δᵢ = Bᵢ Aᵢ`` (``A [rᵢ, in]``, ``B [out, rᵢ]``, the
 scale ``alpha / rank`` already in ``B``), and has the weight ``wᵢ`` in the stack. The stack that all
 patches applied at once make is ``Σ wᵢ Δᵢ``, and ``concat`` holds exactly that: ranks add up, nothing
-is lost. The other methods give fewer ranks or less interference for an error, which is measured.
+is lost. The other methods give fewer ranks or less interference for a difference, which is measured.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import recare_patch
 from recare_patch import formats, publishing
 from recare_patch.errors import PatchError, unknown_name
 from recare_patch.files import LOCK_NAME, claim_folder, file_sha256, write_text
+from recare_patch.moments import Moments
 from recare_patch.patch import Patch, PatchMetadata, PatchPart, Stacking, check_together
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("concat", "ties", "dare", "svd")
+METHODS = ("concat", "regmean", "ties", "dare", "svd")
 DENSITIES = {"ties": 0.2, "dare": 0.5}
 """Share of the values that a method keeps where none is given: TIES keeps a fifth in its paper."""
 
@@ -38,6 +39,9 @@ STACK_NAME = "stack.yaml"
 
 PULL = -0.1
 """A cosine between two updates below this is warned of: each undoes a part of the other."""
+
+_WHOLE = ("concat", "regmean")
+"""Methods whose stacks have all the ranks of their parts."""
 
 _WORK = ".run"
 _SEVERAL = "several"
@@ -53,6 +57,7 @@ def stack(
     density: float | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    moments: Moments | None = None,
 ) -> Patch:
     """One patch that does what several do together.
 
@@ -62,16 +67,19 @@ def stack(
 
     Args:
         patches: patch and weight; weights may be negative, ranks and layers may differ.
-        method: ``concat``: all ranks side by side, exact. ``svd``: the sum cut to ``rank`` by its
+        method: ``concat``: all ranks side by side, exact. ``regmean``: each part as it is on what it
+            erases, and as little as possible elsewhere, from what layers read (:mod:`recare_patch.moments`;
+            Jin et al., arXiv 2212.09849); ranks as in ``concat``. ``svd``: the sum cut to ``rank`` by its
             singular values. ``ties``: the largest values of each update, those that agree with the
             majority's sign, averaged (Yadav et al., arXiv 2306.01708, here layer by layer). ``dare``:
             values dropped at random, the rest rescaled, summed (Yu et al., arXiv 2311.03099). The last
             two are cut to ``rank`` as well, since what they make has full rank.
-        rank: of the result; for ``concat`` the sum of ranks by default, else the largest of the
-            patches' ranks.
+        rank: of the result; for ``concat`` and ``regmean`` the sum of ranks by default, else the largest
+            of the patches' ranks.
         density: share of the values that ``ties`` (0.2) and ``dare`` (0.5) keep.
         seed: of ``dare``'s draw and of the randomised decomposition.
         dtype: of the result, in which its error is measured.
+        moments: of these patches, in this order; ``regmean`` needs them.
 
     Returns:
         The stack, on the CPU.
@@ -92,15 +100,22 @@ def stack(
     if density is not None and (method not in DENSITIES or not 0 < density <= 1):
         told = f"got {density!r}" if method in DENSITIES else f"and '{method}' takes none"
         raise PatchError(f"a density is a share above 0 and at most 1 for {' and '.join(DENSITIES)}, {told}")
+    if (moments is not None) != (method == "regmean"):
+        raise PatchError(
+            "'regmean' needs what the layers read (see recare_patch.moments)"
+            if moments is None
+            else f"what layers read is for 'regmean', and '{method}' takes none"
+        )
     kept = density if density is not None else DENSITIES.get(method)
     modules = tuple(dict.fromkeys(module for patch, _ in patches for module in patch.modules))
     full = max(_sum_of_ranks(patches, module) for module in modules)
     largest = max(r for patch, _ in patches for r in patch.ranks.values())
-    chosen = rank if rank is not None else (full if method == "concat" else largest)
-    if chosen < 1 or (method == "concat" and chosen < full):
+    whole = method in _WHOLE
+    chosen = rank if rank is not None else (full if whole else largest)
+    if chosen < 1 or (whole and chosen < full):
         raise PatchError(
-            f"the rank of this stack must be at least {full if method == 'concat' else 1}, got {chosen}"
-            + ("; 'svd' makes smaller ones" if method == "concat" else "")
+            f"the rank of this stack must be at least {full if whole else 1}, got {chosen}"
+            + ("; 'svd' makes smaller ones" if whole else "")
         )
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -109,6 +124,8 @@ def stack(
         a, b = _summed(patches, module)
         if method == "concat":
             down, up = a, b
+        elif moments is not None:
+            down, up = _regressed(patches, module, moments), b
         elif method == "svd":
             down, up = _balanced(*_thin_svd(a, b), chosen)
         else:
@@ -129,7 +146,13 @@ def stack(
             f"a value of this stack does not fit into {str(dtype).removeprefix('torch.')}: "
             "use smaller scales, or fp32"
         )
-    how = Stacking(method=method, density=kept, seed=seed, relative_error=error)
+    how = Stacking(
+        method=method,
+        density=kept,
+        seed=seed,
+        relative_error=error,
+        kept_weight=moments.kept_weight if moments is not None else None,
+    )
     return Patch(tensors, _metadata(patches, known, how, chosen), "the stack")
 
 
@@ -150,6 +173,13 @@ def _summed(patches: Sequence[tuple[Patch, float]], module: str) -> tuple[Tensor
     """Factors of ``Σ wᵢ Δᵢ``: ``[w₁A₁; w₂A₂; …]`` and ``[B₁ | B₂ | …]``."""
     weighted = [(w, *_flat(patch, module)) for patch, w in patches if module in patch.ranks]
     return torch.cat([w * a for w, a, _ in weighted]), torch.cat([b for _, _, b in weighted], 1)
+
+
+def _regressed(patches: Sequence[tuple[Patch, float]], module: str, moments: Moments) -> Tensor:
+    """``[w₁A₁′; w₂A₂′; …]``, in the order of :func:`_summed`."""
+    return torch.cat(
+        [w * moments.solve(k, module) for k, (patch, w) in enumerate(patches) if module in patch.ranks]
+    )
 
 
 def _deltas(patches: Sequence[tuple[Patch, float]], module: str) -> Tensor:

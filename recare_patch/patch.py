@@ -151,10 +151,11 @@ class Stacking(BaseModel):
     """How a stack was made; see :func:`recare_patch.composing.stack`.
 
     Attributes:
-        method: ``concat``, ``ties``, ``dare`` or ``svd``.
+        method: ``concat``, ``regmean``, ``ties``, ``dare`` or ``svd``.
         density: share of the values that ``ties`` and ``dare`` keep.
         seed: of every random draw.
         relative_error: ``‖Δstack − Σ wΔ‖ / ‖Σ wΔ‖`` over all layers, as measured.
+        kept_weight: of ``regmean``: see :class:`recare_patch.moments.Moments`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -163,6 +164,7 @@ class Stacking(BaseModel):
     density: float | None = None
     seed: int = 0
     relative_error: float
+    kept_weight: float | None = None
 
 
 class PatchMetadata(BaseModel):

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from recare_patch.cli import common
+from recare_patch.errors import PatchError, unknown_name
 
 if TYPE_CHECKING:
+    from recare_patch.moments import Moments
+    from recare_patch.patch import Patch
     from recare_patch.stack_evidence import FigureChange
 
 
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
     "--method",
     default="concat",
     show_default=True,
-    metavar="concat|ties|dare|svd",
-    help="concat is exact; the others are of smaller rank or interfere less, at an error that is told.",
+    metavar="concat|regmean|ties|dare|svd",
+    help="concat is the exact sum; regmean keeps more of what must stay, and draws with the base to learn "
+    "what that is; the others are of smaller rank, at an error that is told.",
 )
 @click.option("--rank", type=click.IntRange(1, 4096), help="Of the stack.  [default: what the method needs]")
 @click.option(
@@ -32,7 +36,14 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 1, min_open=True),
     help="Share of the values that ties and dare keep.  [default: 0.2 for ties, 0.5 for dare]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of dare's draw.")
+@click.option(
+    "--kept-weight",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How much regmean holds what must stay against each concept.  [default: 1]",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of dare's and regmean's draws."
+)
 @click.option(
     "--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of the file."
 )
@@ -65,6 +76,7 @@ def stack(
     method: str,
     rank: int | None,
     density: float | None,
+    kept_weight: float | None,
     seed: int,
     precision: str,
     file_formats: str,
@@ -78,7 +90,8 @@ def stack(
 
     \b
     recare-patch stack van-gogh-patch nudity-patch --out both
-    recare-patch stack van-gogh nudity:0.8 --out both --method svd --rank 4
+    recare-patch stack van-gogh nudity:0.8 --out both --method regmean
+    recare-patch stack van-gogh nudity --out both --method svd --rank 4
     recare-patch stack van-gogh nudity --out both --evidence --pictures 50
 
     A patch is a folder or a file; "van-gogh" finds the folder "van-gogh-patch" too.
@@ -94,7 +107,14 @@ def stack(
     common.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    made = composing.stack(loaded, method=method, rank=rank, density=density, seed=seed, dtype=dtype)
+    if method not in composing.METHODS:
+        raise unknown_name("way of stacking", method, composing.METHODS)
+    if kept_weight is not None and method != "regmean":
+        raise PatchError(f"--kept-weight is for --method regmean, and '{method}' takes none")
+    moments = _measured(loaded, out, base, clip, device, seed, kept_weight) if method == "regmean" else None
+    made = composing.stack(
+        loaded, method=method, rank=rank, density=density, seed=seed, dtype=dtype, moments=moments
+    )
     met = composing.interference(loaded)
     for warning in met.warnings:
         click.echo(f"Warning: {warning}", err=True)
@@ -122,6 +142,36 @@ def stack(
                 progress=progress,
             )
         _report(changes, out / stack_evidence.CHANGE_NAME)
+
+
+def _measured(
+    loaded: Sequence[tuple[Patch, float]],
+    out: Path,
+    base: str | None,
+    clip: str | None,
+    device: str,
+    seed: int,
+    kept_weight: float | None,
+) -> Moments:
+    """What the parts' layers read, for ``regmean``; faults of the call are told before anything is drawn."""
+    from recare_patch.base_models import load_base
+    from recare_patch.clip import Clip, default_clip
+    from recare_patch.files import claim_folder
+    from recare_patch.moments import KEPT_WEIGHT, measure_moments
+    from recare_patch.patch import check_together
+
+    known = check_together(loaded)
+    with claim_folder(out, resumable=False):
+        pass
+    weight = KEPT_WEIGHT if kept_weight is None else kept_weight
+    with common.shown_progress() as progress:
+        model = load_base(base or (known.base if known else "atelier"), device=device)
+        tower = Clip.load(clip or default_clip(model.id), device=model.device)
+        found = measure_moments(
+            [patch for patch, _ in loaded], model, tower, kept_weight=weight, seed=seed, progress=progress
+        )
+    click.echo(f"Looked at what the layers read: {found.evaluations:,} denoiser evaluations.")
+    return found
 
 
 def _report(changes: Sequence[FigureChange], file: Path) -> None:

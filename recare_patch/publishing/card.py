@@ -99,6 +99,18 @@ _PAPERS = {
             "year": "2024",
         },
     ),
+    "regmean": _Paper(
+        "RegMean",
+        "Jin et al.",
+        "ICLR 2023",
+        "2212.09849",
+        {
+            "author": "Jin, Xisen and Ren, Xiang and Preotiuc-Pietro, Daniel and Cheng, Pengxiang",
+            "title": "Dataless Knowledge Fusion by Merging Weights of Language Models",
+            "booktitle": "International Conference on Learning Representations",
+            "year": "2023",
+        },
+    ),
     "ties": _Paper(
         "TIES",
         "Yadav et al.",
