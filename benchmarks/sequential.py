@@ -9,9 +9,9 @@
 Request by request another concept goes. After most of them everything is drawn: what was erased so far,
 what was not asked for yet, and the companions of what was erased. ``stacked`` trains every patch on the
 untouched base and applies them together; ``regmean`` takes the same patches, and stacks them by what
-their layers read (:mod:`recare_patch.moments`); ``continued`` goes on with the patch before, in the same adapter,
-against the model that it left (``erase --continue-from``). Finished steps are read, so a stopped run goes
-on.
+their layers read (:mod:`recare_patch.moments`); ``continued`` goes on with the patch before, in the same
+adapter, against the model that it left (``erase --continue-from``). Finished steps are read, so a stopped
+run goes on.
 """
 
 from __future__ import annotations

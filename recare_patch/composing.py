@@ -94,29 +94,16 @@ def stack(
         >>> both = stack([(van_gogh, 1.0), (nudity, 0.8)])  # doctest: +SKIP
         >>> save_stack(both, "both")  # doctest: +SKIP
     """
-    if method not in METHODS:
-        raise unknown_name("way of stacking", method, METHODS)
-    known = check_together(patches)
-    if density is not None and (method not in DENSITIES or not 0 < density <= 1):
-        told = f"got {density!r}" if method in DENSITIES else f"and '{method}' takes none"
-        raise PatchError(f"a density is a share above 0 and at most 1 for {' and '.join(DENSITIES)}, {told}")
+    chosen = check_stacking(patches, method=method, rank=rank, density=density)
     if (moments is not None) != (method == "regmean"):
         raise PatchError(
             "'regmean' needs what the layers read (see recare_patch.moments)"
             if moments is None
             else f"what layers read is for 'regmean', and '{method}' takes none"
         )
+    known = check_together(patches)
     kept = density if density is not None else DENSITIES.get(method)
     modules = tuple(dict.fromkeys(module for patch, _ in patches for module in patch.modules))
-    full = max(_sum_of_ranks(patches, module) for module in modules)
-    largest = max(r for patch, _ in patches for r in patch.ranks.values())
-    whole = method in _WHOLE
-    chosen = rank if rank is not None else (full if whole else largest)
-    if chosen < 1 or (whole and chosen < full):
-        raise PatchError(
-            f"the rank of this stack must be at least {full if whole else 1}, got {chosen}"
-            + ("; 'svd' makes smaller ones" if whole else "")
-        )
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     missed = total = 0.0
@@ -154,6 +141,37 @@ def stack(
         kept_weight=moments.kept_weight if moments is not None else None,
     )
     return Patch(tensors, _metadata(patches, known, how, chosen), "the stack")
+
+
+def check_stacking(
+    patches: Sequence[tuple[Patch, float]],
+    *,
+    method: str,
+    rank: int | None = None,
+    density: float | None = None,
+) -> int:
+    """Whether patches can be stacked so; arguments and errors are those of :func:`stack`.
+
+    Returns:
+        The rank that the stack will have.
+    """
+    if method not in METHODS:
+        raise unknown_name("way of stacking", method, METHODS)
+    check_together(patches)
+    if density is not None and (method not in DENSITIES or not 0 < density <= 1):
+        told = f"got {density!r}" if method in DENSITIES else f"and '{method}' takes none"
+        raise PatchError(f"a density is a share above 0 and at most 1 for {' and '.join(DENSITIES)}, {told}")
+    modules = dict.fromkeys(module for patch, _ in patches for module in patch.modules)
+    full = max(_sum_of_ranks(patches, module) for module in modules)
+    largest = max(r for patch, _ in patches for r in patch.ranks.values())
+    whole = method in _WHOLE
+    chosen = rank if rank is not None else (full if whole else largest)
+    if chosen < 1 or (whole and chosen < full):
+        raise PatchError(
+            f"the rank of this stack must be at least {full if whole else 1}, got {chosen}"
+            + ("; 'svd' makes smaller ones" if whole else "")
+        )
+    return chosen
 
 
 # ------------------------------------------------------------------------ arithmetic

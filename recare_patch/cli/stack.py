@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from recare_patch.cli import common
-from recare_patch.errors import PatchError, unknown_name
+from recare_patch.errors import PatchError
 
 if TYPE_CHECKING:
     from recare_patch.moments import Moments
@@ -107,8 +107,7 @@ def stack(
     common.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    if method not in composing.METHODS:
-        raise unknown_name("way of stacking", method, composing.METHODS)
+    composing.check_stacking(loaded, method=method, rank=rank, density=density)
     if kept_weight is not None and method != "regmean":
         raise PatchError(f"--kept-weight is for --method regmean, and '{method}' takes none")
     moments = _measured(loaded, out, base, clip, device, seed, kept_weight) if method == "regmean" else None

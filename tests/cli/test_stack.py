@@ -123,3 +123,37 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         assert result.exit_code == 2, (words, result.output)
         assert len(result.stderr.strip().splitlines()) <= 3, result.stderr
         assert not Path("bad").exists(), words
+
+
+def test_regmean_draws_with_the_base_and_says_what_it_took(
+    invoke: Invoke, tiny_sd: Path, tiny_clip: Path, parts: tuple[Path, Path]
+) -> None:
+    words = ("stack", *parts, "--base", tiny_sd, "--clip", tiny_clip, "--device", "cpu")
+    result = invoke(*words, "--out", "both", "--method", "regmean", "--kept-weight", "2")
+    assert result.exit_code == 0, result.output
+    assert "denoiser evaluations" in result.stdout
+    made = Patch.load("both").metadata
+    assert made is not None and made.stacking is not None
+    assert (made.stacking.method, made.stacking.kept_weight) == ("regmean", 2.0)
+    assert "RegMean" in (Path("both") / "README.md").read_text()
+    shown = invoke("inspect", "both")
+    assert "regmean" in shown.stdout
+    again = invoke(*words, "--out", "both", "--method", "regmean")
+    assert again.exit_code == 2 and "already holds files" in again.stderr
+
+
+def test_what_regmean_cannot_do_is_one_sentence(
+    invoke: Invoke, tiny_sd_v: Path, tiny_clip: Path, parts: tuple[Path, Path]
+) -> None:
+    for words, told in (
+        (("--kept-weight", "2"), "--kept-weight is for --method regmean"),
+        (("--method", "regmin"), "regmean"),
+        (("--method", "regmean", "--base", tiny_sd_v, "--clip", tiny_clip), "was made for"),
+        (("--method", "regmean", "--kept-weight", "0"), "kept-weight"),
+        (("--method", "regmean", "--density", "0.5"), "a density is"),
+        (("--method", "regmean", "--rank", "1"), "must be at least 4, got 1"),
+    ):
+        result = invoke("stack", *parts, "--out", "bad", "--device", "cpu", *words)
+        assert result.exit_code == 2, (words, result.output)
+        assert told in result.stderr, result.stderr
+        assert not Path("bad").exists(), words
