@@ -244,7 +244,10 @@ def _care_set(metadata: PatchMetadata) -> str:
     words = dict.fromkeys(word for one in metadata.erased for word in one.care_words)
     if metadata.stacking is not None:
         how = metadata.stacking
-        exact = "exactly what the parts do together" if how.method == "concat" else "an approximation"
+        exact = {
+            "concat": "exactly what the parts do together",
+            "regmean": "each part as it is on what it erases, and as little as possible elsewhere",
+        }.get(how.method, "an approximation")
         text = (
             f"Stacked by `{plain(how.method)}`, {exact}: its update differs from the sum of the parts' by "
             f"{how.relative_error:.2g} of that sum's norm."
