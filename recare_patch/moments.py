@@ -22,11 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch.base_models import BaseModel
-from recare_patch.careset import names_concept
+from recare_patch.careset import concept_feature, names_concept
 from recare_patch.clip import Clip
 from recare_patch.components import split_name
 from recare_patch.concepts import Concept
@@ -120,12 +121,16 @@ def measure_moments(
     before = base.counter.total
     total: dict[str, Tensor] = {}
     read: list[dict[str, Tensor]] = []
-    drawn = [prompts for own in concepts for prompts in [asked.of_concepts(own)]]
-    drawn.append(asked.kept([word for own in concepts for _, words in own for word in words]))
     first = seed
-    for number, prompts in enumerate(drawn):
-        found = _second_moments(base, layers, prompts, first, progress)
+    for number in range(len(patches) + 1):
+        # Last come those that must stay: which these are is seen in the concepts' pictures.
+        prompts = asked.of_concepts(concepts[number]) if number < len(patches) else asked.kept(concepts)
+        found, latents = _second_moments(base, layers, prompts, first, progress)
         first += len(prompts)
+        if number < len(patches):
+            for concept, guarded in concepts[number]:
+                shown = [prompts.index(one) for one in concept.name_prompts]
+                asked.look(concept, guarded, base.decode_latents(latents[shown]))
         weight = kept_weight if number == len(patches) else 1.0
         for module, own in found.items():
             total[module] = total[module] + weight * own if module in total else weight * own
@@ -157,7 +162,8 @@ class _Asked:
     """The prompts: of concepts, and of what must stay."""
 
     def __init__(self, erased: Sequence[Concept], clip: Clip, seed: int) -> None:
-        self.erased = erased
+        self.erased, self.clip = erased, clip
+        self.named: set[str] = set()
         words = self._free(clip.vocabulary()[0])
         order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
         self.words = [words[k] for k in order]
@@ -174,12 +180,31 @@ class _Asked:
             found += [*concept.name_prompts, *map(concept.composed_prompt, beside)]
         return list(dict.fromkeys(found))
 
-    def kept(self, guarded: Sequence[str]) -> list[str]:
+    def look(self, concept: Concept, guarded: Sequence[str], images: Sequence[Image]) -> None:
+        """Find further words for a concept in its pictures: "chapel" for a church must not be kept.
+
+        They resemble the pictures about as much as the concept's name does: more than half way from the
+        best guarded word, as :mod:`recare_patch.preparing` has it.
+
+        Args:
+            concept: which.
+            guarded: its companions.
+            images: what the base draws by its name.
+        """
+        shown = self.clip.image_features(list(images)).mean(0)
+        words, companions = self.words[: 2 * _VOCABULARY], self._free(guarded)
+        resembled = self.clip.text_features(words) @ shown
+        itself = concept_feature(concept, self.clip) @ shown
+        beside = (self.clip.text_features(companions) @ shown).max() if companions else resembled.median()
+        self.named |= {words[k] for k in (resembled > (itself + beside) / 2).nonzero().flatten().tolist()}
+
+    def kept(self, concepts: Sequence[Sequence[tuple[Concept, Sequence[str]]]]) -> list[str]:
         """Prompts that must not change: companions, everything else, and none at all."""
-        words = [*self._free(guarded), *self.words[:_VOCABULARY]]
+        companions = self._free([word for own in concepts for _, words in own for word in words])
+        others = [word for word in self.words[: 2 * _VOCABULARY] if word not in self.named]
         forms = ("A photo of {}", "A painting of {}")
-        found = [form.format(word) for word in dict.fromkeys(words) for form in forms]
-        return [*found, *[""] * _EMPTY]
+        words = dict.fromkeys([*companions, *others[:_VOCABULARY]])
+        return [*(form.format(word) for word in words for form in forms), *[""] * _EMPTY]
 
 
 # ------------------------------------------------------------------------ inputs
@@ -196,17 +221,21 @@ def _second_moments(
     prompts: Sequence[str],
     seed: int,
     progress: Progress | None,
-) -> dict[str, Tensor]:
-    """Layer → mean of ``x xᵀ`` over what it read for the prompts, ``[in, in]``, fp32, on the CPU."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Layer → mean of ``x xᵀ`` over what it read for the prompts, ``[in, in]``, fp32, on the CPU.
+
+    Returns:
+        These, and the latents that were drawn.
+    """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     seeds = list(range(seed, seed + len(prompts)))
     with _watched(base, layers, sums, counts), torch.no_grad():
         embeds = base.encode_prompts(prompts)
-        base.sample_latents(
+        latents = base.sample_latents(
             embeds, seeds, STEPS, GUIDANCE_SCALE, BATCH_SIZE, progress=progress, stage="what layers read"
         )
-    return {module: (one / counts[module]).cpu() for module, one in sums.items()}
+    return {module: (one / counts[module]).cpu() for module, one in sums.items()}, latents
 
 
 @contextlib.contextmanager
