@@ -10,6 +10,7 @@ import torch
 from recare_patch import composing, moments
 from recare_patch.base_models import BaseModel, load_base
 from recare_patch.clip import Clip
+from recare_patch.concepts import Concept
 from recare_patch.errors import PatchError
 from recare_patch.patch import Patch
 from tests.evaluation.test_attacks import make_patch
@@ -125,3 +126,15 @@ def test_a_part_must_say_what_it_erases(base: BaseModel, clip: Clip, parts: tupl
         moments.measure_moments([unsaid], base, clip)
     with pytest.raises(PatchError, match="what the layers read"):
         composing.stack([(unsaid, 1.0)], method="regmean")
+
+
+def test_another_word_for_a_concept_is_not_kept() -> None:
+    """On the bundled base, whose vocabulary calls a church a chapel too."""
+    base, clip = load_base("atelier", device="cpu"), Clip.load("atelier")
+    church = Concept(text="church", kind="object")
+    asked = moments._Asked([church], clip, seed=0)
+    assert "chapel" in asked.words
+    asked.look(church, ["meadow", "field"], base.generate(church.name_prompts, [1, 2, 3], steps=8))
+    kept = asked.kept([[(church, ["meadow", "field"])]])
+    assert not any("chapel" in prompt or "church" in prompt for prompt in kept)
+    assert "A photo of meadow" in kept and "A photo of cottage" in kept
