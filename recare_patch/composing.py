@@ -195,9 +195,7 @@ def _summed(patches: Sequence[tuple[Patch, float]], module: str) -> tuple[Tensor
 
 def _regressed(patches: Sequence[tuple[Patch, float]], module: str, moments: Moments) -> Tensor:
     """``[w₁A₁′; w₂A₂′; …]``, in the order of :func:`_summed`."""
-    return torch.cat(
-        [w * moments.solve(k, module) for k, (patch, w) in enumerate(patches) if module in patch.ranks]
-    )
+    return torch.cat([patches[k][1] * a for k, a in moments.solve(module).items()])
 
 
 def _deltas(patches: Sequence[tuple[Patch, float]], module: str) -> Tensor:

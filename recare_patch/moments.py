@@ -70,18 +70,22 @@ class Moments:
     kept_weight: float
     evaluations: int
 
-    def solve(self, patch: int, module: str) -> Tensor:
-        """A part's new ``Aᵢ``: ``Aᵢ Gᵢ (total + ridge)⁻¹``, ``[rank, in]``, fp64.
+    def solve(self, module: str) -> dict[int, Tensor]:
+        """The parts' new ``Aᵢ``: ``Aᵢ Gᵢ (total + ridge)⁻¹``, ``[rank, in]``, fp64.
 
         Args:
-            patch: its place among those that were measured.
-            module: a layer that it changes.
+            module: a layer that some of them change.
+
+        Returns:
+            By the part's place among those that were measured.
         """
         total = self.total[module].double()
         ridge = RIDGE * total.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         steadied = total + ridge * torch.eye(len(total), dtype=torch.float64)
-        found: Tensor = torch.linalg.solve(steadied, self.read[patch][module].double().T).T
-        return found
+        read = {k: one[module].double() for k, one in enumerate(self.read) if module in one}
+        # All parts at once: the matrix is decomposed a single time.
+        found = torch.linalg.solve(steadied, torch.cat(list(read.values())).T).T
+        return dict(zip(read, found.split([len(rows) for rows in read.values()]), strict=True))
 
 
 def measure_moments(
@@ -127,16 +131,15 @@ def measure_moments(
         prompts = asked.of_concepts(concepts[number]) if number < len(patches) else asked.kept(concepts)
         found, latents = _second_moments(base, layers, prompts, first, progress)
         first += len(prompts)
-        if number < len(patches):
-            for concept, guarded in concepts[number]:
-                shown = [prompts.index(one) for one in concept.name_prompts]
-                asked.look(concept, guarded, base.decode_latents(latents[shown]))
         weight = kept_weight if number == len(patches) else 1.0
         for module, own in found.items():
             total[module] = total[module] + weight * own if module in total else weight * own
         if number < len(patches):
             patch = patches[number]
             read.append({m: patch.factors(m)[0].float().flatten(1) @ found[m] for m in patch.modules})
+            for concept, guarded in concepts[number]:
+                shown = [prompts.index(one) for one in concept.name_prompts]
+                asked.look(concept, guarded, base.decode_latents(latents[shown]))
     return Moments(tuple(read), total, kept_weight, base.counter.total - before)
 
 
