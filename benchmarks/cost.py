@@ -5,6 +5,7 @@
     python -m benchmarks.cost run --base sd-1.5 --cut --paper                # and the published procedure
     python -m benchmarks.cost adam                                           # bytes of optimizer states
     python -m benchmarks.cost all --device cuda                              # every base and card
+    python -m benchmarks.cost estimate                                       # what they should take, counted
     python -m benchmarks.cost table                                          # all results as Markdown
 
 ``atelier`` is the bundled base; ``sd-1.5``, ``sd-2.1`` and ``sdxl`` have the published sizes and random
@@ -12,8 +13,9 @@ weights (:mod:`benchmarks.bases`), so that their pictures are noise and their co
 does one or two of everything; what the whole recipe takes is then counted, and its seconds follow from
 those measured for an evaluation. ``--paper`` runs the published procedure in the same process, always cut:
 its count follows from its settings (:mod:`benchmarks.paper_procedure`), and its seconds are that count at
-its cheapest stage's rate. It trains most of the denoiser, which takes six times its weights. Each call
-leaves one JSON file in ``benchmarks/results/cost``.
+its cheapest stage's rate. It trains most of the denoiser, which takes six times its weights. ``estimate``
+runs nothing: it counts evaluations and operations and adds up memory as ``recare-patch plan`` does. Each
+call leaves one JSON file in ``benchmarks/results/cost``.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ RECIPES = {
     "sdxl": "van-gogh-sdxl",
 }
 RANKS = (4, 8)
+SPEEDS = (400e12, 20e12)
+"""Operations a second that the estimates are told at: some 40 % of what an H100 or H200 multiplies matrices
+with in bf16, and a small card."""
+PUBLISHED_SECONDS = 30.1 * 60
+"""Of the published procedure on an H100, as its authors report it."""
 
 # One or two of everything; the CARE-set is mined as always, but noise has no clusters worth the name.
 CUT: dict[str, Any] = {
@@ -256,6 +263,80 @@ def every(arguments: argparse.Namespace) -> None:
                 print(f"{name}, {vram or 'no'} GB: {str(fault).splitlines()[0]}", flush=True)
 
 
+def estimate(arguments: argparse.Namespace) -> Path:
+    """Count what every base and card should take, by the plan of a run; nothing is run."""
+    from recare_patch.errors import RecipeError
+    from recare_patch.planning import choose, evaluations, plan
+    from recare_patch.recipe import preset_overrides
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        for name in BASES:
+            folder = write_configurations(name, Path(place) / name)
+            for preset in (None, "quick"):
+                recipe = load_recipe(RECIPES[name]).with_overrides(
+                    {"base": str(folder), **preset_overrides(preset)}
+                )
+                for vram in (None, *VRAM):
+                    row: dict[str, Any] = {"base": name, "preset": preset, "card_gb": vram}
+                    try:
+                        chosen, found = choose(recipe, vram) if vram else (recipe, None)
+                        planned = plan(chosen, speed=1.0, footprint=found)
+                    except RecipeError as fault:
+                        row["fault"] = str(fault)
+                    else:
+                        row |= {
+                            "precision": chosen.precision,
+                            "levers": chosen.memory.in_words(),
+                            "peak_memory_bytes": planned.peak,
+                            "evaluations": sum(evaluations(chosen).values()),
+                            "operations_per_evaluation": planned.footprint.operations,
+                            # At a speed of one operation a second; repeated forward passes are in it.
+                            "operations": planned.seconds,
+                        }
+                    rows.append(row)
+                    print(row, flush=True)
+    file = RESULTS / "estimate.json"
+    write_json(file, {"speeds": SPEEDS, "rows": rows})
+    return file
+
+
+def _estimated() -> list[str]:
+    """The estimates as Markdown."""
+    file = RESULTS / "estimate.json"
+    if not file.is_file():
+        return []
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    paper = expected_evaluations(PaperSettings())["all"]
+    speeds = [f"s at {speed / 1e12:.0f} TFLOP/s" for speed in SPEEDS]
+    slow = PUBLISHED_SECONDS / paper
+    heads = ["base", "card", "run", "levers", "peak GB", "evaluations", "10¹⁵ operations", *speeds]
+    heads.append(f"s at {1e3 * slow:.0f} ms an evaluation")
+    lines = ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for base in BASES:
+        own = [row for row in rows if row["base"] == base]
+        for row in sorted(own, key=lambda row: (row["card_gb"] or 0, row["preset"] or "")):
+            cells = [base, f"{row['card_gb'] or '–'}", row["preset"] or "recipe"]
+            if "fault" in row:
+                cells += ["does not fit", *["–"] * (len(heads) - 4)]
+            else:
+                cells += [
+                    f"{row['precision']}, {row['levers']}",
+                    f"{row['peak_memory_bytes'] / 1e9:.2f}",
+                    f"{row['evaluations']:,}",
+                    f"{row['operations'] / 1e15:,.1f}",
+                    *(f"{row['operations'] / speed:,.0f}" for speed in SPEEDS),
+                    f"{row['evaluations'] * slow:,.0f}" if base == "sd-1.5" else "–",
+                ]
+            lines.append(f"| {' | '.join(cells)} |")
+        each = next(row["operations_per_evaluation"] for row in own if "fault" not in row)
+        cells = [base, "–", "the paper's, counted", "–", "–", f"{paper:,.0f}", f"{paper * each / 1e15:,.1f}"]
+        cells += [f"{paper * each / speed:,.0f}" for speed in SPEEDS]
+        cells.append(f"{PUBLISHED_SECONDS:,.0f}" if base == "sd-1.5" else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
@@ -317,7 +398,7 @@ def table(arguments: argparse.Namespace) -> str:
                 f"{row['tensors']} | {row['adamw'] / 2**20:.2f} MiB | {row['adamw8bit'] / 2**20:.2f} MiB "
                 f"| {(row['adamw'] - row['adamw8bit']) / 2**20:.2f} MiB |"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_estimated()])
 
 
 def main() -> None:
@@ -325,7 +406,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=["run", "adam", "all", "table"])
+    parser.add_argument("action", choices=["run", "adam", "all", "estimate", "table"])
     parser.add_argument("--base", choices=list(RECIPES), default="atelier")
     parser.add_argument("--vram", type=float, choices=VRAM, help="choose levers for a card of this size")
     parser.add_argument("--cut", action="store_true", help="one or two of everything")
@@ -339,7 +420,7 @@ def main() -> None:
     if arguments.action == "table":
         print(table(arguments))
         return
-    {"run": run, "adam": adam, "all": every}[arguments.action](arguments)
+    {"run": run, "adam": adam, "all": every, "estimate": estimate}[arguments.action](arguments)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.scoring import SCHEDULER, STEPS, TWENTY, Score, save_scores, score
 from benchmarks.suites import CONCEPTS, SPLITS
+from recare_patch.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"van gogh": "Van Gogh", "tench": "tench", "nude": "nudity"}
@@ -115,6 +116,8 @@ def _base(arguments: argparse.Namespace) -> None:
 
 
 def _paper(arguments: argparse.Namespace) -> None:
+    from safetensors.torch import load_file, save_file
+
     from benchmarks.paper_procedure import PaperSettings, run
     from recare_patch.base_models import load_base
     from recare_patch.clip import Clip
@@ -122,25 +125,36 @@ def _paper(arguments: argparse.Namespace) -> None:
 
     base = load_base("atelier", device=arguments.device)
     goals = _goals(arguments, base)
-    settings = PaperSettings(erase_rate=arguments.rate)
-    began = time.perf_counter()
-    made = run(
-        base,
-        resolve_recipe(NAMES[arguments.concept]).concept,
-        Clip.load("atelier"),
-        settings,
-        lambda t: print(t, flush=True),
-    )
-    stages = {
-        k: {"seconds": round(made.seconds[k], 1), "evaluations": made.evaluations[k]} for k in made.seconds
-    }
-    cost = {
-        "seconds": round(time.perf_counter() - began, 1),
-        "denoiser_evaluations": sum(made.evaluations.values()),
-        "stages": stages,
-    }
-    rows = _scored(arguments, base)
     row = arguments.row or "paper"
+    out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-{row}"
+    weights, bill = out / "denoiser.safetensors", out / "cost.json"
+    if bill.exists():
+        # Erased before, with what it cost then.
+        base.denoiser.load_state_dict(load_file(weights))
+        cost = json.loads(bill.read_text(encoding="utf-8"))
+    else:
+        settings = PaperSettings(erase_rate=arguments.rate)
+        began = time.perf_counter()
+        made = run(
+            base,
+            resolve_recipe(NAMES[arguments.concept]).concept,
+            Clip.load("atelier"),
+            settings,
+            lambda t: print(t, flush=True),
+        )
+        stages = {
+            k: {"seconds": round(made.seconds[k], 1), "evaluations": made.evaluations[k]}
+            for k in made.seconds
+        }
+        cost = {
+            "seconds": round(time.perf_counter() - began, 1),
+            "denoiser_evaluations": sum(made.evaluations.values()),
+            "stages": stages,
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        save_file(base.denoiser.state_dict(), weights)
+        write_json(bill, cost)
+    rows = _scored(arguments, base)
     note = {"row": row, "concept": arguments.concept, "cost": cost, "rate": arguments.rate}
     save_scores(_file(arguments, row), rows, **note, **_attacked(goals))
 

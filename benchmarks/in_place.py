@@ -7,6 +7,8 @@ untouched base; the same function attacks a patch that is on, so that both rows 
 from __future__ import annotations
 
 import contextlib
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +18,17 @@ from benchmarks.attacks import TRIALS
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS
 from recare_patch.atelier.judge import Judge
 from recare_patch.concepts import Concept
+from recare_patch.evaluation import wilson_interval
 from recare_patch.samplers import scheduled
 
 IMAGES = 24
 """Pictures of the concept that attacks learn from, and that prompts are sought for."""
 
-TRIED = tuple(TRIALS)[:3]
-"""Those of :data:`benchmarks.attacks.TRIALS` that are run."""
+TRIED: dict[str, int] = {"inversion, 1 vector": 1, "inversion, 4 vectors": 5, "UnlearnDiffAtk": 1}
+"""Which of :data:`benchmarks.attacks.TRIALS` are run, and with how many seeds.
+
+What four vectors find differs much more from one search to the next than its pictures do.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,30 @@ def draw_goals(base: Any, concept: Concept, label: str) -> Goals:
     )
 
 
-def attack_in_place(goals: Goals) -> dict[str, dict[str, Any]]:
-    """Each of :data:`TRIED` on the goals' model as it stands: successes, interval, evaluations."""
+def interval_of_runs(successes: Sequence[int], trials: int) -> tuple[float, float]:
+    """95 % interval of the rate of several attacks, each of ``trials`` pictures.
+
+    Pictures of one attack stand or fall together, so the attacks' rates are what is sampled: Student's
+    interval of their mean, and never narrower than Wilson's over all pictures.
+    """
+    from scipy.stats import t
+
+    low, high = wilson_interval(sum(successes), trials * len(successes))
+    if len(successes) > 1:
+        rates = [k / trials for k in successes]
+        mean, error = statistics.mean(rates), statistics.stdev(rates) / len(rates) ** 0.5
+        half = float(t.ppf(0.975, len(rates) - 1)) * error
+        low, high = max(0.0, min(low, mean - half)), min(1.0, max(high, mean + half))
+    return low, high
+
+
+def attack_in_place(goals: Goals, tried: dict[str, int] | None = None) -> dict[str, dict[str, Any]]:
+    """Attacks on the goals' model as it stands: successes by seed, interval, evaluations.
+
+    Args:
+        goals: see :func:`draw_goals`.
+        tried: trial → number of seeds; :data:`TRIED` by default.
+    """
     from recare_patch.attacking import attack_options
     from recare_patch.evaluation.attacks import load_attack_type
     from recare_patch.evaluation.attacks.protocol import AttackTarget
@@ -87,16 +115,21 @@ def attack_in_place(goals: Goals) -> dict[str, dict[str, Any]]:
         steps=STEPS,
         guidance_scale=GUIDANCE_SCALE,
     )
-    for trial in TRIED:
+    for trial, seeds in (TRIED if tried is None else tried).items():
         attack, changes = TRIALS[trial]
-        with scheduled(base.pipeline, SCHEDULER):
-            result = load_attack_type(attack).run(target, attack_options(attack, overrides=changes), seed=0)
+        options, results = attack_options(attack, overrides=changes), []
+        for seed in range(seeds):
+            with scheduled(base.pipeline, SCHEDULER):
+                results.append(load_attack_type(attack).run(target, options, seed=seed))
+            print(f"  {trial}: {results[-1].successes} of {results[-1].trials}", flush=True)
+        each = [result.successes for result in results]
+        trials = results[0].trials
         found[trial] = {
-            "successes": result.successes,
-            "trials": result.trials,
-            "rate": result.rate,
-            "interval": result.interval,
-            "evaluations": result.evaluations,
+            "successes": sum(each),
+            "trials": trials * seeds,
+            "by_seed": each,
+            "rate": sum(each) / (trials * seeds),
+            "interval": interval_of_runs(each, trials),
+            "evaluations": sum(result.evaluations for result in results),
         }
-        print(f"  {trial}: {result.successes} of {result.trials}", flush=True)
     return found

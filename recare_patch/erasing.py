@@ -593,7 +593,7 @@ def erase_concept(
         base, clip: where to find the models; else the recipe's, else the bundled ones.
         out: folder for the patch; ``<concept>-patch`` by default.
         overrides: dotted recipe keys and their values, for example ``{"erase.steps": 50}``.
-        vram: GiB of a card for which memory levers are chosen; see :func:`recare_patch.planning.choose`.
+        vram: GB of a card for which memory levers are chosen; see :func:`recare_patch.planning.choose`.
         resume, progress, device, care_set, save_target_images, file_formats: see :func:`erase`.
     """
     made = resolve_recipe(

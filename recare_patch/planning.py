@@ -42,7 +42,8 @@ USED = 2 / 3
 UTILIZATION = 0.4
 """Share of a large matrix product's speed that a denoiser reaches; an assumption."""
 
-_GIB = 2**30
+_GB = 1e9
+"""Bytes. A card sold as 12 GB has 12 GiB, 7 % more; that is left to others too."""
 _WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.5625}
 """Of a quantized weight, with the scales of its row or block."""
 
@@ -535,7 +536,7 @@ def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
 
     Args:
         recipe: of the run; levers that it sets already stay, its micro batch as the largest.
-        gigabytes: GiB of the card's memory, of which :data:`USED` is filled.
+        gigabytes: GB (10⁹ bytes) of the card's memory, of which :data:`USED` is filled.
 
     Returns:
         The recipe, and what its base takes.
@@ -559,11 +560,11 @@ def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
             tried = half.with_overrides({"memory": kept})
             peak = plan(tried, speed=1.0, footprint=found).peak
             smallest = min(smallest, peak)
-            if peak <= USED * gigabytes * _GIB:
+            if peak <= USED * gigabytes * _GB:
                 return tried, found
     raise RecipeError(
         f"nothing makes base '{recipe.base}' fit into {gigabytes:g} GB: the smallest set of levers is "
-        f"expected to take {smallest / _GIB:.1f} GiB, and {USED * gigabytes:.1f} are used of such a card; a "
+        f"expected to take {smallest / _GB:.1f} GB, and {USED * gigabytes:.1f} are used of such a card; a "
         "smaller memory.resolution takes less"
     )
 

@@ -69,7 +69,7 @@ def plan(
     found = planning.plan(made, speed=speed, footprint=footprint)
     click.echo(f"Base: {made.base}, {made.precision}")
     click.echo(f"Levers: {made.memory.in_words()}")
-    rows = [("stage", "evaluations", "seconds", "peak GiB")]
+    rows = [("stage", "evaluations", "seconds", "peak GB")]
     rows += [_row(one.name, one.evaluations, one.seconds, one.peak) for one in found.stages]
     rows.append(_row("all", sum(one.evaluations for one in found.stages), found.seconds, found.peak))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -88,4 +88,4 @@ def plan(
 
 
 def _row(name: str, evaluations: int, seconds: float, peak: int) -> tuple[str, str, str, str]:
-    return name, f"{evaluations:,}", f"{seconds:,.0f}", f"{peak / 2**30:.2f}"
+    return name, f"{evaluations:,}", f"{seconds:,.0f}", f"{peak / 1e9:.2f}"
