@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from recare_patch.base_models.layout import Layout
 
 META = torch.device("meta")
-USED = 2 / 3
-"""Share of a card's memory that a plan fills; the driver, fragments and other programs take some too."""
+USED = 0.7
+"""Share of a card's GB that a plan fills; the driver, fragments and other programs take some too."""
 UTILIZATION = 0.4
 """Share of a large matrix product's speed that a denoiser reaches; an assumption."""
 
