@@ -15,7 +15,7 @@ from recare_patch.cli import cli
 from recare_patch.erasing import erase
 from recare_patch.errors import RecipeError
 from recare_patch.planning import Footprint
-from recare_patch.recipe import MemoryOptions
+from recare_patch.recipe import MemoryOptions, load_recipe, preset_overrides
 from tests.test_architectures import small_recipe
 
 GIB = 2**30
@@ -160,3 +160,9 @@ def test_the_command(tiny_sdxl: Path) -> None:
 def test_words() -> None:
     assert MemoryOptions().in_words() == "no lever"
     assert MemoryOptions(checkpointing=True, micro_batch=2).in_words() == "checkpointing, micro batch 2"
+
+
+@pytest.mark.parametrize("preset", ["quick", "robust"])
+def test_fast_presets_take_a_thirtieth_of_the_published_evaluations(preset: str) -> None:
+    recipe = load_recipe("van-gogh-atelier").with_overrides(preset_overrides(preset))
+    assert sum(planning.evaluations(recipe).values()) <= 3600
