@@ -575,7 +575,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_images.steps": 8,
         "target_images.scheduler": "dpm-solver++",
         "search.rounds": 0,
-        "erase.steps": 56,
+        "erase.steps": 55,
         "erase.batch_size": 2,
         "erase.retain_batch_size": 7,
         "erase.learning_rate": 3.0e-3,
