@@ -266,7 +266,7 @@ def every(arguments: argparse.Namespace) -> None:
 def estimate(arguments: argparse.Namespace) -> Path:
     """Count what every base and card should take, by the plan of a run; nothing is run."""
     from recare_patch.errors import RecipeError
-    from recare_patch.planning import choose, evaluations, plan
+    from recare_patch.planning import choose, plan
     from recare_patch.recipe import preset_overrides
 
     rows: list[dict[str, Any]] = []
@@ -289,7 +289,7 @@ def estimate(arguments: argparse.Namespace) -> Path:
                             "precision": chosen.precision,
                             "levers": chosen.memory.in_words(),
                             "peak_memory_bytes": planned.peak,
-                            "evaluations": sum(evaluations(chosen).values()),
+                            "evaluations": sum(stage.evaluations for stage in planned.stages),
                             "operations_per_evaluation": planned.footprint.operations,
                             # At a speed of one operation a second; repeated forward passes are in it.
                             "operations": planned.seconds,
@@ -297,7 +297,7 @@ def estimate(arguments: argparse.Namespace) -> Path:
                     rows.append(row)
                     print(row, flush=True)
     file = RESULTS / "estimate.json"
-    write_json(file, {"speeds": SPEEDS, "rows": rows})
+    write_json(file, {"rows": rows})
     return file
 
 

@@ -126,7 +126,8 @@ def _paper(arguments: argparse.Namespace) -> None:
     base = load_base("atelier", device=arguments.device)
     goals = _goals(arguments, base)
     row = arguments.row or "paper"
-    out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-{row}"
+    # Named after what decides its weights: the same row at another rate must not find these.
+    out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-paper-at-{arguments.rate:g}"
     weights, bill = out / "denoiser.safetensors", out / "cost.json"
     if bill.exists():
         # Erased before, with what it cost then.

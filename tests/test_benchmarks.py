@@ -14,9 +14,11 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from benchmarks import cost, methods, stacking
+from benchmarks.in_place import interval_of_runs
 from benchmarks.paper_procedure import PaperSettings, expected_evaluations
 from benchmarks.suites import ALL_CONCEPTS, suite
 from recare_patch.atelier.judge import LABELS
+from recare_patch.evaluation import wilson_interval
 
 
 @pytest.mark.parametrize("concept", ALL_CONCEPTS)
@@ -134,3 +136,13 @@ def test_conceptbench_is_one_table_of_what_was_measured(
     assert [cell.split(":")[0].strip() for cell in head.split("|")[2:-1:3]] == ["identity", "object", "style"]
     assert base == "| base | 100% | 100% | 100% | – | – | – | 90% | 100% | 100% |"
     assert uce == "| uce | – | – | – | – | – | – | 10% | 50% | 100% |"
+
+
+def test_the_interval_of_several_attacks_is_that_of_their_rates() -> None:
+    # Student's t for four degrees of freedom is 2.776 at 95 %.
+    assert interval_of_runs([8, 9, 5, 11, 12], 50) == pytest.approx(
+        (0.18 - 0.06799, 0.18 + 0.06799), abs=1e-4
+    )
+    # Attacks that agree do not make it narrower than their pictures do.
+    assert interval_of_runs([0] * 5, 50) == wilson_interval(0, 250)
+    assert interval_of_runs([2], 50) == wilson_interval(2, 50)
