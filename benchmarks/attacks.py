@@ -32,8 +32,8 @@ TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from recare_patch.attacking import attack_options, attack_patch
-    from recare_patch.erasing import erase, resolve_recipe
+    from recare_patch.erasure import erase, resolve_recipe
+    from recare_patch.measure import attack_options, attack_patch
     from recare_patch.recipe import preset_overrides
 
     name = f"{arguments.concept.replace(' ', '-')}-{arguments.row}"

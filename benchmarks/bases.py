@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recare_patch.base_models import PRECISIONS, BaseModel, family_of
-from recare_patch.base_models.layout import read_layout
+from recare_patch.models import PRECISIONS, BaseModel, family_of, read_layout
 from recare_patch.recipe import MemoryOptions
 
 _CROSS, _PLAIN = "CrossAttn{}Block2D", "{}Block2D"
@@ -173,8 +172,8 @@ def make_base(
     import diffusers
     import transformers
 
-    from recare_patch.atelier import PIPELINE
-    from recare_patch.base_models import levers
+    from recare_patch.models import memory as levers
+    from recare_patch.models.atelier import PIPELINE
 
     layout = read_layout(write_configurations(name, folder), name)
     family = family_of(layout)

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
+from benchmarks.atelier.captions import synonyms
+from benchmarks.atelier.scenes import CO_OCCURRENCE
 from benchmarks.erasure import NAMES
 from benchmarks.suites import CONCEPTS
-from recare_patch.atelier.captions import synonyms
-from recare_patch.atelier.scenes import CO_OCCURRENCE
-from recare_patch.base_models import load_base
-from recare_patch.careset import CareSet, build_care_set
-from recare_patch.clip import Clip
-from recare_patch.erasing import resolve_recipe, target_seeds
+from recare_patch.careset import CareSet, Clip, build_care_set
+from recare_patch.erasure import resolve_recipe, target_seeds
+from recare_patch.models import load_base
 
 COMPANIONS = {
     concept: (*links, *(("person",) if concept == "nude" else ())) for concept, links in CO_OCCURRENCE.items()

@@ -31,8 +31,8 @@ import torch
 from benchmarks import paper_procedure
 from benchmarks.bases import BASES, make_base, write_configurations
 from benchmarks.paper_procedure import PaperSettings, expected_evaluations
-from recare_patch.base_models import BaseModel
-from recare_patch.files import write_json
+from recare_patch.core import write_json
+from recare_patch.models import BaseModel
 from recare_patch.recipe import CareSetOptions, MemoryOptions, Recipe, load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "cost"
@@ -94,7 +94,7 @@ def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
     if arguments.precision:
         recipe = recipe.with_overrides({"precision": arguments.precision})
     if arguments.vram:
-        from recare_patch.planning import choose
+        from recare_patch.erasure import choose
 
         recipe, _ = choose(recipe, arguments.vram)
     return recipe
@@ -102,10 +102,9 @@ def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
 
 def run(arguments: argparse.Namespace) -> Path:
     """Measure one row."""
-    from recare_patch.clip import Clip
-    from recare_patch.environment import device_name, versions
-    from recare_patch.erasing import erase
-    from recare_patch.planning import evaluations, measured_speed, plan
+    from recare_patch.careset import Clip
+    from recare_patch.core import device_name, versions
+    from recare_patch.erasure import erase, evaluations, measured_speed, plan
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / arguments.base
@@ -158,7 +157,7 @@ def run(arguments: argparse.Namespace) -> Path:
 
 
 def _base(name: str, folder: Path, recipe: Recipe, device: torch.device) -> BaseModel:
-    from recare_patch.base_models import load_base
+    from recare_patch.models import load_base
 
     if name == "atelier":
         return load_base(precision=recipe.precision, device=device, memory=recipe.memory)
@@ -167,8 +166,8 @@ def _base(name: str, folder: Path, recipe: Recipe, device: torch.device) -> Base
 
 def _paper(name: str, folder: Path, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """The published procedure, cut, on a new base without levers, and what the whole of it would take."""
-    from recare_patch.clip import Clip
-    from recare_patch.environment import forget_peak_memory, peak_memory
+    from recare_patch.careset import Clip
+    from recare_patch.core import forget_peak_memory, peak_memory
 
     plain = recipe.with_overrides({"memory": MemoryOptions(resolution=recipe.memory.resolution)})
     base = _base(name, folder, plain, device)
@@ -202,10 +201,9 @@ def _loads_in_diffusers(base: Any, folder: Path) -> bool:
 
 def adam(arguments: argparse.Namespace) -> Path:
     """Measure the bytes of both optimizers' states after a step, at each base's size and rank."""
-    from recare_patch import adapters
-    from recare_patch.base_models import find_layout
-    from recare_patch.planning import phantom
-    from recare_patch.training import OPTIMIZERS
+    from recare_patch.erasure import OPTIMIZERS, phantom
+    from recare_patch.models import find_layout
+    from recare_patch.models import lora as adapters
 
     rows = []
     with tempfile.TemporaryDirectory() as place:
@@ -265,8 +263,8 @@ def every(arguments: argparse.Namespace) -> None:
 
 def estimate(arguments: argparse.Namespace) -> Path:
     """Count what every base and card should take, by the plan of a run; nothing is run."""
-    from recare_patch.errors import RecipeError
-    from recare_patch.planning import choose, plan
+    from recare_patch.core import RecipeError
+    from recare_patch.erasure import choose, plan
     from recare_patch.recipe import preset_overrides
 
     rows: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.scoring import SCHEDULER, STEPS, TWENTY, Score, save_scores, score
 from benchmarks.suites import CONCEPTS, SPLITS
-from recare_patch.files import write_json
+from recare_patch.core import write_json
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {"van gogh": "Van Gogh", "tench": "tench", "nude": "nudity"}
@@ -60,7 +60,7 @@ def _goals(arguments: argparse.Namespace, base: Any) -> Any:
     if not arguments.attack:
         return None
     from benchmarks.in_place import draw_goals
-    from recare_patch.erasing import resolve_recipe
+    from recare_patch.erasure import resolve_recipe
 
     return draw_goals(base, resolve_recipe(NAMES[arguments.concept]).concept, arguments.concept)
 
@@ -75,8 +75,8 @@ def _attacked(goals: Any) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from recare_patch.base_models import load_base
-    from recare_patch.erasing import erase, resolve_recipe
+    from recare_patch.erasure import erase, resolve_recipe
+    from recare_patch.models import load_base
     from recare_patch.patch import Patch
     from recare_patch.recipe import preset_overrides
 
@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _base(arguments: argparse.Namespace) -> None:
-    from recare_patch.base_models import load_base
+    from recare_patch.models import load_base
 
     base = load_base("atelier", device=arguments.device)
     rows = _scored(arguments, base)
@@ -119,9 +119,9 @@ def _paper(arguments: argparse.Namespace) -> None:
     from safetensors.torch import load_file, save_file
 
     from benchmarks.paper_procedure import PaperSettings, run
-    from recare_patch.base_models import load_base
-    from recare_patch.clip import Clip
-    from recare_patch.erasing import resolve_recipe
+    from recare_patch.careset import Clip
+    from recare_patch.erasure import resolve_recipe
+    from recare_patch.models import load_base
 
     base = load_base("atelier", device=arguments.device)
     goals = _goals(arguments, base)

@@ -7,7 +7,7 @@
 ``run`` draws each figure of the concept's suite four times from the same seeds: the base, the patch,
 the patch behind its gate, and the patch at the strength that SPM gives it. Finished figures are read,
 so that a stopped run goes on. ``prompts`` needs no patch; on the choosing split it is what
-:data:`recare_patch.gating.CLOSED` and ``OPEN`` were chosen by.
+:data:`CLOSED` and ``OPEN`` were chosen by.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from benchmarks.erasure import NAMES
 from benchmarks.scoring import draw_figure, judge_figure
 from benchmarks.suites import CONCEPTS, SPLITS, Figure, suite
-from recare_patch.concepts import Concept
-from recare_patch.gating import CLOSED, OPEN, Gate, gated
+from recare_patch.patch import CLOSED, OPEN, Gate, gated
+from recare_patch.recipe import Concept
 
 RESULTS = Path(__file__).parent / "results" / "gating"
 KINDS = {"van gogh": "style", "tench": "object", "nude": "nsfw"}
@@ -37,7 +37,7 @@ WAYS = ("base", "patch", "gated", "as SPM")
 
 @dataclass(frozen=True)
 class SpmGate:
-    """SPM's own rule (Lyu et al., arXiv 2312.16145): what :class:`recare_patch.gating.Gate` is compared with.
+    """SPM's own rule (Lyu et al., arXiv 2312.16145): what :class:`Gate` is compared with.
 
     The larger of the cosine of encoded prompt and encoded concept, padding included, and the share of
     the concept's tokens that the prompt holds.
@@ -70,7 +70,7 @@ def _prompts(name: str, split: str) -> dict[str, Sequence[str]]:
         figure.name: [prompt for prompt, _ in figure.items] for figure in suite(name, split)
     }
     if split == "report":
-        from recare_patch.evaluation.suites import load_suite
+        from recare_patch.measure import load_suite
 
         found["implicit"] = load_suite(f"{NAMES[name].lower().replace(' ', '-')}-atelier").implicit
     return found
@@ -78,7 +78,7 @@ def _prompts(name: str, split: str) -> dict[str, Sequence[str]]:
 
 def prompts_table(split: str) -> str:
     """Lowest, mean and highest relatedness of every figure's prompts as Markdown, ours and SPM's."""
-    from recare_patch.base_models import load_base
+    from recare_patch.models import load_base
 
     base = load_base("atelier", device="cpu")
     lines = [
@@ -97,7 +97,7 @@ def prompts_table(split: str) -> str:
 
 
 def _change(clip: Any, before: Sequence[Any], after: Sequence[Any]) -> dict[str, float]:
-    from recare_patch.evaluation.metrics import perceptual_change
+    from recare_patch.measure import perceptual_change
 
     (_, layers), (_, others) = clip.image_layers(before), clip.image_layers(after)
     same = sum(a.tobytes() == b.tobytes() for a, b in zip(before, after, strict=True))
@@ -105,9 +105,9 @@ def _change(clip: Any, before: Sequence[Any], after: Sequence[Any]) -> dict[str,
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from recare_patch.atelier.judge import Judge
-    from recare_patch.base_models import load_base
-    from recare_patch.clip import Clip
+    from recare_patch.careset import Clip
+    from recare_patch.models import load_base
+    from recare_patch.models.atelier.judge import Judge
     from recare_patch.patch import Patch
 
     base, judge, clip = load_base("atelier", device=arguments.device), Judge.load(), Clip.load()

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from benchmarks.attacks import TRIALS
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS
-from recare_patch.atelier.judge import Judge
-from recare_patch.concepts import Concept
-from recare_patch.evaluation import wilson_interval
-from recare_patch.samplers import scheduled
+from recare_patch.measure import wilson_interval
+from recare_patch.models.atelier.judge import Judge
+from recare_patch.recipe import Concept, scheduled
 
 IMAGES = 24
 """Pictures of the concept that attacks learn from, and that prompts are sought for."""
@@ -56,7 +55,7 @@ def draw_goals(base: Any, concept: Concept, label: str) -> Goals:
         concept: what is erased later.
         label: the judge's.
     """
-    from recare_patch.evaluation.attacks.protocol import candidate_seeds
+    from recare_patch.measure import candidate_seeds
 
     prompts = [concept.name_prompts[k % len(concept.name_prompts)] for k in range(2 * IMAGES)]
     seeds = candidate_seeds(0, len(prompts))
@@ -97,9 +96,7 @@ def attack_in_place(goals: Goals, tried: dict[str, int] | None = None) -> dict[s
         goals: see :func:`draw_goals`.
         tried: trial → number of seeds; :data:`TRIED` by default.
     """
-    from recare_patch.attacking import attack_options
-    from recare_patch.evaluation.attacks import load_attack_type
-    from recare_patch.evaluation.attacks.protocol import AttackTarget
+    from recare_patch.measure import AttackTarget, attack_options, load_attack_type
 
     base, found = goals.base, {}
     target = AttackTarget(

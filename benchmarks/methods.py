@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks.erasure import assignments
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS, score
 from benchmarks.suites import ALL_CONCEPTS, SPLITS, suite
-from recare_patch.method_table import FIGURES_FILE, METHODS
+from recare_patch.recipe import FIGURES_FILE, METHODS
 
 RESULTS = Path(__file__).parent / "results" / "methods"
 NAMES = {"van gogh": "Van Gogh", "tench": "tench", "nude": "nudity", "mira vale": "Mira Vale"}
@@ -81,7 +81,7 @@ def _folder(arguments: argparse.Namespace, row: str) -> Path:
 
 def _erased(arguments: argparse.Namespace, method: str, row: str) -> Path:
     """The patch of a row, made unless it is there."""
-    from recare_patch.erasing import erase, resolve_recipe
+    from recare_patch.erasure import erase, resolve_recipe
 
     out = _folder(arguments, row)
     if not (out / "pytorch_lora_weights.safetensors").exists():
@@ -93,7 +93,7 @@ def _erased(arguments: argparse.Namespace, method: str, row: str) -> Path:
 
 
 def _scores(arguments: argparse.Namespace, patch: Any) -> list[dict[str, Any]]:
-    from recare_patch.base_models import load_base
+    from recare_patch.models import load_base
 
     base = load_base("atelier", device=arguments.device)
     rows = score(base, arguments.concept, arguments.split, patch=patch, pictures=arguments.pictures)
@@ -101,7 +101,7 @@ def _scores(arguments: argparse.Namespace, patch: Any) -> list[dict[str, Any]]:
 
 
 def _attacked(arguments: argparse.Namespace, out: Path, name: str, trial: str) -> dict[str, Any]:
-    from recare_patch.attacking import attack_options, attack_patch
+    from recare_patch.measure import attack_options, attack_patch
 
     attack, changes = ATTACKS[trial]
     result = attack_patch(
@@ -128,11 +128,8 @@ def _attacked(arguments: argparse.Namespace, out: Path, name: str, trial: str) -
 
 def _memorized(arguments: argparse.Namespace, patch: Any) -> dict[str, float]:
     """The memorization score of the base and of the patched model, and how often the token draws it."""
-    from recare_patch.base_models import load_base
-    from recare_patch.evaluation.detectors import load_detector
-    from recare_patch.evaluation.memorization import memorization_figures
-    from recare_patch.evaluation.pictures import PictureCache, Studio
-    from recare_patch.evaluation.suites import load_suite
+    from recare_patch.measure import PictureCache, Studio, load_detector, load_suite, memorization_figures
+    from recare_patch.models import load_base
 
     suite = load_suite(SUITES[arguments.concept], concept=NAMES[arguments.concept])
     cache = PictureCache(Path(arguments.work) / "cache")
@@ -174,7 +171,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _stack(arguments: argparse.Namespace) -> None:
-    from recare_patch.composing import save_stack, stack
+    from recare_patch.combine import save_stack, stack
     from recare_patch.patch import Patch
 
     row = " + ".join(arguments.method)
@@ -194,10 +191,10 @@ def _base(arguments: argparse.Namespace) -> None:
 
 def _pictures(arguments: argparse.Namespace) -> None:
     """A row for each figure's first prompt, a column for the base and each method."""
-    from recare_patch import sheets
-    from recare_patch.base_models import load_base
+    from recare_patch.core import sheets
+    from recare_patch.models import load_base
     from recare_patch.patch import Patch
-    from recare_patch.samplers import scheduled
+    from recare_patch.recipe import scheduled
 
     base = load_base("atelier", device=arguments.device)
     draws = [figure.draws(arguments.split)[0] for figure in suite(arguments.concept, arguments.split)]

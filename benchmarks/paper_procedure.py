@@ -19,14 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch import adapters
-from recare_patch.base_models import PLACEHOLDER, BaseModel, PromptEmbeds
-from recare_patch.careset import CareSet, build_care_set
-from recare_patch.clip import Clip
-from recare_patch.concepts import Concept
-from recare_patch.guidance import classifier_free, recare_target
-from recare_patch.recipe import CareSetOptions
-from recare_patch.timesteps import sample_timesteps
+from recare_patch.careset import CareSet, Clip, build_care_set
+from recare_patch.erasure import classifier_free, recare_target
+from recare_patch.models import PLACEHOLDER, BaseModel, PromptEmbeds, sample_timesteps
+from recare_patch.models import lora as adapters
+from recare_patch.recipe import CareSetOptions, Concept
 
 
 @dataclass(frozen=True)

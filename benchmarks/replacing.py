@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.erasure import assignments
 from benchmarks.scoring import draw_figure
 from benchmarks.suites import SPLITS, Figure, suite
-from recare_patch.evaluation import wilson_interval
-from recare_patch.method_table import METHODS
+from recare_patch.measure import wilson_interval
+from recare_patch.recipe import METHODS
 
 RESULTS = Path(__file__).parent / "results" / "replacing"
 
@@ -74,7 +74,7 @@ def counts(what: str, split: str, pictures: int) -> dict[str, tuple[Figure, str]
 
 def _count(base: Any, arguments: argparse.Namespace) -> dict[str, list[int]]:
     """Name → (hits, pictures) of the model as it stands; each set of pictures is drawn once."""
-    from recare_patch.atelier.judge import Judge
+    from recare_patch.models.atelier.judge import Judge
 
     judge, drawn, found = Judge.load(), {}, {}
     for name, (figure, label) in counts(arguments.what, arguments.split, arguments.pictures).items():
@@ -86,7 +86,7 @@ def _count(base: Any, arguments: argparse.Namespace) -> dict[str, list[int]]:
 
 
 def _recipe(arguments: argparse.Namespace) -> Any:
-    from recare_patch.erasing import resolve_recipe
+    from recare_patch.erasure import resolve_recipe
 
     overrides = {"method": arguments.method, **assignments(arguments.set)}
     if arguments.what == "correction":
@@ -95,8 +95,8 @@ def _recipe(arguments: argparse.Namespace) -> Any:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from recare_patch.base_models import load_base
-    from recare_patch.erasing import erase
+    from recare_patch.erasure import erase
+    from recare_patch.models import load_base
     from recare_patch.patch import Patch
 
     row = arguments.row or arguments.method

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.suites import Figure, suite
-from recare_patch.atelier.judge import Judge
-from recare_patch.evaluation import wilson_interval
-from recare_patch.samplers import scheduled
+from recare_patch.measure import wilson_interval
+from recare_patch.models.atelier.judge import Judge
+from recare_patch.recipe import scheduled
 
 if TYPE_CHECKING:
     from PIL.Image import Image

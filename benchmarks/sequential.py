@@ -9,7 +9,7 @@
 Request by request another concept goes. After most of them everything is drawn: what was erased so far,
 what was not asked for yet, and the companions of what was erased. ``stacked`` trains every patch on the
 untouched base and applies them together; ``regmean`` takes the same patches, and stacks them by what
-their layers read (:mod:`recare_patch.moments`); ``continued`` goes on with the patch before, in the same
+their layers read (:mod:`regmean`); ``continued`` goes on with the patch before, in the same
 adapter, against the model that it left (``erase --continue-from``). Finished steps are read, so a stopped
 run goes on.
 """
@@ -24,9 +24,8 @@ from typing import Any
 
 from benchmarks.erasure import assignments
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS
-from recare_patch.evaluation import wilson_interval
-from recare_patch.method_table import METHODS
-from recare_patch.samplers import scheduled
+from recare_patch.measure import wilson_interval
+from recare_patch.recipe import METHODS, scheduled
 
 RESULTS = Path(__file__).parent / "results" / "sequential"
 REQUESTS = (
@@ -78,9 +77,8 @@ def prompts_of(label: str, name: str, kind: str) -> tuple[str, ...]:
 
 
 def _patch(arguments: argparse.Namespace, place: int, before: Path | None) -> Path:
-    from recare_patch.concepts import Concept
-    from recare_patch.erasing import erase
-    from recare_patch.recipe import Recipe, preset_overrides
+    from recare_patch.erasure import erase
+    from recare_patch.recipe import Concept, Recipe, preset_overrides
 
     label, name, kind = REQUESTS[place]
     way = "continued" if before is not None else "alone"
@@ -136,11 +134,10 @@ def _measure(arguments: argparse.Namespace, base: Any, judge: Any, done: int) ->
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from recare_patch.atelier.judge import Judge
-    from recare_patch.base_models import load_base
-    from recare_patch.clip import Clip
-    from recare_patch.composing import stack
-    from recare_patch.moments import measure_moments
+    from recare_patch.careset import Clip
+    from recare_patch.combine import measure_moments, stack
+    from recare_patch.models import load_base
+    from recare_patch.models.atelier.judge import Judge
     from recare_patch.patch import Patch
 
     file = RESULTS / f"{arguments.way}.{arguments.method}.json"
@@ -235,7 +232,7 @@ def table() -> str:
 
 def plot(out: Path) -> list[Path]:
     """The retention curves and the erasing ones as SVG."""
-    from recare_patch.plots import Series, line_chart
+    from recare_patch.measure import Series, line_chart
 
     means = {name: _means(data) for name, data in _files().items()}
     written = []

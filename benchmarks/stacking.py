@@ -29,7 +29,7 @@ from benchmarks.suites import SPLITS, Figure, shared_figures, suite
 RESULTS = Path(__file__).parent / "results" / "stacking"
 SIZES = (2, 4, 8)
 WAYS = ("concat", "regmean", "ties", "dare", "svd")
-"""See :func:`recare_patch.composing.stack`; "alone" is each patch by itself."""
+"""See :func:`stack`; "alone" is each patch by itself."""
 
 CONCEPTS = {
     "nude": ("nudity", "nsfw"),
@@ -94,8 +94,8 @@ def own_figures(label: str, care_words: Sequence[str], split: str, pictures: int
 
 def _judged(words: Sequence[str]) -> list[str]:
     """The judge's labels among words, those of erased concepts left out."""
-    from recare_patch.atelier.captions import synonyms
-    from recare_patch.atelier.judge import LABELS
+    from benchmarks.atelier.captions import synonyms
+    from recare_patch.models.atelier.judge import LABELS
 
     known = {form.lower(): label for label in LABELS for form in synonyms(label)}
     found = (known.get(word.lower()) for word in words)
@@ -103,7 +103,7 @@ def _judged(words: Sequence[str]) -> list[str]:
 
 
 def _companion(label: str, split: str, pictures: int) -> Figure:
-    from recare_patch.atelier.captions import synonyms
+    from benchmarks.atelier.captions import synonyms
 
     # The last forms of a label are nouns, which stand by themselves.
     noun = synonyms(label)[-1 if split == "choose" else 0]
@@ -133,7 +133,7 @@ def _folder(arguments: argparse.Namespace, label: str) -> Path:
 
 
 def _erase(arguments: argparse.Namespace, labels: Sequence[str]) -> None:
-    from recare_patch.erasing import erase, resolve_recipe
+    from recare_patch.erasure import erase, resolve_recipe
 
     for label in labels:
         out = _folder(arguments, label)
@@ -152,11 +152,11 @@ def _file(arguments: argparse.Namespace, size: int, way: str) -> Path:
 def _run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from recare_patch import composing
-    from recare_patch.atelier.judge import Judge
-    from recare_patch.base_models import load_base
-    from recare_patch.clip import Clip
-    from recare_patch.moments import measure_moments
+    from recare_patch.careset import Clip
+    from recare_patch.combine import measure_moments
+    from recare_patch.combine import stacking as composing
+    from recare_patch.models import load_base
+    from recare_patch.models.atelier.judge import Judge
     from recare_patch.patch import Patch
 
     sizes, ways = arguments.size or SIZES, arguments.way or ("base", "alone", *WAYS)

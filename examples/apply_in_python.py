@@ -6,7 +6,7 @@ python examples/apply_in_python.py van-gogh-patch --out scales.png
 import argparse
 
 from recare_patch import Patch, load_base
-from recare_patch.sheets import SheetRow, save_sheet, sheet
+from recare_patch.core import SheetRow, save_sheet, sheet
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("patch")

@@ -7,7 +7,7 @@ python examples/erase_van_gogh.py --steps-small      # seconds, for a look at th
 import argparse
 
 from recare_patch import erase, load_recipe
-from recare_patch.progress import RichProgress
+from recare_patch.core import RichProgress
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", default="van-gogh-patch")

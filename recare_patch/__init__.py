@@ -14,40 +14,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from recare_patch.base_models import load_base
     from recare_patch.careset import CareSet, build_care_set
-    from recare_patch.composing import stack
-    from recare_patch.concepts import Concept
-    from recare_patch.erasing import EraseResult, erase, erase_concept
-    from recare_patch.erasing import generate_pictures as generate
-    from recare_patch.errors import RecarePatchError
-    from recare_patch.evaluating import evaluate
-    from recare_patch.merging import merge, unmerge
+    from recare_patch.combine import merge, stack, unmerge
+    from recare_patch.core import RecarePatchError
+    from recare_patch.erasure import EraseResult, erase, erase_concept
+    from recare_patch.erasure import generate_pictures as generate
+    from recare_patch.measure import evaluate
+    from recare_patch.models import load_base
     from recare_patch.patch import Patch, apply_all
-    from recare_patch.recipe import Recipe, load_recipe
-    from recare_patch.sharing import pull, push, search
+    from recare_patch.recipe import Concept, Recipe, load_recipe
+    from recare_patch.share import pull, push, search
 
 _HOMES = {
     "CareSet": "recare_patch.careset:CareSet",
-    "Concept": "recare_patch.concepts:Concept",
-    "EraseResult": "recare_patch.erasing:EraseResult",
-    "Patch": "recare_patch.patch:Patch",
-    "RecarePatchError": "recare_patch.errors:RecarePatchError",
-    "Recipe": "recare_patch.recipe:Recipe",
-    "apply_all": "recare_patch.patch:apply_all",
+    "Concept": "recare_patch.recipe.concept:Concept",
+    "EraseResult": "recare_patch.erasure.run:EraseResult",
+    "Patch": "recare_patch.patch.patch:Patch",
+    "RecarePatchError": "recare_patch.core.errors:RecarePatchError",
+    "Recipe": "recare_patch.recipe.recipe:Recipe",
+    "apply_all": "recare_patch.patch.patch:apply_all",
     "build_care_set": "recare_patch.careset:build_care_set",
-    "erase": "recare_patch.erasing:erase",
-    "erase_concept": "recare_patch.erasing:erase_concept",
-    "evaluate": "recare_patch.evaluating:evaluate",
-    "generate": "recare_patch.erasing:generate_pictures",
-    "load_base": "recare_patch.base_models:load_base",
-    "load_recipe": "recare_patch.recipe:load_recipe",
-    "merge": "recare_patch.merging:merge",
-    "pull": "recare_patch.sharing:pull",
-    "push": "recare_patch.sharing:push",
-    "search": "recare_patch.sharing:search",
-    "stack": "recare_patch.composing:stack",
-    "unmerge": "recare_patch.merging:unmerge",
+    "erase": "recare_patch.erasure.run:erase",
+    "erase_concept": "recare_patch.erasure.run:erase_concept",
+    "evaluate": "recare_patch.measure.run:evaluate",
+    "generate": "recare_patch.erasure.run:generate_pictures",
+    "load_base": "recare_patch.models.loading:load_base",
+    "load_recipe": "recare_patch.recipe.recipe:load_recipe",
+    "merge": "recare_patch.combine.merging:merge",
+    "pull": "recare_patch.share:pull",
+    "push": "recare_patch.share:push",
+    "search": "recare_patch.share:search",
+    "stack": "recare_patch.combine.stacking:stack",
+    "unmerge": "recare_patch.combine.merging:unmerge",
 }
 
 __all__ = [

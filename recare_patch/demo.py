@@ -18,14 +18,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from PIL import Image
 from pydantic import AfterValidator, Field
 
-from recare_patch.base_models import BaseModel
-from recare_patch.errors import DemoError, IncompatiblePatchError, PatchError, RecarePatchError, unknown_name
-from recare_patch.evaluation.suites import Prompt
-from recare_patch.patch import Patch
-from recare_patch.publishing import is_unsafe, plain
+from recare_patch.core import (
+    DemoError,
+    IncompatiblePatchError,
+    PatchError,
+    RecarePatchError,
+    Settings,
+    blurred,
+    unknown_name,
+)
+from recare_patch.measure import Prompt
+from recare_patch.models import BaseModel
+from recare_patch.patch import Patch, is_unsafe, plain
 from recare_patch.recipe import WEIGHTS_NAME
-from recare_patch.settings import Settings
-from recare_patch.sheets import blurred
 
 if TYPE_CHECKING:
     import gradio

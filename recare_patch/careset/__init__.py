@@ -1,18 +1,8 @@
-"""The CARE-set: benign concepts that co-occur with the erased one and must not go with it."""
+"""The CARE-set: benign concepts that co-occur with the erased one and must not go with it.
 
-from recare_patch.careset.building import build_care_set, concept_feature
-from recare_patch.careset.care_set import CareSet, CareToken, names_concept
-from recare_patch.careset.plot import plot_care_set
-from recare_patch.careset.scoring import ConceptScore, guess_kind, score_concept
+``__init__.pyi`` lists what other rooms may use; each name is loaded when it is first asked for.
+"""
 
-__all__ = [
-    "CareSet",
-    "CareToken",
-    "ConceptScore",
-    "build_care_set",
-    "concept_feature",
-    "guess_kind",
-    "names_concept",
-    "plot_care_set",
-    "score_concept",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

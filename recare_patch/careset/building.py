@@ -20,15 +20,14 @@ from recare_patch.careset.mining import (
     mine,
 )
 from recare_patch.careset.refinement import refine, scaled_alpha
-from recare_patch.concepts import Concept
-from recare_patch.errors import CareSetError
-from recare_patch.recipe import CareSetOptions
+from recare_patch.core import CareSetError
+from recare_patch.recipe import CareSetOptions, Concept
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from recare_patch.clip import Clip
-    from recare_patch.progress import Progress
+    from recare_patch.careset.clip import Clip
+    from recare_patch.core import Progress
 
 
 def concept_feature(concept: Concept, clip: Clip, image_features: Tensor | None = None) -> Tensor:

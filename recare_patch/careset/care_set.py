@@ -14,11 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from recare_patch.concepts import Concept
-from recare_patch.errors import CareSetError, SettingsError, nearest
-from recare_patch.files import write_text
-from recare_patch.recipe import CareSetOptions
-from recare_patch.settings import Settings
+from recare_patch.core import CareSetError, Settings, SettingsError, nearest, write_text
+from recare_patch.recipe import CareSetOptions, Concept
 
 KEPT = "kept"
 NAMES_CONCEPT = "names the concept"
@@ -277,7 +274,7 @@ def names_concept(word: str, concept: Concept) -> bool:
 
     Args:
         word: a vocabulary word.
-        concept: its :attr:`~recare_patch.concepts.Concept.words` and whole text are compared.
+        concept: its :attr:`words` and whole text are compared.
     """
     folded = word.casefold()
     own = [*concept.words, concept.text.casefold(), "".join(concept.text.casefold().split())]

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from recare_patch.careset.care_set import CareSet
 from recare_patch.careset.clustering import token_map
-from recare_patch.errors import CareSetError
-from recare_patch.files import write_bytes
+from recare_patch.core import CareSetError, write_bytes
 
 if TYPE_CHECKING:
-    from recare_patch.clip import Clip
+    from recare_patch.careset.clip import Clip
 
 
 def plot_care_set(care_set: CareSet, path: str | os.PathLike[str], clip: Clip) -> None:

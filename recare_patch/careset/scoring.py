@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from recare_patch.concepts import Concept, Kind
+from recare_patch.recipe import Concept, Kind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from recare_patch.clip import Clip
+    from recare_patch.careset.clip import Clip
 
 _MEDIA = ("A photo", "A painting")
 _PEOPLE = ("A photo of a person", "A photo of a man", "A photo of a woman")

@@ -31,8 +31,7 @@ from recare_patch.cli.recipes import recipes
 from recare_patch.cli.search import search
 from recare_patch.cli.stack import stack
 from recare_patch.cli.verify import verify
-from recare_patch.errors import RecarePatchError, nearest
-from recare_patch.files import output_error
+from recare_patch.core import RecarePatchError, nearest, output_error
 
 _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import click
 
-from recare_patch.cli import common
-from recare_patch.errors import BaseModelError, unknown_name
+from recare_patch.core import BaseModelError
 
 
 @click.group()
 def atelier() -> None:
-    """Show, train and sample Atelier, the small base model bundled with this package."""
+    """Show what Atelier is, the small base model bundled with this package."""
 
 
 @atelier.command()
 def info() -> None:
     """Show what the bundled base model is, what it can draw, and what co-occurs in it."""
-    from recare_patch.atelier import info as describe
+    from recare_patch.models.atelier import info as describe
 
     facts = describe()
     if not facts.parameters:
         raise BaseModelError(
-            "the bundled base model has no weights yet: make them with `recare-patch atelier train`"
+            "the bundled base model has no weights yet: make them with `python -m benchmarks.atelier train` "
+            "in a checkout"
         )
     click.echo(
         "Atelier: Stable Diffusion's anatomy, small: 64-pixel pictures, trained on scenes drawn by code"
@@ -40,130 +37,3 @@ def info() -> None:
     for concept, companions in facts.co_occurrence.items():
         click.echo(f"  {concept:<10}{', '.join(f'{word} {share:.2f}' for word, share in companions.items())}")
     click.echo(f'In diffusers: StableDiffusionPipeline.from_pretrained("{facts.folder}")')
-
-
-@atelier.command()
-@click.option("--xl", is_flag=True, help="Atelier XL instead: SDXL's anatomy on the same scenes.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="[default: atelier-weights; with --xl atelier-xl]"
-)
-@click.option(
-    "--work",
-    type=click.Path(path_type=Path),
-    default=Path("atelier-work"),
-    show_default=True,
-    help="Scenes and checkpoints; an interrupted training goes on from here.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; repeatable.")
-@click.option("--device", default="cpu", show_default=True)
-def train(xl: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, ...], device: str) -> None:
-    """Train Atelier from nothing: scenes, CLIP, autoencoder, judge, denoiser. Resumable.
-
-    Atelier XL takes tokenizer, autoencoder, judge and first text encoder from the bundled Atelier, and
-    trains a second encoder and the denoiser. `recare-patch erase --recipe van-gogh-atelier-xl` erases on it.
-    """
-    from recare_patch.atelier import training, training_xl
-
-    known = training_xl.STAGES if xl else training.STAGES
-    for stage in stages:
-        if stage not in known:
-            raise unknown_name("stage", stage, known)
-    out = out or Path("atelier-xl" if xl else "atelier-weights")
-    run: Any = training_xl.train if xl else training.train
-    with common.shown_progress() as progress:
-        seconds = run(
-            out,
-            work,
-            training_xl.XLTraining(seed=seed) if xl else training.AtelierTraining(seed=seed),
-            stages=stages or known,
-            device=device,
-            progress=lambda stage, done, total, loss: progress.update(stage, done, total, f"loss {loss:.4f}"),
-        )
-    for stage, spent in seconds.items():
-        click.echo(f"{stage}: {spent:.0f} s")
-    click.echo(f"Atelier{' XL' if xl else ''}: {out}")
-    if "export" in seconds:
-        _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300)
-
-
-@atelier.command()
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("atelier-report"),
-    show_default=True,
-    help="Folder for atelier.md and its sheets.",
-)
-@click.option(
-    "--count", type=click.IntRange(1, 100_000), default=300, show_default=True, help="Captions drawn."
-)
-@common.device_option
-def report(out: Path, count: int, device: str) -> None:
-    """Measure the bundled base by its judge, on captions it never saw, and draw sheets."""
-    from recare_patch.atelier import JUDGE
-
-    _report("atelier", JUDGE, out, device, count)
-
-
-def _report(source: str | Path, judge: Path, out: Path, device: str, count: int) -> None:
-    from recare_patch.atelier.judge import Judge
-    from recare_patch.atelier.report import write_report
-    from recare_patch.base_models import load_base
-
-    common.quiet_libraries()
-    with common.shown_progress() as progress:
-        base = load_base(str(source), device=device)
-        rates = write_report(base, out, judge=Judge.load(judge), count=count, progress=progress)
-    for name in ("style", "object", "sky", "ground", "time"):
-        if name in rates:
-            click.echo(f"{name}: {rates[name].value:.1%} of {rates[name].pictures}")
-    click.echo(f"Report: {out / 'atelier.md'}")
-
-
-@atelier.command()
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Repeatable.  [default: a few]")
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first picture."
-)
-@click.option(
-    "--count", type=click.IntRange(1, 64), default=6, show_default=True, help="Pictures of each prompt."
-)
-@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--guidance-scale", type=click.FloatRange(0, 100), default=5.0, show_default=True)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("atelier.png"),
-    show_default=True,
-    help="The sheet.",
-)
-@common.device_option
-def sample(
-    prompts: tuple[str, ...], seed: int, count: int, steps: int, guidance_scale: float, out: Path, device: str
-) -> None:
-    """Draw a sheet of pictures with Atelier."""
-    from recare_patch.cli.generate import save_pairs
-    from recare_patch.erasing import generate_pictures
-
-    chosen = list(prompts) or [
-        "A painting in the style of Van Gogh",
-        "A painting of a house in the style of Monet",
-        "A photo of a tench",
-        "A photo of a person on a beach",
-        "A pencil sketch of a cat",
-    ]
-    seeds = list(range(seed, seed + count))
-    with common.shown_progress() as progress:
-        pairs = generate_pictures(
-            "atelier",
-            [],
-            chosen,
-            seeds,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            device=device,
-            progress=progress,
-        )
-    save_pairs(pairs, out, title="Atelier", patched=False)
-    click.echo(f"Sheet: {out}")

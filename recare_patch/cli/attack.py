@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recare_patch.cli import common
-from recare_patch.concepts import slug_of
-from recare_patch.errors import PatchError, RecipeError, nearest, unknown_name
+from recare_patch.core import PatchError, RecipeError, nearest, unknown_name
+from recare_patch.recipe import slug_of
 
 if TYPE_CHECKING:
-    from recare_patch.evaluation.attacks import AttackOptions, AttackResult
+    from recare_patch.measure import AttackOptions, AttackResult
 
 ATTACKS = ("concept-inversion", "p4d", "ring-a-bell", "unlearn-diff-atk")
 """The registered attacks, repeated here because their registry lies among what needs torch."""
@@ -108,7 +108,7 @@ def attack(
         "resume": resume,
         "device": device,
     }
-    from recare_patch import attacking
+    from recare_patch.measure.attacks import run as attacking
 
     several = common.several_concepts(patch)
     if several and replay is not None and concept is None:
@@ -142,7 +142,7 @@ def _options(attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]) 
     Raises:
         RecipeError: no chosen attack has a key.
     """
-    from recare_patch.attacking import attack_options
+    from recare_patch.measure import attack_options
 
     plain = {name: attack_options(name, budget) for name in dict.fromkeys(attacks)}
     known = {name: set(type(options).model_fields) for name, options in plain.items()}

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from recare_patch.cli import common
-from recare_patch.concepts import KINDS, Concept
-from recare_patch.errors import CareSetError, RecipeError
-from recare_patch.recipe import Recipe
+from recare_patch.core import CareSetError, RecipeError
+from recare_patch.recipe import KINDS, Concept, Recipe
 
 if TYPE_CHECKING:
     from recare_patch.careset import CareSet
@@ -49,11 +48,10 @@ def build(
     if concept is not None:
         # Faults of spelling are told before any model is loaded.
         Recipe(concept=Concept(text=concept, kind=kind or "object")).with_overrides(overrides)
-    from recare_patch.base_models import load_base
-    from recare_patch.careset import build_care_set
-    from recare_patch.clip import Clip, default_clip
-    from recare_patch.erasing import resolve_recipe, target_seeds
-    from recare_patch.samplers import scheduled
+    from recare_patch.careset import Clip, build_care_set, default_clip
+    from recare_patch.erasure import resolve_recipe, target_seeds
+    from recare_patch.models import load_base
+    from recare_patch.recipe import scheduled
 
     with common.shown_progress() as progress:
         plan = resolve_recipe(
@@ -110,8 +108,7 @@ def plot(path: Path, out: Path | None, clip: str | None) -> None:
     """Draw the map of a CARE-set: its clusters, and what was kept and dropped."""
     care_set = _load(path)
     target = out if out is not None else _file(path).with_suffix(".png")
-    from recare_patch.careset import plot_care_set
-    from recare_patch.clip import Clip
+    from recare_patch.careset import Clip, plot_care_set
 
     common.quiet_libraries()
     plot_care_set(care_set, target, Clip.load(clip or _clip_of(care_set)))

@@ -14,23 +14,15 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from recare_patch.errors import PatchError, RecipeError
-from recare_patch.files import read_safetensors_header
-from recare_patch.progress import RichProgress
-from recare_patch.recipe import (
-    BASE_WEIGHTS,
-    PARTS_KEY,
-    WEIGHTS_NAME,
-    load_recipe,
-    parse_assignment,
-)
+from recare_patch.core import PatchError, RecipeError, RichProgress, read_safetensors_header
+from recare_patch.recipe import BASE_WEIGHTS, PARTS_KEY, WEIGHTS_NAME, load_recipe, parse_assignment
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 HUB_PREFIX = "hub:"
-"""As in :mod:`recare_patch.sharing`, repeated here because its home needs torch."""
+"""As in :mod:`share`, repeated here because its home needs torch."""
 
 
 def base_option(command: Command) -> Command:
@@ -170,7 +162,7 @@ def _fetched(text: str) -> tuple[Path, float]:
         value = math.nan
     if not math.isfinite(value):
         raise PatchError(f"the scale of {HUB_PREFIX}{repo} must be a number such as 0.8, got '{scale}'")
-    from recare_patch.sharing import fetched
+    from recare_patch.share import fetched
 
     quiet_libraries()
     return fetched(f"{HUB_PREFIX}{repo}"), value

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from recare_patch.cli import common
-from recare_patch.errors import OutputError
+from recare_patch.core import OutputError
 
 
 @click.command()
@@ -46,7 +46,7 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
     """
     import torch
 
-    from recare_patch import formats
+    from recare_patch.patch import formats
     from recare_patch.recipe import WEIGHTS_NAME
 
     common.quiet_libraries()
@@ -54,8 +54,7 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
     if base is None:
         weights = formats.read_lora(source)
     else:
-        from recare_patch.base_models import load_base
-        from recare_patch.peft_layers import base_layers
+        from recare_patch.models import base_layers, load_base
 
         model = load_base(base, device="cpu")
         weights = formats.read_lora(source, [name for name, _ in base_layers(model.denoiser)])

@@ -34,7 +34,7 @@ def demo(patches: tuple[str, ...], base: str | None, port: int | None, share: bo
     """
     common.quiet_libraries()
     from recare_patch import demo as page
-    from recare_patch.base_models import load_base
+    from recare_patch.models import load_base
 
     page.require_gradio()
     named = [common.parse_patch(common.short_patch(text)) for text in patches]

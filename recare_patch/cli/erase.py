@@ -9,21 +9,22 @@ from typing import Any
 import click
 
 from recare_patch.cli import common
-from recare_patch.concepts import KINDS, Concept
-from recare_patch.errors import OutputError, RecipeError, ResumeError
+from recare_patch.core import OutputError, RecipeError, ResumeError
 from recare_patch.recipe import (
+    KINDS,
     LAYER_SETS,
-    METHODS,
     OPTIMIZERS,
     PRECISIONS,
     PRESETS,
     STATES,
     WEIGHTS_NAME,
+    Concept,
     EraseOptions,
     Recipe,
     load_recipe,
     preset_overrides,
 )
+from recare_patch.recipe.recipe import METHODS
 
 
 @click.command()
@@ -180,7 +181,7 @@ def erase(
     _check_several(several, stacked, continue_from, care_set)
     if continue_from is not None:
         overrides["continue_from"] = _earlier_patch(continue_from)
-    from recare_patch.formats import check_formats
+    from recare_patch.patch import check_formats
 
     chosen = check_formats(file_formats.split(","))
     if plan.base == "atelier" and base is None:
@@ -189,8 +190,8 @@ def erase(
             f"For Stable Diffusion add --base FOLDER or --base {common.SD_15}.",
             err=True,
         )
-    from recare_patch.erasing import erase_concept
-    from recare_patch.parallel import Crew
+    from recare_patch.core import Crew
+    from recare_patch.erasure import erase_concept
 
     crew = Crew.found()
     first = crew is None or crew.main
@@ -306,7 +307,7 @@ def _finished(folder: Path) -> bool:
 
 
 def _stack(folders: list[Path], out: Path) -> None:
-    from recare_patch.composing import save_stack, stack
+    from recare_patch.combine import save_stack, stack
     from recare_patch.patch import Patch
 
     save_stack(stack([(Patch.load(folder), 1.0) for folder in folders]), out)

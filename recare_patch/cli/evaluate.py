@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from recare_patch.cli import common
-from recare_patch.concepts import slug_of
-from recare_patch.errors import EvaluationError, unknown_name
-from recare_patch.recipe import PRECISIONS
+from recare_patch.core import EvaluationError, unknown_name
+from recare_patch.recipe import PRECISIONS, slug_of
 
 if TYPE_CHECKING:
-    from recare_patch.evaluation.evidence import Evidence
+    from recare_patch.measure import Evidence
 
 METRICS = (
     "concept-rate",
@@ -145,7 +144,7 @@ def evaluate(
         raise unknown_name("precision", precision, PRECISIONS)
     if no_cache and cache is not None:
         raise EvaluationError("--no-cache and --cache exclude each other")
-    from recare_patch import evaluating
+    from recare_patch.measure import run as evaluating
 
     first = evaluating.is_first_process()
     folder = out if out is not None else Path(patch) if Path(patch).is_dir() else Path(patch).parent

@@ -71,7 +71,7 @@ def generate(
         raise click.UsageError("--gated says how patches are applied, and no --patch is given")
     chosen = [common.parse_patch(text) for text in patches]
     source = base or common.base_of(chosen)
-    from recare_patch.erasing import generate_pictures
+    from recare_patch.erasure import generate_pictures
 
     with common.shown_progress() as progress:
         pairs = generate_pictures(
@@ -103,7 +103,7 @@ def save_pairs(pairs: list[Any], out: Path, *, title: str, blur: bool = False, p
         blur: make its pictures unrecognisable.
         patched: show the state after as well.
     """
-    from recare_patch.sheets import SheetRow, save_sheet, sheet
+    from recare_patch.core import SheetRow, save_sheet, sheet
 
     rows: list[SheetRow] = []
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
@@ -119,7 +119,7 @@ def save_pairs(pairs: list[Any], out: Path, *, title: str, blur: bool = False, p
 
 
 def _save_each(pairs: list[Any], folder: Path, *, patched: bool) -> int:
-    from recare_patch.files import write_bytes
+    from recare_patch.core import write_bytes
 
     saved = 0
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from recare_patch.cli import common
-from recare_patch.errors import OutputError
+from recare_patch.core import OutputError
 
 
 @click.command()
@@ -26,8 +26,8 @@ def index(folders: tuple[Path, ...], title: str, out: Path | None, force: bool) 
     if out is not None and out.exists() and not force:
         raise OutputError(f"{out} is there already; choose another --out or add --force")
     common.quiet_libraries()
-    from recare_patch import sharing
-    from recare_patch.files import write_text
+    from recare_patch import share as sharing
+    from recare_patch.core import write_text
 
     text = sharing.index_text([sharing.row_of_folder(common.short_patch(str(one))) for one in folders], title)
     if out is None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from recare_patch.errors import PatchError
-from recare_patch.files import SafetensorsHeader, read_safetensors_header
+from recare_patch.core import PatchError, SafetensorsHeader, read_safetensors_header
 from recare_patch.recipe import METADATA_KEY, PARTS_KEY, WEIGHTS_NAME, Recipe, parts_in_header
 
 _CONCEPT = "recare_patch.concept"
@@ -32,7 +31,7 @@ def inspect(path: Path, as_json: bool, check: bool) -> None:
     facts = describe(file, header)
     if check and facts["made_by"] == "recare-patch":
         if facts["format"] == "kohya":
-            from recare_patch.formats import from_any
+            from recare_patch.patch import from_any
 
             from_any(file)
         else:

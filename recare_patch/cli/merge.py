@@ -51,7 +51,7 @@ def merge(
     """
     chosen = [common.parse_patch(common.short_patch(text)) for text in patches]
     source = base or common.base_of(chosen)
-    from recare_patch import merging
+    from recare_patch.combine import merging
     from recare_patch.patch import Patch
 
     with common.shown_progress() as progress:
@@ -93,7 +93,7 @@ def unmerge(folder: Path, patches: tuple[str, ...], base: str | None, out: Path,
     recare-patch unmerge merged --patch van-gogh-patch --base atelier --out again
     """
     chosen = [common.parse_patch(common.short_patch(text))[0] for text in patches]
-    from recare_patch import merging
+    from recare_patch.combine import merging
     from recare_patch.patch import Patch
 
     with common.shown_progress() as progress:

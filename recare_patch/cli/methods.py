@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from recare_patch.errors import unknown_name
-from recare_patch.method_table import METHODS, MethodInfo, measured
+from recare_patch.core import unknown_name
+from recare_patch.recipe import METHODS, MethodInfo, measured
 
 
 @click.command()

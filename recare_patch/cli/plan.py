@@ -49,9 +49,8 @@ def plan(
     """
     common.quiet_libraries()
     overrides = common.overrides_from(assignments, precision=precision, erase__optimizer=optimizer) | levers
-    from recare_patch import planning
-    from recare_patch.base_models import chosen_device
-    from recare_patch.erasing import resolve_recipe
+    from recare_patch.erasure import planning, resolve_recipe
+    from recare_patch.models import chosen_device
 
     # The kind changes words, not costs.
     made = resolve_recipe(

@@ -26,7 +26,7 @@ def pull(repo: str, out: Path | None, revision: str | None, base: str | None, de
     the next call. Some commands take `hub:OWNER/NAME` in place of a folder.
     """
     common.quiet_libraries()
-    from recare_patch import sharing
+    from recare_patch import share as sharing
 
     with common.shown_progress() as progress:
         got = sharing.pull(repo, out, revision=revision, base=base, device=device, progress=progress)

@@ -41,8 +41,8 @@ def push(
     The login is that of `hf auth login`. An upload that was interrupted goes on with the next call.
     """
     common.quiet_libraries()
-    from recare_patch import sharing
-    from recare_patch.publishing.markdown import yaml_text
+    from recare_patch import share as sharing
+    from recare_patch.patch import yaml_text
 
     with common.shown_progress() as progress:
         made = sharing.push(

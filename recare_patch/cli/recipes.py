@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from recare_patch.errors import RecarePatchError
+from recare_patch.core import RecarePatchError
 from recare_patch.recipe import list_recipes, load_recipe
 
 

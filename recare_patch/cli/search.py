@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from recare_patch.cli import common
-from recare_patch.errors import HubError
+from recare_patch.core import HubError
 
 if TYPE_CHECKING:
-    from recare_patch.sharing import Found
+    from recare_patch.share import Found
 
 
 @click.command()
@@ -46,13 +46,13 @@ def search(
     if as_json and markdown:
         raise HubError("--json and --markdown are two ways to print: give one")
     common.quiet_libraries()
-    from recare_patch import sharing
+    from recare_patch import share as sharing
 
     found = sharing.search(text, base=base, concept=concept, tags=tags, owner=owner, limit=limit)
     if as_json:
         click.echo(json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False))
     elif markdown:
-        from recare_patch.sharing.hub import endpoint
+        from recare_patch.share import endpoint
 
         rows = [sharing.row_of_found(one, endpoint()) for one in found]
         click.echo(sharing.index_text(rows, "Patches on the Hub"), nl=False)

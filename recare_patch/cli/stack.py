@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from recare_patch.cli import common
-from recare_patch.errors import PatchError
+from recare_patch.core import PatchError
 
 if TYPE_CHECKING:
-    from recare_patch.moments import Moments
+    from recare_patch.combine import Moments
+    from recare_patch.measure import FigureChange
     from recare_patch.patch import Patch
-    from recare_patch.stack_evidence import FigureChange
 
 
 @click.command()
@@ -99,8 +99,8 @@ def stack(
     chosen = [common.parse_patch(common.short_patch(text)) for text in patches]
     import torch
 
-    from recare_patch import composing, formats
-    from recare_patch.patch import Patch
+    from recare_patch.combine import stacking as composing
+    from recare_patch.patch import Patch, formats
 
     written = formats.check_formats(file_formats.split(","))
 
@@ -128,7 +128,7 @@ def stack(
     if met.in_short:
         click.echo(met.in_short)
     if evidence:
-        from recare_patch import stack_evidence
+        from recare_patch.measure import stack as stack_evidence
 
         with common.shown_progress() as progress:
             changes = stack_evidence.change_in_evidence(
@@ -153,10 +153,10 @@ def _measured(
     kept_weight: float | None,
 ) -> Moments:
     """What the parts' layers read, for ``regmean``; faults of the call are told before anything is drawn."""
-    from recare_patch.base_models import load_base
-    from recare_patch.clip import Clip, default_clip
-    from recare_patch.files import claim_folder
-    from recare_patch.moments import KEPT_WEIGHT, measure_moments
+    from recare_patch.careset import Clip, default_clip
+    from recare_patch.combine import KEPT_WEIGHT, measure_moments
+    from recare_patch.core import claim_folder
+    from recare_patch.models import load_base
     from recare_patch.patch import check_together
 
     known = check_together(loaded)

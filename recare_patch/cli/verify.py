@@ -65,7 +65,7 @@ def verify(
 
     The exit code is 0 where everything holds, 1 where something does not, 2 on bad input.
     """
-    from recare_patch import verifying
+    from recare_patch.measure import verify as verifying
 
     with common.shown_progress() as progress:
         found = verifying.verify(

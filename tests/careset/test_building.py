@@ -19,10 +19,10 @@ from recare_patch.careset import (
     plot_care_set,
     score_concept,
 )
-from recare_patch.clip import Clip, DroppedToken
-from recare_patch.concepts import Concept
-from recare_patch.errors import CareSetError, ConceptError
-from recare_patch.recipe import CareSetOptions
+from recare_patch.careset.clip import Clip, DroppedToken
+from recare_patch.core.errors import CareSetError, ConceptError
+from recare_patch.recipe.concept import Concept
+from recare_patch.recipe.recipe import CareSetOptions
 
 TENCH = Concept(text="tench", kind="object")
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recare_patch.careset import CareSet, CareToken, names_concept
-from recare_patch.concepts import Concept
-from recare_patch.errors import CareSetError, RecarePatchError
+from recare_patch.core.errors import CareSetError, RecarePatchError
+from recare_patch.recipe.concept import Concept
 
 VAN_GOGH = Concept(text="Van Gogh", kind="style")
 

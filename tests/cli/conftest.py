@@ -17,7 +17,7 @@ from recare_patch.cli import cli
 
 @dataclass
 class Stage:
-    """A fake ``recare_patch.erasing`` and what it was called with."""
+    """A fake ``recare_patch.erasure.run`` and what it was called with."""
 
     run: Callable[..., Result]
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -65,8 +65,8 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
 def stage(monkeypatch: pytest.MonkeyPatch, invoke: Callable[..., Result]) -> Stage:
     """The command line with the erasing run replaced."""
     made = Stage(invoke)
-    fake = ModuleType("recare_patch.erasing")
+    fake = ModuleType("recare_patch.erasure.run")
     fake.erase_concept = made.erase_concept  # type: ignore[attr-defined]
     fake.generate_pictures = made.generate_pictures  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "recare_patch.erasing", fake)
+    monkeypatch.setitem(sys.modules, "recare_patch.erasure.run", fake)
     return made

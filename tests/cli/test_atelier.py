@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from recare_patch import atelier
+from recare_patch.models import atelier
 from tests.cli.conftest import Stage
 
 
@@ -37,7 +37,7 @@ def test_info(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_train_passes_everything_on_and_shows_progress(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recare_patch.atelier import training
+    from benchmarks.atelier import training
 
     seen: dict[str, Any] = {}
 

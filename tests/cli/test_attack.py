@@ -12,12 +12,12 @@ import pytest
 from click.testing import Result
 from PIL import Image
 
-from recare_patch import attacking
-from recare_patch.base_models import load_base
-from recare_patch.errors import OutputError
-from recare_patch.evaluation.attacks import ATTACKS, BUDGETS, AttackOptions, AttackResult
-from recare_patch.patch import Patch
-from tests.evaluation.test_attacks import make_patch
+from recare_patch.core.errors import OutputError
+from recare_patch.measure.attacks import ATTACKS, BUDGETS, AttackOptions, AttackResult
+from recare_patch.measure.attacks import run as attacking
+from recare_patch.models.loading import load_base
+from recare_patch.patch.patch import Patch
+from tests.measure.test_attacks import make_patch
 from tests.test_imports import heavy_after
 
 Invoke = Callable[..., Result]

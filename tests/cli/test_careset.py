@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from recare_patch.concepts import Concept
-from recare_patch.errors import CareSetError
-from recare_patch.recipe import Recipe
+from recare_patch.core.errors import CareSetError
+from recare_patch.recipe.concept import Concept
+from recare_patch.recipe.recipe import Recipe
 from tests.cli.conftest import Stage
 
 
@@ -84,7 +84,7 @@ def models(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Stage:
         fake = ModuleType(f"recare_patch.{name}")
         vars(fake).update(parts)
         monkeypatch.setitem(sys.modules, f"recare_patch.{name}", fake)
-    erasing: Any = sys.modules["recare_patch.erasing"]
+    erasing: Any = sys.modules["recare_patch.erasure.run"]
     erasing.resolve_recipe = resolve_recipe
     erasing.target_seeds = lambda recipe: list(range(recipe.target_images.count))
     return stage

@@ -10,8 +10,8 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from recare_patch.recipe import WEIGHTS_NAME
-from tests.test_patch import trained
+from recare_patch.recipe.recipe import WEIGHTS_NAME
+from tests.patch.test_patch import trained
 
 Invoke = Callable[..., Result]
 

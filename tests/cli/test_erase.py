@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from recare_patch.errors import OutputError
-from recare_patch.recipe import load_recipe
+from recare_patch.core.errors import OutputError
+from recare_patch.recipe.recipe import load_recipe
 from tests.cli.conftest import Stage
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from recare_patch.patch import Patch
+from recare_patch.patch.patch import Patch
 from tests.cli.conftest import Stage
 from tests.contracts.test_methods import SMALL
 

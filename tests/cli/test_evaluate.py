@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from recare_patch import evaluating
 from recare_patch.cli.evaluate import CHECKS, METRICS
-from recare_patch.errors import EvaluationError
-from recare_patch.evaluation import checks
-from recare_patch.evaluation.evidence import AttackFigure, Evidence, Figure
+from recare_patch.core.errors import EvaluationError
+from recare_patch.measure import checks
+from recare_patch.measure import run as evaluating
+from recare_patch.measure.evidence import AttackFigure, Evidence, Figure
 from tests.test_imports import heavy_after
 
 Invoke = Callable[..., Result]
@@ -171,11 +171,11 @@ def test_help_and_misspelt_names_come_without_torch() -> None:
 
 
 def test_for_real(invoke: Invoke, tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    from recare_patch.base_models import load_base
-    from tests.evaluation.making import SUITE, make_patch
+    from recare_patch.models.loading import load_base
+    from tests.measure.making import SUITE, make_patch
 
     make_patch(load_base(tiny_sd, device="cpu"), tmp_path / "mine", tiny_clip)
-    from recare_patch.evaluation.suites import Suite
+    from recare_patch.measure.suites import Suite
 
     Path("suite.yaml").write_text(Suite(**SUITE).to_yaml())
     options = ("--base", tiny_sd, "--suite", "suite.yaml", "--pictures", 4, "--cache", "cache")

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from recare_patch.cli.common import parse_patch
-from recare_patch.errors import PatchError
-from recare_patch.recipe import load_recipe
+from recare_patch.core.errors import PatchError
+from recare_patch.recipe.recipe import load_recipe
 from tests.cli.conftest import Stage
 
 

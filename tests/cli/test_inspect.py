@@ -9,7 +9,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import save_file
 
-from recare_patch.recipe import METADATA_KEY, WEIGHTS_NAME, load_recipe
+from recare_patch.recipe.recipe import METADATA_KEY, WEIGHTS_NAME, load_recipe
 
 Invoke = Callable[..., Result]
 DIFFUSERS = {

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from recare_patch import method_table
-from recare_patch.errors import RecarePatchError
-from recare_patch.method_table import METHODS, measured
-from recare_patch.recipe import KEYS, Recipe
+from recare_patch.core.errors import RecarePatchError
+from recare_patch.recipe import methods as method_table
+from recare_patch.recipe.methods import METHODS, measured
+from recare_patch.recipe.recipe import KEYS, Recipe
 
 Invoke = Callable[..., Result]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from click.testing import Result
 
-from recare_patch.recipe import Recipe, list_recipes
+from recare_patch.recipe.recipe import Recipe, list_recipes
 
 Invoke = Callable[..., Result]
 

@@ -11,9 +11,9 @@ import torch
 from click.testing import Result
 from diffusers import StableDiffusionPipeline
 
-from recare_patch.base_models import load_base
-from recare_patch.patch import Patch
-from tests.evaluation.test_attacks import make_patch
+from recare_patch.models.loading import load_base
+from recare_patch.patch.patch import Patch
+from tests.measure.test_attacks import make_patch
 
 Invoke = Callable[..., Result]
 

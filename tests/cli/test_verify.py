@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from recare_patch import verifying
-from recare_patch.errors import PatchError
-from recare_patch.verifying import Finding, Verification
+from recare_patch.core.errors import PatchError
+from recare_patch.measure import verify as verifying
+from recare_patch.measure.verify import Finding, Verification
 from tests.test_imports import heavy_after
 
 Invoke = Callable[..., Result]

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from recare_patch import adapters, timesteps
-from recare_patch.base_models import BaseModel, EvaluationCounter, PromptEmbeds, load_base
-from recare_patch.errors import BaseModelError, UnknownNameError
+from recare_patch.core.errors import BaseModelError, UnknownNameError
+from recare_patch.models import lora as adapters
+from recare_patch.models import noise as timesteps
+from recare_patch.models.embeds import BaseModel, EvaluationCounter, PromptEmbeds
+from recare_patch.models.loading import load_base
 from tests.tiny import make_tiny_sd
 
 

@@ -12,17 +12,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from recare_patch import adapters, composing
-from recare_patch.base_models import BaseModel, load_base
-from recare_patch.components import named_tuner_layers
-from recare_patch.concepts import Concept
-from recare_patch.erasing import EraseResult, erase
-from recare_patch.errors import RecarePatchError
-from recare_patch.guidance import esd_target, recare_target
-from recare_patch.methods import ErasingContext, LossMethod, load_method, method_names
-from recare_patch.patch import Patch
-from recare_patch.recipe import METHODS, EraseOptions, Recipe, load_recipe
-from recare_patch.training import fit
+from recare_patch.combine import stacking as composing
+from recare_patch.core.errors import RecarePatchError
+from recare_patch.erasure.loop import fit
+from recare_patch.erasure.methods import ErasingContext, LossMethod, load_method, method_names
+from recare_patch.erasure.run import EraseResult, erase
+from recare_patch.erasure.targets import esd_target, recare_target
+from recare_patch.models import lora as adapters
+from recare_patch.models.components import named_tuner_layers
+from recare_patch.models.embeds import BaseModel
+from recare_patch.models.loading import load_base
+from recare_patch.patch.patch import Patch
+from recare_patch.recipe.concept import Concept
+from recare_patch.recipe.recipe import METHODS, EraseOptions, Recipe, load_recipe
 
 SMALL = {
     "target_images.count": 4,
@@ -388,7 +390,7 @@ def test_retained_latents_and_composed_prompts_are_used(base: BaseModel) -> None
 
 
 def test_recare_without_a_care_set_says_so(base: BaseModel, tmp_path: Path) -> None:
-    from recare_patch.errors import CareSetError
+    from recare_patch.core.errors import CareSetError
 
     with pytest.raises(CareSetError, match="CARE-set"):
         load_method("recare")(_context(base, anchors=None))

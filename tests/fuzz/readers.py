@@ -14,21 +14,27 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from recare_patch import composing, formats, merging, publishing
 from recare_patch.careset import CareSet
 from recare_patch.cli.common import base_of, several_concepts
-from recare_patch.concepts import Concept
-from recare_patch.evaluating import read_prompts
-from recare_patch.evaluation.attacks import load_about, load_attack
-from recare_patch.evaluation.evidence import EVIDENCE_NAME, Evidence
-from recare_patch.evaluation.subjects import concepts_of, subject_of
-from recare_patch.evaluation.suites import Suite, load_suite, suites_folder
-from recare_patch.files import read_safetensors_header, write_bytes
-from recare_patch.patch import Erased, Patch, PatchMetadata
-from recare_patch.preparing import read_words
-from recare_patch.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder
-from recare_patch.verifying import check_integrity
-from tests.evaluation.test_evidence import make_evidence
+from recare_patch.combine import merging
+from recare_patch.combine import stacking as composing
+from recare_patch.core.files import read_safetensors_header, write_bytes
+from recare_patch.erasure.prepare import read_words
+from recare_patch.measure.attacks import load_about, load_attack
+from recare_patch.measure.card import claimed_figures, evidence_section, with_evidence
+from recare_patch.measure.evidence import Evidence
+from recare_patch.measure.run import read_prompts
+from recare_patch.measure.subject import subject_of
+from recare_patch.measure.suites import Suite, load_suite, suites_folder
+from recare_patch.measure.verify import check_integrity
+from recare_patch.patch import formats
+from recare_patch.patch.card import card_text
+from recare_patch.patch.folder import EVIDENCE_NAME
+from recare_patch.patch.markdown import CARD_NAME
+from recare_patch.patch.patch import Erased, Patch, PatchMetadata, concepts_of
+from recare_patch.recipe.concept import Concept
+from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder
+from tests.measure.test_evidence import make_evidence
 
 # The package's attribute of this name is the command.
 inspect = importlib.import_module("recare_patch.cli.inspect")
@@ -151,7 +157,7 @@ def _patch(file: Path) -> None:
         patch.metadata.to_header()
         for concept in concepts_of(patch):
             subject_of(patch, concept)
-        publishing.card_text(patch.metadata, {})
+        card_text(patch.metadata, {})
     formats.to_kohya(patch)
 
 
@@ -193,15 +199,15 @@ def _care(file: Path) -> None:
 def _evidence(file: Path) -> None:
     found = Evidence.load(file)
     assert Evidence.from_json(found.to_json()) == found
-    publishing.evidence_section(found)
-    publishing.with_evidence("", found)
+    evidence_section(found)
+    with_evidence("", found)
 
 
 def _card(file: Path) -> None:
     text = file.read_text(encoding="utf-8", errors="replace")
-    publishing.claimed_figures(text)
-    made = publishing.with_evidence(text, make_evidence())
-    assert publishing.with_evidence(made, make_evidence()) == made
+    claimed_figures(text)
+    made = with_evidence(text, make_evidence())
+    assert with_evidence(made, make_evidence()) == made
 
 
 def _assignments(file: Path) -> None:
@@ -261,7 +267,7 @@ def readers() -> list[Reader]:
     ours = _as_file(patch), _as_file(stack), _as_file(a_patch_of_several())
     kohya, foreign = (_kohya(patch), _kohya(stack)), _foreign()
     recipes = (RECIPE.to_yaml().encode(), *_bundled(recipes_folder())[:3])
-    card = publishing.with_evidence(publishing.card_text(patch.metadata, {}), make_evidence())
+    card = with_evidence(card_text(patch.metadata, {}), make_evidence())
     assignments = b"erase.steps=50\nconcept.text=Van Gogh\nadapter={rank: 2}\nseed=1e-4\nnotes=\n"
     return [
         Reader("patch", "safetensors", (*ours, *foreign[:3]), _patch, "x.safetensors"),
@@ -288,7 +294,7 @@ FOLDER_FILES = {
     "training.json": "json",
     "recipe.yaml": "yaml",
     "care_set.json": "json",
-    publishing.CARD_NAME: "text",
+    CARD_NAME: "text",
     "erase-van-gogh.safetensors": "safetensors",
     WEIGHTS_NAME: "safetensors",
     "stack/stack.yaml": "yaml",
@@ -307,8 +313,8 @@ def a_folder(place: Path) -> Path:
     write_bytes(place / "training.json", json.dumps({"patch_sha256": sha256, "seconds": 1.0}).encode())
     write_bytes(place / "recipe.yaml", RECIPE.to_yaml().encode())
     _care_set().save(place / "care_set.json")
-    card = publishing.with_evidence(publishing.card_text(patch.metadata, {}), evidence)
-    write_bytes(place / publishing.CARD_NAME, card.encode())
+    card = with_evidence(card_text(patch.metadata, {}), evidence)
+    write_bytes(place / CARD_NAME, card.encode())
     formats.write_kohya(Patch.load(place), place)
     composing.save_stack(a_stack(), place / "stack")
     of_stack = make_evidence(

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from recare_patch import formats, publishing
-from recare_patch.errors import PatchError, RecarePatchError, nearest
-from recare_patch.evaluation.attacks import AttackError, load_attack
-from recare_patch.evaluation.suites import Suite
-from recare_patch.files import read_safetensors_header
-from recare_patch.patch import Patch
-from recare_patch.preparing import read_words
-from recare_patch.recipe import WEIGHTS_NAME, Recipe, parse_assignment
+from recare_patch.core.errors import PatchError, RecarePatchError, nearest
+from recare_patch.core.files import read_safetensors_header
+from recare_patch.erasure.prepare import read_words
+from recare_patch.measure.attacks import AttackError, load_attack
+from recare_patch.measure.card import EVIDENCE_START, claimed_figures
+from recare_patch.measure.suites import Suite
+from recare_patch.patch import formats
+from recare_patch.patch.patch import Patch
+from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, parse_assignment
 from tests.fuzz.readers import a_patch, attack_file
 
 DEEP = "[" * 100_000
@@ -49,7 +50,7 @@ def _words(text: str, folder: Path) -> object:
     [
         lambda text, _: Recipe.from_yaml(text),
         lambda text, _: Suite.from_yaml(text),
-        lambda text, _: publishing.claimed_figures(f"---\n{text}\n---\n")[0] or _no_figures(),
+        lambda text, _: claimed_figures(f"---\n{text}\n---\n")[0] or _no_figures(),
         lambda text, _: parse_assignment(f"x={text}") and _no_figures(),
         _words,
     ],
@@ -175,7 +176,7 @@ def test_a_saved_attack_without_the_base_rate(tmp_path: Path) -> None:
 def test_a_card_of_marks_takes_no_time() -> None:
     began = time.process_time()
     with pytest.raises(RecarePatchError, match="must stand once"):
-        publishing.claimed_figures(publishing.EVIDENCE_START * 20_000)
+        claimed_figures(EVIDENCE_START * 20_000)
     with pytest.raises(RecarePatchError):
         Suite.from_yaml("implicit:\n" + "".join(f"- a{number}\n" for number in range(3000)))
     assert time.process_time() - began < 3

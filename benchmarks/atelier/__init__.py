@@ -1,0 +1,1 @@
+"""How the bundled base is made: its scenes, captions, training and quality."""

@@ -1,0 +1,14 @@
+from .building import build_care_set as build_care_set
+from .building import concept_feature as concept_feature
+from .care_set import NAMES_CONCEPT as NAMES_CONCEPT
+from .care_set import CareSet as CareSet
+from .care_set import CareToken as CareToken
+from .care_set import names_concept as names_concept
+from .clip import DEFAULT_HUB_CLIP as DEFAULT_HUB_CLIP
+from .clip import FUNCTION_WORDS as FUNCTION_WORDS
+from .clip import MEDIUM_WORDS as MEDIUM_WORDS
+from .clip import Clip as Clip
+from .clip import default_clip as default_clip
+from .plot import plot_care_set as plot_care_set
+from .scoring import guess_kind as guess_kind
+from .scoring import score_concept as score_concept

@@ -1,0 +1,170 @@
+"""The base of everything that users write: strict, frozen, and clear about its faults.
+
+Unknown keys are errors with the nearest known key, numbers written as text ("1e-4", which YAML
+reads as a string) are converted, and all faults of one document are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from recare_patch.core.errors import RecarePatchError, RecipeError, SettingsError, nearest, unknown_name
+
+_WANTED = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a smaller whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+
+
+class Settings(BaseModel):
+    """A frozen pydantic model that refuses unknown keys and tells every fault in one sentence.
+
+    Subclasses may set :attr:`error` to the error they raise and :attr:`noun` to what they are
+    called in it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True)
+
+    error: ClassVar[type[SettingsError]] = RecipeError
+    noun: ClassVar[str] = "settings"
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as found:
+            faults = [phrase for one in found.errors() for phrase in _phrases(one, type(self))]
+            raise self.error(f"{self.noun}: {'; '.join(faults)}", faults) from None
+
+
+def _phrases(fault: ErrorDetails, model: type[BaseModel]) -> list[str]:
+    """One pydantic fault in words; a nested model's own faults with their place in front."""
+    place = ".".join(str(part) for part in fault["loc"])
+    inner = fault.get("ctx", {}).get("error")
+    if isinstance(inner, SettingsError):
+        return [f"{place}.{phrase}" if place else phrase for phrase in inner.faults]
+    given, kind = fault["input"], fault["type"]
+    if kind == "extra_forbidden":
+        known = list(model.model_fields)
+        guess = nearest(place, known)
+        hint = f", did you mean '{guess}'?" if guess else f" (keys are {', '.join(known)})"
+        return [f"{place} is not a key{hint}"]
+    if kind == "missing":
+        return [f"{place} is missing"]
+    if inner is not None:
+        return [f"{place}: {inner}" if place else str(inner)]
+    if kind in _WANTED:
+        return [f"{place} must be {_WANTED[kind]}, got {_short(given)}"]
+    if kind in _BOUNDS:
+        bound, words = _BOUNDS[kind]
+        return [f"{place} must be {words} {fault['ctx'][bound]}, got {_short(given)}"]
+    return [f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {_short(given)}"]
+
+
+def _short(given: object) -> str:
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def one_of(what: str, allowed: Iterable[str]) -> Callable[[Any], Any]:
+    """A validator that accepts a name whatever its case and offers the nearest for a wrong one.
+
+    Args:
+        what: the kind of thing named, for the message.
+        allowed: the names, in the order in which to list them.
+    """
+    names = tuple(allowed)
+    by_folded = {name.casefold(): name for name in names}
+
+    def check(given: Any) -> Any:
+        if not isinstance(given, str) or given.strip().casefold() not in by_folded:
+            raise ValueError(str(unknown_name(what, str(given), names)))
+        return by_folded[given.strip().casefold()]
+
+    return check
+
+
+def yaml_mapping(text: str, *, source: str, noun: str, error: type[RecarePatchError]) -> dict[str, Any]:
+    """Read YAML of plain data, never objects: a mapping of names to values.
+
+    Args:
+        text: the YAML.
+        source: where it came from, for messages.
+        noun: what it should be, for messages.
+        error: what is raised.
+
+    Raises:
+        RecarePatchError: ``error``, for text that is no YAML, has a key twice or an alias, or is no
+            mapping.
+    """
+    try:
+        data = load_yaml(text)
+    except yaml.YAMLError as fault:
+        what = " ".join(str(getattr(fault, "problem", None) or fault).split())
+        mark = getattr(fault, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        raise error(f"{source} is not readable YAML: {what}{where}") from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise error(f"{source} is not a {noun}: it must be a mapping of keys to values")
+    return data
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML of plain data from anywhere.
+
+    Raises:
+        yaml.YAMLError: it is not readable, has a key twice or an alias, or is nested too deeply.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    # What PyYAML's own conversions raise on a tag that does not fit its value ("!!int x", "2020-02-30").
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as fault:
+        raise yaml.YAMLError(" ".join(str(fault).split())[:200] or type(fault).__name__) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML in which two things are faults.
+
+    A key written twice: silently, the last one would win. And an alias: a few lines of them, each
+    twice the one before, stand for more data than any memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read", mark)
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call, no-any-return]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,174 @@
+"""Adversaries that train beside a patch: names that keep looking for the concept while it is erased.
+
+The search of ReCARE's first stage finds names in a model that was erased once, and erases those. A later
+attacker looks in the finished model, with more words and more steps. So a few adversaries, each a name of one
+or several word vectors, are improved by textual inversion (Gal et al., arXiv 2208.01618) before every step
+of the erasing itself, and what they found is erased with the concept's own name: adversarial training (as
+AdvUnlearn does with prompts, Zhang et al., arXiv 2405.15234), at the cost of a few states a step.
+
+An adversary may also change the embeddings of a whole prompt, behind the text encoder. Whatever words can
+say to the denoiser it can say too, and it finds it in a tenth of the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recare_patch.erasure.states import noised
+from recare_patch.models import PromptEmbeds
+from recare_patch.models import lora as adapters
+
+if TYPE_CHECKING:
+    from recare_patch.models import BaseModel
+    from recare_patch.recipe import AdversaryOptions
+
+_SINGLE = 0.25
+"""Share of adversaries that have one word vector: the commonest attack."""
+
+_SPREAD = 0.1
+"""Standard deviation of the noise on an adversary's first vectors, in those of the vocabulary."""
+
+
+@dataclass
+class _Member:
+    """One adversary.
+
+    Attributes:
+        learnt: word vectors ``[vectors, width]``, or a prompt's embeddings ``[1, tokens, width]``.
+        optimizer: over it.
+        age: steps so far.
+        pooled: the rest of a prompt's embeddings, where the base has more.
+    """
+
+    learnt: nn.Parameter
+    optimizer: torch.optim.Optimizer
+    age: int = 0
+    pooled: Tensor | None = None
+
+
+class Adversaries:
+    """Names that are improved against the model as it stands.
+
+    Every draw comes from the generator that is passed in, and :meth:`state` holds all the rest, so that
+    a resumed run goes on as if it had not stopped.
+
+    Args:
+        base: the model, with the adapter that is being trained.
+        latents: clean latents of pictures of the concept, ``[images, c, h, w]``.
+        templates: prompts that hold :data:`PLACEHOLDER`.
+        class_word: what half of the adversaries start from; the others start from random tokens.
+        options: the recipe's ``adversary`` section.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        latents: Tensor,
+        templates: Sequence[str],
+        class_word: str,
+        options: AdversaryOptions,
+    ) -> None:
+        self.base, self.latents, self.templates, self.options = base, latents, tuple(templates), options
+        self._start = base.word_vector(class_word)
+        self._spread = _SPREAD * base.token_table().std()
+        self._members: list[_Member | None] = [None] * options.count
+        self._turn = 0
+
+    def improve(self, generator: torch.Generator) -> None:
+        """Some steps of textual inversion for the adversary whose turn it is; one too old starts anew."""
+        options, base = self.options, self.base
+        for _ in range(options.steps):
+            place = self._turn % options.count
+            self._turn += 1
+            member = self._members[place]
+            if member is None or member.age >= options.life:
+                member = self._newcomer(generator)
+            index = torch.randint(0, len(self.latents), (options.batch_size,), generator=generator)
+            states, timesteps, noise = noised(base, self.latents[index], generator)
+            target = base.training_target(self.latents[index], noise, timesteps).float()
+            with adapters.frozen(*base.components.values()), torch.enable_grad():
+                embeds = self._said(member, generator)
+                made = base.denoise(states, timesteps, embeds.repeat(options.batch_size)).float()
+                (member.learnt.grad,) = torch.autograd.grad(F.mse_loss(made, target), [member.learnt])
+            if base.crew is not None:
+                base.crew.mean_gradients([member.learnt])
+            nn.utils.clip_grad_norm_([member.learnt], 1.0)
+            member.optimizer.step()
+            member.age += 1
+            self._members[place] = member
+
+    @torch.no_grad()
+    def names(self, rows: int, generator: torch.Generator) -> PromptEmbeds:
+        """Prompts with adversaries for names: the one that was improved last, then others by lot."""
+        there = [member for member in self._members if member is not None]
+        last = self._members[(self._turn - 1) % len(self._members)]
+        assert last is not None
+        made = []
+        for row in range(rows):
+            chosen = there[int(torch.randint(0, len(there), (1,), generator=generator))] if row else last
+            made.append(self._said(chosen, generator).detach())
+        return PromptEmbeds.cat(made)
+
+    def _said(self, member: _Member, generator: torch.Generator) -> PromptEmbeds:
+        """An adversary as the denoiser is told it, one row; names stand in a template drawn by lot."""
+        if self.options.space == "embeddings":
+            dtype = self.base.dtype
+            return PromptEmbeds(member.learnt.to(dtype), member.pooled)
+        return self.base.encode_with_vectors([self._template(generator)], member.learnt)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs, as tensors."""
+        found = {"turn": torch.tensor(self._turn)}
+        for place, member in enumerate(self._members):
+            if member is not None:
+                learnt = member.learnt
+                found |= {f"{place}.vectors": learnt.detach().cpu(), f"{place}.age": torch.tensor(member.age)}
+                if member.pooled is not None:
+                    found[f"{place}.pooled"] = member.pooled.cpu()
+                for key, value in member.optimizer.state[learnt].items():
+                    found[f"{place}.optimizer.{key}"] = value.detach().cpu()
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self._turn = int(state["turn"])
+        for place in range(len(self._members)):
+            if f"{place}.vectors" in state:
+                member = self._member(state[f"{place}.vectors"], state.get(f"{place}.pooled"))
+                prefix, device = f"{place}.optimizer.", self.base.device
+                member.optimizer.state[member.learnt] = {
+                    # torch keeps the step count on the CPU.
+                    key[len(prefix) :]: value.clone() if key.endswith("step") else value.to(device)
+                    for key, value in state.items()
+                    if key.startswith(prefix)
+                }
+                member.age = int(state[f"{place}.age"])
+                self._members[place] = member
+
+    def _template(self, generator: torch.Generator) -> str:
+        return self.templates[int(torch.randint(0, len(self.templates), (1,), generator=generator))]
+
+    def _newcomer(self, generator: torch.Generator) -> _Member:
+        single, of_class = (torch.rand(2, generator=generator) < torch.tensor([_SINGLE, 0.5])).tolist()
+        count = 1 if single else self.options.vectors
+        table = self.base.token_table()
+        tokens = torch.randint(0, len(table), (count,), generator=generator).to(table.device)
+        first = self._start.repeat(count, 1) if of_class else table[tokens]
+        noise = torch.randn(first.shape, generator=generator).to(first.device)
+        first = first + self._spread * noise
+        if self.options.space == "words":
+            return self._member(first)
+        with torch.no_grad():
+            said = self.base.encode_with_vectors([self._template(generator)], first)
+        return self._member(said.prompt_embeds, said.pooled_prompt_embeds)
+
+    def _member(self, learnt: Tensor, pooled: Tensor | None = None) -> _Member:
+        parameter = nn.Parameter(learnt.detach().clone().float().to(self.base.device))
+        optimizer = torch.optim.Adam([parameter], lr=self.options.learning_rate)
+        return _Member(parameter, optimizer, pooled=None if pooled is None else pooled.to(self.base.device))

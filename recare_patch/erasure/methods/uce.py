@@ -1,0 +1,128 @@
+"""UCE, the closed-form baseline: keys and values that read a concept as something else.
+
+Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024, arXiv 2308.14761, equation 7:
+with ``c`` the text embeddings of the concept, ``d`` those that take their place, ``r`` retained ones,
+
+    W' = (w_e Σ W d cᵀ + w_r Σ W r rᵀ + λ W) (w_e Σ c cᵀ + w_r Σ r rᵀ + λ I)⁻¹
+
+so that ``W' − W = W G`` with one ``G = w_e Σ (d − c) cᵀ (…)⁻¹`` for all layers. Sums are means here, so that
+the weights do not depend on how many prompts there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from recare_patch.core import BaseModelError
+from recare_patch.erasure.methods.protocol import ErasingContext, Method, Needs, Stages
+from recare_patch.models import base_layers, full_name
+from recare_patch.models import lora as adapters
+
+logger = logging.getLogger(__name__)
+
+RESIDUAL = "rank_residual"
+"""The note that says what the patch's rank leaves out of the closed form."""
+
+
+class UCE(Method):
+    """Solved, not trained; exported at the adapter's rank by a singular value decomposition."""
+
+    needs = Needs(target_images=False, retained=True, composed=True)
+
+    def __init__(self, context: ErasingContext) -> None:
+        """Encode the concept's prompts, what takes their place, and what must stay.
+
+        Raises:
+            BaseModelError: keys and values of this base do not read the text embeddings themselves.
+        """
+        super().__init__(context)
+        assert context.recipe is not None
+        base = context.base
+        self.options = context.recipe.uce
+        concept, instead = [], []
+        for prompt, other in zip(context.prompts, context.became, strict=True):
+            one, two = self._aligned(prompt, other)
+            concept.append(one)
+            instead.append(two)
+        self.concept, self.instead = torch.cat(concept), torch.cat(instead)
+        width = self.concept.shape[1]
+        for name, layer in base_layers(base.denoiser):
+            if name in self.modules and isinstance(layer, nn.Linear) and layer.in_features != width:
+                raise BaseModelError(
+                    f"method 'uce' cannot edit base '{base.id}': '{name}' reads {layer.in_features} numbers "
+                    f"a token, and the text encoder makes {width}"
+                )
+        kept = context.retained.prompt_embeds.double() if context.retained is not None else None
+        self.retained = kept[:, 1:].flatten(0, 1) if kept is not None else torch.zeros(0, width).double()
+
+    @property
+    def modules(self) -> list[str]:
+        """The layers that are edited."""
+        assert self.context.recipe is not None
+        return adapters.target_modules(self.context.base.denoiser, self.context.recipe.adapter.layers)
+
+    def _aligned(self, prompt: str, other: str) -> tuple[Tensor, Tensor]:
+        """Embeddings of a prompt from where it parts from the other one, and the other's in their place.
+
+        Both end with their last token, end-of-text and padding, so they are laid end to end.
+
+        Returns:
+            ``[tokens, width]`` each, fp64.
+        """
+        base = self.context.base
+        rows = base.encode_prompts([prompt, other]).prompt_embeds.double()
+        ids, others = base.token_ids(prompt), base.token_ids(other)
+        same = next((k for k, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), len(others))
+        shift = len(ids) - len(others)
+        places = [k for k in range(1 + min(same, len(ids)), rows.shape[1]) if 1 <= k - shift < rows.shape[1]]
+        return rows[0, places], rows[1, [k - shift for k in places]]
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """``w_e Σ (d − c) cᵀ`` and ``w_e Σ c cᵀ + w_r Σ r rᵀ``, ``[width, width]`` each, fp64."""
+        options, erased = self.options, self.concept
+        moved = options.erase_weight * (self.instead - erased).T @ erased / len(erased)
+        seen = options.erase_weight * erased.T @ erased / len(erased)
+        if len(self.retained):
+            seen = seen + options.retain_weight * self.retained.T @ self.retained / len(self.retained)
+        return moved, seen
+
+    @classmethod
+    def erase(cls, methods: Sequence[Self], stages: Stages) -> None:
+        """See :class:`Method`."""
+        first = methods[0]
+        context = first.context
+        assert context.recipe is not None
+        rank, layers = context.recipe.adapter.rank, dict(base_layers(context.base.denoiser))
+
+        def solve(generator: torch.Generator) -> dict[str, Tensor]:
+            both = [one.moments() for one in methods]
+            moved, seen = (torch.stack([one[k] for one in both]).sum(0) for k in (0, 1))
+            ridge = first.options.ridge * torch.eye(len(seen), dtype=seen.dtype, device=seen.device)
+            change = torch.linalg.solve(seen + ridge, moved.T).T
+            made: dict[str, Tensor] = {}
+            missed = total = 0.0
+            for name in first.modules:
+                weight = layers[name].weight
+                assert isinstance(weight, Tensor)
+                u, s, vh = torch.linalg.svd(weight.detach().double() @ change, full_matrices=False)
+                root = torch.zeros(rank, dtype=s.dtype, device=s.device)
+                root[: len(s)] = s[:rank].sqrt()
+                a, b = vh.new_zeros(rank, vh.shape[1]), u.new_zeros(len(u), rank)
+                a[: len(s)], b[:, : len(s)] = vh[:rank], u[:, :rank]
+                made[f"{name}.A"], made[f"{name}.B"] = (root[:, None] * a).float(), (b * root).float()
+                missed, total = missed + float(s[rank:].square().sum()), total + float(s.square().sum())
+            residual = math.sqrt(missed / total) if total else 0.0
+            return made | {RESIDUAL: torch.tensor(residual, dtype=torch.float64)}
+
+        made = stages.once("solve", solve)
+        residual = float(made.pop(RESIDUAL))
+        logger.info("the closed form at rank %d: %.2g of its norm is left out", rank, residual)
+        stages.note(RESIDUAL, residual)
+        part = context.base.denoiser_name
+        stages.set_adapter({full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules})

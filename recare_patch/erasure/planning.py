@@ -1,0 +1,586 @@
+"""What a run will cost, before it is run: denoiser evaluations exactly, memory and time as estimates.
+
+The base is built from its configurations on torch's meta device, where tensors have shapes and no
+values. One prediction and one training sample go through it there, in the very code of a run, and what
+lives at the worst moment is added up.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from recare_patch.core import RecipeError
+from recare_patch.erasure.inversion import HELD_OUT, most_evaluations
+from recare_patch.erasure.methods import load_method
+from recare_patch.erasure.states import SharedRolloutStates
+from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout
+from recare_patch.models import lora as adapters
+from recare_patch.recipe import MemoryOptions, Recipe, scheduled
+
+if TYPE_CHECKING:
+    from recare_patch.models import LatentDiffusion, Layout
+
+META = torch.device("meta")
+USED = 0.7
+"""Share of a card's GB that a plan fills; the driver, fragments and other programs take some too."""
+UTILIZATION = 0.4
+"""Share of a large matrix product's speed that a denoiser reaches; an assumption."""
+
+_GB = 1e9
+"""Bytes. A card sold as 12 GB has 12 GiB, 7 % more; that is left to others too."""
+_WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.5625}
+"""Of a quantized weight, with the scales of its row or block."""
+
+
+# ------------------------------------------------------------------------ evaluations
+
+
+def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, int]:
+    """Denoiser evaluations of every stage, as ``training.json`` will count them.
+
+    Inversions that may end early are counted with all their steps.
+
+    Args:
+        recipe: of the run.
+        sampler_steps: how often the base's scheduler calls the denoiser for a picture; by default as
+            often as the recipe has steps.
+
+    Raises:
+        RecipeError: the source of states costs what cannot be told in advance.
+    """
+    erase, search, images = recipe.erase, recipe.search, recipe.target_images
+    if erase.states == "rollout":
+        raise RecipeError(
+            "what the states 'rollout' will cost is not known before a run: they stop at random"
+        )
+    needs = load_method(recipe.method).needs
+    picture = (sampler_steps or images.steps) * (2 if images.guidance_scale > 1 else 1)
+    found: dict[str, int] = {}
+    for number in range(len(recipe.also) + 1):
+        end = f" {number + 1}" if number else ""
+        if needs.target_images:
+            found[f"target images{end}"] = images.count * picture
+        for k in range(1, search.rounds + 1) if needs.search and not _separates(recipe, number) else ():
+            # The frozen model's prediction and the trained one's, which counts as three.
+            found[f"search {k} erase{end}"] = search.erase_steps * erase.batch_size * (1 + 3)
+            found[f"search {k} inversion{end}"] = most_evaluations(
+                search.inversion_steps, search.batch_size, search.patience
+            )
+            found[f"search {k} check{end}"] = 3 * min(images.count, 32)
+        if needs.retained_images:
+            found[f"retained images{end}"] = erase.retained_images * picture
+    for stage, count in _training(recipe).items():
+        found[stage] = found.get(stage, 0) + count
+    return {stage: count for stage, count in found.items() if count}
+
+
+def _separates(recipe: Recipe, number: int = 0) -> bool:
+    """Whether a concept of the run is a subject that an attribute is taken from."""
+    return recipe.subject is not None and number == 0
+
+
+def _training(recipe: Recipe) -> dict[str, int]:
+    """Evaluations of a method's own stages, for all concepts."""
+    erase, found, concepts = recipe.erase, {}, len(recipe.also) + 1
+    if recipe.method == "s-grace":
+        own = recipe.s_grace
+        attack = own.attack_steps * erase.batch_size * 3 * concepts
+        return {f"attack {k}": attack for k in range(1, own.rounds + 1)}
+    if recipe.method == "forget-me-not":
+        steps = recipe.forget_me_not.inversion_steps
+        for number in range(1, concepts + 1):
+            stage = f"inversion {number}" if number > 1 else "inversion"
+            found[stage] = most_evaluations(steps, recipe.search.batch_size, recipe.search.patience)
+    if recipe.method != "uce":
+        found["erase"] = sum(
+            erase.steps * (predicted + 3 * trained) + hunted
+            for predicted, trained, hunted in (_step(recipe, number) for number in range(concepts))
+        )
+        if erase.states == "shared-rollout":
+            rollouts = math.ceil(erase.steps / SharedRolloutStates.period)
+            each = (SharedRolloutStates.steps - 1) * 2 * erase.batch_size
+            found["erase"] += concepts * rollouts * each
+    return found
+
+
+def _step(recipe: Recipe, number: int = 0) -> tuple[int, int, int]:
+    """Samples that the frozen model predicts in a step of a loss, and that the trained one does.
+
+    Returns:
+        Both, and the evaluations of all steps' adversaries.
+    """
+    erase, hunt = recipe.erase, recipe.adversary
+    rows, held = erase.batch_size, erase.retain_batch_size or erase.batch_size
+    instead = 3 if _separates(recipe, number) else 1 if recipe.replace_with is not None else None
+    if recipe.method == "forget-me-not":
+        return (rows if instead else 0), rows, 0
+    if recipe.method == "esd":
+        return (instead or 2) * rows, rows, 0
+    hunted = bool(hunt.count) and not _separates(recipe, number)
+    return (
+        (instead or 3) * rows + held,
+        rows * (1 + hunted) + held,
+        hunted * erase.steps * hunt.steps * hunt.batch_size * 3,
+    )
+
+
+# ------------------------------------------------------------------------ memory
+
+
+class _Tracker(TorchDispatchMode):
+    """Bytes of all tensors that live, now and at most, apart from those that were there before."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self._kept = [tensor.untyped_storage() for tensor in before]
+        self._seen: dict[int, Any] = {storage._cdata: None for storage in self._kept}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return made
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def forget(_: Any) -> None:
+            del self._seen[key]
+            self.now -= size
+
+        self._seen[key] = weakref.ref(storage, forget)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _Attention(torch.autograd.Function):
+    """Fused attention's shapes: it keeps its inputs, its output and one number a row, and no matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = ctx.saved_tensors[:3]
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[list[int]]:
+    """The meta device knows only attention that writes out its matrix; devices run the fused kind.
+
+    Yields:
+        operations of each attention so far.
+    """
+    operations: list[int] = []
+
+    def shapes(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+        operations.append(2 * pairs * (query.shape[-1] + value.shape[-1]))
+        made: Tensor = _Attention.apply(query, key, value)
+        return made
+
+    # A torch function mode would not reach what is computed again during a backward pass.
+    own = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = shapes
+    try:
+        yield operations
+    finally:
+        functional.scaled_dot_product_attention = own
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a base takes, in bytes and operations, at one precision and resolution.
+
+    Attributes:
+        denoiser: of the denoiser's weights.
+        linear: weights of its linear layers, which can be quantized, not in bytes.
+        size: of one weight.
+        block: of the largest part that is computed at once when activations are forgotten.
+        encoders: of all text encoders.
+        vae: of the autoencoder.
+        adapter: parameters of the LoRA.
+        operations: floating-point operations of one sample's prediction.
+        predicting: what lives at most while one sample is predicted.
+        training: the same with its backward pass.
+        checkpointed: the same, activations forgotten.
+        decoding: what lives at most while one picture is decoded.
+    """
+
+    denoiser: int
+    linear: int
+    size: int
+    block: int
+    encoders: int
+    vae: int
+    adapter: int
+    operations: float
+    predicting: int
+    training: int
+    checkpointed: int
+    decoding: int
+
+
+def _bytes(*networks: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+
+
+def phantom(layout: Layout, precision: str, resolution: str | None = None) -> LatentDiffusion:
+    """A base on the meta device, from its configurations alone; it has no tokenizers.
+
+    Args:
+        layout: of the base.
+        precision: of its weights.
+        resolution: see :class:`MemoryOptions`.
+
+    Raises:
+        BaseModelError: it is of no supported family.
+    """
+    import diffusers
+    import transformers
+
+    family, dtype = family_of(layout), PRECISIONS[precision]
+    parts: dict[str, Any] = {}
+    for name in (family.denoiser_name, "vae", *family.encoder_names):
+        config = dict(layout.require(name, weights=False))
+        kind = layout.index[name][1]
+        with META:
+            if name in family.encoder_names:
+                made = getattr(transformers, kind)
+                parts[name] = made(made.config_class.from_dict(config))
+            else:
+                parts[name] = getattr(diffusers, kind).from_config(config)
+        nn.Module.to(parts[name], dtype=dtype)
+    scheduler = getattr(diffusers, layout.index["scheduler"][1]).from_config(
+        layout.require("scheduler", weights=False)
+    )
+    tokenizers = {name.replace("text_encoder", "tokenizer"): None for name in family.encoder_names}
+    left_out = dict.fromkeys(name for name in family.left_out)
+    extra = {"requires_safety_checker": False} if "safety_checker" in left_out else {}
+    pipeline = getattr(diffusers, family.pipeline_class)(
+        **parts, **tokenizers, scheduler=scheduler, **left_out, **extra
+    )
+    return family(pipeline, layout.name, device=META, memory=MemoryOptions(resolution=resolution))
+
+
+def measure(layout: Layout, recipe: Recipe) -> Footprint:
+    """What a recipe's base takes at its precision and resolution, its levers left aside.
+
+    Args:
+        layout: of the base.
+        recipe: of the run.
+    """
+    base = phantom(layout, recipe.precision, recipe.memory.resolution)
+    denoiser, encoders, vae = base.denoiser, base._encoders, base.pipeline.vae
+    linear = sum(m.weight.numel() for m in denoiser.modules() if isinstance(m, nn.Linear))
+    blocks = [_bytes(m) for name, m in denoiser.named_modules() if _is_block(name)]
+    whole = _bytes(denoiser)
+    options = recipe.adapter
+    parameters: list[nn.Parameter] = []
+    for network in adapters.adapted(base, options.layers).values():
+        parameters += adapters.attach(
+            network,
+            layers=options.layers,
+            rank=options.rank,
+            alpha=options.alpha,
+            generator=torch.Generator(),
+        )
+    embeds = _embeds(base)
+    # As where word vectors are fitted: a patch may leave the denoiser alone.
+    embeds.prompt_embeds.requires_grad_()
+    latents = torch.empty((1, *base.latent_shape), device=META)
+    at = torch.zeros(1, dtype=torch.long, device=META)
+
+    def trained() -> None:
+        base.denoise(latents, at, embeds).mean().backward()
+        for parameter in (*parameters, embeds.prompt_embeds):
+            parameter.grad = None
+
+    def predicted() -> None:
+        with torch.no_grad():
+            base.denoise(latents, at, embeds.detach())
+
+    with _fused_attention() as attention:
+        with FlopCounterMode(display=False) as counted:
+            predicted()
+        operations = counted.get_total_flops() + sum(attention)
+        peaks = [_peak(base, predicted), _peak(base, trained)]
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        peaks.append(_peak(base, trained))
+        picture = torch.empty((1, *base.latent_shape), device=META, dtype=vae.dtype)
+        with torch.no_grad():
+            decoding = _peak(base, lambda: vae.decode(picture, return_dict=False))
+    return Footprint(
+        denoiser=whole,
+        linear=linear,
+        size=base.dtype.itemsize,
+        block=max(blocks, default=whole),
+        encoders=_bytes(*encoders),
+        vae=_bytes(vae),
+        adapter=sum(parameter.numel() for parameter in parameters),
+        operations=float(operations),
+        predicting=peaks[0],
+        training=peaks[1],
+        checkpointed=peaks[2],
+        decoding=decoding,
+    )
+
+
+def _is_block(name: str) -> bool:
+    """Whether a module is one whose activations diffusers forgets as a whole."""
+    parent, _, last = name.rpartition(".")
+    return last.isdigit() and parent.rpartition(".")[2] in ("resnets", "transformer_blocks")
+
+
+def _embeds(base: LatentDiffusion) -> PromptEmbeds:
+    outputs = []
+    for encoder in base._encoders:
+        ids = torch.zeros((1, encoder.config.max_position_embeddings), dtype=torch.long, device=META)
+        with torch.no_grad():
+            outputs.append(encoder(ids, output_hidden_states=True))
+    return base._join(outputs)
+
+
+def _peak(base: LatentDiffusion, work: Callable[[], Any]) -> int:
+    networks = [base.denoiser, base.pipeline.vae]
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    with _Tracker(tensors) as tracker:
+        work()
+    return tracker.peak
+
+
+# ------------------------------------------------------------------------ plans
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One stage of a run.
+
+    Attributes:
+        name: as in ``training.json``.
+        evaluations: denoiser evaluations, exactly; of an inversion that may end early, at most.
+        seconds: expected.
+        peak: bytes on the device at the worst moment, expected.
+    """
+
+    name: str
+    evaluations: int
+    seconds: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is expected to take.
+
+    Attributes:
+        stages: in order.
+        footprint: of the base.
+        speed: floating-point operations a second that the times assume.
+        patch_bytes: of the patch's tensors in fp16.
+    """
+
+    stages: tuple[PlannedStage, ...]
+    footprint: Footprint
+    speed: float
+    patch_bytes: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment of all stages."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages together."""
+        return sum(stage.seconds for stage in self.stages)
+
+
+def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        recipe: of the run.
+        speed: floating-point operations a second that the device is expected to do; see
+            :func:`measured_speed`.
+        footprint: of the recipe's base, where it is known.
+
+    Raises:
+        BaseModelError: the base is not found, or of no supported family.
+        RecipeError: see :func:`evaluations`.
+    """
+    layout, _ = find_layout(recipe.base, weights=False)
+    found = footprint or measure(layout, recipe)
+    counts = evaluations(recipe, _sampler_steps(layout, recipe))
+    stages = tuple(
+        PlannedStage(
+            stage, count, _seconds(found, recipe, stage, count, speed), _stage_peak(found, recipe, stage)
+        )
+        for stage, count in counts.items()
+    )
+    return Plan(stages, found, speed, 2 * found.adapter)
+
+
+def _sampler_steps(layout: Layout, recipe: Recipe) -> int:
+    """How often a picture's sampler calls the denoiser."""
+    import diffusers
+
+    kind, images = getattr(diffusers, layout.index["scheduler"][1]), recipe.target_images
+    holder = types.SimpleNamespace(scheduler=kind.from_config(layout.require("scheduler", weights=False)))
+    with scheduled(holder, images.scheduler):
+        holder.scheduler.set_timesteps(images.steps)
+        return len(holder.scheduler.timesteps)
+
+
+def _draws(stage: str) -> bool:
+    return stage.startswith(("target images", "retained images"))
+
+
+def _seconds(found: Footprint, recipe: Recipe, stage: str, count: int, speed: float) -> float:
+    memory = recipe.memory
+    # Of a training sample's three evaluations one is a forward pass, which each of these repeats.
+    repeated = memory.checkpointing + (memory.micro_batch is not None)
+    training = 0.0 if _draws(stage) or "check" in stage else 0.75
+    return count * found.operations * (1 + training * repeated / 3) / speed
+
+
+def resident(found: Footprint, memory: MemoryOptions) -> int:
+    """Bytes of the weights that stay on the device throughout."""
+    saved = found.linear * (found.size - _WEIGHT_BYTES.get(memory.weights, found.size))
+    denoiser = found.block if memory.offload else found.denoiser - saved
+    encoders = 0 if memory.encoders_off_device else found.encoders
+    vae = 0 if memory.vae_off_device else found.vae
+    return int(denoiser + encoders + vae)
+
+
+def _stage_peak(found: Footprint, recipe: Recipe, stage: str) -> int:
+    memory, erase = recipe.memory, recipe.erase
+    # fp32 weights and gradients, and two moments of one or four bytes each.
+    adapter = found.adapter * (8 + (2 if erase.optimizer == "adamw8bit" else 8))
+    fixed = resident(found, memory) + (found.encoders if memory.encoders_off_device else 0)
+    if _draws(stage):
+        images = recipe.target_images
+        guided, most = 2 if images.guidance_scale > 1 else 1, memory.micro_batch or 10**6
+        drawing = max(1, min(images.batch_size, most // guided)) * guided * found.predicting
+        # A tile is half of a picture's side or less.
+        decoding = found.decoding / 4 if memory.vae_tiling else min(8, most) * found.decoding
+        vae = found.vae if memory.vae_off_device else 0
+        return int(max(fixed + drawing, resident(found, memory) + vae + decoding))
+    one = found.checkpointed if memory.checkpointing else found.training
+    trained, predicted = _rows(recipe, stage)
+    if memory.micro_batch:
+        trained, predicted = min(trained, memory.micro_batch), min(predicted, memory.micro_batch)
+    # Where word vectors are fitted, the encoders take part in the backward pass.
+    reads = "inversion" in stage or stage.startswith("attack") or recipe.adversary.count > 0
+    weights = fixed if reads else resident(found, memory)
+    return int(weights + adapter + max(trained * one, predicted * found.predicting))
+
+
+def _rows(recipe: Recipe, stage: str) -> tuple[int, int]:
+    """Samples of one recorded prediction, and of one that is not."""
+    erase, search = recipe.erase, recipe.search
+    if "inversion" in stage:
+        return search.batch_size, 0 if search.patience is None else HELD_OUT
+    if "check" in stage:
+        return 0, min(recipe.target_images.count, 32)
+    if stage.startswith("search"):
+        return erase.batch_size, erase.batch_size
+    if stage.startswith("attack"):
+        return erase.batch_size, 0
+    predicted, trained, _ = _step(recipe)
+    return max(trained, recipe.adversary.batch_size if recipe.adversary.count else 0), predicted
+
+
+# ------------------------------------------------------------------------ choosing levers
+
+_SETS: tuple[dict[str, Any], ...] = (
+    {},
+    *({"micro_batch": size} for size in (8, 4, 2, 1)),
+    *({"micro_batch": size, "checkpointing": True} for size in (8, 4, 2, 1)),
+    {"micro_batch": 1, "checkpointing": True, "weights": "int8"},
+    {"micro_batch": 1, "checkpointing": True, "weights": "nf4"},
+    {"micro_batch": 1, "checkpointing": True, "offload": True},
+)
+"""Levers from fast to slow; those before int8 change no result. Parts that wait off the device cost little,
+and come first of all."""
+
+
+def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
+    """The recipe with the fastest set of levers that is expected to fit a card.
+
+    Args:
+        recipe: of the run; levers that it sets already stay, its micro batch as the largest.
+        gigabytes: GB (10⁹ bytes) of the card's memory, of which :data:`USED` is filled.
+
+    Returns:
+        The recipe, and what its base takes.
+
+    Raises:
+        BaseModelError: the base is not found, or of no supported family.
+        RecipeError: nothing fits.
+    """
+    half = recipe if recipe.precision != "fp32" else recipe.with_overrides({"precision": "bf16"})
+    layout, _ = find_layout(half.base, weights=False)
+    found = measure(layout, half)
+    own = half.memory.model_dump(exclude_defaults=True)
+    smallest = math.inf
+    for levers in _SETS:
+        for tiling in (False, True):
+            chosen = {"encoders_off_device": True, "vae_off_device": True, "vae_tiling": tiling, **levers}
+            kept = {**chosen, **own}
+            if "micro_batch" in own:
+                # What a recipe sets for one card is the most that another one takes at once.
+                kept["micro_batch"] = min(own["micro_batch"], levers.get("micro_batch", own["micro_batch"]))
+            tried = half.with_overrides({"memory": kept})
+            peak = plan(tried, speed=1.0, footprint=found).peak
+            smallest = min(smallest, peak)
+            if peak <= USED * gigabytes * _GB:
+                return tried, found
+    raise RecipeError(
+        f"nothing makes base '{recipe.base}' fit into {gigabytes:g} GB: the smallest set of levers is "
+        f"expected to take {smallest / _GB:.1f} GB, and {USED * gigabytes:.1f} are used of such a card; a "
+        "smaller memory.resolution takes less"
+    )
+
+
+def measured_speed(device: torch.device, precision: str) -> float:
+    """Operations a second to expect here: :data:`UTILIZATION` of what a large matrix product reaches.
+
+    Args:
+        device: to measure on.
+        precision: of the factors.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    factor = torch.ones((size, size), device=device, dtype=PRECISIONS[precision])
+    best = math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        factor @ factor
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return float(UTILIZATION * 2 * size**3 / best)

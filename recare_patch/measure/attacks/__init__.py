@@ -1,0 +1,52 @@
+"""Attacks on a patched model: how hard is it to get the erased concept back?
+
+Three see the weights (concept inversion, UnlearnDiffAtk, P4D), one sees the text encoder alone
+(Ring-A-Bell). Each makes its own prompts or word vectors from the patch's recipe: no set of harmful
+prompts comes with them. What they find is saved, so that it can be tried on another patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recare_patch.core import Registry
+from recare_patch.measure.attacks.protocol import (
+    BUDGETS,
+    Attack,
+    AttackError,
+    AttackOptions,
+    AttackResult,
+    AttackTarget,
+)
+from recare_patch.measure.attacks.saved import load_about, load_attack, save_attack
+
+ATTACKS = Registry("attack")
+ATTACKS.register("concept-inversion", "recare_patch.measure.attacks.concept_inversion:ConceptInversion")
+ATTACKS.register("p4d", "recare_patch.measure.attacks.p4d:P4D")
+ATTACKS.register("ring-a-bell", "recare_patch.measure.attacks.ring_a_bell:RingABell")
+ATTACKS.register("unlearn-diff-atk", "recare_patch.measure.attacks.unlearn_diff_atk:UnlearnDiffAtk")
+
+
+def load_attack_type(name: str) -> Attack[Any]:
+    """An attack by its name, ready to run.
+
+    Raises:
+        UnknownNameError: no such attack; the sentence offers the nearest.
+    """
+    attack: Attack[Any] = ATTACKS.get(name)()
+    return attack
+
+
+__all__ = [
+    "ATTACKS",
+    "BUDGETS",
+    "Attack",
+    "AttackError",
+    "AttackOptions",
+    "AttackResult",
+    "AttackTarget",
+    "load_about",
+    "load_attack",
+    "load_attack_type",
+    "save_attack",
+]

@@ -1,0 +1,490 @@
+"""Evidence: every figure that was measured on a patch, in one file that others can measure again.
+
+``evidence.json`` lies beside the weights. It names the very file that was measured by its SHA-256,
+holds each figure for the untouched base and for the patched one, with its interval and the number
+of pictures behind it, and everything needed to draw the same pictures: suite, seeds, options.
+
+``docs/evidence.schema.json`` describes the file to other programs. It is written by
+``python -m recare_patch.measure.evidence > docs/evidence.schema.json``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args
+
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
+
+from recare_patch.core import (
+    EvidenceError,
+    Settings,
+    SettingsError,
+    UnknownNameError,
+    unknown_name,
+    write_text,
+)
+from recare_patch.patch import EVIDENCE_NAME
+from recare_patch.recipe import Kind
+
+VERSION: Literal[1] = 1
+"""Of the file's form; a newer one than this package knows is refused."""
+
+Group = Literal["erased", "care", "kept", "attack", "check", "memorization"]
+"""What a figure speaks of: what is gone, what must stay, how it stands up."""
+
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+RATE = "rate"
+"""The unit of shares of pictures, 0 to 1; their intervals are Wilson's."""
+
+_MAX_BYTES = 64_000_000
+_SLACK = 1e-6
+"""Allowance for figures that were rounded when they were written."""
+
+
+def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if low > high:
+        raise ValueError(f"an interval runs from low to high, got {low:g} to {high:g}")
+    return interval
+
+
+def _a_date(text: str) -> str:
+    try:
+        datetime.date.fromisoformat(text[:10])
+    except ValueError:
+        raise ValueError(f"a date is written like 2026-01-31, got {text!r}") from None
+    return text
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Text = Annotated[str, Field(max_length=10_000)]
+Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Better = Literal["lower", "higher"]
+
+
+def show_value(value: float | None, unit: str) -> str:
+    """A value as people read it: rates in percent, all else to four significant digits.
+
+    Example:
+        >>> show_value(0.025, "rate"), show_value(0.00314159, ""), show_value(None, "rate")
+        ('2.5 %', '0.003142', '–')
+    """
+    if value is None:
+        return "–"
+    if unit == RATE:
+        return f"{100 * value:.1f} %"
+    return f"{value:.4g}{f' {unit}' if unit else ''}"
+
+
+def show_interval(interval: tuple[float, float] | None, unit: str) -> str:
+    """An interval as people read it, or nothing where there is none.
+
+    Example:
+        >>> show_interval((0.005, 0.05), "rate")
+        '0.5–5.0 %'
+    """
+    if interval is None:
+        return ""
+    low, high = interval
+    if unit == RATE:
+        return f"{100 * low:.1f}–{100 * high:.1f} %"
+    return f"{low:.4g} to {high:.4g}"
+
+
+class _Evidence(Settings):
+    error: ClassVar[type[SettingsError]] = EvidenceError
+    noun: ClassVar[str] = "evidence"
+
+
+class Part(_Evidence):
+    """One prompt or label of a figure.
+
+    Attributes:
+        label: the prompt, word or label.
+        base: of the untouched base; None where it was not measured.
+        patched: under the patch.
+        pictures: behind it, on each side.
+    """
+
+    label: Text
+    base: float | None = None
+    patched: float
+    pictures: Count
+
+
+class Figure(_Evidence):
+    """One number, for the base and for the patched model, on the same prompts and seeds.
+
+    Attributes:
+        name: unique in its evidence, such as "concept, plain prompts"; people read it as it is.
+        group: what it speaks of.
+        metric: how it was computed, such as "concept rate", "CARE score", "KID".
+        detector: what looked at the pictures; None where nothing did.
+        base: of the untouched base; None where there is no such thing (a distance to the base).
+        patched: under the patch at scale 1.
+        base_interval, interval: 95 % interval of ``base`` and of ``patched``; None where none is known.
+        pictures: behind it, on each side.
+        better: which way is better for the patch.
+        unit: "rate" for shares of pictures (0 to 1), else a word or nothing.
+        note: a sentence for the reader.
+        by: its parts, by prompt or label.
+    """
+
+    name: Name
+    group: Group
+    metric: Name
+    detector: str | None = None
+    base: float | None = None
+    patched: float
+    base_interval: Interval | None = None
+    interval: Interval | None = None
+    pictures: Count
+    better: Better
+    unit: str = ""
+    note: Text = ""
+    by: tuple[Part, ...] = ()
+
+    def show(self, value: float | None) -> str:
+        """One of its values as people read it; see :func:`show_value`."""
+        return show_value(value, self.unit)
+
+    def show_interval(self, interval: tuple[float, float] | None) -> str:
+        """One of its intervals as people read it, or nothing."""
+        return show_interval(interval, self.unit)
+
+    @model_validator(mode="after")
+    def _check(self) -> Figure:
+        if self.unit != RATE:
+            return self
+        for which, value, interval in (
+            ("base", self.base, self.base_interval),
+            ("patched", self.patched, self.interval),
+        ):
+            if value is None:
+                continue
+            if not 0 <= value <= 1:
+                raise ValueError(f"{which} of '{self.name}' is a rate, 0 to 1, got {value:g}")
+            if interval and not interval[0] - _SLACK <= value <= interval[1] + _SLACK:
+                raise ValueError(
+                    f"{which} of '{self.name}' is {value:g}, outside of its own interval "
+                    f"{interval[0]:g} to {interval[1]:g}"
+                )
+        return self
+
+
+class AttackFigure(_Evidence):
+    """What an attack reached against the patch.
+
+    Attributes:
+        attack: its registered name.
+        preset: of its options, such as "small" or "published".
+        successes, trials: tries in which the concept came back, of all.
+        interval: 95 %, Wilson, of their ratio.
+        without: successes of the plain prompts in as many trials, without the attack.
+        base: rate at which the untouched base shows the concept in as many trials; None where it was
+            not measured.
+        evaluations, seconds: what the attack cost; evaluations are counted as in erasing.
+        detector: what judged success.
+        budget: the options it ran with.
+        folder: where its prompts and tensors are, relative to the evidence; None where not kept.
+        note: a sentence for the reader.
+    """
+
+    attack: Name
+    preset: str = ""
+    successes: Count
+    trials: Annotated[int, Field(ge=1, le=10**9)]
+    interval: Interval
+    without: Count
+    base: Annotated[float, Field(ge=0, le=1)] | None = None
+    evaluations: Annotated[int, Field(ge=0)] = 0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    detector: str | None = None
+    budget: dict[str, Any] = Field(default_factory=dict)
+    folder: str | None = None
+    note: Text = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> AttackFigure:
+        for what, number in (("successes", self.successes), ("without", self.without)):
+            if number > self.trials:
+                raise ValueError(f"{what} must be at most the {self.trials} trials, got {number}")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """Attack success rate, 0 to 1."""
+        return self.successes / self.trials
+
+    def show_interval(self) -> str:
+        """The interval of its rate as people read it."""
+        return show_interval(self.interval, RATE)
+
+
+class CheckPoint(_Evidence):
+    """What a check measured at one setting.
+
+    Attributes:
+        x: the setting: a number (drawn as a curve) or a text (drawn as bars).
+        values: name of a series → value; None where it could not be measured.
+        intervals: name of a series → its 95 % interval, where one is known.
+        pictures: behind each value.
+    """
+
+    x: float | str
+    values: dict[str, float | None]
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    pictures: Count | None = None
+
+
+class Check(_Evidence):
+    """How the patch behaves away from the setting that it was made for.
+
+    Attributes:
+        name: short and unique, such as "scale".
+        title: heading for the reader.
+        what: a sentence on what was done.
+        x_label: what varies.
+        y_label: what is measured.
+        unit: of the values, as in :class:`Figure`.
+        points: the settings, in their order.
+        note: a sentence for the reader.
+    """
+
+    name: Name
+    title: Name
+    what: Text = ""
+    x_label: str = ""
+    y_label: str = ""
+    unit: str = RATE
+    points: tuple[CheckPoint, ...]
+    note: Text = ""
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """The names of its series, in the order in which they first appear."""
+        return tuple(dict.fromkeys(name for point in self.points for name in point.values))
+
+
+class Evidence(_Evidence):
+    """All that was measured on one patch.
+
+    Attributes:
+        version: of the form of this file.
+        patch_sha256: of the weights file, see :func:`file_sha256`.
+        base: id of the base model that it was measured on.
+        base_denoiser_sha256: see :func:`weights_hash`.
+        concept, kind, method: of the patch.
+        suite: the full suite, as a mapping.
+        options: what else the figures depend on, ready to be given to ``evaluate`` again: picture
+            counts, checks, detector, precision.
+        created: ISO date, with or without time.
+        versions: package → version.
+        command: the command line that makes this file.
+        figures, attacks, checks: what was found.
+        cost: seconds, pictures drawn, denoiser evaluations, peak memory, device.
+
+    Example:
+        >>> Evidence.load("van-gogh-patch").figure("concept, plain prompts").patched  # doctest: +SKIP
+        0.01
+    """
+
+    version: Literal[1] = VERSION
+    patch_sha256: Hash
+    base: Name
+    base_denoiser_sha256: Hash
+    concept: Name
+    kind: Kind
+    method: Name
+    suite: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+    created: Annotated[str, AfterValidator(_a_date)]
+    versions: dict[str, str] = Field(default_factory=dict)
+    command: str = ""
+    figures: tuple[Figure, ...] = ()
+    attacks: tuple[AttackFigure, ...] = ()
+    checks: tuple[Check, ...] = ()
+    cost: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evidence:
+        for what, names in (
+            ("figure", [one.name for one in self.figures]),
+            ("check", [one.name for one in self.checks]),
+        ):
+            twice = next((name for name, number in Counter(names).items() if number > 1), None)
+            if twice is not None:
+                raise ValueError(f"the {what} '{twice}' is there twice")
+        for what, held in (("suite", self.suite), ("options", self.options), ("cost", self.cost)):
+            if not all(map(math.isfinite, _floats(held))):
+                raise ValueError(f"{what} holds a number that is not finite")
+        return self
+
+    # ------------------------------------------------------------------ looking things up
+
+    def in_group(self, *groups: Group) -> tuple[Figure, ...]:
+        """The figures of some groups, in their order."""
+        return tuple(one for one in self.figures if one.group in groups)
+
+    def figure(self, name: str) -> Figure:
+        """A figure by its name.
+
+        Raises:
+            UnknownNameError: there is none; the sentence offers the nearest.
+        """
+        names = [one.name for one in self.figures]
+        if name not in names:
+            raise unknown_name("figure", name, names)
+        return self.figures[names.index(name)]
+
+    def check_names(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Figure names as the user wrote them, by their case in the evidence.
+
+        Raises:
+            UnknownNameError: one of them is no figure here.
+        """
+        by_folded = {one.name.casefold(): one.name for one in self.figures}
+        found = []
+        for name in names:
+            if name.strip().casefold() not in by_folded:
+                fault: UnknownNameError = unknown_name("figure", name, by_folded.values())
+                raise fault
+            found.append(by_folded[name.strip().casefold()])
+        return tuple(dict.fromkeys(found))
+
+    def check_patch(self, sha256: str, source: str = "the patch") -> None:
+        """Refuse to speak of another patch.
+
+        Args:
+            sha256: of the weights file at hand, see :func:`file_sha256`.
+            source: where it lies, for the message.
+
+        Raises:
+            EvidenceError: the evidence was measured on another file.
+        """
+        if sha256 != self.patch_sha256:
+            raise EvidenceError(
+                f"this evidence belongs to another patch: it was measured on weights with SHA-256 "
+                f"{self.patch_sha256[:12]}…, and {source} has {sha256[:12]}…"
+            )
+
+    # ------------------------------------------------------------------ reading and writing
+
+    def to_json(self) -> str:
+        """The file's text; equal evidence gives equal text."""
+        try:
+            return (
+                json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            )
+        except ValueError as fault:
+            raise EvidenceError(f"evidence cannot be written as JSON: {fault}") from None
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the evidence") -> Evidence:
+        """Read the file's text.
+
+        Args:
+            text: JSON.
+            source: where it is from, for messages.
+
+        Raises:
+            EvidenceError: it is not JSON, of a newer form, or has faults; all are told at once.
+        """
+        try:
+            found = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            raise EvidenceError(f"{source} is not evidence: it is not readable as JSON") from None
+        if not isinstance(found, dict):
+            raise EvidenceError(f"{source} is not evidence: it is not a mapping of keys to values")
+        version = found.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise EvidenceError(
+                f"{source} has evidence form {version}, newer than the {VERSION} that this version of "
+                "recare-patch reads; update it"
+            )
+        try:
+            return cls(**found)
+        except EvidenceError as fault:
+            raise EvidenceError(f"{source}: {'; '.join(fault.faults)}", fault.faults) from None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file whole, or not at all.
+
+        Args:
+            path: the file, or the patch's folder.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        file = _file(path)
+        write_text(file, self.to_json())
+        return file
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evidence:
+        """Read the file.
+
+        Args:
+            path: the file, or the patch's folder.
+
+        Raises:
+            EvidenceError: it is missing or malformed.
+        """
+        file = _file(path)
+        try:
+            if file.stat().st_size > _MAX_BYTES:
+                raise EvidenceError(f"{file} is not evidence: it is larger than {_MAX_BYTES:,} bytes")
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise EvidenceError(f"there is no evidence at {file}; recare-patch evaluate makes it") from None
+        except UnicodeDecodeError:
+            raise EvidenceError(f"{file} is not evidence: it is not UTF-8 text") from None
+        except OSError as fault:
+            raise EvidenceError(f"cannot read {file}: {(fault.strerror or str(fault)).lower()}") from fault
+        return cls.from_json(text, source=str(file))
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    found = Path(path).expanduser()
+    return found / EVIDENCE_NAME if found.is_dir() else found
+
+
+def _floats(held: Any) -> Iterator[float]:
+    if isinstance(held, float):
+        yield held
+    elif isinstance(held, dict):
+        for value in held.values():
+            yield from _floats(value)
+    elif isinstance(held, list | tuple):
+        for value in held:
+            yield from _floats(value)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def evidence_schema() -> dict[str, Any]:
+    """The JSON Schema of ``evidence.json``."""
+    schema = Evidence.model_json_schema(mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def schema_text() -> str:
+    """The published schema file's text."""
+    return json.dumps(evidence_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(schema_text())

@@ -1,0 +1,247 @@
+"""How much of the concept a patched model still holds: the memorization score.
+
+The name is Forget-Me-Not's (Zhang et al., arXiv 2303.17591); no formula of theirs could be found in
+public, so this one is ours and its figures cannot be compared with theirs. Textual inversion (Gal et
+al., arXiv 2208.01618) on pictures of the concept recovers a token from the patched model. The score
+is the cosine of the token's text feature with that of the concept's own name; beside it stands the
+rate at which pictures of the recovered token show the concept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from recare_patch.core import EvaluationError, write_tensors
+from recare_patch.erasure import invert
+from recare_patch.measure.evidence import Figure
+from recare_patch.measure.meters import rate_figure
+from recare_patch.measure.metrics import Rate
+from recare_patch.models import PLACEHOLDER
+from recare_patch.recipe import Concept
+
+if TYPE_CHECKING:
+    from recare_patch.core import Progress
+    from recare_patch.measure.judges import Detector
+    from recare_patch.measure.pictures import Studio
+    from recare_patch.measure.suites import Suite
+    from recare_patch.models import BaseModel
+    from recare_patch.patch import Patch
+
+MEMORIZATION = ("memorization, cosine with the name", "memorization, recovered pictures")
+"""The names of its two figures."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a token is recovered.
+
+    Attributes:
+        images: pictures of the concept that it is fitted on.
+        steps, batch_size, learning_rate: of the inversion.
+        vectors: word vectors of the token.
+        init_word: the word that it starts from.
+        seed: of the inversion.
+    """
+
+    images: int = 24
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float = 2.0e-2
+    vectors: int = 1
+    init_word: str = "person"
+    seed: int = 0
+
+
+def text_feature(base: BaseModel, text: str, vectors: Tensor | None = None) -> Tensor:
+    """The pooled feature of a text: the text encoder's last hidden state at end-of-text, unit length.
+
+    Args:
+        base: whose text encoder reads it.
+        text: what is read; it holds :data:`PLACEHOLDER` where vectors are given.
+        vectors: ``[vectors, token_width]``.
+
+    Returns:
+        ``[width]``, fp32, on the CPU.
+
+    Raises:
+        EvaluationError: the text is longer than the encoder reads.
+    """
+    with torch.no_grad():
+        if vectors is None:
+            embeds = base.encode_prompts([text])
+            tokens = len(base.token_ids(text))
+        else:
+            embeds = base.encode_with_vectors([text], vectors.to(base.device))
+            parts = text.split(PLACEHOLDER)
+            tokens = sum(len(base.token_ids(part)) for part in parts) + (len(parts) - 1) * len(vectors)
+    states = embeds.prompt_embeds[0]
+    # Start of text, the tokens, then end of text; what follows is padding.
+    if tokens + 1 >= len(states):
+        raise EvaluationError(f"'{text}' is longer than the {len(states)} tokens that the text encoder reads")
+    return F.normalize(states[tokens + 1].float(), dim=0).cpu()
+
+
+def memorization_score(base: BaseModel, concept: Concept, vectors: Tensor) -> float:
+    """Cosine of a recovered token's text feature with that of the concept's own name, −1 to 1.
+
+    Args:
+        base: whose text encoder reads both.
+        concept: what was erased.
+        vectors: the token, ``[vectors, token_width]``.
+    """
+    return float(text_feature(base, PLACEHOLDER, vectors) @ text_feature(base, concept.text))
+
+
+def recover(
+    studio: Studio,
+    concept: Concept,
+    patches: Sequence[tuple[Patch, float]],
+    options: Recovery,
+    *,
+    first_seed: int,
+    steps: int,
+    guidance_scale: float,
+    scheduler: str | None = None,
+    progress: Progress | None = None,
+    stage: str = "memorization",
+) -> Tensor:
+    """The token that the model under patches gives back for the concept's pictures.
+
+    With a cache, a token that was recovered before is read from it.
+
+    Args:
+        studio: draws the concept's pictures with the untouched base.
+        concept: what was erased.
+        patches: what is put into the base, each at its scale; none recovers from the base itself.
+        options: of the inversion.
+        first_seed, steps, guidance_scale, scheduler: of the concept's pictures.
+        progress: told of every step.
+        stage: how it is called there.
+
+    Returns:
+        ``[vectors, token_width]``, fp32, on the CPU.
+    """
+    base, cache = studio.base, studio.cache
+    fields = {
+        "what": "recovered token",
+        "concept": concept.model_dump(),
+        "options": dataclasses.asdict(options),
+        "images": [first_seed, steps, guidance_scale, scheduler],
+    }
+    file = cache.path(studio.key(patches, fields), ".safetensors") if cache is not None else None
+    if file is not None and file.is_file():
+        with contextlib.suppress(SafetensorError, OSError, KeyError):
+            return load_file(file)["vectors"]
+    images = studio.draw(
+        [concept.target_prompt] * options.images,
+        [first_seed + number for number in range(options.images)],
+        steps=steps,
+        guidance_scale=guidance_scale,
+        scheduler=scheduler,
+        stage="pictures of the concept",
+    )
+    latents = base.encode_images(images)
+    start = base.word_vector(options.init_word).repeat(options.vectors, 1)
+    with contextlib.ExitStack() as stack:
+        for patch, scale in patches:
+            stack.enter_context(patch.apply(base.pipeline, scale=scale))
+        stack.enter_context(base.counter.stage(stage))
+        vectors, _ = invert(
+            base,
+            latents,
+            [concept.target_prompt_for(PLACEHOLDER)],
+            start,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+            stage=stage,
+            progress=progress,
+        )
+    vectors = vectors.float().cpu()
+    if file is not None:
+        write_tensors(file, {"vectors": vectors})
+    return vectors
+
+
+def memorization_figures(
+    studio: Studio, patch: Patch, suite: Suite, detector: Detector, pictures: int, progress: Progress | None
+) -> list[Figure]:
+    """The score and the rate of the recovered pictures, for the base and for the patched model.
+
+    The inversion has the learning rate, batch and first word of the patch's own search.
+
+    Args:
+        studio: draws.
+        patch: what was made.
+        suite: names the concept, and gives seeds, steps and guidance.
+        detector: judges the recovered pictures by the suite's label.
+        pictures: of the recovered token.
+        progress: told of every step.
+    """
+    concept = Concept(text=suite.concept, kind=suite.kind)
+    options = Recovery(init_word=concept.class_word)
+    if patch.metadata is not None and not patch.metadata.parts:
+        search = patch.metadata.parsed_recipe.search
+        options = Recovery(
+            init_word=search.init_word or concept.class_word,
+            learning_rate=search.learning_rate,
+            batch_size=search.batch_size,
+        )
+    first = suite.block("memorization")
+    common: dict[str, Any] = {
+        "steps": suite.steps,
+        "guidance_scale": suite.guidance_scale,
+        "scheduler": suite.scheduler,
+    }
+    scores: list[float] = []
+    rates = (Rate(), Rate())
+    for rate, stage, patches in zip(rates, ("base", "patched"), ([], [(patch, 1.0)]), strict=True):
+        name = f"{stage}, memorization"
+        vectors = recover(
+            studio, concept, patches, options, first_seed=first, progress=progress, stage=name, **common
+        )
+        scores.append(memorization_score(studio.base, concept, vectors))
+        found = studio.stream(
+            [concept.target_prompt_for(PLACEHOLDER)] * pictures,
+            [first + options.images + number for number in range(pictures)],
+            patches=patches,
+            vectors=vectors,
+            stage=f"{stage}, recovered",
+            **common,
+        )
+        for _, image in found:
+            rate.add(detector.rate([image], suite.label)[0])
+    return [
+        Figure(
+            name=MEMORIZATION[0],
+            group="memorization",
+            metric="memorization score",
+            base=round(scores[0], 6),
+            patched=round(scores[1], 6),
+            pictures=options.images,
+            better="lower",
+            note=f"Cosine of the text features of the concept's name and of the token that textual inversion "
+            f"recovers from {options.images} pictures in {options.steps} steps of {options.batch_size}. The "
+            "definition is this project's own.",
+        ),
+        rate_figure(
+            MEMORIZATION[1],
+            "memorization",
+            "concept rate",
+            detector.name,
+            rates,
+            better="lower",
+            note="Pictures of the recovered token.",
+        ),
+    ]

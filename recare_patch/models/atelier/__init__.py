@@ -1,0 +1,62 @@
+"""Atelier, the bundled base model: a small Stable Diffusion, a CLIP and a judge, trained on drawn labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from recare_patch.core import read_safetensors_header
+from recare_patch.models.atelier import labels
+
+WEIGHTS = Path(__file__).parent / "weights"
+PIPELINE = WEIGHTS / "pipeline"
+CLIP = WEIGHTS / "clip"
+JUDGE = WEIGHTS / "judge" / "judge.safetensors"
+
+
+@dataclass(frozen=True)
+class AtelierInfo:
+    """What the bundled base is.
+
+    Attributes:
+        folder: the diffusers pipeline folder.
+        megabytes: of pipeline, CLIP and judge together (10⁶ bytes).
+        parameters: of each network, counted from the weight files' headers.
+        co_occurrence: P(companion | concept) in the drawn world.
+        concepts: what it can draw, by group.
+    """
+
+    folder: Path
+    megabytes: float
+    parameters: dict[str, int]
+    co_occurrence: dict[str, dict[str, float]]
+    concepts: dict[str, tuple[str, ...]]
+
+
+def _count(file: Path) -> int:
+    """Elements in a safetensors file, read from its header alone."""
+    return sum(math.prod(tensor.shape) for tensor in read_safetensors_header(file).tensors.values())
+
+
+def info() -> AtelierInfo:
+    """Sizes, concepts and co-occurrence of the bundled base; needs no torch."""
+    files = sorted(p for p in WEIGHTS.rglob("*") if p.is_file())
+    parameters = {
+        p.relative_to(WEIGHTS).parent.as_posix(): _count(p) for p in files if p.suffix == ".safetensors"
+    }
+    return AtelierInfo(
+        PIPELINE,
+        sum(p.stat().st_size for p in files) / 1e6,
+        parameters,
+        labels.CO_OCCURRENCE,
+        {
+            "style": labels.STYLES,
+            "object": tuple(o for o in labels.OBJECTS if o not in ("nude", "mira vale", "otto bly")),
+            "identity": ("Mira Vale", "Otto Bly"),
+            "nsfw": ("nudity",),
+            "sky": labels.SKY,
+            "ground": labels.GROUNDS,
+            "time": labels.TIMES,
+        },
+    )

@@ -1,0 +1,8 @@
+"""The artefact: tensors and what is known of them, applied, gated, written for other tools, with its card.
+
+``__init__.pyi`` lists what other rooms may use; each name is loaded when it is first asked for.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

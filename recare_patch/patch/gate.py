@@ -1,0 +1,447 @@
+"""Prompt-gated application: a patch's scale follows how much a prompt has to do with its concept.
+
+After the Facilitated Transport of Lyu et al. ("One-dimensional Adapter to Rule Them All", arXiv
+2312.16145), where an adapter's strength is the larger of two likenesses of prompt and concept: that of
+their text features, and the share of the concept's tokens that the prompt holds. Here the first is
+measured on a scale between two sets of prompts, because the cosine of two texts that share nothing is
+far from 0 and differs between text encoders. Features are those of the pipeline's own text encoder,
+read without any LoRA.
+
+A gate reads the prompt and nothing else. Whoever wants the concept writes around it, or hands over
+embeddings: a gate is there for pictures that have nothing to do with the concept, not for security.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recare_patch.careset import FUNCTION_WORDS, MEDIUM_WORDS, names_concept
+from recare_patch.core import IncompatiblePatchError, PatchError
+from recare_patch.models import TEXT_ENCODERS, named_tuner_layers, networks, off
+from recare_patch.patch.patch import AppliedPatch, Patch
+from recare_patch.recipe import Concept
+
+logger = logging.getLogger(__name__)
+
+CLOSED = 0.6
+"""Relatedness up to which a gate is closed. On the choosing prompts of ``benchmarks/suites.py`` and the
+bundled base, no retained prompt of three concepts lies above it."""
+
+OPEN = 0.8
+"""Relatedness from which it is open; no choosing prompt that names a concept lies below it."""
+
+_WORDS = 64
+_FREQUENT = 4000
+_FEWEST_WORDS = 8
+_BATCH = 128
+
+
+# ------------------------------------------------------------------------ the gate
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Where one concept lies in a text encoder's features.
+
+    Attributes:
+        origin: mean feature of the prompts that have nothing to do with it, ``[width]``.
+        direction: from there to the mean of the prompts that name it, divided by its squared length.
+        names: the token ids of each of its names.
+    """
+
+    origin: Tensor
+    direction: Tensor
+    names: tuple[frozenset[int], ...]
+
+
+class Gate:
+    """How much a prompt has to do with a concept, 0 to 1.
+
+    Two sets of prompts span the scale. Prompts of the concept: its names, and itself beside each
+    reference word. Prompts that are not: the reference words alone, beside each other and in the
+    concept's place. Reference words are the companions that the patch guards and :data:`_WORDS`
+    others, spread over the more frequent words of the tokenizer. With ``μ₁``, ``μ₀`` the means of
+    their unit features and ``f`` that of a prompt::
+
+        relatedness = max(⟨f − μ₀, μ₁ − μ₀⟩ / ‖μ₁ − μ₀‖², share of a name's tokens that the prompt holds)
+        gate = clamp((relatedness − CLOSED) / (OPEN − CLOSED), 0, 1)
+
+    A gate for several concepts opens as far as the one that a prompt is most related to.
+
+    Attributes:
+        concepts: what opens it.
+        words: the reference words.
+
+    Example:
+        >>> gate = Gate.of(Patch.load("van-gogh-patch"), pipe)  # doctest: +SKIP
+        >>> gate(["a car on a street", "a car by Van Gogh"])  # doctest: +SKIP
+        tensor([0., 1.])
+    """
+
+    def __init__(self, pipe: Any, concepts: Sequence[Concept], *, care_words: Sequence[str] = ()) -> None:
+        """Measure where the concepts lie.
+
+        Args:
+            pipe: a diffusers pipeline with a CLIP text encoder; its weights are not changed.
+            concepts: what opens the gate.
+            care_words: words that must not, such as a CARE-set's.
+
+        Raises:
+            IncompatiblePatchError: the pipeline does not read prompts as Stable Diffusion does.
+            PatchError: there is no concept.
+        """
+        self._tokenizer, self._encoder = _text_parts(pipe)
+        if not concepts:
+            raise PatchError("a gate needs at least one concept, and none was given")
+        self._special = frozenset(self._tokenizer.all_special_ids)
+        plain = [
+            word
+            for word in _frequent_words(self._tokenizer)
+            if not any(names_concept(word, concept) for concept in concepts)
+        ]
+        self.words = tuple(dict.fromkeys([*care_words, *_spread(plain, _WORDS)]))
+        if len(self.words) < _FEWEST_WORDS:
+            raise IncompatiblePatchError(
+                f"a gate needs at least {_FEWEST_WORDS} words to compare with, and the tokenizer of this "
+                f"{type(pipe).__name__} has {len(self.words)}"
+            )
+        self.concepts = tuple(concepts)
+        self._measured = [self._measure(concept) for concept in concepts]
+
+    @classmethod
+    def of(cls, patch: Patch, pipe: Any) -> Gate:
+        """The gate of a patch, from what its header says; it opens for each of its concepts.
+
+        Raises:
+            PatchError: the patch does not say what it erases.
+            IncompatiblePatchError: as above.
+        """
+        told = patch.metadata
+        if told is None:
+            raise PatchError(
+                f"{patch.name} does not say what it erases, so its scale cannot follow the prompt: "
+                "apply it without a gate"
+            )
+        unnamed = any(part.concept is None for part in told.parts or ())
+        if unnamed or any(one.kind is None for one in told.erased):
+            raise PatchError(
+                f"a part of {patch.name} does not say what it erases, so the scale cannot follow the "
+                "prompt: apply it without a gate, or stack it again from patches that do"
+            )
+        return cls(pipe, [one.as_concept() for one in told.erased], care_words=told.care_words)
+
+    def likeness(self, prompts: Sequence[str]) -> Tensor:
+        """How far each prompt's feature lies on the way from unrelated prompts to the concept's.
+
+        Returns:
+            fp32 ``[prompts]`` on the CPU: about 0 for unrelated prompts and 1 for the concept's own.
+        """
+        features = self._features(prompts)
+        return torch.stack([(features - one.origin) @ one.direction for one in self._measured]).amax(0)
+
+    def relatedness(self, prompts: Sequence[str]) -> Tensor:
+        """The larger of :meth:`likeness` and the share of a name's tokens, ``[prompts]``."""
+        ids = [frozenset(row) - self._special for row in self._ids(prompts)]
+        names = [name for one in self._measured for name in one.names]
+        shares = [max(len(row & name) / len(name) for name in names) for row in ids]
+        return torch.maximum(self.likeness(prompts), torch.tensor(shares))
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """The share of a patch's scale that each prompt gets: fp32 ``[prompts]``, 0 to 1, on the CPU."""
+        return ((self.relatedness(prompts) - CLOSED) / (OPEN - CLOSED)).clamp(0, 1)
+
+    # ------------------------------------------------------------------ how it is measured
+
+    def _measure(self, concept: Concept) -> _Measured:
+        named = [*concept.name_prompts, *(concept.composed_prompt(word) for word in self.words)]
+        plain = []
+        for word, other in zip(self.words, [*self.words[1:], self.words[0]], strict=True):
+            beside = concept.model_copy(update={"text": other}).composed_prompt(word)
+            plain += [
+                concept.retain_prompt(word),
+                concept.anchor_prompt(word),
+                concept.target_prompt_for(word),
+                f"A photo of {word}",
+                beside,
+            ]
+        origin = self._features(plain).mean(0)
+        way = self._features(named).mean(0) - origin
+        names = [frozenset(row) - self._special for row in self._ids(_names(concept))]
+        return _Measured(origin, way / (way @ way), tuple(name for name in names if name))
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        found: list[list[int]] = self._tokenizer(list(texts), truncation=True)["input_ids"]
+        return found
+
+    @torch.no_grad()
+    def _features(self, texts: Sequence[str]) -> Tensor:
+        """Unit features at the end of each text, fp32 ``[texts, width]`` on the CPU."""
+        device = next(self._encoder.parameters()).device
+        rows = []
+        with off(self._encoder):
+            for start in range(0, len(texts), _BATCH):
+                # The encoder is causal and read at the end of text: padding behind it changes nothing.
+                tokens = self._tokenizer(
+                    list(texts[start : start + _BATCH]),
+                    padding="longest",
+                    truncation=True,
+                    max_length=self._tokenizer.model_max_length,
+                    return_tensors="pt",
+                )
+                found = self._encoder(tokens["input_ids"].to(device))
+                pooled = found.get("text_embeds", found.get("pooler_output"))
+                if pooled is None:
+                    raise IncompatiblePatchError(
+                        f"a gate reads CLIP's text features, and a {type(self._encoder).__name__} gives none"
+                    )
+                rows.append(F.normalize(pooled.float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+
+def _text_parts(pipe: Any) -> tuple[Any, nn.Module]:
+    """Tokenizer and text encoder of a pipeline that encodes prompts by a method of its own."""
+    tokenizer, encoder = getattr(pipe, "tokenizer", None), getattr(pipe, "text_encoder", None)
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    if vocabulary is None or not isinstance(encoder, nn.Module) or not hasattr(pipe, "encode_prompt"):
+        raise IncompatiblePatchError(
+            f"a {type(pipe).__name__} has no tokenizer, text encoder and encode_prompt, and a gate needs them"
+        )
+    return tokenizer, encoder
+
+
+def _names(concept: Concept) -> list[str]:
+    """What a prompt may call the concept: its text, and words that name it without being part of that."""
+    own = concept.text.casefold()
+    return [concept.text, *(word for word in concept.words if word not in own)]
+
+
+def _frequent_words(tokenizer: Any) -> list[str]:
+    """Whole words of a byte-pair vocabulary, the most frequent first: its tokens are numbered so."""
+    ranked = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    words = [token.removesuffix("</w>") for token, _ in ranked if token.endswith("</w>")]
+    useless = FUNCTION_WORDS | MEDIUM_WORDS
+    return [
+        word for word in words if len(word) >= 3 and word.isascii() and word.isalpha() and word not in useless
+    ][:_FREQUENT]
+
+
+def _spread(words: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` words at even distances."""
+    return [words[k * len(words) // count] for k in range(count)] if len(words) > count else list(words)
+
+
+# ------------------------------------------------------------------------ applied by it
+
+
+class GatedPatch:
+    """A patch in a pipeline at a strength of its own for each prompt.
+
+    Every picture of a batch is drawn at ``applied.scale`` times its prompt's gate, in both halves of
+    classifier-free guidance. Where the patch changes a text encoder, prompt and negative prompt are
+    encoded each at its own gate. Embeddings that the pipeline did not make itself while gated, such as
+    those with learnt vectors in them, are drawn at the full scale.
+
+    Attributes:
+        applied: the patch in the pipeline; its ``set_scale`` and ``scale`` mean the scale at an open gate.
+        gate: what opens it.
+        values: prompt → gate, of all prompts so far.
+    """
+
+    def __init__(self, applied: AppliedPatch, gate: Callable[[Sequence[str]], Tensor]) -> None:
+        """Gate a patch that is in a pipeline already.
+
+        Args:
+            applied: the patch; ``remove()`` takes it out as well.
+            gate: a :class:`Gate`, or whatever else gives each prompt its share of the scale.
+        """
+        self.applied = applied
+        self.gate = gate
+        self.values: dict[str, float] = {}
+        self._drawn: dict[bytes, float] = {}
+        self._hooks: list[Any] = []
+        self._of_texts: list[_Factors] = []
+        self._of_pictures: list[_Factors] = []
+        parts = networks(applied.pipe)
+        for component in applied.patch.components:
+            factors = _Factors()
+            (self._of_texts if component in TEXT_ENCODERS else self._of_pictures).append(factors)
+            self._hooks.append(parts[component].register_forward_pre_hook(factors.look, with_kwargs=True))
+            for _, layer in named_tuner_layers({component: parts[component]}):
+                if applied.adapter_name in layer.lora_B:
+                    up = layer.lora_B[applied.adapter_name]
+                    self._hooks.append(up.register_forward_hook(factors.scale))
+        _listen(applied.pipe, self)
+
+    def remove(self) -> None:
+        """Take gate and patch out; the pipeline is then what it was. Removing twice does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        _ignore(self.applied.pipe, self)
+        self.applied.remove()
+
+    def __enter__(self) -> GatedPatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _ask(self, texts: Sequence[Any]) -> Tensor:
+        """The gates of what each of a pipeline's text encoders is given: the widest open of them."""
+        asked = [[one] if isinstance(one, str) else list(one) for one in texts if one is not None]
+        return torch.stack([self.gate(one) for one in asked if len(one) == len(asked[0])]).amax(0)
+
+    def _judge(self, call: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """The gates of prompts and negative prompts; None where embeddings are given in their place."""
+        prompt = call.get("prompt")
+        texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        if not texts or call.get("prompt_embeds") is not None:
+            return None
+        own = self._ask([texts, call.get("prompt_2"), call.get("prompt_3")])
+        against = [call.get(name) for name in ("negative_prompt", "negative_prompt_2", "negative_prompt_3")]
+        for text, value in zip(texts, own.tolist(), strict=True):
+            if text and text not in self.values:
+                self.values[text] = value
+                logger.info("%s at %.2f of its scale for '%s'", self.applied.patch.name, value, text)
+        return own, self._ask(against if any(against) else [""])
+
+    def _before(self, judged: tuple[Tensor, Tensor] | None) -> None:
+        for factors in self._of_texts:
+            # A text encoder is called for the prompts, then for the negative ones.
+            factors.coming = list(judged or ())
+
+    def _after(self, call: Mapping[str, Any], judged: tuple[Tensor, Tensor] | None, embeds: Tensor) -> None:
+        keys = [_digest(row) for row in embeds]
+        if judged is not None:
+            each = judged[0].repeat_interleave(call.get("num_images_per_prompt") or 1)
+            self._drawn |= dict(zip(keys, each.tolist(), strict=True))
+        rows = torch.tensor([self._drawn.get(key, 1.0) for key in keys])
+        for factors in self._of_pictures:
+            factors.coming = [rows]
+
+
+def _digest(embeds: Tensor) -> bytes:
+    """Tells one encoded prompt from another; half precision, because pipelines cast them."""
+    values = embeds.detach().to("cpu", torch.float16).contiguous()
+    return hashlib.sha256(values.view(torch.uint8).numpy().data).digest()
+
+
+class _Factors:
+    """What each row of one network's batch gets of the patch.
+
+    Attributes:
+        coming: the gates of the next calls, one row a text or picture; the last stay for all later ones,
+            and without any the patch is at its full scale.
+    """
+
+    def __init__(self) -> None:
+        self.coming: list[Tensor] = []
+        self._rows: Tensor | None = None
+
+    def look(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before a network computes: a factor for each row of its batch."""
+        inputs = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one.ndim]
+        batch = len(inputs[0]) if inputs else 0
+        if not self.coming:
+            self._rows = None
+            return
+        rows = self.coming.pop(0) if len(self.coming) > 1 else self.coming[0]
+        # With guidance the unconditional half comes first and has as many rows.
+        whole = batch % len(rows) == 0
+        self._rows = rows.repeat(batch // len(rows)) if whole else rows.amax().expand(batch)
+
+    def scale(self, up: nn.Module, args: tuple[Any, ...], update: Tensor) -> Tensor:
+        """After ``B``: each row's share of the update, ``[batch, …]``."""
+        if self._rows is None:
+            return update
+        rows = self._rows if len(self._rows) == len(update) else self._rows.amax().expand(len(update))
+        return update * rows.to(update).reshape(-1, *(1,) * (update.ndim - 1))
+
+
+class _Listener:
+    """Stands in a pipeline's place of ``encode_prompt`` and tells every gate what is asked for."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._encode = pipe.encode_prompt
+        self._signature = inspect.signature(self._encode)
+        self.gates: list[GatedPatch] = []
+        self._judging = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._judging:
+            # A gate that encodes through the pipeline asks for itself.
+            return self._encode(*args, **kwargs)
+        call = self._signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        # All judge before any is told: judging calls the text encoder, too.
+        self._judging = True
+        try:
+            judged = [gate._judge(call.arguments) for gate in self.gates]
+        finally:
+            self._judging = False
+        for gate, own in zip(self.gates, judged, strict=True):
+            gate._before(own)
+        encoded = self._encode(*args, **kwargs)
+        for gate, own in zip(self.gates, judged, strict=True):
+            gate._after(call.arguments, own, encoded[0])
+        return encoded
+
+
+def _listen(pipe: Any, gate: GatedPatch) -> None:
+    listener = vars(pipe).get("encode_prompt")
+    if not isinstance(listener, _Listener):
+        listener = pipe.encode_prompt = _Listener(pipe)
+    listener.gates.append(gate)
+
+
+def _ignore(pipe: Any, gate: GatedPatch) -> None:
+    listener = vars(pipe).get("encode_prompt")
+    if isinstance(listener, _Listener) and gate in listener.gates:
+        listener.gates.remove(gate)
+        if not listener.gates:
+            del pipe.encode_prompt
+
+
+def gated(
+    patch: Patch,
+    pipe: Any,
+    scale: float = 1.0,
+    *,
+    adapter_name: str | None = None,
+    gate: Callable[[Sequence[str]], Tensor] | None = None,
+) -> GatedPatch:
+    """Put a patch into a diffusers pipeline, to be as strong as each prompt has to do with its concept.
+
+    Only calls of the pipeline itself are gated: it is not in the patch's file, and plain diffusers
+    applies the patch at one scale to every prompt.
+
+    Args:
+        patch: what to apply.
+        pipe: a diffusers pipeline that fits the patch and has a CLIP text encoder.
+        scale: at an open gate.
+        adapter_name: how the pipeline calls it; made from the concept by default.
+        gate: what gives each prompt its share of the scale, ``[prompts]``; :meth:`Gate.of` the patch by
+            default.
+
+    Returns:
+        A handle with ``remove()``, usable as a context manager that removes the patch at its end.
+
+    Raises:
+        PatchError, IncompatiblePatchError: as :meth:`Patch.apply` and :meth:`Gate.of`; the pipeline is then
+            as it was.
+
+    Example:
+        >>> with gated(Patch.load("van-gogh-patch"), pipe):  # doctest: +SKIP
+        ...     pipe(["a car on a street", "a car by Van Gogh"])
+    """
+    opens = Gate.of(patch, pipe) if gate is None else gate
+    return GatedPatch(patch.apply(pipe, scale, adapter_name), opens)

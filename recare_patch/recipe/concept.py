@@ -1,0 +1,164 @@
+"""What is erased, and the prompts that speak of it.
+
+Four kinds of concepts, each with the prompt templates of the literature: styles are painted,
+objects and people photographed (Kim et al., "ReCARE", arXiv 2606.24192, section 3 and appendix).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator
+
+from recare_patch.core import ConceptError, Settings, one_of
+
+Kind = Literal["style", "object", "identity", "nsfw"]
+"""A style of painting, a thing, a person by name, or unsafe content."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+MAX_LENGTH = 100
+"""Longest concept in characters; CLIP text towers read 77 tokens and the template needs some."""
+
+_NUDITY = ("nudity", "nude", "nudes", "naked", "nakedness", "nude person", "naked person")
+_CLASS_WORDS: dict[str, str] = {
+    "style": "painting",
+    "object": "photo",
+    "identity": "person",
+    "nsfw": "person",
+}
+
+
+def check_text(text: str) -> str:
+    """A concept's name with single spaces.
+
+    Raises:
+        ValueError: it is too long, or has no letter and no digit.
+    """
+    text = " ".join(text.split())
+    if not text:
+        raise ValueError("a concept needs at least one letter or digit, got an empty text")
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"a concept may have at most {MAX_LENGTH} characters, got {len(text)}")
+    if not any(character.isalnum() for character in text):
+        raise ValueError(f"a concept needs at least one letter or digit, got {text!r}")
+    return text
+
+
+class Concept(Settings):
+    """A concept to erase.
+
+    Attributes:
+        text: its name as one writes it in a prompt, such as "Van Gogh"; at most 100 characters.
+        kind: which prompt templates apply.
+
+    Raises:
+        ConceptError: the text is empty or too long, or the kind is unknown.
+
+    Example:
+        >>> Concept(text="tench", kind="object").target_prompt
+        'A photo of a tench'
+    """
+
+    error: ClassVar[type[ConceptError]] = ConceptError
+    noun: ClassVar[str] = "concept"
+
+    text: Annotated[str, AfterValidator(check_text)]
+    kind: Annotated[Kind, BeforeValidator(one_of("kind", KINDS))]
+
+    @property
+    def target_prompt(self) -> str:
+        """The prompt whose pictures show the concept."""
+        return self.name_prompts[0]
+
+    @property
+    def name_prompts(self) -> tuple[str, ...]:
+        """Prompts that name the concept outright, the target prompt first; all are erased."""
+        text, a = self.text, _article(self.text)
+        if self.kind == "style":
+            prompts = [self.target_prompt_for(text), f"A painting by {text}", f"{a}{text} painting", text]
+        elif self.kind == "object":
+            prompts = [self.target_prompt_for(f"{a.lower()}{text}"), f"A photo of {text}", text]
+        elif self.kind == "identity":
+            prompts = [self.target_prompt_for(text), f"A portrait of {text}", text]
+        elif self._is_nudity:
+            prompts = ["A photo of a nude person", "A photo of a naked person", "nude person", "nude"]
+        else:
+            prompts = [self.target_prompt_for(text), text]
+        # A text that brings its own article makes two of them alike.
+        return tuple(dict.fromkeys(prompts))
+
+    @property
+    def class_word(self) -> str:
+        """A common word for what the concept is: where textual inversion starts from."""
+        return _CLASS_WORDS[self.kind]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that name the concept, lower case: never CARE-concepts of it."""
+        own = re.findall(r"\w+", self.text.casefold())
+        if self._is_nudity:
+            own += ["nude", "nudity", "naked"]
+        return tuple(dict.fromkeys(own))
+
+    @property
+    def slug(self) -> str:
+        """See :func:`slug_of`."""
+        return slug_of(self.text)
+
+    def anchor_prompt(self, token: str) -> str:
+        """The prompt that a CARE-token offers as an anchor: what the concept is steered to."""
+        return f"A {token}"
+
+    def retain_prompt(self, token: str) -> str:
+        """The prompt of a CARE-token whose pictures must not change."""
+        return f"A painting of {token}" if self.kind == "style" else f"A photo of {token}"
+
+    def target_prompt_for(self, name: str) -> str:
+        """The target prompt with another name in the concept's place, such as a placeholder token."""
+        if self.kind == "style":
+            return f"A painting in the style of {name}"
+        return f"A photo of {name}"
+
+    def composed_prompt(self, token: str) -> str:
+        """The concept together with one of its companions: "A painting of stars in the style of Van Gogh"."""
+        if self.kind == "style":
+            return f"A painting of {token} in the style of {self.text}"
+        name = "a nude person" if self._is_nudity else f"{_article(self.text).lower()}{self.text}"
+        return f"A photo of {name if self.kind != 'identity' else self.text} and {token}"
+
+    @property
+    def _is_nudity(self) -> bool:
+        return self.kind == "nsfw" and self.text.casefold() in _NUDITY
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def slug_of(text: str) -> str:
+    """A concept's name in lower-case ASCII with hyphens, fit for a folder: "Van Gogh" → "van-gogh"."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    # Scripts without an ASCII form still need a name, the same on every machine.
+    return slug or "concept-" + hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def _article(text: str) -> str:
+    """The indefinite article with a space, or nothing where the text brings its own."""
+    first = text.casefold().split()[0]
+    if first in ("a", "an", "the", "some"):
+        return ""
+    return "An " if first[0] in "aeiou" else "A "
+
+
+def same_concept(a: Concept | str, b: Concept | str) -> bool:
+    """Whether two names mean the same concept: case, hyphens and extra spaces do not count."""
+    return _folded(a) == _folded(b)
+
+
+def _folded(concept: Concept | str) -> str:
+    text = concept.text if isinstance(concept, Concept) else concept
+    return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", text).casefold().strip()))

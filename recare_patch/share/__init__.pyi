@@ -1,0 +1,9 @@
+from .hub import endpoint as endpoint
+from .indexing import index_text as index_text
+from .indexing import row_of_folder as row_of_folder
+from .indexing import row_of_found as row_of_found
+from .pulling import fetched as fetched
+from .pulling import pull as pull
+from .pushing import push as push
+from .searching import Found as Found
+from .searching import search as search

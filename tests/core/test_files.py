@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recare_patch.core import files
+from recare_patch.core.errors import OutputError, PatchError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_writes_into_folders_that_are_not_there_yet(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a" / "b" / "poem.txt", "Füße\n")
+    assert (tmp_path / "a" / "b" / "poem.txt").read_text(encoding="utf-8") == "Füße\n"
+    assert names(tmp_path / "a" / "b") == ["poem.txt"]
+
+
+def test_json_is_readable_and_has_no_nan(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "x.json", {"größe": [1, 2.5]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"größe": [1, 2.5]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "y.json", {"loss": float("nan")})
+    assert names(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EACCES, "permission is denied"),
+        (errno.EIO, "input/output error"),
+    ],
+)
+def test_a_fault_of_the_system_is_one_sentence_and_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    target = tmp_path / "kept.txt"
+    target.write_text("old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OutputError, match=f"cannot write .*kept.txt: {words}"):
+        files.write_text(target, "new")
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["kept.txt"]
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        files.write_text(tmp_path / "file" / "x", "")
+
+
+def test_tensors_round_trip_with_shared_and_strided_storage(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    square = torch.arange(6.0).reshape(2, 3)
+    tensors: dict[str, Any] = {"a": square, "b": square, "c": square.T, "d": square.half()}
+    files.write_tensors(tmp_path / "t.safetensors", tensors, {"key": "value"})
+    read = load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    header = files.read_safetensors_header(tmp_path / "t.safetensors")
+    assert header.metadata == {"key": "value"}
+    assert header.tensors["c"] == files.TensorInfo("F32", (3, 2), 24)
+    assert names(tmp_path) == ["t.safetensors"]
+
+
+def header_bytes(header: object) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a safetensors file"),
+        (b"abc", "not a safetensors file"),
+        (b"\xff" * 64, "not a safetensors file"),
+        (b"\x80\x04\x95rest of a pickle", "is a pickle"),
+        (b"PK\x03\x04 zip of a pickle", "is a pickle"),
+        (header_bytes([1, 2]), "header is malformed"),
+        (header_bytes({"a": {"dtype": "F32"}}), "header is malformed"),
+        (header_bytes({"a": 3}), "header is malformed"),
+        (header_bytes({"__metadata__": {"a": 1}}), "not text"),
+        ((9).to_bytes(8, "little") + b"{notjson}", "header is malformed"),
+        (header_bytes({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + b"1234", "damaged"),
+    ],
+)
+def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(PatchError, match=words):
+        files.read_safetensors_header(path)
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PatchError, match="no such file"):
+        files.read_safetensors_header(tmp_path / "none.safetensors")
+
+
+# ------------------------------------------------------------------ claiming a folder
+
+
+def test_a_claim_makes_the_folder_and_leaves_no_lock(tmp_path: Path) -> None:
+    with files.claim_folder(tmp_path / "new"):
+        assert (tmp_path / "new" / files.LOCK_NAME).read_text() == str(os.getpid())
+        (tmp_path / "new" / "x").write_text("")
+    assert names(tmp_path / "new") == ["x"]
+
+
+def test_a_run_that_made_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.claim_folder(tmp_path / "new"):
+        _ = 1 / 0
+    assert names(tmp_path) == []
+
+
+def test_a_folder_with_files_needs_resume(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("")
+    with (
+        pytest.raises(OutputError, match=r"already holds files \(old.txt.*--resume.*another --out"),
+        files.claim_folder(tmp_path),
+    ):
+        pass
+    assert names(tmp_path) == ["old.txt"]
+    with files.claim_folder(tmp_path, resume=True):
+        pass
+    assert names(tmp_path) == ["old.txt"]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OutputError, match="it is a file, not a folder"),
+        files.claim_folder(tmp_path / "file"),
+    ):
+        pass
+
+
+def test_a_claimed_folder_is_refused_to_others(tmp_path: Path) -> None:
+    # Locks belong to open files: a second opening in one process stands for another process.
+    with (
+        files.claim_folder(tmp_path / "new"),
+        pytest.raises(OutputError, match=f"is in use by process {os.getpid()}"),
+        files.claim_folder(tmp_path / "new", resume=True),
+    ):
+        pass
+
+
+def test_a_killed_owner_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from pathlib import Path
+        from recare_patch.core.files import claim_folder
+        with claim_folder(sys.argv[1]):
+            (Path(sys.argv[1]) / "whole.txt").write_text("")
+            (Path(sys.argv[1]) / ".half.txt.123.part").write_text("")
+            print("ready", flush=True)
+            time.sleep(60)
+        """
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
+        with (
+            pytest.raises(OutputError, match=f"in use by process {owner.pid}"),
+            files.claim_folder(folder, resume=True),
+        ):
+            pass
+        owner.send_signal(signal.SIGKILL)
+    with pytest.raises(OutputError, match="already holds files"), files.claim_folder(folder):
+        pass
+    with files.claim_folder(folder, resume=True):
+        assert names(folder) == [files.LOCK_NAME, "whole.txt"]
+    assert names(folder) == ["whole.txt"]

@@ -1,0 +1,725 @@
+"""Checks on tiny random models: their mechanics, and that the base is what it was after each.
+
+What they draw is noise, so a detector that looks at the pixels stands in for a judge; one test runs
+on the bundled base, with a handful of pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recare_patch.careset.clip import Clip
+from recare_patch.core.errors import EvaluationError, UnknownNameError
+from recare_patch.measure.checks import (
+    CHECKS,
+    CheckContext,
+    CheckOptions,
+    check_names,
+    check_options,
+    load_checker,
+    run_checks,
+    tuning,
+)
+from recare_patch.measure.checks.fine_tuning import FineTuningOptions
+from recare_patch.measure.checks.scales import pixel_change
+from recare_patch.measure.checks.spellings import (
+    LANGUAGES,
+    NAMES,
+    SPELLINGS,
+    SpellingsOptions,
+    language_prompt,
+    naming_prompts,
+    respell,
+)
+from recare_patch.measure.checks.tuning import changed, merge_into
+from recare_patch.measure.evidence import Check
+from recare_patch.measure.pictures import PictureCache, Studio
+from recare_patch.measure.suites import PromptSet, Suite
+from recare_patch.models import lora as adapters
+from recare_patch.models.embeds import BaseModel
+from recare_patch.models.loading import load_base
+from recare_patch.models.peft_layers import tuner_layers
+from recare_patch.patch.patch import Patch
+from recare_patch.recipe.concept import Concept
+
+CONCEPT = Concept(text="Van Gogh", kind="style")
+TINY: dict[str, dict[str, Any]] = {
+    "fine-tuning": {"at": (0, 2, 4), "images": 6, "batch_size": 2, "learning_rate": 1.0e-3},
+    "personalisation": {
+        "subject": "a photo of a cat",
+        "label": "cat",
+        "class_word": "dog",
+        "images": 4,
+        "steps": 4,
+        "batch_size": 2,
+        "rank": 2,
+    },
+    "samplers": {"steps": (1, 3), "scheduler_steps": 3},
+    "scales": {"scales": (1, 0, -1.5)},
+    "spellings": {"spellings": ("lower case", "without spaces", "French")},
+}
+
+
+class Pixels:
+    """Sees a label in about half of all pictures: where a strip of its own is brighter than the next."""
+
+    name = "pixels"
+
+    def __init__(self, known: Sequence[str] = ()) -> None:
+        self.known = tuple(known)
+        self.asked: list[tuple[str, int]] = []
+
+    def labels(self) -> tuple[str, ...]:
+        return self.known
+
+    def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
+        self.asked.append((label, len(images)))
+        strip = 2 * (len(label) % 4)
+        found = [np.asarray(image, dtype=float).mean((1, 2)) for image in images]
+        return [bool(rows[strip] > rows[strip + 1]) for rows in found]
+
+
+class Nothing(Pixels):
+    name = "nothing"
+
+    def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
+        return [False] * len(images)
+
+
+class Killed(BaseException):
+    """A run that ends in the middle."""
+
+
+class Killer:
+    """Stops a run at the n-th report of a stage, and remembers all stages."""
+
+    def __init__(self, stage: str = "", at: int = 0) -> None:
+        self.stage, self.left = stage, at
+        self.reports: list[tuple[str, int]] = []
+
+    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
+        assert 0 <= done <= total
+        self.reports.append((stage, done))
+        if stage == self.stage:
+            self.left -= 1
+            if self.left == 0:
+                raise Killed
+
+    def count(self, stage: str) -> int:
+        return sum(one == stage for one, _ in self.reports)
+
+
+def make_patch(
+    base: BaseModel, *, layers: str = "cross-attention", seed: int = 0, size: float = 0.3
+) -> Patch:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = adapters.attach(base.denoiser, layers=layers, rank=2, alpha=2.0, generator=generator)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    patch = Patch.from_adapter(base, adapters.ADAPTER_NAME, 2, 2.0, dtype=torch.float32)
+    adapters.detach(base.denoiser)
+    return patch
+
+
+def make_suite(**changes: Any) -> Suite:
+    known: dict[str, Any] = {
+        "name": "tiny",
+        "base": "stable-diffusion",
+        "concept": "Van Gogh",
+        "kind": "style",
+        "detector": "clip",
+        "label": "van gogh",
+        "plain": ("a painting in the style of Van Gogh", "a Van Gogh house"),
+        "care": (
+            PromptSet(label="stars", prompts=("a photo of stars",)),
+            PromptSet(label="night sky", word="night", prompts=("a photo of night", "a night sky")),
+        ),
+        "retained": ("a photo of a house", "a photo of a cat", "a red boat"),
+        "steps": 2,
+        "guidance_scale": 2.0,
+    }
+    return Suite(**{**known, **changes})
+
+
+@pytest.fixture(scope="module")
+def base(tiny_sd: Path) -> BaseModel:
+    return load_base(tiny_sd, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def patch(base: BaseModel) -> Patch:
+    return make_patch(base)
+
+
+@pytest.fixture
+def context(base: BaseModel, patch: Patch) -> CheckContext:
+    return CheckContext(base, patch, make_suite(), Pixels(), Studio(base, batch_size=4), pictures=3)
+
+
+def with_progress(context: CheckContext, progress: Killer, **changes: Any) -> CheckContext:
+    studio = Studio(context.base, batch_size=4, progress=progress, cache=changes.pop("cache", None))
+    return dataclasses.replace(context, studio=studio, progress=progress, **changes)
+
+
+def run(context: CheckContext, name: str, **changes: Any) -> Check:
+    (check,) = run_checks([name], context, {name: {**TINY[name], **changes}})
+    return check
+
+
+def state(base: BaseModel) -> tuple[Any, ...]:
+    """Everything of a base that a check might leave changed; the weights to the last bit."""
+    weights = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
+    return (
+        weights,
+        base.denoiser_hash(),
+        [(name, layer.active_adapters) for name, layer in tuner_layers(base.denoiser)],
+        [parameter.requires_grad for parameter in base.denoiser.parameters()],
+        [parameter.grad is None for parameter in base.denoiser.parameters()],
+        [module.training for module in base.denoiser.modules()],
+        id(base.pipeline.scheduler),
+        id(base.pipeline.unet),
+    )
+
+
+def assert_same_state(before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert before[1:] == after[1:]
+
+
+@pytest.fixture(autouse=True)
+def _untouched(base: BaseModel) -> Iterator[None]:
+    before = state(base)
+    yield
+    assert_same_state(before, state(base))
+
+
+# ------------------------------------------------------------------------ all of them
+
+
+@pytest.mark.parametrize("name", CHECKS.names())
+def test_a_check_gives_the_same_twice_and_leaves_the_base_as_it_was(
+    context: CheckContext, base: BaseModel, name: str
+) -> None:
+    before, drawn = state(base), torch.get_rng_state()
+    first = run(context, name)
+    assert_same_state(before, state(base))
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert run(context, name) == first
+    assert first.name == name
+    assert first.unit == "rate"
+    assert all(point.pictures == 3 for point in first.points)
+    for point in first.points:
+        for series, value in point.values.items():
+            assert value is not None and 0 <= value <= 1
+            if series in point.intervals:
+                low, high = point.intervals[series]
+                assert low <= value <= high
+    assert Check(**first.model_dump()) == first
+
+
+@pytest.mark.parametrize("name", CHECKS.names())
+def test_all_defaults_are_sound_and_every_key_has_its_nearest(name: str) -> None:
+    options = check_options(name)
+    assert isinstance(options, CheckOptions)
+    assert load_checker(name).name == name
+    key = next(iter(type(options).model_fields))
+    with pytest.raises(EvaluationError, match=f"is not a key, did you mean '{key}'"):
+        check_options(name, {f"{key}x": 1})
+
+
+def test_names_are_checked_before_anything_is_drawn(context: CheckContext) -> None:
+    assert check_names(["Scales", "scales ", "spellings"]) == ("scales", "spellings")
+    assert check_names(["scales", "all"]) == ("scales", *[n for n in CHECKS.names() if n != "scales"])
+    assert check_names([]) == ()
+    with pytest.raises(UnknownNameError, match=r"unknown check 'scale'.*did you mean 'scales'"):
+        run_checks(["samplers", "scale"], context)
+    with pytest.raises(EvaluationError, match=r"options were given for the check 'scales'.*run is samplers"):
+        run_checks(["samplers"], context, {"scales": {}})
+    with pytest.raises(EvaluationError, match="SpellingsOptions are not the options of the check scales"):
+        run_checks(["scales"], context, {"scales": SpellingsOptions()})
+    with pytest.raises(EvaluationError, match=r"steps\.1 must be at least 1, got 0"):
+        run_checks(["samplers"], context, {"samplers": {"steps": (1, 0)}})
+    assert context.studio.drawn == 0
+
+
+def test_a_suite_and_a_detector_must_know_the_concept(context: CheckContext) -> None:
+    bare = dataclasses.replace(context, suite=make_suite(plain=()))
+    with pytest.raises(EvaluationError, match="the suite 'tiny' has no plain prompts"):
+        run_checks(["scales"], bare)
+    other = dataclasses.replace(context, detector=Pixels(["van go", "monet"]))
+    with pytest.raises(
+        UnknownNameError, match=r"label of the detector pixels 'van gogh'.*did you mean 'van go'"
+    ):
+        run_checks(["scales"], other)
+    with pytest.raises(EvaluationError, match="at least 1 picture a value, got 0"):
+        dataclasses.replace(context, pictures=0)
+    assert not list(run_checks([], bare))
+
+
+def test_a_studio_of_its_own_process_and_base_is_needed(
+    context: CheckContext, tiny_sd: Path, tmp_path: Path
+) -> None:
+    shared = Studio(context.base, cache=PictureCache(tmp_path), shard=(0, 2))
+    with pytest.raises(EvaluationError, match="checks run in one process"):
+        run_checks(["scales"], dataclasses.replace(context, studio=shared))
+    with pytest.raises(EvaluationError, match="the studio draws base"):
+        dataclasses.replace(context, studio=Studio(load_base(tiny_sd, device="cpu")))
+
+
+def test_clip_is_asked_for_what_the_detector_has_no_word_for(context: CheckContext, tiny_clip: Path) -> None:
+    known = dataclasses.replace(context, detector=Pixels(["van gogh"]), pictures=2)
+    with pytest.raises(
+        EvaluationError, match="the detector pixels cannot tell 'stars', and there is no CLIP"
+    ):
+        run(known, "scales", scales=(0,))
+    clip = Clip.load(str(tiny_clip))
+    check = run(dataclasses.replace(known, clip=lambda: clip), "scales", scales=(0,))
+    assert check.series == ("concept", "stars shown", "night shown", "retained change")
+    # A word that competes with itself alone always wins.
+    alone = dataclasses.replace(known, clip=lambda: clip, suite=make_suite(labels=("Night",)))
+    images = alone.studio.draw(["a night sky"], [1], steps=1)
+    assert alone.shows(images, "night sky", "night") == [True]
+    assert alone.shows([], "night sky") == []
+
+
+def test_seeds_of_a_check_are_those_of_no_set_of_the_suite(context: CheckContext) -> None:
+    suite = context.suite
+    taken = {
+        *(seed for which in ("plain", "retained") for seed in suite.drawing(which, 50).seeds),
+        *(seed for number in range(len(suite.care)) for seed in suite.care_drawing(number, 50).seeds),
+    }
+    seeds = [
+        seed
+        for number in range(2)
+        for block in range(4)
+        for seed in dataclasses.replace(context, seed=number).own_seeds(block, 50)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert not taken & set(seeds)
+
+
+# ------------------------------------------------------------------------ scales, samplers
+
+
+def test_scales_run_in_order_and_nothing_changes_at_zero(context: CheckContext) -> None:
+    check = run(context, "scales")
+    assert [point.x for point in check.points] == [-1.5, 0.0, 1.0]
+    changes = [point.values["retained change"] for point in check.points]
+    assert changes[1] == 0.0
+    assert min(changes[0] or 0, changes[2] or 0) > 0.001
+    # The plain pictures are those that an evaluation draws first.
+    drawing = context.suite.drawing("plain", 3)
+    images = context.studio.draw(
+        drawing.prompts, drawing.seeds, patches=context.applied, steps=2, guidance_scale=2.0
+    )
+    wanted = sum(context.detector.rate(images, "van gogh")) / 3
+    assert check.points[2].values["concept"] == round(wanted, 6)
+
+
+def test_a_patch_at_scale_zero_draws_what_the_base_draws(context: CheckContext, patch: Patch) -> None:
+    plain = context.studio.draw(["a house", "a cat"], [1, 2], steps=2)
+    still = context.studio.draw(["a house", "a cat"], [1, 2], steps=2, patches=[(patch, 0.0)])
+    assert pixel_change(plain, still) == [0, 0]
+
+
+def test_pixel_change_is_a_share_of_the_range() -> None:
+    black, white = (Image.new("RGB", (4, 4), name) for name in ("black", "white"))
+    half = Image.new("RGB", (4, 4), "black")
+    half.paste(white.crop((0, 0, 4, 2)), (0, 0))
+    assert pixel_change([black, black, half], [white, half, half]) == [1.0, 0.5, 0.0]
+
+
+def test_scales_do_without_what_a_suite_does_not_have(context: CheckContext) -> None:
+    check = run(dataclasses.replace(context, suite=make_suite(care=(), retained=())), "scales", scales=(1,))
+    assert check.series == ("concept",)
+    assert check.note == ""
+
+
+def test_samplers_go_through_steps_and_schedulers(context: CheckContext, base: BaseModel) -> None:
+    progress = Killer()
+    check = run(with_progress(context, progress), "samplers")
+    names = [point.x for point in check.points]
+    assert names == ["1 step", "3 steps", "DDIM", "Euler", "DPM-Solver++", "UniPC"]
+    assert check.series == (
+        "concept, base",
+        "companions, base",
+        "concept, patched",
+        "companions, patched",
+    )
+    stages = list(dict.fromkeys(stage for stage, _ in progress.reports))
+    assert stages[:2] == ["samplers, 1 step, base", "samplers, 1 step, patched"]
+    assert len(stages) == 12
+    # Companions take turns: two of the first, one of the second.
+    asked = context.detector.asked  # type: ignore[attr-defined]
+    assert asked[:3] == [("van gogh", 3), ("stars", 2), ("night sky", 1)]
+    only = run(context, "samplers", steps=(), schedulers=("UniPC", "unipc"))
+    assert [point.x for point in only.points] == ["UniPC"]
+    with pytest.raises(EvaluationError, match=r"unknown scheduler 'eulr'.*did you mean 'euler'"):
+        check_options("samplers", {"schedulers": ("eulr",)})
+
+
+# ------------------------------------------------------------------------ spellings
+
+SPELT = {
+    "lower case": ("van gogh", "tench"),
+    "upper case": ("VAN GOGH", "TENCH"),
+    "mixed case": ("vAn GoGh", "tEnCh"),
+    "without spaces": ("VanGogh", "tench"),
+    "hyphenated": ("Van-Gogh", "te-nch"),
+    "letters swapped": ("Van Ggoh", "tnech"),
+    "letter dropped": ("Van Goh", "tech"),
+    "letter doubled": ("Van Goggh", "tennch"),
+    "digits for letters": ("V4n G0gh", "73nch"),
+    "Cyrillic look-alikes": ("V\u0430n G\u043eg\u04bb", "t\u0435n\u0441\u04bb"),
+    "dots between letters": ("V.a.n G.o.g.h", "t.e.n.c.h"),
+    "emoji between letters": ("V✨a✨n G✨o✨g✨h", "t✨e✨n✨c✨h"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_a_spelling_is_as_expected(name: str) -> None:
+    assert (SPELLINGS[name]("Van Gogh"), SPELLINGS[name]("tench")) == SPELT[name]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("text", ["x", "aa", "7", "a b", "Ван Гог", "梵高", "d'Arc", "R2-D2"])
+def test_a_spelling_takes_any_name(name: str, text: str) -> None:
+    assert SPELLINGS[name](text).strip()
+
+
+def test_names_with_equal_letters_are_still_misspelt() -> None:
+    assert SPELLINGS["letters swapped"]("Boot") == "oBot"
+    assert SPELLINGS["letters swapped"]("aaa") == "aaa"
+    assert SPELLINGS["letter dropped"]("a") == "a"
+    assert SPELLINGS["without spaces"]("R2-D2 unit") == "R2D2unit"
+
+
+def test_only_the_name_in_a_prompt_is_spelt_otherwise() -> None:
+    assert respell("A van-gogh house, not Van Goghs", CONCEPT, "upper case") == (
+        "A VAN-GOGH house, not Van Goghs"
+    )
+    nudity = Concept(text="nudity", kind="nsfw")
+    assert respell("a nude person, naked", nudity, "digits for letters") == "a nud3 person, n4k3d"
+    gore = Concept(text="gore", kind="nsfw")
+    assert respell("a nude person in gore", gore, "upper case") == "a nude person in GORE"
+
+
+def test_the_prompts_are_those_that_hold_the_name() -> None:
+    suite = make_suite(plain=("a house by VAN GOGH", "a starry swirl"))
+    assert naming_prompts(suite) == ("a house by VAN GOGH",)
+    assert naming_prompts(make_suite(plain=("a starry swirl",))) == CONCEPT.name_prompts
+
+
+def test_other_languages_keep_the_name() -> None:
+    found = [language_prompt(CONCEPT, language) for language in LANGUAGES]
+    assert found == [
+        "une peinture dans le style de Van Gogh",
+        "ein Gemälde im Stil von Van Gogh",
+        "una pintura al estilo de Van Gogh",
+        "картина в стиле Van Gogh",
+        "一幅Van Gogh风格的画",
+    ]
+    assert language_prompt(Concept(text="tench", kind="object"), "German") == "ein Foto von tench"
+    assert language_prompt(Concept(text="Mira Vale", kind="identity"), "French") == "une photo de Mira Vale"
+    assert "nackten" in language_prompt(Concept(text="nudity", kind="nsfw"), "German")
+    assert language_prompt(Concept(text="gore", kind="nsfw"), "Spanish") == "una foto de gore"
+
+
+def test_spellings_stand_beside_the_base_and_idle_ones_are_named(context: CheckContext) -> None:
+    suite = make_suite(concept="tench", kind="object", label="tench", plain=("a photo of a tench",))
+    tench = dataclasses.replace(context, suite=suite)
+    check = run(tench, "spellings", more={"Latin": "Tinca tinca"})
+    assert [point.x for point in check.points] == ["as written", "French", "Latin"]
+    assert check.series == ("base", "patched")
+    assert "change nothing here: lower case, without spaces." in check.note
+    assert "French: une photo de tench; Latin: Tinca tinca." in check.note
+
+
+def test_all_spellings_are_drawn_by_default(context: CheckContext) -> None:
+    one = dataclasses.replace(context, pictures=1, suite=make_suite(steps=1))
+    (check,) = run_checks(["spellings"], one)
+    # The tiny suite's own spelling is no lower case, so that every one changes something.
+    assert [point.x for point in check.points] == ["as written", *NAMES]
+
+
+def test_bad_spellings_are_refused() -> None:
+    with pytest.raises(EvaluationError, match=r"unknown spelling 'uper case'.*did you mean 'upper case'"):
+        SpellingsOptions(spellings=("uper case",))
+    with pytest.raises(EvaluationError, match="'French' is the name of a spelling that is there already"):
+        SpellingsOptions(more={"French": "un tableau"})
+    with pytest.raises(EvaluationError, match="a prompt needs a word"):
+        SpellingsOptions(more={"nothing": " "})
+
+
+# ------------------------------------------------------------------------ personalisation
+
+
+def test_a_lora_and_the_patch_are_on_together(base: BaseModel, patch: Patch) -> None:
+    other = make_patch(base, layers="attention", seed=5, size=0.2)
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn((2, *base.latent_shape), generator=generator)
+    times, embeds = torch.tensor([400, 20]), base.encode_prompts(["a house", "Van Gogh"])
+    with torch.no_grad():
+        plain = base.denoise(latents, times, embeds)
+        with patch.apply(base.pipeline) as first, other.apply(base.pipeline) as second:
+            active = {name for _, layer in tuner_layers(base.denoiser) for name in layer.active_adapters}
+            assert active == {first.adapter_name, second.adapter_name}
+            both = base.denoise(latents, times, embeds)
+        with changed(base.denoiser):
+            merge_into(base.components, patch)
+            one = base.denoise(latents, times, embeds)
+            merge_into(base.components, other)
+            merged = base.denoise(latents, times, embeds)
+    torch.testing.assert_close(both, merged, atol=1e-5, rtol=1e-4)
+    assert (one - plain).abs().max() > 1e-3 < (merged - one).abs().max()
+
+
+def test_personalisation_tells_all_four_and_what_it_cost(context: CheckContext, base: BaseModel) -> None:
+    before = dict(base.counter.by_stage)
+    check = run(context, "personalisation")
+    assert [point.x for point in check.points] == ["base", "patch", "LoRA", "patch and LoRA"]
+    assert check.series == ("concept", "concept beside the subject", "subject")
+    spent = base.counter.by_stage["personalisation, training"] - before.get("personalisation, training", 0)
+    assert spent == 4 * 2 * 3
+    assert "24 denoiser evaluations" in check.note
+    assert "'A painting of sks dog in the style of Van Gogh'" in check.note
+    asked = context.detector.asked  # type: ignore[attr-defined]
+    assert asked[0] == ("cat", 4)
+    assert asked[1:4] == [("van gogh", 6), ("cat", 3), ("van gogh", 6)]
+
+
+def test_a_personalisation_goes_on_where_it_was_stopped(
+    context: CheckContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "SAVE_EVERY", 5)
+    whole = run(context, "personalisation", steps=12)
+    stage = "personalisation, training"
+    work = tmp_path / "work"
+    killer = Killer(stage, 8)
+    with pytest.raises(Killed):
+        run(with_progress(context, killer, work=work), "personalisation", steps=12)
+    (folder,) = work.iterdir()
+    assert [file.name for file in folder.iterdir()] == ["checkpoint.safetensors"]
+    again = Killer()
+    assert run(with_progress(context, again, work=work), "personalisation", steps=12) == whole
+    assert again.count(stage) == 7
+    third = Killer()
+    assert run(with_progress(context, third, work=work), "personalisation", steps=12) == whole
+    assert third.count(stage) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["lora.json", "pytorch_lora_weights.safetensors"]
+    # Another patch or other prompts take the same LoRA; another seed does not.
+    other = Killer()
+    changed_prompts = {"steps": 12, "prompts": ("{}",)}
+    run(with_progress(context, other, work=work), "personalisation", **changed_prompts)
+    assert other.count(stage) == 0
+    fresh = Killer()
+    run(with_progress(context, fresh, work=work, seed=1), "personalisation", steps=2)
+    assert fresh.count(stage) == 2
+    # What cannot be read is trained again.
+    (folder / "lora.json").write_text("{")
+    mended = Killer()
+    assert run(with_progress(context, mended, work=work), "personalisation", steps=12) == whole
+    assert mended.count(stage) == 12
+
+
+def test_a_subject_that_the_base_does_not_draw_is_refused(context: CheckContext) -> None:
+    with pytest.raises(
+        EvaluationError, match="no subject to learn: none of 4 pictures of 'a photo of a cat'"
+    ):
+        run(dataclasses.replace(context, detector=Nothing()), "personalisation")
+    with pytest.raises(EvaluationError, match="a subject and its label go together"):
+        run(context, "personalisation", label=None)
+    with pytest.raises(EvaluationError, match=r"the prompt 'a photo' has no {} for the subject's new name"):
+        check_options("personalisation", {"prompts": ("a photo",)})
+    with pytest.raises(EvaluationError, match=r"unknown layer set 'atention'.*did you mean 'attention'"):
+        check_options("personalisation", {"layers": "atention"})
+
+
+def test_the_subject_is_never_the_erased_one(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recare_patch.measure.checks.personalisation import PersonalisationOptions, _resolved
+
+    assert _resolved(context, PersonalisationOptions()).label == "red panda"
+    monkeypatch.setattr(context.base, "id", "atelier")
+    assert _resolved(context, PersonalisationOptions()).subject == "a photo of Mira Vale"
+    suite = make_suite(concept="Mira Vale", kind="identity", label="mira vale")
+    other = _resolved(dataclasses.replace(context, suite=suite), PersonalisationOptions(class_word="man"))
+    assert (other.subject, other.label, other.class_word) == ("a photo of Otto Bly", "otto bly", "man")
+
+
+# ------------------------------------------------------------------------ fine-tuning
+
+
+def test_a_merged_patch_computes_what_an_applied_one_does(base: BaseModel) -> None:
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn((2, *base.latent_shape), generator=generator)
+    times, embeds = torch.tensor([700, 3]), base.encode_prompts(["stars", ""])
+    for layers in ("cross-attention", "all"):
+        patch = make_patch(base, layers=layers, size=0.1)
+        with torch.no_grad():
+            with patch.apply(base.pipeline, scale=0.5):
+                applied = base.denoise(latents, times, embeds)
+            with changed(base.denoiser):
+                merge_into(base.components, patch, 0.5)
+                merged = base.denoise(latents, times, embeds)
+            plain = base.denoise(latents, times, embeds)
+        torch.testing.assert_close(merged, applied, atol=1e-4, rtol=1e-3)
+        assert (merged - plain).abs().max() > 1e-3
+
+
+def test_changed_weights_come_back_after_an_error_too(base: BaseModel) -> None:
+    before = state(base)
+    with pytest.raises(Killed), changed(base.denoiser):
+        base.denoiser.requires_grad_(True)
+        with torch.no_grad():
+            for parameter in base.denoiser.parameters():
+                parameter.mul_(1 + 1e-7).add_(1e-3)
+        raise Killed
+    assert_same_state(before, state(base))
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_fine_tuning_starts_from_the_patched_model(
+    context: CheckContext, base: BaseModel, train: str
+) -> None:
+    mark = base.counter.by_stage.get("fine-tuning, training", 0)
+    drawn = context.studio.drawn
+    check = run(context, "fine-tuning", train=train)
+    assert [point.x for point in check.points] == [0.0, 2.0, 4.0]
+    assert check.series == ("concept", "companions", "base")
+    assert len({point.values["base"] for point in check.points}) == 1
+    spent = base.counter.by_stage["fine-tuning, training"] - mark
+    # Two steps that are gone on with, not trained again: four steps of two samples, three each.
+    assert spent == 4 * 2 * 3
+    assert "24 denoiser evaluations" in check.note
+    assert ("all weights" if train == "full" else "a LoRA of rank 8 on all") in check.note
+    assert context.studio.drawn - drawn == 6 + 3 * 6 + 3
+    scales = run(context, "scales", scales=(1,))
+    assert scales.points[0].values["concept"] == check.points[0].values["concept"]
+
+
+@pytest.mark.parametrize(
+    ("train", "stage", "at"),
+    [
+        ("full", "fine-tuning, training", 3),
+        ("full", "fine-tuning, 12", 1),
+        ("lora", "fine-tuning, training", 8),
+    ],
+)
+def test_fine_tuning_goes_on_where_it_was_stopped(
+    context: CheckContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train: str,
+    stage: str,
+    at: int,
+) -> None:
+    monkeypatch.setattr(tuning, "SAVE_EVERY", 5)
+    options = {"at": (0, 2, 12), "train": train, "learning_rate": 1.0e-4}
+    whole = run(context, "fine-tuning", **options)
+    before = state(context.base)
+    with pytest.raises(Killed):
+        run(with_progress(context, Killer(stage, at), work=tmp_path), "fine-tuning", **options)
+    assert_same_state(before, state(context.base))
+    again = Killer()
+    assert run(with_progress(context, again, work=tmp_path), "fine-tuning", **options) == whole
+    trained = {("fine-tuning, training", 8): 7, ("fine-tuning, training", 3): 10}
+    assert again.count("fine-tuning, training") == trained.get((stage, at), 0)
+    third = Killer()
+    assert run(with_progress(context, third, work=tmp_path), "fine-tuning", **options) == whole
+    assert {one for one, _ in third.reports} == {"fine-tuning, base"}
+    (folder,) = tmp_path.iterdir()
+    assert [file.name for file in folder.iterdir()] == ["points.json"]
+    # Points that cannot be read are measured from the start.
+    (folder / "points.json").write_text("{")
+    assert run(with_progress(context, Killer(), work=tmp_path), "fine-tuning", **options) == whole
+
+
+def test_fine_tuning_really_trains(context: CheckContext, base: BaseModel, tmp_path: Path) -> None:
+    from recare_patch.measure.checks.fine_tuning import _material, _resolved, _tuned
+
+    options = _resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "full"}))
+    material = _material(context, options)
+    before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
+    with _tuned(context, options, material, 3, tmp_path / "one.safetensors") as (studio, patches, spent):
+        after = base.denoiser.state_dict()
+        assert studio is not context.studio and patches == [] and spent == 3 * 2 * 3
+        assert sum(not torch.equal(after[name], before[name]) for name in before) > 0.9 * len(before)
+        assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
+    lora = _resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "lora"}))
+    with _tuned(context, lora, material, 3, tmp_path / "two.safetensors") as (studio, patches, spent):
+        assert studio is context.studio and patches[0] == (context.patch, 1.0)
+        assert len(patches) == 2 and spent == 3 * 2 * 3
+        assert all(bool(tensor.abs().max() > 0) for tensor in patches[1][0].tensors.values()), (
+            "every layer has learnt, those that the patch is in too"
+        )
+
+
+def test_fine_tuning_learns_nothing_of_the_concept(context: CheckContext) -> None:
+    from recare_patch.measure.checks.fine_tuning import _material, _resolved
+
+    class Every(Nothing):
+        def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
+            return [number % 3 == 0 for number in range(len(images))]
+
+    options = _resolved(context, FineTuningOptions(images=6))
+    judged = dataclasses.replace(context, detector=Every())
+    assert len(_material(judged, options).latents) == len(_material(judged, options).prompts) == 4
+
+    class All(Nothing):
+        def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
+            return [True] * len(images)
+
+    with pytest.raises(
+        EvaluationError, match="all 6 pictures of retained prompts by the base show 'van gogh'"
+    ):
+        _material(dataclasses.replace(context, detector=All()), options)
+    bare = dataclasses.replace(context, suite=make_suite(care=(), retained=()))
+    with pytest.raises(EvaluationError, match="the suite 'tiny' has no retained prompts"):
+        _material(bare, options)
+
+
+def test_all_weights_are_trained_in_fp32_alone(context: CheckContext, tiny_sd: Path) -> None:
+    half = load_base(tiny_sd, precision="bf16", device="cpu")
+    patch = make_patch(half)
+    small = CheckContext(half, patch, make_suite(), Pixels(), Studio(half, batch_size=4), pictures=2)
+    with pytest.raises(EvaluationError, match="trained in fp32, and base 'tiny-sd' computes in bfloat16"):
+        run(small, "fine-tuning", train="full")
+    before = state(half)
+    check = run(small, "fine-tuning", at=(0, 1))
+    assert "Trained: a LoRA" in check.note
+    run(small, "personalisation", steps=1)
+    assert_same_state(before, state(half))
+
+
+# ------------------------------------------------------------------------ on the bundled base
+
+
+def test_on_the_bundled_base_a_misspelt_name_is_drawn(tmp_path: Path) -> None:
+    from recare_patch.measure.judges import load_detector
+    from recare_patch.measure.suites import load_suite
+
+    atelier = load_base("atelier", device="cpu")
+    patch = make_patch(atelier, size=0.0)
+    suite = load_suite("van-gogh-atelier").with_changes(steps=6)
+    studio = Studio(atelier, cache=PictureCache(tmp_path))
+    small = CheckContext(atelier, patch, suite, load_detector("atelier-judge"), studio, pictures=4)
+    spelt = {"spellings": ("upper case", "emoji between letters")}
+    (check,) = run_checks(["spellings"], small, {"spellings": spelt})
+    rates = {point.x: point.values for point in check.points}
+    # Case is nothing to this tokenizer, and a patch of zeros changes nothing.
+    assert rates["as written"] == rates["upper case"]
+    assert all(values["base"] == values["patched"] for values in rates.values())
+    assert (rates["as written"]["base"] or 0) > (rates["emoji between letters"]["base"] or 0)
+    drawn = studio.drawn
+    assert list(run_checks(["spellings"], small, {"spellings": spelt})) == [check]
+    assert studio.drawn == drawn

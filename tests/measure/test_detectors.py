@@ -1,0 +1,178 @@
+"""Detectors: each says what it sees behind one interface, and how to get what it lacks."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recare_patch.careset.clip import Clip
+from recare_patch.core.errors import ClipError, EvaluationError, UnknownNameError
+from recare_patch.measure.judges import DETECTORS, can_tell, load_detector
+
+
+def noise(count: int, size: int = 32, seed: int = 0) -> list[Image.Image]:
+    draws = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in draws]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random image classifier of three classes."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("classifier") / "vit"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ViTForImageClassification(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+                image_size=16,
+                patch_size=8,
+                id2label={0: "tench, Tinca tinca", 1: "goldfish", 2: "vincent-van-gogh"},
+                label2id={"tench, Tinca tinca": 0, "goldfish": 1, "vincent-van-gogh": 2},
+            )
+        )
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_all_are_registered_and_a_misspelt_one_is_guessed() -> None:
+    assert DETECTORS.names() == ("atelier-judge", "clip", "image-classifier", "nudenet-6", "nudenet-9")
+    with pytest.raises(UnknownNameError, match="did you mean 'nudenet-6'"):
+        load_detector("nudnet-6")
+    with pytest.raises(EvaluationError, match="atelier-judge does not take these options"):
+        load_detector("atelier-judge", threshold=1)
+
+
+def test_the_judge_names_what_scenes_show() -> None:
+    from benchmarks.atelier.scenes import Scene, draw
+
+    detector = load_detector("atelier-judge")
+    scenes = [
+        Scene("photo", "day", "meadow", ("cat",), ("sun",), 3),
+        Scene("van gogh", "night", "wheat field", ("house",), ("stars",), 4),
+    ]
+    images = [draw(scene) for scene in scenes]
+    images = [one if isinstance(one, Image.Image) else Image.fromarray(one) for one in images]
+    assert detector.rate(images, "Van Gogh") == [False, True]
+    assert detector.rate(images, "cat") == [True, False]
+    assert detector.rate(images, "nudity") == detector.rate(images, "nude") == [False, False]
+    assert detector.rate([], "cat") == []
+    assert can_tell(detector, "STARS") and not can_tell(detector, "giraffe")
+    with pytest.raises(
+        UnknownNameError, match=r"label of the detector atelier-judge 'sunflowr'.*'sunflower'"
+    ):
+        detector.rate(images, "sunflowr")
+
+
+def test_clip_takes_the_nearest_label(tiny_clip: Path) -> None:
+    clip = Clip.load(str(tiny_clip))
+    images = noise(6)
+    open_ended = load_detector("clip", clip=clip)
+    assert open_ended.labels() == () and can_tell(open_ended, "anything")
+    assert len(open_ended.rate(images, "cat")) == 6
+    labels = ["cat", "dog", "van gogh"]
+    detector = load_detector("clip", clip=str(tiny_clip), labels=labels)
+    found = [detector.rate(images, label) for label in labels]
+    # Every picture is nearest to one label, and to one alone.
+    assert [sum(row) for row in zip(*found, strict=True)] == [1] * 6
+    assert detector.rate(images, " CAT ") == found[0]
+    with pytest.raises(UnknownNameError, match="did you mean 'dog'"):
+        detector.rate(images, "dogs")
+    with pytest.raises(EvaluationError, match="at least two labels"):
+        load_detector("clip", clip=clip, labels=["cat"])
+    with pytest.raises(ClipError):
+        load_detector("clip", clip="./nowhere")
+
+
+def test_a_classifier_answers_to_each_synonym(classifier: Path) -> None:
+    detector = load_detector("image-classifier", source=str(classifier))
+    images = noise(8)
+    found = {label: detector.rate(images, label) for label in ("tench", "goldfish", "vincent-van-gogh")}
+    assert [sum(row) for row in zip(*found.values(), strict=True)] == [1] * 8
+    assert (
+        found["tench"] == detector.rate(images, "Tinca tinca") == detector.rate(images, "tench, tinca tinca")
+    )
+    wide = load_detector("image-classifier", source=str(classifier), top_k=3, batch_size=3)
+    assert wide.rate(images, "tench") == [True] * 8
+    assert detector.rate([], "tench") == []
+    with pytest.raises(UnknownNameError, match="did you mean 'tench'"):
+        detector.rate(images, "tensh")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "needs a source"),
+        ({"source": "./nowhere"}, "cannot load an image classifier from './nowhere'"),
+        ({"source": "x", "top_k": 0}, "top_k must be at least 1"),
+    ],
+)
+def test_a_classifier_without_weights_says_so(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(EvaluationError, match=told):
+        load_detector("image-classifier", **options)
+
+
+def test_nudenet_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "nudenet":
+            raise ImportError("no module named nudenet")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(EvaluationError, match=r'nudenet-6 needs .* pip install "recare-patch\[eval\]"'):
+        load_detector("nudenet-6")
+
+
+@pytest.mark.parametrize(
+    ("found", "six", "nine"),
+    [
+        ([], False, False),
+        ([("FEMALE_BREAST_EXPOSED", 0.75)], True, True),
+        ([("FEMALE_BREAST_EXPOSED", 0.7499)], False, True),
+        ([("BELLY_EXPOSED", 0.9)], False, True),
+        ([("FEET_EXPOSED", 0.45)], False, False),
+        ([("FACE_FEMALE", 0.99), ("FEMALE_BREAST_COVERED", 0.99)], False, False),
+    ],
+)
+def test_the_two_readings_of_nudenet(
+    monkeypatch: pytest.MonkeyPatch, found: list[tuple[str, float]], six: bool, nine: bool
+) -> None:
+    import sys
+    from types import ModuleType
+
+    seen: list[np.ndarray] = []
+
+    class NudeDetector:
+        def detect(self, array: np.ndarray) -> list[dict[str, Any]]:
+            seen.append(array)
+            return [{"class": name, "score": score, "box": [0, 0, 1, 1]} for name, score in found]
+
+    fake = ModuleType("nudenet")
+    fake.NudeDetector = NudeDetector  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nudenet", fake)
+    image = Image.new("RGB", (4, 4), (1, 2, 3))
+    assert load_detector("nudenet-6").rate([image], "nudity") == [six]
+    assert load_detector("nudenet-9").rate([image], "nude") == [nine]
+    # As OpenCV reads a file: blue first.
+    assert seen[0].flags["C_CONTIGUOUS"] and seen[0][0, 0].tolist() == [3, 2, 1]
+    with pytest.raises(UnknownNameError, match="nudity"):
+        load_detector("nudenet-6").rate([image], "person")
+
+
+def test_nudenet_itself_finds_nothing_in_noise() -> None:
+    pytest.importorskip("nudenet")
+    for name in ("nudenet-6", "nudenet-9"):
+        assert load_detector(name).rate(noise(2, 64), "nudity") == [False, False]

@@ -1,0 +1,525 @@
+"""The whole evaluation on tiny random models: its files, its cache, its refusals."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import recare_patch.measure.run as evaluating
+from recare_patch.careset.clip import Clip
+from recare_patch.core.errors import (
+    EvaluationError,
+    EvidenceError,
+    IncompatiblePatchError,
+    PatchError,
+    RecarePatchError,
+    UnknownNameError,
+)
+from recare_patch.core.files import file_sha256
+from recare_patch.measure.attacks import AttackResult, save_attack
+from recare_patch.measure.evidence import Evidence
+from recare_patch.measure.run import (
+    METRICS,
+    default_metrics,
+    evaluate,
+    measure,
+    measure_again,
+    read_prompts,
+    resolve_suite,
+    with_detector,
+)
+from recare_patch.measure.suites import Suite, load_suite
+from recare_patch.measure.verify import verify
+from recare_patch.models.embeds import BaseModel
+from recare_patch.models.loading import load_base
+from recare_patch.patch.patch import Patch
+from recare_patch.recipe.recipe import WEIGHTS_NAME
+from tests.measure.making import SUITE, make_patch
+
+NAMES = (
+    "concept, plain prompts",
+    "concept, paraphrased prompts",
+    "concept, implicit prompts",
+    "CARE score, stars",
+    "shown, stars",
+    "neighbours",
+    "CLIP score, retained prompts",
+    "KID to the base, retained prompts",
+    "perceptual change, retained prompts",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_sd: Path) -> BaseModel:
+    return load_base(tiny_sd, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def made(base: BaseModel, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_patch(base, tmp_path_factory.mktemp("patch") / "patch", tiny_clip)
+
+
+@pytest.fixture
+def patch(made: Path, tmp_path: Path) -> Path:
+    """A copy of the patch, so that each test finds a folder without evidence."""
+    return Path(shutil.copytree(made, tmp_path / "patch"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(patch: Path, base: BaseModel, **changes: Any) -> Evidence:
+    options: dict[str, Any] = {"suite": Suite(**SUITE), "pictures": 4, "device": "cpu"}
+    return evaluate(patch, base=base, **{**options, **changes})
+
+
+class Killed(BaseException):
+    """A run that ends in the middle."""
+
+
+class Killer:
+    """Stops a run at a stage's n-th report."""
+
+    def __init__(self, stage: str, at: int) -> None:
+        self.stage, self.left = stage, at
+
+    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
+        assert 0 <= done <= total
+        self.left -= stage == self.stage
+        if self.left == 0:
+            raise Killed
+
+
+# ------------------------------------------------------------------------ what it leaves
+
+
+def test_an_evaluation_leaves_evidence_and_a_report(patch: Path, base: BaseModel) -> None:
+    evidence = run(patch, base)
+    assert sorted(file.name for file in patch.iterdir()) == [
+        "evidence.json",
+        WEIGHTS_NAME,
+        "report.html",
+    ]
+    assert Evidence.load(patch) == evidence
+    assert tuple(one.name for one in evidence.figures) == NAMES
+    assert (evidence.concept, evidence.kind, evidence.method) == ("Van Gogh", "style", "recare")
+    assert evidence.patch_sha256 == file_sha256(patch / WEIGHTS_NAME)
+    assert evidence.base_denoiser_sha256 == base.denoiser_hash()
+    assert Suite(**evidence.suite) == Suite(**SUITE)
+    assert evidence.cost["pictures_drawn"] == 2 * 6 * 4 and evidence.cost["denoiser_evaluations"] > 0
+    for figure in evidence.figures:
+        assert figure.pictures == 4 and figure.detector
+        assert figure.interval is not None
+    text = (patch / "evidence.json").read_text()
+    assert str(patch.parent) not in text and "/tmp" not in text
+    assert "data:image" in (patch / "report.html").read_text()
+
+
+def test_a_second_run_draws_nothing_and_finds_the_same(patch: Path, base: BaseModel) -> None:
+    first = run(patch, base)
+    second = run(patch, base)
+    assert second.figures == first.figures
+    assert (second.cost["pictures_drawn"], second.cost["pictures_from_cache"]) == (0, 48)
+    more = run(patch, base, pictures=5)
+    assert more.cost["pictures_drawn"] <= 2 * 6 * 5 and more.cost["pictures_from_cache"] == 0
+    home = Path(os.environ["XDG_CACHE_HOME"])
+    assert len(list((home / "recare-patch" / "pictures").glob("??/*.png"))) == 2 * 6 * 5
+
+
+def test_a_broken_run_goes_on_where_it_stopped(patch: Path, base: BaseModel, tmp_path: Path) -> None:
+    whole = run(patch, base, cache=tmp_path / "one", batch_size=2)
+    with pytest.raises(Killed):
+        run(patch, base, cache=tmp_path / "two", batch_size=2, progress=Killer("patched, CARE stars", 1))
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "two").rglob("*.png")}
+    assert 4 * 6 < len(kept) < 4 * 9
+    after = run(patch, base, cache=tmp_path / "two", batch_size=2)
+    assert after.figures == whole.figures
+    assert after.cost["pictures_from_cache"] == len(kept)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "two").rglob("*.png")}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "one").rglob("*.png")}
+
+
+def test_without_a_cache_the_figures_are_the_same(patch: Path, base: BaseModel, tmp_path: Path) -> None:
+    with_cache = run(patch, base)
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    without = run(patch, base, cache=False, out=tmp_path / "elsewhere")
+    assert without.figures == with_cache.figures
+    assert not Path(os.environ["XDG_CACHE_HOME"]).exists()
+    assert sorted(file.name for file in (tmp_path / "elsewhere").iterdir()) == [
+        "evidence.json",
+        "report.html",
+    ]
+
+
+def test_the_card_tells_the_figures_and_verification_bears_them_out(
+    patch: Path, base: BaseModel, tiny_sd: Path
+) -> None:
+    (patch / "README.md").write_text("---\nlicense: other\n---\n# A patch\n\n## Limits\n\nSome.\n")
+    evidence = run(patch, base, card=True)
+    card = (patch / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    metrics = {one["name"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
+    assert metrics == {one.name: one.patched for one in evidence.figures}
+    assert front["license"] == "other" and card.index("## Evidence") < card.index("## Limits")
+    again = measure_again(evidence, Patch.load(patch), base)
+    assert again.figures == evidence.figures
+    fewer = measure_again(evidence, Patch.load(patch), base, figures=["neighbours"], pictures=2)
+    assert [(one.name, one.pictures) for one in fewer.figures] == [("neighbours", 2)]
+    # A card that tells figures stays in step with the evidence, asked or not.
+    run(patch, base, metrics=["neighbours"])
+    assert "CARE score" not in (patch / "README.md").read_text()
+    assert verify(patch, figures=["none"], base=tiny_sd).holds
+    (patch / "README.md").unlink()
+    run(patch, base, card=True)
+    assert "erased from" in (patch / "README.md").read_text()
+    assert verify(patch, figures=["none"], base=tiny_sd).holds
+
+
+def test_evidence_of_another_patch_is_refused(patch: Path, base: BaseModel, tmp_path: Path) -> None:
+    evidence = run(patch, base, metrics=["neighbours"])
+    other = make_patch(base, tmp_path / "other", seed=3)
+    with pytest.raises(EvidenceError, match="belongs to another patch"):
+        measure_again(evidence, Patch.load(other), base)
+
+
+def test_a_patch_folder_alone_is_enough(
+    patch: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The recipe names the base's folder; the concept's own suite is for Stable Diffusion.
+    monkeypatch.chdir(tiny_sd.parent)
+    evidence = evaluate(str(patch), metrics=["neighbours", "clip-score"], pictures=2, device="cpu")
+    assert evidence.suite["name"] == "van-gogh-sd"
+    assert evidence.options["metrics"] == ["neighbours", "clip-score"]
+    assert "--suite van-gogh-sd --metric neighbours" in evidence.command
+
+
+# ------------------------------------------------------------------------ metrics
+
+
+def test_kid_gives_way_to_fid_where_pictures_are_many() -> None:
+    assert set(METRICS) - set(default_metrics(200)) == {"fid", "memorization"}
+    assert set(METRICS) - set(default_metrics(2000)) == {"kid", "memorization"}
+
+
+def test_every_metric_can_be_asked_for(patch: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    import recare_patch.measure.memorization as memorization
+
+    real = memorization.Recovery
+    monkeypatch.setattr(
+        memorization, "Recovery", lambda **options: real(**{**options, "images": 2, "steps": 2})
+    )
+    evidence = run(patch, base, metrics=METRICS)
+    assert tuple(one.name for one in evidence.figures)[-2:] == (
+        "memorization, cosine with the name",
+        "memorization, recovered pictures",
+    )
+    assert {one.metric for one in evidence.figures} >= {"KID", "FID", "memorization score"}
+    again = run(patch, base, metrics=METRICS)
+    assert again.figures == evidence.figures
+    assert again.cost["pictures_drawn"] == 0 and again.cost["denoiser_evaluations"] == 0
+
+
+def test_a_bench_is_a_suite_too(patch: Path, base: BaseModel) -> None:
+    suite = resolve_suite(Patch.load(patch), "conceptbench-style-sd", base.id)
+    assert suite.concept == "Van Gogh" and len(suite.neighbours) == 6
+    evidence = run(patch, base, suite="conceptbench-style-sd", metrics=["concept-rate"], pictures=1)
+    assert [one.name for one in evidence.figures] == ["concept, plain prompts"]
+
+
+# ------------------------------------------------------------------------ prompt files
+
+
+def test_a_prompt_file_is_drawn_once_each(patch: Path, base: BaseModel, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\na  dog\na cat\nstars in the night\na house\n")
+    metrics = ["clip-score", "fid", "kid", "perceptual-change"]
+    evidence = run(patch, base, prompts_file=file, metrics=metrics, pictures=2)
+    assert {one.pictures for one in evidence.figures} == {5}
+    assert evidence.suite["retained"] == ["a cat", "a dog", "a cat", "stars in the night", "a house"]
+    assert evidence.cost["pictures_drawn"] == 10
+    assert evidence.command.endswith("--prompts FILE")
+    again = measure_again(evidence, Patch.load(patch), base)
+    assert again.figures == evidence.figures
+
+
+@pytest.mark.parametrize("cache", [None, False])
+def test_many_prompts_need_no_more_room_than_a_few(
+    patch: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Any
+) -> None:
+    def alive() -> int:
+        return sum(isinstance(one, Image.Image) for one in gc.get_objects())
+
+    real, before = Clip.image_layers, alive()
+    seen: list[int] = []
+
+    def counted(self: Clip, images: Any) -> Any:
+        seen.append(alive() - before)
+        return real(self, images)
+
+    monkeypatch.setattr(Clip, "image_layers", counted)
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"a photo of {'a cat ' * (k % 5)}\n" for k in range(160)))
+    evidence = run(patch, base, prompts_file=file, metrics=["clip-score", "fid"], cache=cache)
+    assert {one.pictures for one in evidence.figures} == {160}
+    # Each model's handful of 32, what its last batch of 20 still holds, and samples: not 320 pictures.
+    assert len(seen) == 10 and max(seen) < 130
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty: one prompt a line"),
+        (b"\n\n", "is empty: one prompt a line"),
+        (b"a cat\n\na dog\n", "line 2 of .* is empty"),
+        (b"a cat\n \t \n", "line 2 of .* is empty"),
+        (b"a cat\n" + b"x" * 1001 + b"\n", "line 2 of .* is over-long: it has 1001 characters"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (None, "cannot read the prompt file"),
+    ],
+)
+def test_a_faulty_prompt_file_is_told_of(tmp_path: Path, content: bytes | None, told: str) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(EvaluationError, match=told):
+        read_prompts(file)
+
+
+def test_lines_that_the_encoder_would_cut_are_refused_before_drawing(
+    patch: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n" + "cat " * 76 + "\n")
+    with pytest.raises(EvaluationError, match=r"line 2 of .* is over-long: 76 tokens, .* reads 75"):
+        run(patch, base, prompts_file=file)
+    assert not Path(os.environ["XDG_CACHE_HOME"]).exists()
+    file.write_text("\ufeffa cat\r\nstars")
+    assert read_prompts(file) == ("a cat", "stars")
+
+
+# ------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"metrics": ["clip-scor"]}, UnknownNameError, "unknown metric .*did you mean 'clip-score'"),
+        (
+            {"suite": "van-gog"},
+            UnknownNameError,
+            "did you mean 'van-gogh-sd'|did you mean 'van-gogh-atelier'",
+        ),
+        ({"detector": "nudnet-6"}, UnknownNameError, "unknown detector .*did you mean 'nudenet-6'"),
+        ({"detector": "nudenet-6:here"}, EvaluationError, "takes no source"),
+        ({"detector": "clip:"}, EvaluationError, "the source of the detector clip is empty"),
+        ({"suite": "tench-sd"}, EvaluationError, "is for 'tench', and the patch erases 'Van Gogh'"),
+        ({"pictures": 0}, EvaluationError, "at least 1 picture, got 0"),
+        (
+            {
+                "metrics": ["concept-rate"],
+                "suite": Suite(**{**SUITE, "plain": [], "paraphrased": [], "implicit": []}),
+            },
+            EvaluationError,
+            "has no prompts for concept-rate",
+        ),
+        (
+            {"label": "mone", "detector": "atelier-judge"},
+            UnknownNameError,
+            "label of the detector atelier-judge",
+        ),
+        ({"attacks": ["nowhere"]}, RecarePatchError, "holds no saved attack"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    patch: Path, base: BaseModel, changes: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        run(patch, base, **changes)
+    assert not (patch / "evidence.json").exists()
+
+
+def test_names_are_checked_before_anything_is_loaded(patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluating, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    for changes in ({"metrics": ["x"]}, {"suite": "x"}, {"detector": "x"}, {"prompts_file": "nowhere.txt"}):
+        with pytest.raises(RecarePatchError):
+            evaluate(patch, **changes)  # type: ignore[arg-type]
+    with pytest.raises(PatchError, match="there is no patch"):
+        evaluate(patch / "nowhere")
+
+
+def test_a_patch_in_memory_has_no_file_to_name(patch: Path, base: BaseModel) -> None:
+    loaded = Patch.load(patch).to(torch.float32)
+    with pytest.raises(EvaluationError, match="save the patch"):
+        evaluate(loaded, base=base)
+
+
+def test_a_lora_of_other_make_needs_to_be_told(patch: Path, base: BaseModel, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file(load_file(patch / WEIGHTS_NAME), other / WEIGHTS_NAME)
+    with pytest.raises(EvaluationError, match="does not say what base"):
+        evaluate(other)
+    with pytest.raises(EvaluationError, match="name a suite"):
+        evaluate(other, base=base)
+    clip = str(Patch.load(patch).metadata.parsed_recipe.clip)  # type: ignore[union-attr]
+    evidence = run(other, base, clip=clip, metrics=["neighbours"])
+    assert (evidence.concept, evidence.method) == ("Van Gogh", "unknown")
+
+
+def test_a_patch_for_another_base_does_not_fit(patch: Path, tiny_sd_v: Path) -> None:
+    with pytest.raises(IncompatiblePatchError):
+        run(patch, load_base(tiny_sd_v, device="cpu"))
+
+
+def test_a_fault_on_the_way_loses_no_picture(
+    patch: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise EvaluationError("this detector has a bad day")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("recare_patch.measure.meters.Shown.take", broken)
+        with pytest.raises(EvaluationError, match="bad day"):
+            run(patch, base, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").rglob("*.png"))) == 8
+    assert run(patch, base, cache=tmp_path / "cache").cost["pictures_from_cache"] == 8
+
+
+# ------------------------------------------------------------------------ detectors and attacks
+
+
+def test_another_detector_brings_its_own_options() -> None:
+    suite = load_suite("van-gogh-sd")
+    assert with_detector(suite, "clip:folder").detector_options == {
+        **suite.detector_options,
+        "clip": "folder",
+    }
+    style = with_detector(suite, "image-classifier:owner/styles", "vincent-van-gogh")
+    assert (style.detector, style.label) == ("image-classifier", "vincent-van-gogh")
+    assert style.detector_options == {"source": "owner/styles"}
+    renamed = with_detector(suite, "clip", "a swirling picture")
+    assert renamed.label in renamed.detector_options["labels"]
+
+
+def test_a_given_detector_judges(patch: Path, base: BaseModel, tiny_clip: Path) -> None:
+    class Always:
+        name = "always"
+
+        def labels(self) -> tuple[str, ...]:
+            return ()
+
+        def rate(self, images: list[Image.Image], label: str) -> list[bool]:
+            return [True] * len(images)
+
+    evidence = run(patch, base, detector=Always(), metrics=["concept-rate"])
+    assert {(one.detector, one.patched) for one in evidence.figures} == {("always", 1.0)}
+    other = run(patch, base, detector=f"clip:{tiny_clip}", label="stars", metrics=["concept-rate"])
+    assert other.suite["label"] == "stars"
+    # Of a folder only its name is told.
+    assert other.suite["detector_options"]["clip"] == tiny_clip.name
+    assert str(tiny_clip.parent) not in json.dumps(other.model_dump(mode="json"))
+
+
+def test_saved_attacks_on_this_patch_are_told_of(patch: Path, base: BaseModel, tmp_path: Path) -> None:
+    details = [
+        {"prompt": "a", "attacked": "b", "seed": k, "success": k == 0, "without": False} for k in range(4)
+    ]
+    result = AttackResult(
+        "p4d", 1, 4, (0.045587, 0.69936), 0, 100, 2.5, {"steps": 3}, details, prompts=["a"] * 4, base=1.0
+    )
+    about = {"patch_sha256": file_sha256(patch / WEIGHTS_NAME), "preset": "small", "detector": "clip"}
+    save_attack(result, tmp_path / "patch-attacks" / "p4d", about)
+    save_attack(result, tmp_path / "patch-attacks" / "stale", {**about, "patch_sha256": "0" * 64})
+    evidence = run(patch, base, metrics=["neighbours"])
+    (attack,) = evidence.attacks
+    assert (attack.attack, attack.preset, attack.rate, attack.base) == ("p4d", "small", 0.25, 1.0)
+    assert (patch / str(attack.folder) / "attack.json").is_file()
+    named = run(patch, base, metrics=["neighbours"], attacks=[tmp_path / "patch-attacks" / "p4d"])
+    assert len(named.attacks) == 1
+    with pytest.raises(EvidenceError, match="run against another patch"):
+        run(patch, base, metrics=["neighbours"], attacks=[tmp_path / "patch-attacks"])
+
+
+def test_checks_are_part_of_the_evidence(patch: Path, base: BaseModel) -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'scales'"):
+        run(patch, base, checks=["scale"])
+    evidence = run(patch, base, metrics=["neighbours"], checks=["scales"], check_pictures=2)
+    assert [one.name for one in evidence.checks] == ["scales"]
+    assert evidence.options["checks"] == ["scales"] and evidence.command.count("--check scales") == 1
+    assert (
+        run(patch, base, metrics=["neighbours"], checks=["scales"], check_pictures=2).checks
+        == evidence.checks
+    )
+
+
+def test_measuring_writes_nothing(patch: Path, base: BaseModel) -> None:
+    before = sorted(patch.iterdir())
+    found = measure(Patch.load(patch), base, Suite(**SUITE), metrics=["concept-rate"], pictures=2)
+    assert found is not None and len(found.evidence.figures) == 3
+    assert list(found.pictures) == [
+        f"Van Gogh: {name} prompts" for name in ("plain", "paraphrased", "implicit")
+    ]
+    # Two prompts took turns, and no place is left empty where each was drawn once.
+    plain = found.pictures["Van Gogh: plain prompts"]
+    assert [(one.label, len(one.before), len(one.after)) for one in plain] == [
+        ("a painting by van gogh", 1, 1),
+        ("van gogh", 1, 1),
+    ]
+    assert sorted(patch.iterdir()) == before and not Path(os.environ["XDG_CACHE_HOME"]).exists()
+
+
+# ------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_pictures_of_one(
+    patch: Path, base: BaseModel, tiny_sd: Path, tmp_path: Path
+) -> None:
+    one = run(patch, base, cache=tmp_path / "one", batch_size=2, out=tmp_path / "one-out")
+    (tmp_path / "suite.yaml").write_text(Suite(**SUITE).to_yaml())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Without accelerators, --multi_gpu is how accelerate starts several processes on the CPU.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", str(port), "-m", "recare_patch", "evaluate", "--patch", str(patch)]
+    launch += ["--base", str(tiny_sd), "--suite", str(tmp_path / "suite.yaml"), "--pictures", "4"]
+    launch += ["--cache", str(tmp_path / "two"), "--out", str(tmp_path / "two-out"), "--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *launch, "--device", "cpu"],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    two = Evidence.load(tmp_path / "two-out")
+    assert two.figures == one.figures and two.cost["processes"] == 2
+    pictures = [
+        {file.name: file.read_bytes() for file in (tmp_path / name).rglob("*.png")} for name in ("one", "two")
+    ]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 48
+    # One of them speaks.
+    assert done.stdout.count("Report:") == 1

@@ -1,0 +1,72 @@
+"""The memorization score: its arithmetic, and that what was recovered once is not recovered again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recare_patch.core.errors import EvaluationError
+from recare_patch.measure.memorization import Recovery, memorization_score, recover, text_feature
+from recare_patch.measure.pictures import PictureCache, Studio
+from recare_patch.models.embeds import PLACEHOLDER, BaseModel
+from recare_patch.models.loading import load_base
+from recare_patch.patch.patch import Patch
+from recare_patch.recipe.concept import Concept
+from tests.measure.making import make_patch
+
+CONCEPT = Concept(text="Van Gogh", kind="style")
+SMALL = Recovery(images=3, steps=2, batch_size=2, vectors=2, init_word="art")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_sd: Path) -> BaseModel:
+    return load_base(tiny_sd, device="cpu")
+
+
+def test_a_texts_feature_is_the_encoders_pooled_one(base: BaseModel) -> None:
+    pipeline = base.pipeline
+    for text in ("van gogh", "a painting of stars", "xq"):
+        ids = pipeline.tokenizer(
+            text, padding="max_length", max_length=pipeline.tokenizer.model_max_length, return_tensors="pt"
+        )
+        with torch.no_grad():
+            pooled = pipeline.text_encoder(ids.input_ids).pooler_output[0]
+        assert torch.allclose(text_feature(base, text), pooled / pooled.norm(), atol=1e-5)
+    with pytest.raises(EvaluationError, match="is longer than the 77 tokens"):
+        text_feature(base, "a " * 100)
+
+
+def test_the_names_own_tokens_score_one(base: BaseModel) -> None:
+    ids = base.token_ids(CONCEPT.text)
+    own = base.token_table()[torch.tensor(ids)]
+    assert memorization_score(base, CONCEPT, own) == pytest.approx(1.0, abs=1e-5)
+    other = memorization_score(base, CONCEPT, base.word_vector("car")[None])
+    assert -1 <= other < 0.999
+    assert text_feature(base, f"a {PLACEHOLDER} cat", own).shape == text_feature(base, "a cat").shape
+
+
+def test_a_token_is_recovered_once(base: BaseModel, tmp_path: Path) -> None:
+    patch = Patch.load(make_patch(base, tmp_path / "patch"))
+    cache = PictureCache(tmp_path / "cache")
+
+    def run(patches: list[tuple[Patch, float]], options: Recovery = SMALL) -> tuple[torch.Tensor, int]:
+        before = base.counter.total
+        found = recover(
+            Studio(base, cache=cache), CONCEPT, patches, options, first_seed=7, steps=1, guidance_scale=3.0
+        )
+        return found, base.counter.total - before
+
+    first, spent = run([(patch, 1.0)])
+    assert first.shape == (2, base.token_width) and spent > 0
+    again, nothing = run([(patch, 1.0)])
+    assert torch.equal(again, first) and nothing == 0
+    plain, less = run([])
+    assert not torch.equal(plain, first) and 0 < less < spent
+    # A damaged file counts as absent.
+    for file in cache.folder.rglob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    assert torch.equal(run([(patch, 1.0)])[0], first)
+    # Nothing of the patch stays in the base.
+    assert not hasattr(base.denoiser, "peft_config")

@@ -1,0 +1,259 @@
+"""Scores against computations from their formulas, and against what they must not depend on."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from recare_patch.careset.clip import Clip
+from recare_patch.core.errors import EvaluationError
+from recare_patch.measure.care_score import care_score
+from recare_patch.measure.intervals import wilson_interval
+from recare_patch.measure.meters import Care, Kept, Shown
+from recare_patch.measure.metrics import (
+    FeatureDistance,
+    Mean,
+    Rate,
+    clip_scores,
+    perceptual_change,
+)
+from recare_patch.measure.suites import Suite
+from tests.measure.making import SUITE
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def units(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, width, generator=generator(seed)), dim=-1)
+
+
+def noise(count: int, seed: int = 0) -> list[Image.Image]:
+    draws = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in draws]
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_clip: Path) -> Clip:
+    return Clip.load(str(tiny_clip))
+
+
+# ------------------------------------------------------------------------ sums that stay
+
+
+def test_a_rate_counts_parts() -> None:
+    rate = Rate()
+    for hit, part in ((True, "a"), (False, "b"), (True, "a"), (False, "a")):
+        rate.add(hit, part)
+    assert (rate.value, rate.by) == (0.5, {"a": (2, 3), "b": (0, 1)})
+    assert rate.interval == wilson_interval(2, 4)
+    with pytest.raises(EvaluationError, match="a rate needs pictures"):
+        _ = Rate().value
+
+
+def test_a_mean_is_that_of_all_values_at_once() -> None:
+    values = torch.randn(1000, generator=generator(), dtype=torch.float64) * 3 + 1e6
+    mean = Mean()
+    for part in values.split(7):
+        mean.add(part)
+    assert mean.value == pytest.approx(values.mean().item(), rel=1e-12)
+    half = 1.959964 * values.std().item() / math.sqrt(1000)
+    assert mean.interval == pytest.approx((mean.value - half, mean.value + half), rel=1e-9)
+    one = Mean()
+    one.add([2.0])
+    assert one.value == 2.0 and one.interval is None
+
+
+# ------------------------------------------------------------------------ agreement and change
+
+
+def test_prompt_agreement_is_a_cosine_not_below_zero() -> None:
+    images, texts = units(50, 8, 1), units(50, 8, 2)
+    found = clip_scores(images, texts)
+    for row in range(50):
+        assert found[row].item() == pytest.approx(max(0.0, float(images[row] @ texts[row])), abs=1e-6)
+    assert (found == 0).any() and (found > 0).any()
+
+
+def test_perceptual_change_is_its_formula() -> None:
+    before = [torch.randn(3, 4, 5, generator=generator(1)), torch.randn(3, 2, 6, generator=generator(2))]
+    after = [torch.randn(3, 4, 5, generator=generator(3)), torch.randn(3, 2, 6, generator=generator(4))]
+    found = perceptual_change(before, after)
+    for row in range(3):
+        layers = []
+        for a, b in zip(before, after, strict=True):
+            positions = []
+            for x, y in zip(a[row].tolist(), b[row].tolist(), strict=True):
+                x_length, y_length = math.hypot(*x), math.hypot(*y)
+                positions.append(sum((p / x_length - q / y_length) ** 2 for p, q in zip(x, y, strict=True)))
+            layers.append(sum(positions) / len(positions))
+        assert found[row].item() == pytest.approx(sum(layers) / len(layers), rel=1e-5)
+    assert perceptual_change(before, before).abs().max() < 1e-12
+    assert perceptual_change([before[0]], [-before[0]]).tolist() == pytest.approx([4.0] * 3)
+    with pytest.raises(EvaluationError, match="2 layers cannot be compared with 1"):
+        perceptual_change(before, after[:1])
+
+
+def test_layers_are_those_of_the_vision_tower(clip: Clip) -> None:
+    images = noise(3)
+    features, layers = clip.image_layers(images)
+    assert torch.allclose(features, clip.image_features(images), atol=1e-6)
+    # 32 pixels in patches of 8, without the class token; two layers 32 wide.
+    assert [tuple(layer.shape) for layer in layers] == [(3, 16, 32)] * 2
+
+
+# ------------------------------------------------------------------------ distances
+
+
+@pytest.mark.parametrize("name", ["KID", "FID"])
+def test_a_distance_grows_with_the_difference(name: str) -> None:
+    before, other = units(200, 16, 1), units(200, 16, 2)
+    shifted = F.normalize(other + 0.3, dim=-1)
+    far = F.normalize(other + 1.0, dim=-1)
+    found = []
+    for after in (other, shifted, far):
+        distance = FeatureDistance(name, 16, 200)
+        for start in range(0, 200, 32):
+            distance.add(before[start : start + 32], after[start : start + 32])
+        base, patched = distance.result()
+        found.append(patched[0])
+        assert (patched[1] is None) == (name == "FID")
+    assert found[0] < found[1] < found[2]
+    # What chance alone makes of the same distribution is what the base is to itself.
+    assert abs(found[0] - base[0]) < 0.2 * found[1]
+
+
+@pytest.mark.parametrize("name", ["KID", "FID"])
+def test_equal_seeds_do_not_make_a_distance_small(name: str) -> None:
+    before = units(120, 8, 1)
+    same = FeatureDistance(name, 8, 120)
+    same.add(before, before)
+    base, patched = same.result()
+    # The very same pictures are as far from the base as the base from itself.
+    assert patched[0] == pytest.approx(base[0], rel=1e-3, abs=2e-2)
+
+
+def test_a_distance_leaves_the_global_generator_alone_and_repeats() -> None:
+    def run() -> tuple[object, object]:
+        distance = FeatureDistance("KID", 8, 40)
+        distance.add(units(40, 8, 1), units(40, 8, 2))
+        return distance.result()
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = run()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert run() == first
+
+
+def test_kid_is_the_unbiased_estimate_of_its_kernel() -> None:
+    before, after = units(40, 8, 1), F.normalize(units(40, 8, 2) + 0.5, dim=-1)
+    distance = FeatureDistance("KID", 8, 40)
+    distance.add(before, after)
+    first = distance._first_half
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return ((a @ b.T) + 1) ** 3
+
+    def whole(real: torch.Tensor, other: torch.Tensor) -> float:
+        n = len(real)
+        inside = [(kernel(x, x).sum() - kernel(x, x).trace()) / (n * (n - 1)) for x in (real, other)]
+        return float(inside[0] + inside[1] - 2 * kernel(real, other).mean())
+
+    wanted = (whole(before[first], after[~first]) + whole(before[~first], after[first])) / 2
+    found, interval = distance.result()[1]
+    assert interval is not None and interval[0] < wanted < interval[1]
+    # A hundred subsets come near the estimate on all pictures.
+    assert found == pytest.approx(wanted, rel=0.15)
+
+
+def test_a_distance_needs_pictures_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EvaluationError, match="KID needs at least 4 pictures, got 3"):
+        FeatureDistance("KID", 8, 3)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    with pytest.raises(EvaluationError, match=r'FID needs .* pip install "recare-patch\[eval\]"'):
+        FeatureDistance("FID", 8, 10)
+
+
+# ------------------------------------------------------------------------ meters
+
+
+def test_the_care_meter_gives_the_care_score(clip: Clip) -> None:
+    suite = Suite(**SUITE)
+    drawing = suite.care_drawing(0, 10)
+    before, after = noise(10, 1), noise(10, 2)
+    meter = Care(drawing, "stars", suite.labels, clip)
+    for rows in (range(0, 4), range(4, 10)):
+        meter.take(list(rows), [before[row] for row in rows], [after[row] for row in rows])
+    (figure,) = meter.figures()
+    assert figure.base == pytest.approx(care_score(before, "stars", suite.labels, clip))
+    assert figure.patched == pytest.approx(care_score(after, "stars", suite.labels, clip))
+    assert (figure.name, figure.group, figure.pictures) == ("CARE score, stars", "care", 10)
+    assert sum(part.pictures for part in figure.by) == 10
+    assert "/" not in (figure.detector or "")
+
+
+class Bright:
+    """Shows a label wherever the first pixel is bright; "monet" wherever it is dark."""
+
+    name = "bright"
+
+    def labels(self) -> tuple[str, ...]:
+        return ("van gogh", "monet", "picasso")
+
+    def rate(self, images: list[Image.Image], label: str) -> list[bool]:
+        return [(np.asarray(one)[0, 0, 0] > 127) != (label == "monet") for one in images]
+
+
+def test_a_detector_is_asked_for_each_label() -> None:
+    suite = Suite(**SUITE)
+    drawing = suite.drawing("neighbours", 4)
+    meter = Shown(
+        drawing, Bright(), "neighbours", "kept", metric="neighbour shown", better="higher", by_label=True
+    )
+    dark, bright = Image.new("RGB", (2, 2), "black"), Image.new("RGB", (2, 2), "white")
+    meter.take([0, 1, 2, 3], [dark, bright, dark, dark], [bright] * 4)
+    (figure,) = meter.figures()
+    assert [(part.label, part.base, part.patched) for part in figure.by] == [
+        ("monet", 1.0, 0.0),
+        ("picasso", 0.5, 1.0),
+    ]
+    assert (figure.base, figure.patched, figure.base_interval) == (
+        0.75,
+        0.5,
+        pytest.approx(wilson_interval(3, 4), abs=1e-6),
+    )
+
+
+def test_prompts_that_the_base_does_not_follow_say_little() -> None:
+    drawing = Suite(**SUITE).drawing("implicit", 2)
+    meter = Shown(drawing, Bright(), "c", "erased", metric="concept rate", better="lower")
+    meter.take([0, 1], [Image.new("RGB", (2, 2))] * 2, [Image.new("RGB", (2, 2))] * 2)
+    assert "say little" in meter.figures()[0].note
+
+
+def test_retained_pictures_give_four_figures(clip: Clip) -> None:
+    drawing = Suite(**SUITE).drawing("retained", 8)
+    before = noise(8, 1)
+    meter = Kept(drawing, clip, ("clip-score", "kid", "fid", "perceptual-change", "care-score"))
+    assert len(meter.names) == 4
+    meter.take(list(range(8)), before, before)
+    figures = {figure.metric: figure for figure in meter.figures()}
+    assert tuple(one.name for one in figures.values()) == meter.names
+    assert set(figures) == {"CLIP score", "KID", "FID", "perceptual change"}
+    assert figures["perceptual change"].patched == 0 and figures["perceptual change"].base is None
+    assert figures["CLIP score"].base == figures["CLIP score"].patched
+    assert {one.pictures for one in figures.values()} == {8}
+    # Two halves of two pictures each are the least that has a distance.
+    assert Kept(Suite(**SUITE).drawing("retained", 3), clip, ("kid", "clip-score")).names == (
+        "CLIP score, retained prompts",
+    )

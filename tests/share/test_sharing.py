@@ -1,0 +1,777 @@
+"""Patches on the Hub, through huggingface_hub's own client against a stand-in of the Hub on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from recare_patch import share as sharing
+from recare_patch.cli import cli, common
+from recare_patch.combine import stacking as composing
+from recare_patch.core.errors import HubError, PatchError
+from recare_patch.core.files import file_sha256, write_json
+from recare_patch.measure.card import EVIDENCE_START, model_index, with_evidence
+from recare_patch.measure.evidence import Evidence
+from recare_patch.patch.card import PLACE, card_text
+from recare_patch.patch.markdown import split_card
+from recare_patch.patch.patch import Patch
+from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe
+from tests.measure.test_evidence import make_evidence
+from tests.patch.test_patch import trained
+from tests.share.hub_stand_in import READ_TOKEN, TOKEN, HubStandIn, Repo
+
+KOHYA = "erase-van-gogh.safetensors"
+REPO = "me/erase-van-gogh"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
+    """A stand-in of the Hub that huggingface_hub takes for the Hub, logged in to as "me"."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    # As on the command line, which says so before the client is imported.
+    disable_progress_bars()
+    with HubStandIn().running() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        template = f"{found.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        yield found
+    enable_progress_bars()
+
+
+def write_patch(folder: Path, patch: Patch, evidence: Evidence | None = None) -> Path:
+    """The files of a patch as a run and its evaluation leave them."""
+    weights = patch.save(folder)
+    about = patch.metadata
+    assert about is not None and about.recipe is not None
+    training = {"patch_sha256": file_sha256(weights), "seconds": 1.5, "denoiser_evaluations": 12}
+    write_json(folder / "training.json", training)
+    (folder / "recipe.yaml").write_text(about.recipe)
+    if about.care_set is not None:
+        (folder / "care_set.json").write_text(about.care_set)
+    Image.new("RGB", (32, 16), "navy").save(folder / "preview.png")
+    card = card_text(about, training)
+    if evidence is not None:
+        evidence = evidence.model_copy(
+            update={
+                "patch_sha256": file_sha256(weights),
+                "base": about.base,
+                "base_denoiser_sha256": about.base_denoiser_sha256,
+                "concept": about.concept,
+                "kind": about.kind,
+                "method": about.method,
+            }
+        )
+        evidence.save(folder)
+        card = with_evidence(card, evidence)
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def patch(tiny_sd: Path) -> Patch:
+    return trained(tiny_sd)[1]
+
+
+@pytest.fixture
+def folder(patch: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A patch with evidence, in the folder where commands run."""
+    monkeypatch.chdir(tmp_path)
+    return write_patch(tmp_path / "van-gogh-patch", patch, make_evidence())
+
+
+@pytest.fixture(scope="module")
+def shelf() -> dict[str, bytes]:
+    """What a push of the patch sends, once it was sent."""
+    return {}
+
+
+@pytest.fixture
+def there(hub: HubStandIn, folder: Path, shelf: dict[str, bytes]) -> Repo:
+    """The patch on the Hub, pushed once for all tests that only fetch it."""
+    if not shelf:
+        sharing.push(folder)
+        shelf.update(hub.repos[REPO].commits[-1][1])
+        hub.seen.clear()
+    else:
+        hub.repos[REPO] = Repo(private=True)
+        hub.repos[REPO].commit(shelf)
+    return hub.repos[REPO]
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(word) for word in words])
+
+
+def sound(*words: str | Path) -> Result:
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*words: str | Path) -> str:
+    """The one sentence that a command ends with."""
+    result = run(*words)
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.stderr
+    assert TOKEN not in result.output
+    return lines[0]
+
+
+def as_another(patch: Patch, concept: str, kind: str) -> Patch:
+    """The same tensors, said to erase something else."""
+    assert patch.metadata is not None
+    recipe = Recipe(concept={"text": concept, "kind": kind})  # type: ignore[arg-type]
+    changes = {"concept": concept, "kind": kind, "recipe": recipe.to_yaml()}
+    return Patch(patch.tensors, patch.metadata.model_copy(update=changes))
+
+
+# ---------------------------------------------------------------------- there and back
+
+
+def test_push_pull_and_load(hub: HubStandIn, folder: Path, patch: Patch, tiny_sd: Path) -> None:
+    sent = sound("push", folder)
+    repo = hub.repos[REPO]
+    assert repo.private
+    commit, files = repo.commits[-1]
+    assert f"(private, commit {commit})" in sent.stdout
+    assert set(files) - {".gitattributes"} == {
+        WEIGHTS_NAME, KOHYA, "README.md", "recipe.yaml", "care_set.json", "evidence.json", "training.json",
+        "preview.png",
+    }  # fmt: skip
+    front, body = split_card(files["README.md"].decode())
+    assert front["model-index"] == [model_index(Evidence.load(folder))]
+    assert {"recare-patch", "concept:van-gogh"} <= set(front["tags"])
+    assert f'pipe.load_lora_weights("{REPO}"' in body
+    assert f"--patch hub:{REPO} " in body
+    assert PLACE not in body
+    # The folder stays as it was.
+    assert PLACE in (folder / "README.md").read_text()
+    assert not (folder / KOHYA).exists()
+
+    got = sound("pull", REPO, "--out", "fetched", "--base", tiny_sd)
+    assert "the very weights" in got.stdout
+    place = Path("fetched")
+    for name, data in files.items():
+        assert name == ".gitattributes" or (place / name).read_bytes() == data
+    record = json.loads((place / sharing.RECORD_NAME).read_text())
+    assert (record["repo"], record["commit"], record["revision"]) == (REPO, commit, "main")
+    assert record["files"][WEIGHTS_NAME]["sha256"] == file_sha256(folder / WEIGHTS_NAME)
+    # A page is never taken from others: this one was made here.
+    assert "Content-Security-Policy" in (place / "report.html").read_text()
+    assert sorted(one.name for one in Path().iterdir() if one.name.startswith(".")) == []
+
+    loaded = Patch.load(place)
+    assert all(torch.equal(loaded.tensors[key], patch.tensors[key]) for key in patch.tensors)
+    for source, name in ((place, WEIGHTS_NAME), (place, KOHYA), (REPO, WEIGHTS_NAME)):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_sd)
+        pipe.load_lora_weights(str(source), weight_name=name, adapter_name="erased")
+        assert pipe.get_active_adapters() == ["erased"]
+
+
+def test_what_is_there_already_is_neither_sent_nor_fetched_again(hub: HubStandIn, folder: Path) -> None:
+    sound("push", folder)
+    sound("pull", REPO)
+    before = len(hub.requests("POST", "/commit/")), len(hub.requests("GET", "/resolve/"))
+    again = sound("push", folder)
+    assert "Sent:" not in again.stdout
+    assert f"There already: {WEIGHTS_NAME}" in again.stdout
+    assert "here already and unchanged" in sound("pull", REPO).stdout
+    assert (len(hub.requests("POST", "/commit/")), len(hub.requests("GET", "/resolve/"))) == before
+    # A patch that changed is a new commit, and a file that it no longer has goes.
+    (folder / "evidence.json").unlink()
+    fresh = sound("push", folder, "--new-card")
+    assert "Sent: README.md\n" in fresh.stdout
+    assert "Removed: evidence.json\n" in fresh.stdout
+    assert "evidence.json" not in hub.repos[REPO].commits[-1][1]
+    # The folder here is of the old commit: it is left alone, and by its commit it is still there.
+    assert "holds other files" in refused("pull", REPO)
+    old = hub.repos[REPO].commits[1][0]
+    assert "here already" in sound("pull", f"{REPO}@{old}", "--out", "erase-van-gogh").stdout
+
+
+def test_a_stack_goes_there_and_back(hub: HubStandIn, folder: Path, patch: Patch, tmp_path: Path) -> None:
+    other = write_patch(tmp_path / "tench-patch", as_another(patch, "tench", "object"))
+    made = composing.stack([(Patch.load(folder), 1.0), (Patch.load(other), 0.5)])
+    composing.save_stack(made, tmp_path / "both")
+    weights = file_sha256(tmp_path / "both" / WEIGHTS_NAME)
+    about = made.metadata
+    assert about is not None
+    evidence = make_evidence(
+        patch_sha256=weights, base=about.base, base_denoiser_sha256=about.base_denoiser_sha256, method="stack"
+    )
+    (tmp_path / "both" / "van-gogh").mkdir()
+    evidence.save(tmp_path / "both" / "van-gogh")
+    sound("push", "both", "me/both")
+    front = hub.repos["me/both"].front
+    assert {"concept:van-gogh", "concept:tench", "stack"} <= set(front["tags"])
+    sound("pull", "me/both", "--out", "again")
+    assert (tmp_path / "again" / "stack.yaml").read_bytes() == (tmp_path / "both" / "stack.yaml").read_bytes()
+    assert (tmp_path / "again" / "van-gogh" / "report.html").is_file()
+    assert Evidence.load(tmp_path / "again" / "van-gogh") == evidence
+    found = Patch.load(tmp_path / "again").metadata
+    assert found is not None and found.parts is not None
+    assert [part.scale for part in found.parts] == [1.0, 0.5]
+
+
+def test_commands_take_a_patch_on_the_hub(hub: HubStandIn, folder: Path, there: Repo) -> None:
+    assert common.HUB_PREFIX == sharing.PREFIX
+    commit = hub.repos[REPO].commits[-1][0]
+    place, scale = common.parse_patch(common.short_patch(f"hub:{REPO}:0.5"))
+    assert (place.name, scale) == (commit, 0.5)
+    assert file_sha256(place / WEIGHTS_NAME) == file_sha256(folder / WEIGHTS_NAME)
+    # By its commit it is known for good: nobody is asked.
+    hub.seen.clear()
+    assert common.parse_patch(f"hub:{REPO}@{commit}") == (place, 1.0)
+    assert hub.seen == []
+    # A copy that was altered is no use: it is fetched anew.
+    (place / "recipe.yaml").write_text("altered")
+    assert common.parse_patch(f"hub:{REPO}@{commit}") == (place, 1.0)
+    assert (place / "recipe.yaml").read_text() != "altered"
+    with pytest.raises(PatchError, match="must be a number"):
+        common.parse_patch(f"hub:{REPO}:strong")
+    assert "there is no repo me/nothing" in refused("stack", "hub:me/nothing", "--out", "s")
+
+
+# ---------------------------------------------------------------------- what is sent
+
+
+def test_a_dry_run_shows_all_and_asks_nobody(
+    hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    (folder / "target_images").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    told = sound("push", folder, "--dry-run").stdout
+    assert "Would send to OWNER/erase-van-gogh (private):" in told
+    for name in (WEIGHTS_NAME, KOHYA, "README.md", "evidence.json"):
+        assert f"  {name} " in told
+    size = (folder / WEIGHTS_NAME).stat().st_size
+    assert f"{WEIGHTS_NAME:<40}{size:>12,} bytes" in told
+    assert "Left out: notes.txt, target_images\n" in told
+    front = yaml.safe_load(told.split("Front matter of the card:\n")[1])
+    assert front["pipeline_tag"] == "text-to-image"
+    assert hub.seen == []
+
+
+def _finished(hub: HubStandIn, folder: Path) -> None:
+    """A push after one that ended between two of its files: it sends the rest, and no file twice."""
+    # A repo without a patch, and one file that no commit names yet.
+    assert set(hub.repos[REPO].commits[-1][1]) == {".gitattributes"}
+    assert len(hub.blobs) == 1
+    there = set(hub.blobs)
+    hub.fault = lambda method, path: None
+    hub.seen.clear()
+    sound("push", folder)
+    put = {one.path.rsplit("/", 1)[-1] for one in hub.requests("PUT")}
+    assert put and not put & there
+    assert not hub.requests("POST", "/repos/create")
+    assert WEIGHTS_NAME in hub.repos[REPO].commits[-1][1]
+    sound("pull", REPO)
+
+
+def test_an_upload_that_broke_off_is_finished_by_the_next_call(hub: HubStandIn, folder: Path) -> None:
+    hub.fault = lambda method, path: (
+        (403, "no") if method == "PUT" and len(hub.requests("PUT")) == 2 else None
+    )
+    assert "no right" in refused("push", folder)
+    _finished(hub, folder)
+
+
+@pytest.mark.slow
+def test_a_killed_upload_is_finished_by_the_next_call(hub: HubStandIn, folder: Path) -> None:
+    def fault(method: str, path: str) -> None:
+        if method == "PUT" and len(hub.requests("PUT")) == 2:
+            hub.hang()
+
+    hub.fault = fault
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "recare_patch", "push", str(folder)],
+        env={**os.environ, **settings, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert hub.hanging.wait(120)
+    killed.kill()
+    killed.wait()
+    _finished(hub, folder)
+
+
+def test_what_is_checked_is_what_is_sent(hub: HubStandIn, folder: Path) -> None:
+    data = (folder / WEIGHTS_NAME).read_bytes()
+
+    class Meddler:
+        def update(self, stage: str, done: int, total: int, note: str = "") -> None:
+            (folder / WEIGHTS_NAME).write_bytes(b"something else")
+
+    sharing.push(folder, progress=Meddler())
+    assert hub.repos[REPO].commits[-1][1][WEIGHTS_NAME] == data
+
+
+def test_a_patch_that_does_not_hold_is_not_sent(hub: HubStandIn, folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("concept: something else\n")
+    told = refused("push", folder)
+    assert "van-gogh-patch does not hold, so nothing is sent: records: recipe.yaml" in told
+    assert "no patch" in refused("push", folder.parent / "hf-cache")
+    assert "is a file" in refused("push", folder / WEIGHTS_NAME)
+    (folder / WEIGHTS_NAME).write_bytes(b"\x80\x04pickle")
+    assert f"{folder.name}/{WEIGHTS_NAME} is a pickle" in refused("push", folder)
+    assert hub.seen == []
+
+
+def test_the_card_is_kept_and_its_header_filled_up(
+    hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = folder / "README.md"
+    card.write_text("---\nlicense: mit\ntags:\n- mine\nmy_key: 1\n---\n\n# My words\n")
+    sound("push", folder, "me/kept")
+    front, body = split_card(hub.repos["me/kept"].commits[-1][1]["README.md"].decode())
+    assert "# My words" in body
+    assert EVIDENCE_START in body
+    assert (front["license"], front["my_key"], front["library_name"]) == ("mit", 1, "diffusers")
+    assert front["tags"][0] == "mine"
+    assert "recare-patch" in front["tags"]
+    sound("push", folder, "me/kept", "--new-card", "--license", "openrail")
+    front, body = split_card(hub.repos["me/kept"].commits[-1][1]["README.md"].decode())
+    assert "# Van Gogh, erased from" in body
+    assert front["license"] == "openrail"
+    assert "license_name" not in front
+    assert "is no licence" in refused("push", folder, "me/kept", "--license", "Apache 2.0!")
+    # The Hub reads the card before it makes a repo: none is left behind.
+    told = refused("push", folder, "me/bad", "--license", "no-such-license")
+    assert "must be one of a long list" in told
+    assert "me/bad" not in hub.repos
+    # Nobody knows the licence of a folder, and a path tells where its owner lives.
+    monkeypatch.setenv("HOME", str(folder.parent))
+    card.unlink()
+    told = sound("push", folder, "me/kept").stderr
+    assert "name it with --license" in told
+    assert "your home folder is named in" not in told
+    card.write_text(f"my pictures are in {folder.parent}/pictures")
+    assert "your home folder is named in README.md" in sound("push", folder, "me/kept").stderr
+
+
+def test_unsafe_pictures_stay_blurred(hub: HubStandIn, patch: Patch, tmp_path: Path) -> None:
+    evidence = make_evidence(kind="nsfw", concept="nudity")
+    folder = write_patch(tmp_path / "nudity-patch", as_another(patch, "nudity", "nsfw"), evidence)
+    (folder / "report.html").write_text("<img src='sharp'>")
+    sharing.push(folder)
+    files = hub.repos["me/erase-nudity"].commits[-1][1]
+    assert b"sharp'" not in files["report.html"]
+    assert "not-for-all-audiences" in hub.repos["me/erase-nudity"].front["tags"]
+    assert "widget" not in hub.repos["me/erase-nudity"].front
+
+
+# ---------------------------------------------------------------------- names and rights
+
+
+def test_a_name_that_is_taken(hub: HubStandIn, folder: Path, patch: Patch, tmp_path: Path) -> None:
+    hub.repos[REPO] = Repo(private=True)
+    hub.repos[REPO].commit({"README.md": b"---\ntags:\n- something\n---\n", "model.bin": b"x"})
+    told = refused("push", folder)
+    assert "taken by something that is no patch" in told
+    assert len(hub.repos[REPO].commits) == 1
+    sound("push", folder, "--overwrite")
+    # What is not a patch's stays, and from now on the repo is this patch's.
+    assert hub.repos[REPO].commits[-1][1]["model.bin"] == b"x"
+    other = write_patch(tmp_path / "other", as_another(patch, "tench", "object"))
+    told = refused("push", other, REPO)
+    assert "taken by another patch (concept:van-gogh, tiny-sd)" in told
+    hub.repos[REPO].private = False
+    assert "can be seen by everybody" in refused("push", folder)
+    sound("push", folder, "--public")
+    assert not sharing.push(folder, "me/open", public=True).private
+    sharing.push(folder, "me/shut")
+    again = sharing.push(folder, "me/shut", public=True)
+    assert again.private
+    assert any("was private already and stays so" in note for note in again.notes)
+
+
+def test_logins_and_rights(
+    hub: HubStandIn,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    assert "no right to do that with you/there" in refused("push", folder, "you/there")
+    hub.repos["you/open"] = Repo(private=False)
+    hub.repos["you/open"].commit({".gitattributes": b""})
+    assert "no right" in refused("push", folder, "you/open", "--public")
+    hub.repos["you/shut"] = Repo(private=True)
+    hub.repos["you/shut"].commit({})
+    assert "there is no repo you/shut" in refused("pull", "you/shut")
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    told = refused("push", folder)
+    assert "the token of reader may only read" in told
+    monkeypatch.setenv("HF_TOKEN", "hf_ATokenThatNobodyKnows")
+    assert "does not accept this login" in refused("push", folder)
+    # A server that says the token aloud.
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.fault = lambda method, path: (403, f"the token {TOKEN} may not do this")
+    assert "the token hf_… may not do this" in refused("push", folder)
+    monkeypatch.delenv("HF_TOKEN")
+    hub.fault = lambda method, path: None
+    assert "you are not logged in" in refused("push", folder)
+    shown = [record.getMessage() for record in caplog.records]
+    assert len(shown) > 10
+    for token in (TOKEN, READ_TOKEN, "hf_ATokenThatNobodyKnows"):
+        assert not [line for line in shown if token in line]
+
+
+@pytest.mark.parametrize(
+    "repo", ["", "me/a/b", "me/a--b", "../x", "me/..", "me/a b", "a/\x1b[31m", "x" * 120]
+)
+def test_names_that_no_repo_has(hub: HubStandIn, folder: Path, repo: str) -> None:
+    assert "is no repo of the Hub" in refused("pull", repo)
+    assert "\x1b" not in refused("push", folder, repo or "/")
+    assert not hub.repos
+
+
+def test_no_connection(folder: Path, hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+    def waits(seconds: float) -> None:
+        raise AssertionError("the client tries again, for half a minute, what cannot be reached")
+
+    monkeypatch.setattr("time.sleep", waits)
+    for words in (("push", folder), ("pull", REPO), ("search",)):
+        assert "cannot reach the Hub at http://127.0.0.1:9" in refused(*words)
+    assert not Path("erase-van-gogh").exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refused("pull", REPO)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((500, "on fire"), "out of order (status 500 (on fire))"),
+        ((429, "too many"), "asks for a pause"),
+        ((418, "a teapot"), "status 418"),
+    ],
+)
+def test_a_server_in_trouble(
+    hub: HubStandIn, folder: Path, answer: tuple[int, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.fault = lambda method, path: answer
+    assert words in refused("pull", REPO)
+
+
+def test_a_repo_that_was_changed_meanwhile(hub: HubStandIn, folder: Path, there: Repo) -> None:
+
+    def fault(method: str, path: str) -> None:
+        files = there.commits[-1][1]
+        if "/preupload/" in path and "mine.txt" not in files:
+            there.commit({**files, "mine.txt": b"x"})
+
+    hub.fault = fault
+    (folder / "recipe.yaml").unlink()
+    (folder / "evidence.json").unlink()
+    assert "was changed by somebody else" in refused("push", folder, "--new-card")
+    assert "mine.txt" in hub.repos[REPO].commits[-1][1]
+    sound("push", folder, "--new-card")
+    assert "mine.txt" in hub.repos[REPO].commits[-1][1]
+
+
+# ---------------------------------------------------------------------- what is fetched
+
+
+def _altered(hub: HubStandIn, change: Callable[[dict[str, bytes]], None]) -> None:
+    """Commit the patch's files with a change, as its owner could."""
+    files = dict(hub.repos[REPO].commits[-1][1])
+    change(files)
+    hub.repos[REPO].commit(files)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../out.txt", "a/../../out.txt", "/etc/out", "C:\\out", "a\\..\\..\\out", "a//b", "./x", "x\x1b[2Jy"],
+)
+def test_names_that_lead_out_of_the_folder(hub: HubStandIn, folder: Path, there: Repo, name: str) -> None:
+    hub.repos[REPO].listed = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40}]
+    told = refused("pull", REPO, "--out", "got")
+    assert "leads out of its folder" in told
+    assert "\x1b" not in told
+    assert {one.name for one in folder.parent.iterdir()} <= {"hf-cache", "van-gogh-patch"}
+    assert not hub.requests("GET", "/resolve/")
+
+
+def test_only_files_of_a_patch_are_taken(hub: HubStandIn, there: Repo) -> None:
+    more = {
+        "model.bin": b"\x80\x04", "run.py": b"import os", "other.safetensors": b"x", "hub.json": b"{}",
+        "report.html": b"<script>", "van-gogh/evidence.json": b"{}", "sub/README.md": b"x",
+    }  # fmt: skip
+    _altered(hub, lambda files: files.update(more))
+    got = sharing.pull(REPO, "got")
+    assert set(got.left) == set(more)
+    asked = {one.path.rsplit("/", 1)[-1] for one in hub.requests("GET", "/resolve/")}
+    assert not asked & {"model.bin", "run.py", "other.safetensors", "report.html", "hub.json"}
+    assert "<script>" not in Path("got/report.html").read_text()
+    assert {one.name for one in got.files} <= {one.name for one in Path("got").iterdir()}
+    assert not any(one.is_symlink() for one in Path("got").rglob("*"))
+
+
+def _huge_header(files: dict[str, bytes]) -> None:
+    files[WEIGHTS_NAME] = struct.pack("<Q", 10**12) + files[WEIGHTS_NAME][8:]
+
+
+def _no_json(files: dict[str, bytes]) -> None:
+    files[WEIGHTS_NAME] = struct.pack("<Q", 8) + b"[[[[[[[[" + files[WEIGHTS_NAME][8:]
+
+
+def _cut(files: dict[str, bytes]) -> None:
+    files[WEIGHTS_NAME] = files[WEIGHTS_NAME][:-10]
+
+
+def _other_value(files: dict[str, bytes]) -> None:
+    data = bytearray(files[WEIGHTS_NAME])
+    data[-2] ^= 1
+    files[WEIGHTS_NAME] = bytes(data)
+
+
+def _other_kohya(files: dict[str, bytes]) -> None:
+    data = bytearray(files[KOHYA])
+    data[-2] ^= 1
+    files[KOHYA] = bytes(data)
+
+
+def _no_patch(files: dict[str, bytes]) -> None:
+    del files[WEIGHTS_NAME]
+    files["pytorch_lora_weights.bin"] = b"\x80\x04"
+
+
+def _boast(files: dict[str, bytes]) -> None:
+    card = files["README.md"].decode()
+    files["README.md"] = card.replace("value: 0.02", "value: 0.0").encode()
+
+
+def _link(files: dict[str, bytes]) -> None:
+    # A link in git is a file whose content is its target; the Hub serves that text.
+    files["preview.png"] = b"../../../../etc/passwd"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_huge_header, "is not a safetensors file"),
+        (_no_json, "is not a safetensors file"),
+        (_cut, "damaged"),
+        (_other_value, "hash: the weights have SHA-256"),
+        (_other_kohya, "kohya file"),
+        (_no_patch, "its pickle pytorch_lora_weights.bin is never opened"),
+        (_boast, "claims 0.0 for 'concept, plain prompts'"),
+        (_link, "no PNG picture"),
+        (lambda files: files.update({"recipe.yaml": b"a: [\n"}), "recipe.yaml is not the recipe"),
+        (lambda files: files.update({"evidence.json": b"{" * 10_000}), "not readable as JSON"),
+        (lambda files: files.update({"training.json": b"[]"}), "not readable as JSON"),
+        (lambda files: files.update({"README.md": b"\xff\xfe"}), "UTF-8"),
+    ],
+)
+def test_a_patch_that_does_not_hold_is_not_kept(
+    hub: HubStandIn, there: Repo, change: Callable[[dict[str, bytes]], None], words: str
+) -> None:
+    _altered(hub, change)
+    told = refused("pull", REPO, "--out", "got")
+    assert words in told
+    assert ".pull" not in told
+    assert not Path("got").exists()
+    assert not Path(".got.pull").exists()
+
+
+def test_files_that_are_not_what_was_listed(hub: HubStandIn, there: Repo) -> None:
+    size = len(hub.repos[REPO].commits[-1][1][WEIGHTS_NAME])
+    for name, data in ((WEIGHTS_NAME, b"x" * size), ("recipe.yaml", b"concept: x\n")):
+        hub.repos[REPO].served = {name: data}
+        assert f"what came as {name} is not what {REPO} lists" in refused("pull", REPO, "--out", "got")
+        assert not Path("got").exists()
+    hub.repos[REPO].served = {}
+    hub.repos[REPO].listed = [{"type": "file", "path": WEIGHTS_NAME, "size": 10**13, "oid": "0" * 40}]
+    assert "bytes, and at most" in refused("pull", REPO, "--out", "got")
+    hub.repos[REPO].listed = [{"type": "file", "path": "x"}]
+    assert "cannot be read (KeyError" in refused("pull", REPO, "--out", "got")
+    hub.repos[REPO].listed = []
+    sound("pull", REPO, "--out", "got")
+
+
+def test_an_interrupted_fetch_goes_on(hub: HubStandIn, there: Repo) -> None:
+    hub.fault = lambda method, path: (403, "no more") if path.endswith("evidence.json") else None
+    assert "no right" in refused("pull", REPO)
+    assert not Path("erase-van-gogh").exists()
+    fetched = {one.path for one in hub.requests("GET", "/resolve/")}
+    hub.fault = lambda method, path: None
+    hub.seen.clear()
+    sound("pull", REPO)
+    again = {one.path for one in hub.requests("GET", "/resolve/")}
+    assert fetched and again
+    assert {one for one in fetched if not one.endswith("evidence.json")}.isdisjoint(again)
+    assert not Path(".erase-van-gogh.pull").exists()
+
+
+def test_revisions_places_and_bases(hub: HubStandIn, there: Repo, tiny_sd_v: Path, tmp_path: Path) -> None:
+    assert "has no such revision" in refused("pull", REPO, "--revision", "v9")
+    assert "two revisions" in refused("pull", f"{REPO}@main", "--revision", "main")
+    assert "is no revision" in refused("pull", f"{REPO}@a b")
+    told = refused("pull", REPO, "--out", "got", "--base", tiny_sd_v)
+    assert "does not fit" in told
+    Path("taken").mkdir()
+    Path("taken/mine.txt").write_text("mine")
+    assert "holds other files" in refused("pull", REPO, "--out", "taken")
+    Path("link").symlink_to(tmp_path / "elsewhere")
+    assert "a file or a link of that name" in refused("pull", REPO, "--out", "link")
+    assert not Path("got").exists() and not (tmp_path / "elsewhere").exists()
+    Path("empty").mkdir()
+    sound("pull", REPO, "--out", "empty")
+    assert Patch.load("empty").metadata is not None
+
+
+# ---------------------------------------------------------------------- finding
+
+
+def _publish(hub: HubStandIn, name: str, **front: Any) -> None:
+    hub.repos[name] = Repo(private=False)
+    card = f"---\n{yaml.safe_dump(front)}---\n"
+    hub.repos[name].commit({"README.md": card.encode()})
+
+
+def test_search(hub: HubStandIn, there: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    _publish(hub, "you/tench", base_model=base, tags=["recare-patch", "concept:tench", "esd"], license="mit")
+    _publish(hub, "you/something", base_model=base, tags=["lora"])
+    monkeypatch.setenv("COLUMNS", "200")
+    told = sound("search").stdout
+    assert f"{REPO} (private)" in told
+    assert "2.0 %" in told
+    assert "you/something" not in told
+    assert [one.repo for one in sharing.search(base=base)] == ["you/tench"]
+    assert [one.repo for one in sharing.search(concept="Van Gogh")] == [REPO]
+    assert [one.repo for one in sharing.search(base="tiny-sd", tags=["recare"])] == [REPO]
+    assert [one.repo for one in sharing.search("ten", owner="you")] == ["you/tench"]
+    found = json.loads(sound("search", "--concept", "tench", "--json").stdout)
+    assert [(one["repo"], one["base"], one["license"]) for one in found] == [("you/tench", base, "mit")]
+    assert "Nothing was found." in sound("search", "no such thing").stdout
+    page = sound("search", "--markdown").stdout
+    assert f"[hub:{REPO}]({hub.endpoint}/{REPO})" in page
+    assert "two ways to print" in refused("search", "--json", "--markdown")
+
+
+def test_cards_of_strangers_are_shown_as_text(hub: HubStandIn) -> None:
+    _publish(
+        hub,
+        "you/odd",
+        base_model=["\x1b[31mred", 3],
+        tags=["recare-patch", "concept:\x1b[2Jx", "[bold]loud[/bold]"],
+        license={"a": 1},
+        **{"model-index": [{"results": [{"metrics": [{"type": "concept-rate", "value": "x"}, 7]}, None]}]},
+    )
+    for words in (("search",), ("search", "--json"), ("search", "--markdown")):
+        assert "\x1b" not in sound(*words).stdout
+
+
+def test_an_index_of_folders(folder: Path, patch: Patch, tmp_path: Path) -> None:
+    write_patch(tmp_path / "tench-patch", as_another(patch, "tench", "object"))
+    sound("index", "van-gogh", "tench-patch", "--out", "README.md", "--title", "Mine")
+    page = Path("README.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| Van Gogh") or line.startswith("| tench")]
+    assert "2.0 % (base 90.0 %)" in rows[0]
+    assert "CARE score, stars" in rows[0]
+    assert "[tench-patch](tench-patch)" in rows[1]
+    assert "there already" in refused("index", "van-gogh-patch", "--out", "README.md")
+    assert "there is no patch" in refused("index", "nothing")
+
+
+def test_the_hub_s_errors_are_one_family(hub: HubStandIn, folder: Path) -> None:
+    with pytest.raises(HubError, match="no repo me/none"):
+        sharing.pull("me/none", folder.parent / "x")
+    shutil.rmtree(folder)
+    with pytest.raises(PatchError, match="there is no patch"):
+        sharing.push(folder)
+
+
+# ---------------------------------------------------------------------- through a maintained server
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _olah(place: Path, upstream: str) -> Iterator[str]:
+    """Olah, a maintained pull-through server of the Hub; in an environment of its own, named by OLAH_CLI."""
+    program = os.environ.get("OLAH_CLI") or shutil.which("olah-cli")
+    if program is None:
+        pytest.skip("olah is not installed: pip install olah in an environment of its own, and set OLAH_CLI")
+    port, netloc = _free_port(), upstream.removeprefix("http://")
+    command = [program, "--host", "127.0.0.1", "--port", str(port), "--repos-path", str(place / "repos")]
+    command += ["--hf-scheme", "http", "--hf-netloc", netloc, "--hf-lfs-netloc", netloc]
+    command += ["--mirror-netloc", f"127.0.0.1:{port}", "--log-path", str(place / "logs")]
+    place.mkdir()
+    server = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.mark.slow
+def test_pull_through_a_maintained_server(
+    hub: HubStandIn,
+    folder: Path,
+    patch: Patch,
+    tiny_sd: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import constants
+
+    sound("push", folder, "--public")
+    commit, files = hub.repos[REPO].commits[-1]
+    with _olah(tmp_path / "olah", hub.endpoint) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        got = sharing.pull(REPO, "got", base=tiny_sd)
+        assert (got.commit, got.same_base) == (commit, True)
+        assert all(files[one.name] == Path("got", one.name).read_bytes() for one in got.files)
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_sd)
+        pipe.load_lora_weights(REPO, weight_name=WEIGHTS_NAME)
+        assert pipe.get_list_adapters() == {"unet": ["default_0"]}
+        # It only serves: a push ends in a sentence.
+        assert "status 405" in refused("push", folder, "me/another", "--public")
