@@ -1,12 +1,16 @@
 """Tables from a name to code that is imported only when it is asked for.
 
-A new method, base model or metric is one file and one line in such a table. The table itself is
-cheap to read, so the command line can list and check names without importing torch.
+A new method, base model, detector, attack or check is one file and one line in such a table, or an entry
+point of another installed package. The table itself is cheap to read, so the command line can list and
+check names without importing torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
 from recare_patch.core.errors import unknown_name
@@ -16,20 +20,25 @@ class Registry:
     """Names and the objects they stand for, written as "module:attribute".
 
     Example:
-        >>> loaders = Registry("serializer")
-        >>> loaders.register("json", "json:dumps")
+        >>> loaders = Registry("serializer", {"json": "json:dumps"})
         >>> loaders.get("json")({})
         '{}'
     """
 
-    def __init__(self, what: str) -> None:
-        """An empty table.
+    def __init__(
+        self, what: str, targets: Mapping[str, str] | None = None, *, group: str | None = None
+    ) -> None:
+        """A table.
 
         Args:
             what: the kind of thing it holds, for messages, such as "method".
+            targets: name → "module:attribute", in the order in which names are listed.
+            group: entry points of installed packages that add to it, such as "recare_patch.methods".
         """
-        self.what = what
-        self._targets: dict[str, str] = {}
+        self.what, self.group = what, group
+        self._own: dict[str, str] = {}
+        for name, target in (targets or {}).items():
+            self.register(name, target)
 
     def register(self, name: str, target: str) -> None:
         """Add one entry.
@@ -44,10 +53,29 @@ class Registry:
         module, _, attribute = target.partition(":")
         if not module or not attribute or ":" in attribute:
             raise ValueError(f"{self.what} '{name}' must point to 'module:attribute', got '{target}'")
-        taken = self._targets.get(name)
+        taken = self._own.get(name)
         if taken is not None and taken != target:
             raise ValueError(f"{self.what} '{name}' is taken by {taken}, cannot register {target}")
-        self._targets[name] = target
+        self._own[name] = target
+        self.__dict__.pop("targets", None)
+
+    @cached_property
+    def targets(self) -> Mapping[str, str]:
+        """Name → "module:attribute": the table's own, then those of installed packages by name.
+
+        Raises:
+            ValueError: an installed package claims a name of the table's own, or two the same one.
+        """
+        found = dict(self._own)
+        if self.group is not None:
+            for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
+                taken = found.setdefault(point.name, point.value)
+                if taken != point.value:
+                    raise ValueError(
+                        f"{self.what} '{point.name}' is taken by {taken}: the entry point {point.value} of "
+                        f"{self.group} needs another name"
+                    )
+        return found
 
     def get(self, name: str) -> Any:
         """The object behind a name, imported on first use.
@@ -55,14 +83,14 @@ class Registry:
         Raises:
             UnknownNameError: no such name; the sentence offers the nearest.
         """
-        if name not in self._targets:
+        if name not in self.targets:
             raise unknown_name(self.what, name, self.names())
-        module, _, attribute = self._targets[name].partition(":")
+        module, _, attribute = self.targets[name].partition(":")
         return getattr(import_module(module), attribute)
 
     def names(self) -> tuple[str, ...]:
-        """All names, sorted."""
-        return tuple(sorted(self._targets))
+        """All names, in the order in which they are listed."""
+        return tuple(self.targets)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._targets
+        return name in self.targets

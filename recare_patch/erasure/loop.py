@@ -21,9 +21,13 @@ from torch import Tensor, nn
 
 from recare_patch.core import Crew, Progress, Registry, ResumeError, write_tensors
 
-OPTIMIZERS = Registry("optimizer")
-OPTIMIZERS.register("adamw8bit", "recare_patch.erasure.loop:_adamw8bit")
-OPTIMIZERS.register("adamw", "recare_patch.erasure.loop:_adamw")
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": "recare_patch.erasure.loop:_adamw",
+        "adamw8bit": "recare_patch.erasure.loop:_adamw8bit",
+    },
+)
 
 
 def _adamw8bit(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:

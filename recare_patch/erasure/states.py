@@ -19,10 +19,14 @@ from recare_patch.models import sample_timesteps
 if TYPE_CHECKING:
     from recare_patch.models import BaseModel, PromptEmbeds
 
-STATES = Registry("states")
-STATES.register("target-images", "recare_patch.erasure.states:TargetImageStates")
-STATES.register("rollout", "recare_patch.erasure.states:RolloutStates")
-STATES.register("shared-rollout", "recare_patch.erasure.states:SharedRolloutStates")
+STATES = Registry(
+    "states",
+    {
+        "rollout": "recare_patch.erasure.states:RolloutStates",
+        "shared-rollout": "recare_patch.erasure.states:SharedRolloutStates",
+        "target-images": "recare_patch.erasure.states:TargetImageStates",
+    },
+)
 
 
 class StateSource(Protocol):

@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 
     from recare_patch.careset import Clip
 
-DETECTORS = Registry("detector")
-DETECTORS.register("atelier-judge", "recare_patch.measure.judges:AtelierJudge")
-DETECTORS.register("clip", "recare_patch.measure.judges:ZeroShotClip")
-DETECTORS.register("image-classifier", "recare_patch.measure.judges:ImageClassifier")
-DETECTORS.register("nudenet-6", "recare_patch.measure.judges:NudeNetSix")
-DETECTORS.register("nudenet-9", "recare_patch.measure.judges:NudeNetNine")
+DETECTORS = Registry(
+    "detector",
+    {
+        "atelier-judge": "recare_patch.measure.judges:AtelierJudge",
+        "clip": "recare_patch.measure.judges:ZeroShotClip",
+        "image-classifier": "recare_patch.measure.judges:ImageClassifier",
+        "nudenet-6": "recare_patch.measure.judges:NudeNetSix",
+        "nudenet-9": "recare_patch.measure.judges:NudeNetNine",
+    },
+    group="recare_patch.detectors",
+)
 
 EVAL_EXTRA = 'pip install "recare-patch[eval]"'
 

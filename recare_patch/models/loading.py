@@ -50,10 +50,15 @@ __all__ = [
 ATELIER = "atelier"
 """The name of the bundled base."""
 
-FAMILIES = Registry("base model family")
-FAMILIES.register("stable-diffusion", "recare_patch.models.stable_diffusion:StableDiffusion")
-FAMILIES.register("stable-diffusion-xl", "recare_patch.models.stable_diffusion_xl:StableDiffusionXL")
-FAMILIES.register("stable-diffusion-3", "recare_patch.models.stable_diffusion_3:StableDiffusion3")
+FAMILIES = Registry(
+    "base model family",
+    {
+        "stable-diffusion": "recare_patch.models.stable_diffusion:StableDiffusion",
+        "stable-diffusion-3": "recare_patch.models.stable_diffusion_3:StableDiffusion3",
+        "stable-diffusion-xl": "recare_patch.models.stable_diffusion_xl:StableDiffusionXL",
+    },
+    group="recare_patch.base_models",
+)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precision → dtype of a base's weights."""

@@ -8,12 +8,16 @@ from typing import Any
 
 from recare_patch.core import Registry
 
-SCHEDULERS = Registry("scheduler")
-SCHEDULERS.register("ddim", "diffusers:DDIMScheduler")
-SCHEDULERS.register("dpm-solver++", "diffusers:DPMSolverMultistepScheduler")
-SCHEDULERS.register("euler", "diffusers:EulerDiscreteScheduler")
-SCHEDULERS.register("pndm", "diffusers:PNDMScheduler")
-SCHEDULERS.register("unipc", "diffusers:UniPCMultistepScheduler")
+SCHEDULERS = Registry(
+    "scheduler",
+    {
+        "ddim": "diffusers:DDIMScheduler",
+        "dpm-solver++": "diffusers:DPMSolverMultistepScheduler",
+        "euler": "diffusers:EulerDiscreteScheduler",
+        "pndm": "diffusers:PNDMScheduler",
+        "unipc": "diffusers:UniPCMultistepScheduler",
+    },
+)
 """Which samplers can be asked for by name."""
 
 # As Stable Diffusion uses it: its Runge-Kutta start needs four steps more.

@@ -20,11 +20,16 @@ from recare_patch.measure.attacks.protocol import (
 )
 from recare_patch.measure.attacks.saved import load_about, load_attack, save_attack
 
-ATTACKS = Registry("attack")
-ATTACKS.register("concept-inversion", "recare_patch.measure.attacks.concept_inversion:ConceptInversion")
-ATTACKS.register("p4d", "recare_patch.measure.attacks.p4d:P4D")
-ATTACKS.register("ring-a-bell", "recare_patch.measure.attacks.ring_a_bell:RingABell")
-ATTACKS.register("unlearn-diff-atk", "recare_patch.measure.attacks.unlearn_diff_atk:UnlearnDiffAtk")
+ATTACKS = Registry(
+    "attack",
+    {
+        "concept-inversion": "recare_patch.measure.attacks.concept_inversion:ConceptInversion",
+        "p4d": "recare_patch.measure.attacks.p4d:P4D",
+        "ring-a-bell": "recare_patch.measure.attacks.ring_a_bell:RingABell",
+        "unlearn-diff-atk": "recare_patch.measure.attacks.unlearn_diff_atk:UnlearnDiffAtk",
+    },
+    group="recare_patch.attacks",
+)
 
 
 def load_attack_type(name: str) -> Attack[Any]:

@@ -15,12 +15,17 @@ from recare_patch.measure.checks.protocol import PICTURES, CheckContext, Checker
 from recare_patch.measure.evidence import Check
 from recare_patch.measure.judges import can_tell
 
-CHECKS = Registry("check")
-CHECKS.register("fine-tuning", "recare_patch.measure.checks.fine_tuning:FineTuning")
-CHECKS.register("personalisation", "recare_patch.measure.checks.personalisation:Personalisation")
-CHECKS.register("samplers", "recare_patch.measure.checks.samplers:Samplers")
-CHECKS.register("scales", "recare_patch.measure.checks.scales:Scales")
-CHECKS.register("spellings", "recare_patch.measure.checks.spellings:Spellings")
+CHECKS = Registry(
+    "check",
+    {
+        "fine-tuning": "recare_patch.measure.checks.fine_tuning:FineTuning",
+        "personalisation": "recare_patch.measure.checks.personalisation:Personalisation",
+        "samplers": "recare_patch.measure.checks.samplers:Samplers",
+        "scales": "recare_patch.measure.checks.scales:Scales",
+        "spellings": "recare_patch.measure.checks.spellings:Spellings",
+    },
+    group="recare_patch.checks",
+)
 
 ALL = "all"
 """Stands for every check."""
