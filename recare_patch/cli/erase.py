@@ -13,6 +13,7 @@ from recare_patch.core import OutputError, RecipeError, ResumeError
 from recare_patch.recipe import (
     KINDS,
     LAYER_SETS,
+    METHODS,
     OPTIMIZERS,
     PRECISIONS,
     PRESETS,
@@ -24,7 +25,6 @@ from recare_patch.recipe import (
     load_recipe,
     preset_overrides,
 )
-from recare_patch.recipe.recipe import METHODS
 
 
 @click.command()

@@ -71,7 +71,7 @@ def generate(
         raise click.UsageError("--gated says how patches are applied, and no --patch is given")
     chosen = [common.parse_patch(text) for text in patches]
     source = base or common.base_of(chosen)
-    from recare_patch.erasure import generate_pictures
+    from recare_patch.patch import generate_pictures
 
     with common.shown_progress() as progress:
         pairs = generate_pictures(

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from recare_patch.core import unknown_name
-from recare_patch.recipe import METHODS, MethodInfo, measured
+from recare_patch.recipe import METHODS, MethodInfo, measured, method_info
 
 
 @click.command()
@@ -23,7 +23,7 @@ def methods(name: str | None, as_json: bool) -> None:
     """
     if name is not None and name.casefold() not in METHODS:
         raise unknown_name("method", name, METHODS)
-    chosen = METHODS if name is None else {name.casefold(): METHODS[name.casefold()]}
+    chosen = {key: method_info(key) for key in (METHODS if name is None else [name.casefold()])}
     figures = measured()
     if as_json:
         facts = {
@@ -39,7 +39,7 @@ def methods(name: str | None, as_json: bool) -> None:
 
 
 def _tell(name: str, info: MethodInfo, figures: Mapping[str, Mapping[str, Any]]) -> None:
-    click.echo(f"{name}  ({info.title}; {info.source})")
+    click.echo(f"{name}  ({info.title}; {info.paper.short})")
     click.echo(f"  {info.what}")
     rows = [
         ("touches", info.touches),

@@ -23,6 +23,7 @@ from .errors import ResumeError as ResumeError
 from .errors import SettingsError as SettingsError
 from .errors import UnknownNameError as UnknownNameError
 from .errors import nearest as nearest
+from .errors import reason as reason
 from .errors import unknown_name as unknown_name
 from .files import LOCK_NAME as LOCK_NAME
 from .files import SafetensorsHeader as SafetensorsHeader

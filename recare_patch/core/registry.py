@@ -7,7 +7,7 @@ check names without importing torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -91,6 +91,9 @@ class Registry:
     def names(self) -> tuple[str, ...]:
         """All names, in the order in which they are listed."""
         return tuple(self.targets)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets)
 
     def __contains__(self, name: object) -> bool:
         return name in self.targets

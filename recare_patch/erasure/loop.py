@@ -1,8 +1,8 @@
-"""The only training loop: seed, optimiser, checkpoint, resume, progress.
+"""The only training loop, the states it trains on, and names that it fits.
 
-A method hands over a loss; nothing here knows what it means. Every step draws from a generator
-seeded by ``(seed, stage, step)`` alone, so a run that goes on from a checkpoint ends with the same
-tensors as one that was never stopped.
+A method hands over a loss; nothing here knows what it means. Every step draws from a generator seeded by
+``(seed, stage, step)`` alone, so a run that goes on from a checkpoint ends with the same tensors as one that
+was never stopped.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recare_patch.core import Crew, Progress, Registry, ResumeError, write_tensors
+from recare_patch.models import PLACEHOLDER, PromptEmbeds, frozen, sample_timesteps
+
+if TYPE_CHECKING:
+    from recare_patch.models import BaseModel
+    from recare_patch.recipe import Concept, Recipe
 
 OPTIMIZERS = Registry(
     "optimizer",
-    {
-        "adamw": "recare_patch.erasure.loop:_adamw",
-        "adamw8bit": "recare_patch.erasure.loop:_adamw8bit",
-    },
+    {"adamw": "recare_patch.erasure.loop:_adamw", "adamw8bit": "recare_patch.erasure.loop:_adamw8bit"},
 )
 
 
@@ -55,12 +58,7 @@ _CARRIED = "carried."
 
 @dataclass
 class Fitted:
-    """What a finished loop leaves behind.
-
-    Attributes:
-        losses: the loss of every step.
-        extra: what the caller asked to keep across a resume, for example evaluation counts.
-    """
+    """What a finished loop leaves behind: the loss of every step, and what was kept across a resume."""
 
     losses: list[float] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -71,11 +69,9 @@ class Carried(Protocol):
 
     def state(self) -> Mapping[str, Tensor]:
         """All of it, as tensors on the CPU."""
-        ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state` returned."""
-        ...
 
 
 _BETTER = 1e-3
@@ -83,11 +79,7 @@ _BETTER = 1e-3
 
 
 class EarlyStop:
-    """Ends a loop whose loss on what it does not train on no longer falls, and keeps the best parameters.
-
-    Attributes:
-        every: steps between two looks; the loop's last step has one too.
-    """
+    """Ends a loop whose loss on what it does not train on no longer falls, and keeps the best parameters."""
 
     def __init__(
         self,
@@ -97,21 +89,16 @@ class EarlyStop:
         patience: int,
         every: int,
     ) -> None:
-        """Watch a loop.
+        """Look at ``held_out``, the loss of the parameters as they stand, ``every`` steps and after the last.
 
-        Args:
-            parameters: what is trained.
-            held_out: the loss of the parameters as they stand.
-            patience: so many looks in a row without a new best end the loop.
-            every: steps between two looks.
+        So many looks in a row as ``patience`` says, without a new best, end the loop.
         """
         self.parameters, self.held_out, self.patience, self.every = parameters, held_out, patience, every
         self._best, self._since = math.inf, 0
         self._kept = [parameter.detach().clone() for parameter in parameters]
 
     @property
-    def over(self) -> bool:
-        """Whether the loop should end here."""
+    def over(self) -> bool:  # noqa: D102
         return self._since >= self.patience
 
     @torch.no_grad()
@@ -131,7 +118,7 @@ class EarlyStop:
             parameter.copy_(value)
 
     def state(self) -> dict[str, Tensor]:
-        """See :class:`Carried`."""
+        """Everything, as tensors on the CPU."""
         found = {f"kept.{k}": value.cpu() for k, value in enumerate(self._kept)}
         return found | {
             "best": torch.tensor(self._best, dtype=torch.float64),
@@ -139,13 +126,13 @@ class EarlyStop:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """See :class:`Carried`."""
+        """Go on from what :meth:`state` returned."""
         self._best, self._since = float(state["best"]), int(state["since"])
         self._kept = [state[f"kept.{k}"].to(parameter.device) for k, parameter in enumerate(self.parameters)]
 
 
 class Checkpoint:
-    """Parameters, optimiser states and losses of one loop in one safetensors file."""
+    """Parameters, optimiser states and losses of one loop in one safetensors file, replaced in one rename."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -159,7 +146,7 @@ class Checkpoint:
         extra: Mapping[str, Any],
         carried: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the loop's state after ``step`` steps; the file is replaced in one rename."""
+        """Write the loop's state after ``step`` steps."""
         tensors = {f"{_CARRIED}{key}": value.contiguous() for key, value in (carried or {}).items()}
         scalars: dict[str, Any] = {}
         for index, parameter in enumerate(parameters):
@@ -255,16 +242,9 @@ def fit(
         parameters: what is trained, in an order that does not change between runs.
         loss_at: the scalar loss of a step, given its number and its generator.
         stage: names the loop in progress, seeds and messages.
-        steps: optimiser steps.
-        learning_rate: peak of the schedule.
-        seed: of the run.
-        optimizer: a name in :data:`OPTIMIZERS`.
-        schedule: ``cosine`` (to a tenth) or ``constant``.
-        max_grad_norm: gradients are clipped to this norm.
-        checkpoint: where to save and resume; ``None`` keeps nothing.
-        save_every: steps between checkpoints.
+        learning_rate: peak of the ``schedule``, ``cosine`` (to a tenth) or ``constant``.
+        checkpoint: where to save and resume every ``save_every`` steps; ``None`` keeps nothing.
         extra, restore_extra: JSON values to carry across a resume.
-        progress: told after every step.
         crew: processes that train together, each of which calls this; their gradients are averaged, and
             the first of them writes.
         carried: what else must go on where it stopped.
@@ -316,3 +296,176 @@ def fit(
     if stop is not None:
         stop.settle()
     return Fitted(losses, dict(extra()))
+
+
+class StateSource(Protocol):
+    """Gives each training step its noisy latents."""
+
+    def draw(self, step: int, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``(z_t [batch, c, h, w], timesteps [batch])`` of one step; ``which``: each row's erased prompt."""
+
+
+def timestep_limit(base: BaseModel, up_to: float) -> int:
+    """The first timestep beyond a share of the process, counted from its clean end."""
+    return max(1, round(up_to * base.num_train_timesteps))
+
+
+def noised(
+    base: BaseModel, latents: Tensor, generator: torch.Generator, up_to: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(z_t, timesteps [batch], noise)`` of clean latents ``[batch, c, h, w]`` at uniformly drawn timesteps.
+
+    ``up_to`` is the share of the process, from its clean end, that timesteps are drawn from.
+    """
+    timesteps = sample_timesteps(len(latents), 0, timestep_limit(base, up_to), generator).to(base.device)
+    noise = torch.randn(latents.shape, generator=generator).to(base.device, latents.dtype)
+    return base.add_noise(latents, noise, timesteps), timesteps, noise
+
+
+class TargetImageStates:
+    """Noised latents of the target images."""
+
+    def __init__(self, base: BaseModel, latents: Tensor, erased: PromptEmbeds, empty: PromptEmbeds) -> None:
+        self.base, self.latents = base, latents
+
+    def draw(self, step: int, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """States and timesteps of one step."""
+        index = torch.randint(0, len(self.latents), (len(which),), generator=generator)
+        states, timesteps, _ = noised(self.base, self.latents[index], generator)
+        return states, timesteps
+
+
+STATES = Registry(
+    "states",
+    {
+        "rollout": "recare_patch.erasure.rollouts:RolloutStates",
+        "shared-rollout": "recare_patch.erasure.rollouts:SharedRolloutStates",
+        "target-images": "recare_patch.erasure.loop:TargetImageStates",
+    },
+)
+"""Where a step's states come from, by the recipe's ``erase.states``."""
+
+
+def state_source(
+    recipe: Recipe, base: BaseModel, latents: Tensor, names: PromptEmbeds, empty: PromptEmbeds
+) -> StateSource:
+    """What a recipe's states come from: target images ``[images, c, h, w]``, or rollouts under ``names``."""
+    source: StateSource = STATES.get(recipe.erase.states)(base, latents, names, empty)
+    return source
+
+
+HELD_OUT = 16
+"""States that a look at the held-out loss predicts."""
+
+_LOOK_EVERY = 10
+"""Steps between two looks."""
+
+
+def most_evaluations(steps: int, batch_size: int, patience: int | None) -> int:
+    """Denoiser evaluations of an inversion that takes all its steps; a training sample counts as 3."""
+    looks = 0 if patience is None else -(-steps // _LOOK_EVERY)
+    return steps * batch_size * 3 + looks * HELD_OUT
+
+
+def name_templates(concept: Concept) -> tuple[str, ...]:
+    """The concept's own prompts with :data:`PLACEHOLDER` where its name stands."""
+    with_name = [prompt.replace(concept.text, PLACEHOLDER) for prompt in concept.name_prompts]
+    return tuple(
+        dict.fromkeys(
+            [concept.target_prompt_for(PLACEHOLDER), *(one for one in with_name if PLACEHOLDER in one)]
+        )
+    )
+
+
+def invert(
+    base: BaseModel,
+    latents: Tensor,
+    prompts: Sequence[str],
+    start: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    stage: str,
+    patience: int | None = None,
+    noise_up_to: float = 1.0,
+    checkpoint: Checkpoint | None = None,
+    extra: Callable[[], Mapping[str, Any]] = dict,
+    restore_extra: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Fitted]:
+    """Fit token vectors so that the model, as it stands, predicts the noise on ``latents``.
+
+    The latents are encoded once by the caller; only the vectors are trained.
+
+    Args:
+        base: the model to invert; an adapter that is on stays on.
+        latents: clean latents of the pictures, ``[images, c, h, w]``.
+        prompts: templates that hold :data:`PLACEHOLDER`.
+        start: initial vectors ``[vectors, width]``.
+        patience: looks at a held-out fifth of the pictures without a new best that end the loop; the best
+            vectors are returned then. None: all steps, on all pictures.
+        noise_up_to: the share of the process, from its clean end, that states are drawn from.
+
+    Returns:
+        The vectors ``[vectors, width]``, fp32, and the fitted loop.
+    """
+    vectors = nn.Parameter(start.detach().clone().float())
+    stop = None
+    if patience is not None:
+        kept = max(1, len(latents) // 5)
+        latents, held = latents[:-kept], latents[-kept:]
+        generator = step_generator(seed, f"{stage} held out", 0)
+        look = _held_out(base, held, prompts, vectors, noise_up_to, generator)
+        stop = EarlyStop([vectors], look, patience=patience, every=_LOOK_EVERY)
+
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(0, len(latents), (batch_size,), generator=generator)
+        states, timesteps, noise = noised(base, latents[index], generator, noise_up_to)
+        target = base.training_target(latents[index], noise, timesteps)
+        which = int(torch.randint(0, len(prompts), (1,), generator=generator))
+        embeds = base.encode_with_vectors([prompts[which]], vectors).repeat(batch_size)
+        return F.mse_loss(base.denoise(states, timesteps, embeds).float(), target.float())
+
+    with frozen(*base.components.values()):
+        fitted = fit(
+            [vectors],
+            loss_at,
+            stage=stage,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            optimizer="adamw",
+            checkpoint=checkpoint,
+            save_every=50,
+            extra=extra,
+            restore_extra=restore_extra,
+            progress=progress,
+            crew=base.crew,
+            stop=stop,
+        )
+    return vectors.detach(), fitted
+
+
+def _held_out(
+    base: BaseModel,
+    latents: Tensor,
+    prompts: Sequence[str],
+    vectors: Tensor,
+    up_to: float,
+    generator: torch.Generator,
+) -> Callable[[], float]:
+    """The loss of the vectors as they stand, always on the same states, spread evenly over the timesteps."""
+    rows = torch.arange(HELD_OUT)
+    clean = latents[rows % len(latents)]
+    timesteps = ((rows + 0.5) / HELD_OUT * timestep_limit(base, up_to)).long().to(base.device)
+    noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
+    states = base.add_noise(clean, noise, timesteps)
+    target = base.training_target(clean, noise, timesteps).float()
+
+    def loss() -> float:
+        embeds = base.encode_with_vectors(prompts, vectors)[rows % len(prompts)]
+        return F.mse_loss(base.denoise(states, timesteps, embeds).float(), target).item()
+
+    return loss

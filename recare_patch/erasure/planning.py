@@ -24,12 +24,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from recare_patch.core import RecipeError
-from recare_patch.erasure.inversion import HELD_OUT, most_evaluations
-from recare_patch.erasure.methods import load_method
-from recare_patch.erasure.states import SharedRolloutStates
+from recare_patch.erasure.methods import Work, stage_name
 from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout
 from recare_patch.models import lora as adapters
-from recare_patch.recipe import MemoryOptions, Recipe, scheduled
+from recare_patch.recipe import METHODS, MemoryOptions, Recipe, scheduled
 
 if TYPE_CHECKING:
     from recare_patch.models import LatentDiffusion, Layout
@@ -46,9 +44,6 @@ _WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.5625}
 """Of a quantized weight, with the scales of its row or block."""
 
 
-# ------------------------------------------------------------------------ evaluations
-
-
 def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, int]:
     """Denoiser evaluations of every stage, as ``training.json`` will count them.
 
@@ -62,83 +57,25 @@ def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, i
     Raises:
         RecipeError: the source of states costs what cannot be told in advance.
     """
-    erase, search, images = recipe.erase, recipe.search, recipe.target_images
-    if erase.states == "rollout":
+    return {stage: work.evaluations for stage, work in _works(recipe, sampler_steps).items()}
+
+
+def _works(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, Work]:
+    """What every stage computes; a stage that draws pictures has no rows of its own."""
+    if recipe.erase.states == "rollout":
         raise RecipeError(
             "what the states 'rollout' will cost is not known before a run: they stop at random"
         )
-    needs = load_method(recipe.method).needs
+    method, images = METHODS.get(recipe.method), recipe.target_images
     picture = (sampler_steps or images.steps) * (2 if images.guidance_scale > 1 else 1)
-    found: dict[str, int] = {}
-    for number in range(len(recipe.also) + 1):
-        end = f" {number + 1}" if number else ""
-        if needs.target_images:
-            found[f"target images{end}"] = images.count * picture
-        for k in range(1, search.rounds + 1) if needs.search and not _separates(recipe, number) else ():
-            # The frozen model's prediction and the trained one's, which counts as three.
-            found[f"search {k} erase{end}"] = search.erase_steps * erase.batch_size * (1 + 3)
-            found[f"search {k} inversion{end}"] = most_evaluations(
-                search.inversion_steps, search.batch_size, search.patience
-            )
-            found[f"search {k} check{end}"] = 3 * min(images.count, 32)
-        if needs.retained_images:
-            found[f"retained images{end}"] = erase.retained_images * picture
-    for stage, count in _training(recipe).items():
-        found[stage] = found.get(stage, 0) + count
-    return {stage: count for stage, count in found.items() if count}
-
-
-def _separates(recipe: Recipe, number: int = 0) -> bool:
-    """Whether a concept of the run is a subject that an attribute is taken from."""
-    return recipe.subject is not None and number == 0
-
-
-def _training(recipe: Recipe) -> dict[str, int]:
-    """Evaluations of a method's own stages, for all concepts."""
-    erase, found, concepts = recipe.erase, {}, len(recipe.also) + 1
-    if recipe.method == "s-grace":
-        own = recipe.s_grace
-        attack = own.attack_steps * erase.batch_size * 3 * concepts
-        return {f"attack {k}": attack for k in range(1, own.rounds + 1)}
-    if recipe.method == "forget-me-not":
-        steps = recipe.forget_me_not.inversion_steps
-        for number in range(1, concepts + 1):
-            stage = f"inversion {number}" if number > 1 else "inversion"
-            found[stage] = most_evaluations(steps, recipe.search.batch_size, recipe.search.patience)
-    if recipe.method != "uce":
-        found["erase"] = sum(
-            erase.steps * (predicted + 3 * trained) + hunted
-            for predicted, trained, hunted in (_step(recipe, number) for number in range(concepts))
-        )
-        if erase.states == "shared-rollout":
-            rollouts = math.ceil(erase.steps / SharedRolloutStates.period)
-            each = (SharedRolloutStates.steps - 1) * 2 * erase.batch_size
-            found["erase"] += concepts * rollouts * each
-    return found
-
-
-def _step(recipe: Recipe, number: int = 0) -> tuple[int, int, int]:
-    """Samples that the frozen model predicts in a step of a loss, and that the trained one does.
-
-    Returns:
-        Both, and the evaluations of all steps' adversaries.
-    """
-    erase, hunt = recipe.erase, recipe.adversary
-    rows, held = erase.batch_size, erase.retain_batch_size or erase.batch_size
-    instead = 3 if _separates(recipe, number) else 1 if recipe.replace_with is not None else None
-    if recipe.method == "forget-me-not":
-        return (rows if instead else 0), rows, 0
-    if recipe.method == "esd":
-        return (instead or 2) * rows, rows, 0
-    hunted = bool(hunt.count) and not _separates(recipe, number)
-    return (
-        (instead or 3) * rows + held,
-        rows * (1 + hunted) + held,
-        hunted * erase.steps * hunt.steps * hunt.batch_size * 3,
-    )
-
-
-# ------------------------------------------------------------------------ memory
+    found: dict[str, Work] = {}
+    for number in range(len(recipe.concepts)):
+        if method.needs.target_images:
+            found[stage_name("target images", number)] = Work(images.count * picture)
+        if method.needs.retained_images:
+            found[stage_name("retained images", number)] = Work(recipe.erase.retained_images * picture)
+    found |= method.work(recipe)
+    return {stage: work for stage, work in found.items() if work.evaluations}
 
 
 class _Tracker(TorchDispatchMode):
@@ -373,9 +310,6 @@ def _peak(base: LatentDiffusion, work: Callable[[], Any]) -> int:
     return tracker.peak
 
 
-# ------------------------------------------------------------------------ plans
-
-
 @dataclass(frozen=True)
 class PlannedStage:
     """One stage of a run.
@@ -435,12 +369,12 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     """
     layout, _ = find_layout(recipe.base, weights=False)
     found = footprint or measure(layout, recipe)
-    counts = evaluations(recipe, _sampler_steps(layout, recipe))
+    works = _works(recipe, _sampler_steps(layout, recipe))
     stages = tuple(
         PlannedStage(
-            stage, count, _seconds(found, recipe, stage, count, speed), _stage_peak(found, recipe, stage)
+            stage, work.evaluations, _seconds(found, recipe, work, speed), _stage_peak(found, recipe, work)
         )
-        for stage, count in counts.items()
+        for stage, work in works.items()
     )
     return Plan(stages, found, speed, 2 * found.adapter)
 
@@ -456,16 +390,12 @@ def _sampler_steps(layout: Layout, recipe: Recipe) -> int:
         return len(holder.scheduler.timesteps)
 
 
-def _draws(stage: str) -> bool:
-    return stage.startswith(("target images", "retained images"))
-
-
-def _seconds(found: Footprint, recipe: Recipe, stage: str, count: int, speed: float) -> float:
+def _seconds(found: Footprint, recipe: Recipe, work: Work, speed: float) -> float:
     memory = recipe.memory
     # Of a training sample's three evaluations one is a forward pass, which each of these repeats.
     repeated = memory.checkpointing + (memory.micro_batch is not None)
-    training = 0.0 if _draws(stage) or "check" in stage else 0.75
-    return count * found.operations * (1 + training * repeated / 3) / speed
+    training = 0.75 if work.trained else 0.0
+    return work.evaluations * found.operations * (1 + training * repeated / 3) / speed
 
 
 def resident(found: Footprint, memory: MemoryOptions) -> int:
@@ -477,12 +407,13 @@ def resident(found: Footprint, memory: MemoryOptions) -> int:
     return int(denoiser + encoders + vae)
 
 
-def _stage_peak(found: Footprint, recipe: Recipe, stage: str) -> int:
+def _stage_peak(found: Footprint, recipe: Recipe, work: Work) -> int:
     memory, erase = recipe.memory, recipe.erase
     # fp32 weights and gradients, and two moments of one or four bytes each.
     adapter = found.adapter * (8 + (2 if erase.optimizer == "adamw8bit" else 8))
     fixed = resident(found, memory) + (found.encoders if memory.encoders_off_device else 0)
-    if _draws(stage):
+    trained, predicted = work.trained, work.predicted
+    if not trained and not predicted:
         images = recipe.target_images
         guided, most = 2 if images.guidance_scale > 1 else 1, memory.micro_batch or 10**6
         drawing = max(1, min(images.batch_size, most // guided)) * guided * found.predicting
@@ -491,31 +422,12 @@ def _stage_peak(found: Footprint, recipe: Recipe, stage: str) -> int:
         vae = found.vae if memory.vae_off_device else 0
         return int(max(fixed + drawing, resident(found, memory) + vae + decoding))
     one = found.checkpointed if memory.checkpointing else found.training
-    trained, predicted = _rows(recipe, stage)
     if memory.micro_batch:
         trained, predicted = min(trained, memory.micro_batch), min(predicted, memory.micro_batch)
     # Where word vectors are fitted, the encoders take part in the backward pass.
-    reads = "inversion" in stage or stage.startswith("attack") or recipe.adversary.count > 0
-    weights = fixed if reads else resident(found, memory)
+    weights = fixed if work.reads else resident(found, memory)
     return int(weights + adapter + max(trained * one, predicted * found.predicting))
 
-
-def _rows(recipe: Recipe, stage: str) -> tuple[int, int]:
-    """Samples of one recorded prediction, and of one that is not."""
-    erase, search = recipe.erase, recipe.search
-    if "inversion" in stage:
-        return search.batch_size, 0 if search.patience is None else HELD_OUT
-    if "check" in stage:
-        return 0, min(recipe.target_images.count, 32)
-    if stage.startswith("search"):
-        return erase.batch_size, erase.batch_size
-    if stage.startswith("attack"):
-        return erase.batch_size, 0
-    predicted, trained, _ = _step(recipe)
-    return max(trained, recipe.adversary.batch_size if recipe.adversary.count else 0), predicted
-
-
-# ------------------------------------------------------------------------ choosing levers
 
 _SETS: tuple[dict[str, Any], ...] = (
     {},

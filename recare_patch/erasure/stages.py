@@ -1,114 +1,115 @@
-"""The state of one erasing run: its folder, its costs, and the concepts that it is about."""
+"""What the stages of a run share: its folder, its costs, its pictures, its adapter and its loops."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from recare_patch.careset import Clip
-from recare_patch.core import Progress, write_tensors
-from recare_patch.erasure.ledger import Ledger
-from recare_patch.erasure.loop import Checkpoint
-from recare_patch.models import BaseModel
-from recare_patch.recipe import Concept, Recipe, scheduled
+from recare_patch.core import (
+    IncompatiblePatchError,
+    Progress,
+    forget_peak_memory,
+    peak_memory,
+    write_json,
+    write_tensors,
+)
+from recare_patch.erasure.loop import Carried, Checkpoint, fit, invert, state_source, step_generator
+from recare_patch.models import BaseModel, full_name, lora
+from recare_patch.patch import Patch
+from recare_patch.recipe import Recipe, scheduled
 
 if TYPE_CHECKING:
-    from recare_patch.careset import CareSet
+    from recare_patch.careset import Clip
+    from recare_patch.erasure.methods import LossMethod
 
 logger = logging.getLogger(__name__)
 
-_SEED_STRIDE = 1_000_003
-_BLOCKS = 10
-"""Blocks of seeds that a concept may use."""
+ADAPTER = "recare"
+
+LossAt = Callable[[int, torch.Generator], Tensor]
+"""The scalar loss of a step, from its number and its generator."""
 
 
-@dataclass
-class Target:
-    """One concept of a run, and what is found out about it.
+class Ledger:
+    """Seconds, denoiser evaluations and peak memory of every stage, in a JSON file that a resume goes on from.
 
-    Attributes:
-        concept: whose prompts are erased: the recipe's, or the subject that an attribute is taken from.
-        number: of the concept in the run, from 0.
-        attribute: what is taken from it; None: it goes altogether.
-        others: the run's other concepts, which nothing may guard.
-        latents: clean latents of its target images, ``[images, c, h, w]``.
-        shown: mean CLIP feature of the target images, ``[width]``; None where none are drawn.
-        care_set: its companions, where the method needs them.
-        around: what :func:`words_around` found: a large vocabulary takes a while to
-            encode.
+    Of several processes evaluations are summed, and the peak is the highest.
     """
 
-    concept: Concept
-    number: int = 0
-    attribute: Concept | None = None
-    others: tuple[Concept, ...] = ()
-    latents: Tensor | None = None
-    shown: Tensor | None = None
-    care_set: CareSet | None = None
-    around: tuple[list[str], Tensor, list[str]] | None = None
-
-    def stage(self, name: str) -> str:
-        """A stage's name, told apart from that of the run's other concepts."""
-        return f"{name} {self.number + 1}" if self.number else name
+    def __init__(self, path: Path, base: BaseModel) -> None:
+        self.path, self.base = path, base
+        self.stages: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        self._began, self._evaluations, self._peak = 0.0, 0, 0
+        self._loading = peak_memory(base.device)
 
     @property
-    def drawn_prompts(self) -> list[str]:
-        """The prompts of its target images, in turn."""
-        plain = self.concept.target_prompt
-        return [self.joined_prompt, plain] if self.attribute is not None else [plain]
+    def peak(self) -> int:
+        """The highest figure of all stages, and of what came before the first."""
+        return max(self._loading, *(int(one.get("peak_memory_bytes", 0)) for one in self.stages.values()))
 
-    @property
-    def joined_prompt(self) -> str:
-        """The subject with the attribute that is taken from it."""
-        assert self.attribute is not None
-        return self.concept.composed_prompt(self.attribute.text)
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Book what happens inside on a stage; one that was done before a resume is not booked again."""
+        if name in self.stages:
+            # What little is repeated to restore it is not counted twice.
+            yield
+            return
+        self._began, self._evaluations, self._peak = time.perf_counter(), self.base.counter.total, 0
+        forget_peak_memory(self.base.device)
+        yield
+        self.stages[name] = self.so_far()
+        if self.base.crew is None or self.base.crew.main:
+            write_json(self.path, self.stages)
+
+    def so_far(self) -> dict[str, float]:
+        """The figures of the stage under way; where processes share the work, all of them must ask."""
+        evaluations = self.base.counter.total - self._evaluations
+        peak = max(self._peak, peak_memory(self.base.device))
+        if (crew := self.base.crew) is not None:
+            evaluations = int(crew.sum(evaluations, self.base.device))
+            peak = int(crew.most(peak, self.base.device))
+        seconds = round(time.perf_counter() - self._began, 3)
+        return {"seconds": seconds, "evaluations": evaluations, "peak_memory_bytes": peak}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Go on with a stage of which :meth:`so_far` told ``kept``."""
+        self._began = time.perf_counter() - float(kept["seconds"])
+        self._peak = int(kept.get("peak_memory_bytes", 0))
+        if self.base.crew is None or self.base.crew.main:
+            # One process brings along what all of them did before.
+            self._evaluations = self.base.counter.total - int(kept["evaluations"])
 
 
 class Run:
-    """What the stages of a run share.
+    """The state of one erasing run.
 
     Attributes:
-        recipe, work, base, clip, progress: of the run; ``work`` is its hidden folder.
+        work: its hidden folder.
         keep_images: keep target images beside the patch.
-        ledger: its costs.
         warnings: what the user should know, one sentence each.
         losses: loop → the loss of every step.
         notes: further figures for ``training.json``.
-        targets: its concepts.
         ground: an earlier patch's adapter that the run goes on from, by component; empty without one.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        work: Path,
-        base: BaseModel,
-        clip: Clip,
-        progress: Progress,
-        save_target_images: bool,
+        self, recipe: Recipe, work: Path, base: BaseModel, clip: Clip, progress: Progress, keep_images: bool
     ) -> None:
-        """A run, or the rest of one that was stopped in ``work``."""
         self.recipe, self.work, self.base, self.clip, self.progress = recipe, work, base, clip, progress
-        self.keep_images = save_target_images
-        self.ledger = Ledger(work / "cost.json", base)
+        self.keep_images, self.ledger = keep_images, Ledger(work / "cost.json", base)
         self.warnings: list[str] = []
         self.losses: dict[str, list[float]] = {}
         self.notes: dict[str, float] = {}
         self.ground: dict[str, dict[str, Tensor]] = {}
-        first = recipe.subject or recipe.concept
-        attribute = recipe.concept if recipe.subject is not None else None
-        concepts = (first, *recipe.also)
-        self.targets = [
-            Target(one, k, attribute, tuple(other for other in concepts if other is not one))
-            for k, one in enumerate(concepts)
-        ]
 
     def warn(self, sentence: str) -> None:
         """Tell the user now, and again at the end."""
@@ -118,13 +119,28 @@ class Run:
     @property
     def unsafe(self) -> bool:
         """Whether pictures of what it erases should be seen by as few as possible."""
-        return any(target.concept.kind == "nsfw" for target in self.targets)
+        first = self.recipe.subject or self.recipe.concept
+        return any(concept.kind == "nsfw" for concept in (first, *self.recipe.also))
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes what belongs to all."""
+        return self.base.crew is None or self.base.crew.main
+
+    def wait(self) -> None:
+        """Wait until all processes of the run have come this far."""
+        if self.base.crew is not None:
+            self.base.crew.wait()
+
+    def file(self, stage: str, ending: str = ".safetensors") -> Path:
+        """Where a stage keeps what it made."""
+        return self.work / f"{stage.replace(' ', '-')}{ending}"
 
     def pictures(self, stage: str, prompts: Sequence[str], count: int, first_seed: int) -> Tensor:
         """Clean latents ``[count, c, h, w]`` of pictures of the prompts in turn, from the frozen base."""
         each, crew = self.recipe.target_images.batch_size, self.base.crew
         batches = [range(start, min(start + each, count)) for start in range(0, count, each)]
-        files = [self.work / f"{stage.replace(' ', '-')}-{rows[0]:05d}.safetensors" for rows in batches]
+        files = [self.file(stage, f"-{rows[0]:05d}.safetensors") for rows in batches]
         here = [file.exists() for file in files]
         # All processes look before any writes; each then draws every n-th batch.
         self.wait()
@@ -157,27 +173,223 @@ class Run:
                 batch_size=options.batch_size,
             )
 
-    @property
-    def main(self) -> bool:
-        """Whether this process is the one that writes what belongs to all."""
-        return self.base.crew is None or self.base.crew.main
 
-    def wait(self) -> None:
-        """Wait until all processes of the run have come this far."""
-        if self.base.crew is not None:
-            self.base.crew.wait()
+class Stages:
+    """What a run offers a method: loops and results that survive an interruption, counted and told."""
 
-    def checkpoint(self, stage: str) -> Checkpoint:
-        """Where a loop's state is kept."""
-        return Checkpoint(self.work / f"{stage.replace(' ', '-')}.checkpoint.safetensors")
+    def __init__(self, run: Run, parameters: Sequence[nn.Parameter] = ()) -> None:
+        self.run, self.parameters = run, parameters
+
+    @contextlib.contextmanager
+    def adapter(self, seed: int) -> Iterator[Stages]:
+        """Inside, the recipe's adapter is in the base; its first values follow from ``seed``."""
+        run, generator = self.run, torch.Generator().manual_seed(seed)
+        parameters: list[nn.Parameter] = []
+        try:
+            for part, network in lora.adapted(run.base, run.recipe.adapter.layers).items():
+                parameters += _attach(run.recipe, network, ADAPTER, generator)
+                if part in run.ground:
+                    lora.load_adapter_state(network, run.ground[part], ADAPTER)
+                    lora.switch_to(network, ADAPTER)
+            yield Stages(run, parameters)
+        finally:
+            for part, network in run.base.components.items():
+                lora.detach(network, ADAPTER)
+                if part in run.ground:
+                    lora.switch_to(network, lora.TEACHER_NAME)
+
+    @contextlib.contextmanager
+    def booked(self, stage: str) -> Iterator[None]:
+        """What happens inside is counted under a stage's name."""
+        with self.run.ledger.stage(stage):
+            yield
+
+    def fit(
+        self, stage: str, loss_at: LossAt, steps: int, *, every: int = 20, carried: Carried | None = None
+    ) -> None:
+        """Train the adapter.
+
+        Args:
+            stage: its name, a different one for each.
+            every: checkpoints fall on multiples of this many steps.
+            carried: what else goes on where it stopped.
+        """
+        run, options = self.run, self.run.recipe.erase
+        with run.ledger.stage(stage):
+            fitted = fit(
+                self.parameters,
+                loss_at,
+                stage=stage,
+                steps=steps,
+                learning_rate=options.learning_rate,
+                seed=run.recipe.seed,
+                optimizer=options.optimizer,
+                schedule=options.schedule,
+                checkpoint=Checkpoint(run.file(stage, ".checkpoint.safetensors")),
+                save_every=every,
+                extra=run.ledger.so_far,
+                restore_extra=run.ledger.restore,
+                progress=run.progress,
+                crew=run.base.crew,
+                carried=carried,
+            )
+        run.losses[stage] = fitted.losses
+
+    def fit_losses(self, methods: Sequence[LossMethod]) -> None:
+        """One loop, in which the concepts take turns; each has as many steps as it would have alone."""
+        count, recipe = len(methods), self.run.recipe
+        sources = []
+        for one in methods:
+            context = one.context
+            empty = context.base.encode_prompts([""])
+            sources.append(state_source(recipe, context.base, context.latents, one.names, empty))
+
+        def loss_at(step: int, generator: torch.Generator) -> Tensor:
+            method, turn = methods[step % count], step // count
+            which = torch.randint(0, len(method.names), (recipe.erase.batch_size,), generator=generator)
+            latents, timesteps = sources[step % count].draw(turn, which, generator)
+            return method.loss(latents, timesteps, which, generator)
+
+        hunters = [one.adversaries for one in methods if one.adversaries is not None]
+        carried = hunters[0] if len(hunters) == 1 else _AllCarried(hunters) if hunters else None
+        self.fit("erase", loss_at, recipe.erase.steps * count, every=20 * count, carried=carried)
+
+    def once(self, stage: str, make: Callable[[torch.Generator], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make`` returns from a generator for all of its draws, or from the disk where it was made before."""
+        run = self.run
+        file = run.file(stage)
+        here = file.exists()
+        run.wait()
+        with run.ledger.stage(stage):
+            made = load_file(file) if here else make(step_generator(run.recipe.seed, stage, 0))
+            if run.main and not here:
+                write_tensors(file, {key: one.detach().cpu() for key, one in made.items()}, {})
+        run.progress.update(stage, 1, 1)
+        return {key: one.detach().to(run.base.device) for key, one in made.items()}
+
+    def invert(self, stage: str, latents: Tensor, prompt: str, start: Tensor, steps: int) -> Tensor:
+        """Textual inversion against the model as it stands; see :func:`invert`."""
+        run, options = self.run, self.run.recipe.search
+        with run.ledger.stage(stage):
+            vectors, fitted = invert(
+                run.base,
+                latents,
+                [prompt],
+                start,
+                steps=steps,
+                batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                seed=run.recipe.seed,
+                stage=stage,
+                patience=options.patience,
+                noise_up_to=options.noise_up_to,
+                checkpoint=Checkpoint(run.file(stage, ".checkpoint.safetensors")),
+                extra=run.ledger.so_far,
+                restore_extra=run.ledger.restore,
+                progress=run.progress,
+            )
+        run.losses[stage] = fitted.losses
+        return vectors
+
+    def set_adapter(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Give the adapter its values, where they are computed and not trained.
+
+        Args:
+            factors: full name of a layer → ``A`` ``[rank, in]`` and ``B`` ``[out, rank]``, whose product is
+                what is added to its weight.
+        """
+        for part, network in lora.adapted(self.run.base, self.run.recipe.adapter.layers).items():
+            _fill(self.run.recipe, part, network, ADAPTER, lambda name: factors[name])
+
+    def note(self, key: str, value: float) -> None:
+        """A figure for ``training.json``."""
+        self.run.notes[key] = value
 
 
-def first_seed(recipe: Recipe, block: int, number: int = 0) -> int:
-    """The first seed of a block of pictures: apart from those of other blocks, concepts and runs.
+class _AllCarried:
+    """Several things to carry as one."""
 
-    Args:
-        recipe: of the run.
-        block: 1 to 9.
-        number: of the concept.
+    def __init__(self, parts: Sequence[Carried]) -> None:
+        self.parts = parts
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {f"{k}:{key}": one for k, part in enumerate(self.parts) for key, one in part.state().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for k, part in enumerate(self.parts):
+            prefix = f"{k}:"
+            part.load_state({key[len(prefix) :]: one for key, one in state.items() if key.startswith(prefix)})
+
+
+def _attach(recipe: Recipe, network: nn.Module, name: str, generator: torch.Generator) -> list[nn.Parameter]:
+    options = recipe.adapter
+    return lora.attach(
+        network,
+        layers=options.layers,
+        rank=options.rank,
+        alpha=options.alpha,
+        generator=generator,
+        name=name,
+    )
+
+
+def _fill(
+    recipe: Recipe,
+    part: str,
+    network: nn.Module,
+    adapter: str,
+    factors: Callable[[str], tuple[Tensor, Tensor]],
+) -> dict[str, Tensor]:
+    """Give an adapter values; it multiplies by alpha / rank."""
+    state = lora.adapter_state(network, adapter)
+    for key in state:
+        module, _, side = key.rpartition(".lora_")
+        a, b = factors(full_name(part, module))
+        scale = recipe.adapter.rank / recipe.adapter.alpha
+        state[key] = a.float() if side == "A.weight" else b.float() * scale
+    lora.load_adapter_state(network, state, adapter)
+    return state
+
+
+def earlier_patch(recipe: Recipe, base: BaseModel) -> Patch | None:
+    """The patch that a recipe goes on from.
+
+    Raises:
+        IncompatiblePatchError: it has other layers or another rank than the recipe's adapter.
     """
-    return (recipe.seed * _SEED_STRIDE + (block + _BLOCKS * number) * 100_000) % 2**31
+    if recipe.continue_from is None:
+        return None
+    options, earlier = recipe.adapter, Patch.load(recipe.continue_from)
+    earlier.check_base(base)
+    wanted = [
+        full_name(part, name)
+        for part, network in lora.adapted(base, options.layers).items()
+        for name in lora.target_modules(network, options.layers)
+    ]
+    if sorted(earlier.modules) != sorted(wanted) or set(earlier.ranks.values()) != {options.rank}:
+        ranks = " and ".join(map(str, sorted(set(earlier.ranks.values()))))
+        raise IncompatiblePatchError(
+            f"patch {earlier.name} cannot be gone on with: it changes {len(earlier.modules)} layers at rank "
+            f"{ranks}, and this run would train {len(wanted)} at rank {options.rank}"
+        )
+    return earlier
+
+
+@contextlib.contextmanager
+def continued(run: Run, earlier: Patch | None) -> Iterator[None]:
+    """Inside, the model that an earlier patch left is the teacher; a new adapter starts as the patch's."""
+    if earlier is None:
+        yield
+        return
+    networks = lora.adapted(run.base, run.recipe.adapter.layers)
+    try:
+        for part, network in networks.items():
+            generator = torch.Generator().manual_seed(run.recipe.seed)
+            _attach(run.recipe, network, lora.TEACHER_NAME, generator)
+            run.ground[part] = _fill(run.recipe, part, network, lora.TEACHER_NAME, earlier.factors)
+            network.requires_grad_(False)
+        yield
+    finally:
+        run.ground = {}
+        for network in networks.values():
+            lora.detach(network, lora.TEACHER_NAME)

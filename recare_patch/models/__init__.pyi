@@ -25,7 +25,11 @@ from .loading import chosen_device as chosen_device
 from .loading import family_of as family_of
 from .loading import find_layout as find_layout
 from .loading import load_base as load_base
+from .lora import ADAPTER_NAME as ADAPTER_NAME
+from .lora import frozen as frozen
 from .lora import off as off
+from .lora import prompt_attention as prompt_attention
+from .lora import target_modules as target_modules
 from .noise import sample_timesteps as sample_timesteps
 from .peft_layers import base_layers as base_layers
 from .peft_layers import kept_requires_grad as kept_requires_grad

@@ -18,6 +18,7 @@ from .folder import report_names as report_names
 from .folder import text_names as text_names
 from .formats import check_formats as check_formats
 from .formats import from_any as from_any
+from .formats import has_kohya_names as has_kohya_names
 from .formats import output_name as output_name
 from .formats import write_kohya as write_kohya
 from .front_matter import TAG as TAG
@@ -30,6 +31,7 @@ from .gate import CLOSED as CLOSED
 from .gate import OPEN as OPEN
 from .gate import Gate as Gate
 from .gate import gated as gated
+from .generate import generate_pictures as generate_pictures
 from .markdown import CARD_NAME as CARD_NAME
 from .markdown import join_card as join_card
 from .markdown import plain as plain

@@ -15,7 +15,7 @@ from recare_patch.patch.formats import concept_name
 from recare_patch.patch.front_matter import front_matter, hub_id, sample_prompt
 from recare_patch.patch.markdown import plain, yaml_text
 from recare_patch.patch.patch import PatchMetadata
-from recare_patch.recipe import METHODS, WEIGHTS_NAME
+from recare_patch.recipe import METHODS, WEIGHTS_NAME, method_info
 
 UNMEASURED = (
     "Made for the base named above. On fine-tunes of it, and at scales other than 1, nothing was measured."
@@ -409,7 +409,7 @@ def _limits(metadata: PatchMetadata, training: Mapping[str, Any]) -> str:
     if metadata.method == "esd":
         points.append("ESD guards nothing: what goes along with the concept may fade with it.")
     elif metadata.method in METHODS and metadata.method != "recare":
-        info = METHODS[metadata.method]
+        info = method_info(metadata.method)
         points.append(f"{info.title}: {info.weakness}.")
     if (residual := _number(training.get("rank_residual"))) is not None:
         points.append(

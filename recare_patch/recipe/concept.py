@@ -162,3 +162,12 @@ def same_concept(a: Concept | str, b: Concept | str) -> bool:
 def _folded(concept: Concept | str) -> str:
     text = concept.text if isinstance(concept, Concept) else concept
     return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", text).casefold().strip()))
+
+
+def names_concept(word: str, concept: Concept) -> bool:
+    """Whether a word is one of the concept's own names, in the singular or plural, joined or apart."""
+    folded = word.casefold()
+    own = [*concept.words, concept.text.casefold(), "".join(concept.text.casefold().split())]
+    return any(
+        folded in (name, f"{name}s", f"{name}es") or name in (f"{folded}s", f"{folded}es") for name in own
+    )

@@ -9,8 +9,7 @@ from pathlib import Path
 from recare_patch.core import PatchError, file_sha256
 from recare_patch.measure import RATE, Evidence, show_value, worst_erased, worst_kept
 from recare_patch.patch import EVIDENCE_NAME, Patch, plain, template
-from recare_patch.recipe import WEIGHTS_NAME
-from recare_patch.recipe.recipe import METHODS
+from recare_patch.recipe import METHODS, WEIGHTS_NAME
 from recare_patch.share.hub import PREFIX
 from recare_patch.share.searching import Found
 

@@ -12,7 +12,7 @@ say to the denoiser it can say too, and it finds it in a tenth of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.erasure.states import noised
+from recare_patch.erasure.loop import name_templates, noised
 from recare_patch.models import PromptEmbeds
 from recare_patch.models import lora as adapters
 
 if TYPE_CHECKING:
     from recare_patch.models import BaseModel
-    from recare_patch.recipe import AdversaryOptions
+    from recare_patch.recipe import AdversaryOptions, Concept
 
 _SINGLE = 0.25
 """Share of adversaries that have one word vector: the commonest attack."""
@@ -37,19 +37,10 @@ _SPREAD = 0.1
 
 @dataclass
 class _Member:
-    """One adversary.
-
-    Attributes:
-        learnt: word vectors ``[vectors, width]``, or a prompt's embeddings ``[1, tokens, width]``.
-        optimizer: over it.
-        age: steps so far.
-        pooled: the rest of a prompt's embeddings, where the base has more.
-    """
-
-    learnt: nn.Parameter
+    learnt: nn.Parameter  # word vectors [vectors, width], or a prompt's embeddings [1, tokens, width]
     optimizer: torch.optim.Optimizer
-    age: int = 0
-    pooled: Tensor | None = None
+    age: int = 0  # in steps
+    pooled: Tensor | None = None  # the rest of a prompt's embeddings, where the base has more
 
 
 class Adversaries:
@@ -61,8 +52,8 @@ class Adversaries:
     Args:
         base: the model, with the adapter that is being trained.
         latents: clean latents of pictures of the concept, ``[images, c, h, w]``.
-        templates: prompts that hold :data:`PLACEHOLDER`.
-        class_word: what half of the adversaries start from; the others start from random tokens.
+        concept: whose prompts an adversary's name stands in, and whose class word half of the adversaries start
+            from; the others start from random tokens.
         options: the recipe's ``adversary`` section.
     """
 
@@ -70,12 +61,12 @@ class Adversaries:
         self,
         base: BaseModel,
         latents: Tensor,
-        templates: Sequence[str],
-        class_word: str,
+        concept: Concept,
         options: AdversaryOptions,
     ) -> None:
-        self.base, self.latents, self.templates, self.options = base, latents, tuple(templates), options
-        self._start = base.word_vector(class_word)
+        self.base, self.latents, self.options = base, latents, options
+        self.templates = name_templates(concept)
+        self._start = base.word_vector(concept.class_word)
         self._spread = _SPREAD * base.token_table().std()
         self._members: list[_Member | None] = [None] * options.count
         self._turn = 0

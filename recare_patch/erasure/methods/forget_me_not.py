@@ -7,18 +7,37 @@ pictures of the concept. The tokens are those of its name, or of a short textual
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from pydantic import Field
 
-from recare_patch.core import BaseModelError, ConceptError
-from recare_patch.erasure.methods.protocol import ErasingContext, Method, Stages
-from recare_patch.models import PLACEHOLDER, TEXT_ROOM, BaseModel, PromptEmbeds
-from recare_patch.models import lora as adapters
+from recare_patch import models
+from recare_patch.core import BaseModelError, ConceptError, Settings
+from recare_patch.erasure.methods import Context, Method, Work, stage_name
+from recare_patch.recipe import MethodInfo, Paper
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from recare_patch.erasure.stages import Stages
+    from recare_patch.models import BaseModel
+    from recare_patch.recipe import Recipe
+
+
+class ForgetMeNotOptions(Settings):
+    """Forget-Me-Not's own."""
+
+    inversion_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="of a textual inversion that finds the concept's tokens in its pictures; 0: the tokens are those "
+        "of its name",
+    )
+    vectors: int = Field(1, ge=1, le=16, description="how many tokens the inversion fits")
 
 
 class Attention:
@@ -37,7 +56,7 @@ class Attention:
         Raises:
             BaseModelError: there are none.
         """
-        self.blocks = adapters.prompt_attention(denoiser)
+        self.blocks = models.prompt_attention(denoiser)
         if not self.blocks:
             raise BaseModelError(f"no attention block of this {type(denoiser).__name__} reads the prompt")
         self._calls: list[dict[str, list[Tensor]]] = []
@@ -49,7 +68,7 @@ class Attention:
         hooks = []
         for seen, block in zip(self._calls, self.blocks, strict=True):
             for name in ("to_q", "to_k", "add_k_proj"):
-                if isinstance(layer := getattr(block, name, None), nn.Module):
+                if (layer := getattr(block, name, None)) is not None:
                     hooks.append(layer.register_forward_hook(_recorder(seen, name)))
             hooks.append(block.register_forward_hook(_recorder(seen, "output")))
         try:
@@ -63,15 +82,14 @@ class Attention:
         """Each block's attention to some tokens of the prompt, ``[rows, heads, pixels, positions]``."""
         for block, seen in zip(self.blocks, self._calls, strict=True):
             for k, query in enumerate(seen["to_q"]):
-                yield _map(block, query, seen["to_k"][k], [one[k] for one in _added(seen)], positions)
+                added = [seen["add_k_proj"][k]] if "add_k_proj" in seen else []
+                yield _map(block, query, seen["to_k"][k], added, positions)
 
     def outputs(self) -> list[Tensor]:
         """Each block's output, ``[rows, pixels, width]``."""
+        import torch
+
         return [torch.cat(seen["output"]) for seen in self._calls]
-
-
-def _added(seen: dict[str, list[Tensor]]) -> list[list[Tensor]]:
-    return [seen["add_k_proj"]] if "add_k_proj" in seen else []
 
 
 def _recorder(seen: dict[str, list[Tensor]], name: str) -> Any:
@@ -86,6 +104,7 @@ def _map(block: Any, query: Tensor, key: Tensor, added: Sequence[Tensor], positi
 
     Where prompt and picture share a block, the picture's queries look at both; the prompt's keys are added.
     """
+    import torch
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (block.heads, -1)).transpose(1, 2).float()
@@ -112,7 +131,7 @@ def name_positions(base: BaseModel, prompt: str, words: Sequence[str]) -> tuple[
         prompt: what is read.
         words: each may have several tokens.
     """
-    ids = base.token_ids(prompt)[:TEXT_ROOM]
+    ids = base.token_ids(prompt)[: models.TEXT_ROOM]
     found: dict[int, None] = {}
     for word in words:
         own = base.token_ids(word)
@@ -129,60 +148,111 @@ class ForgetMeNot(Method):
     was under the replacement's: attention is steered to something instead of away.
     """
 
-    def __init__(self, context: ErasingContext) -> None:
+    info = MethodInfo(
+        title="Forget-Me-Not",
+        paper=Paper(
+            "Forget-Me-Not",
+            "Zhang et al.",
+            None,
+            "2303.17591",
+            {
+                "author": "Zhang, Gong and Wang, Kai and Xu, Xingqian and Wang, Zhangyang and Shi, Humphrey",
+                "title": "{Forget-Me-Not}: Learning to Forget in Text-to-Image Diffusion Models",
+                "year": "2023",
+            },
+        ),
+        what="takes the picture's attention off the concept's tokens",
+        touches="keys of the denoiser's cross-attention, its queries and output by name",
+        reads="a few pictures of the concept",
+        strength="erases in seconds",
+        weakness="nothing holds what is near the concept, and attacks bring it back",
+        layers=("cross-attention-kv", "cross-attention"),
+        options=ForgetMeNotOptions,
+        replaces="attention gives under the concept's prompts what it gave under the replacement's",
+        compiles=False,
+        defaults={
+            "adapter.layers": "cross-attention-kv",
+            "target_images.count": 8,
+            "erase.steps": 35,
+            "erase.batch_size": 4,
+            "erase.learning_rate": 4.0e-3,
+        },
+    )
+
+    def __init__(self, context: Context) -> None:
         """Encode the concept's prompts and find its tokens in them.
 
         Raises:
             ConceptError: they are not there.
         """
-        super().__init__(context)
-        assert context.recipe is not None and context.concept is not None
-        base, concept = context.base, context.concept
-        self.attention = Attention(base.denoiser)
-        prompts = concept.name_prompts
-        self.embeds = context.base.encode_prompts(prompts)
+        from recare_patch.erasure.loop import state_source
+
+        self.context, base, concept = context, context.base, context.concept
+        assert isinstance(context.recipe.own, ForgetMeNotOptions)
+        self.options, self.attention = context.recipe.own, Attention(base.denoiser)
+        self.embeds = base.encode_prompts(concept.name_prompts)
         # The whole name first: one of its words may be another one of the prompt's, as in "The Who".
         self.positions = [
             name_positions(base, prompt, [concept.text]) or name_positions(base, prompt, concept.words)
-            for prompt in prompts
+            for prompt in concept.name_prompts
         ]
-        if not context.recipe.forget_me_not.inversion_steps and not all(self.positions):
+        if not self.options.inversion_steps and not all(self.positions):
             raise ConceptError(
                 f"method 'forget-me-not' cannot find '{concept.text}' among the tokens of its own prompts"
             )
-        self.wanted: PromptEmbeds | None = None
+        self.wanted: models.PromptEmbeds | None = None
         if context.recipe.replace_with is not None:
-            self.wanted = base.encode_prompts(context.became[: len(prompts)])
+            after = [after for _, after in context.erased.pairs[: len(concept.name_prompts)]]
+            self.wanted = base.encode_prompts(after)
+        names, empty = base.encode_prompts(list(context.erased.names)), base.encode_prompts([""])
+        self.states = state_source(context.recipe, base, context.latents, names, empty)
 
-    def find_tokens(self, stages: Stages, number: int) -> None:
+    def search(self, stages: Stages) -> None:
         """Take tokens from a textual inversion in the place of the name's own, if the recipe says so."""
-        context = self.context
-        assert context.recipe is not None and context.concept is not None and context.latents is not None
-        base, options = context.base, context.recipe.forget_me_not
-        if not options.inversion_steps:
+        from recare_patch.models import PLACEHOLDER
+
+        context, base = self.context, self.context.base
+        if not self.options.inversion_steps:
             return
         prompt = context.concept.target_prompt_for(PLACEHOLDER)
         word = context.recipe.search.init_word or context.concept.class_word
-        start = base.word_vector(word).repeat(options.vectors, 1)
-        stage = f"inversion {number}" if number > 1 else "inversion"
-        vectors = stages.invert(stage, context.latents, prompt, start, options.inversion_steps)
+        start = base.word_vector(word).repeat(self.options.vectors, 1)
+        steps = self.options.inversion_steps
+        vectors = stages.invert(context.stage("inversion"), context.latents, prompt, start, steps)
         self.embeds = base.encode_with_vectors([prompt], vectors).detach()
         first = len(base.token_ids(prompt.split(PLACEHOLDER)[0])) + 1
-        self.positions = [tuple(range(first, first + options.vectors))]
+        self.positions = [tuple(range(first, first + self.options.vectors))]
         if self.wanted is not None:
             self.wanted = self.wanted[0]
 
+    @classmethod
+    def work(cls, recipe: Recipe) -> Mapping[str, Work]:
+        """The inversions, then the erasing: one training sample a state, and a frozen one for a replacement."""
+        from recare_patch.erasure.loop import HELD_OUT, most_evaluations
+        from recare_patch.erasure.rollouts import rollout_evaluations
+
+        assert isinstance(recipe.own, ForgetMeNotOptions)
+        search, erase, found = recipe.search, recipe.erase, {}
+        most = most_evaluations(recipe.own.inversion_steps, search.batch_size, search.patience)
+        looks = 0 if search.patience is None else HELD_OUT
+        for number in range(len(recipe.concepts)) if recipe.own.inversion_steps else ():
+            found[stage_name("inversion", number)] = Work(most, search.batch_size, looks, reads=True)
+        frozen = erase.batch_size if recipe.replace_with is not None else 0
+        evaluations = len(recipe.concepts) * erase.steps * (frozen + 3 * erase.batch_size)
+        found["erase"] = Work(evaluations + rollout_evaluations(recipe), erase.batch_size, frozen)
+        return found
+
     def loss(self, step: int, generator: torch.Generator) -> Tensor:
         """The loss of a step: one of the prompts, on a batch of noisy pictures."""
-        context, base = self.context, self.context.base
-        assert context.states is not None
-        rows = context.options.batch_size
+        import torch
+        from torch.nn import functional as F
+
+        base, rows = self.context.base, self.context.recipe.erase.batch_size
         prompt = int(torch.randint(0, len(self.embeds), (1,), generator=generator))
-        which = torch.zeros(rows, dtype=torch.long)
-        latents, timesteps = context.states.draw(step, which, generator)
+        latents, timesteps = self.states.draw(step, torch.zeros(rows, dtype=torch.long), generator)
         wanted: list[Tensor] = []
         if self.wanted is not None:
-            with torch.no_grad(), adapters.off(*base.components.values()), self.attention.watched():
+            with torch.no_grad(), models.off(*base.components.values()), self.attention.watched():
                 base.denoise(latents, timesteps, self.wanted[prompt].repeat(rows))
             wanted = self.attention.outputs()
         with self.attention.watched():
@@ -196,12 +266,11 @@ class ForgetMeNot(Method):
 
     @classmethod
     def erase(cls, methods: Sequence[Self], stages: Stages) -> None:
-        """See :class:`Method`."""
+        """One loop, in which the concepts take turns."""
         count = len(methods)
-        for number, one in enumerate(methods, start=1):
-            one.find_tokens(stages, number)
 
         def loss_at(step: int, generator: torch.Generator) -> Tensor:
             return methods[step % count].loss(step // count, generator)
 
-        stages.fit("erase", loss_at, methods[0].context.options.steps * count, every=20 * count)
+        steps = methods[0].context.recipe.erase.steps * count
+        stages.fit("erase", loss_at, steps, every=20 * count)

@@ -1,94 +1,261 @@
-"""ReCARE: erase a concept while its co-occurring concepts are guarded (Kim et al., arXiv 2606.24192)."""
+"""ReCARE: erase a concept while its co-occurring concepts are guarded (Kim et al., arXiv 2606.24192).
+
+Stage 1 searches for adversarial names of the concept, stage 2 erases them all from the untouched base.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
 
+from recare_patch import models
 from recare_patch.core import CareSetError
-from recare_patch.erasure.methods.protocol import ErasingContext, LossMethod, Needs
-from recare_patch.erasure.states import noised
-from recare_patch.erasure.targets import recare_target
-from recare_patch.models import PromptEmbeds
-from recare_patch.models import lora as adapters
+from recare_patch.erasure.methods import Context, Instead, LossMethod, Needs, Work, stage_name
+from recare_patch.recipe import MethodInfo, Paper
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from recare_patch.erasure.stages import Stages
+    from recare_patch.models import PromptEmbeds
+    from recare_patch.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+NAME_RECOVERY = 0.5
+"""What share of the concept an adversarial name must explain to count as one."""
+
+
+def recare_target(uncond: Tensor, anchor: Tensor, erased: Tensor, w_plus: float, w_minus: float) -> Tensor:
+    """``y = ε*(∅) + w⁺ [ε*(a) − ε*(∅)] − w⁻ · mean_k [ε*(k) − ε*(∅)]``, the composed target of stage 2.
+
+    Towards a benign concept that co-occurs with the erased one, and away from all its names. It is linear in the
+    prediction at a fixed noisy latent, so it holds for epsilon, velocity and flow alike.
+
+    Args:
+        uncond: frozen prediction under ``∅``, ``[batch, channels, height, width]``.
+        anchor: frozen prediction under the anchor, same shape.
+        erased: frozen predictions under each erased name, ``[names, batch, channels, height, width]``.
+        w_plus: pull of the anchor, ``w⁺``.
+        w_minus: push away from the concept, ``w⁻``.
+    """
+    return uncond + w_plus * (anchor - uncond) - w_minus * (erased.mean(0) - uncond)
 
 
 class ReCARE(LossMethod):
     """Steers the concept's names to a composition of anchors, and holds retained prompts where they are.
 
-    The loss is ``‖ε(z_t,e) − sg y‖² + λ ‖ε(z_t,r) − sg ε*(z_t,r)‖²`` with ``y`` from
-    :func:`recare_target`. All of the frozen model's conditions go through it
-    in one batch, and so do both of the adapted model's.
-
-    A replacement, or a subject without its attribute, takes the place of ``y``.
+    The loss is ``‖ε(z_t,e) − sg y‖² + λ ‖ε(z_t,r) − sg ε*(z_t,r)‖²`` with ``y`` of :func:`recare_target`. All of the
+    frozen model's conditions go through it in one batch, and so do both of the adapted model's. A replacement, or
+    a subject without its attribute, takes the place of ``y``.
     """
 
-    needs = Needs(
-        care_set=True,
-        search=True,
-        retained=True,
-        retained_images=True,
-        composed=True,
-        adversaries=True,
+    info = MethodInfo(
+        title="ReCARE",
+        paper=Paper(
+            "ReCARE",
+            "Kim et al.",
+            "ICLR 2026",
+            "2606.24192",
+            {
+                "author": "Kim and others",
+                "title": "{ReCARE}",
+                "booktitle": "International Conference on Learning Representations",
+                "year": "2026",
+            },
+        ),
+        what="steers the concept's names to its companions, and holds what must not change",
+        touches="cross-attention of the denoiser, other layers by name",
+        reads="pictures of the concept, its CARE-set, adversarial names",
+        strength="keeps companions and neighbours best",
+        weakness="takes longest",
+        caution="",
+        replaces="the prediction under the concept's prompts becomes that under the replacement's",
+        separates="what the attribute adds to the subject's prompts is taken away",
     )
+    needs = Needs(care_set=True, retained=True, retained_images=True, joined=True)
 
-    def __init__(self, context: ErasingContext) -> None:
-        if not context.anchors or not context.retained:
+    def __init__(self, context: Context) -> None:
+        base, erased, retained = context.base, context.erased, context.retained
+        if not erased.anchors or not retained.prompts:
             raise CareSetError(
                 "method 'recare' needs a CARE-set with at least one word, and this one is empty"
             )
-        super().__init__(context)
-        self.anchors: PromptEmbeds = context.anchors
-        self.retained: PromptEmbeds = context.retained
-        # All that is erased: the names, then what they are joined to, then other names.
-        tables = [context.erased, context.composed, context.aliases]
-        self.named = PromptEmbeds.cat([table for table in tables if table is not None])
+        self.context = context
+        self.empty, self.names = base.encode_prompts([""]), base.encode_prompts(list(erased.names))
+        self.anchors = base.encode_prompts(list(erased.anchors))
+        self.retained = base.encode_prompts(list(retained.prompts))
+        self.tables = [base.encode_prompts(list(one)) for one in (erased.joined, erased.aliases) if one]
+        self.instead: Instead | None = None
+        if context.recipe.adversary.count and erased.attribute is None:
+            from recare_patch.erasure.methods.adversaries import Adversaries
+
+            self.adversaries = Adversaries(base, context.latents, context.concept, context.recipe.adversary)
+
+    @classmethod
+    def work(cls, recipe: Recipe) -> Mapping[str, Work]:
+        """The search's stages for each concept, then the erasing."""
+        from recare_patch.erasure.loop import HELD_OUT, most_evaluations
+        from recare_patch.erasure.rollouts import rollout_evaluations
+
+        search, erase, hunt = recipe.search, recipe.erase, recipe.adversary
+        found: dict[str, Work] = {}
+        separates = recipe.subject is not None
+        for number in range(len(recipe.concepts)):
+            for k in range(1, search.rounds + 1) if not separates else ():
+                rows, looks = erase.batch_size, 0 if search.patience is None else HELD_OUT
+                most = most_evaluations(search.inversion_steps, search.batch_size, search.patience)
+                checked = min(recipe.target_images.count, 32)
+                found |= {
+                    # The frozen model's prediction and the trained one's, which counts as three.
+                    stage_name(f"search {k} erase", number): Work(search.erase_steps * rows * 4, rows, rows),
+                    stage_name(f"search {k} inversion", number): Work(
+                        most, search.batch_size, looks, reads=True
+                    ),
+                    stage_name(f"search {k} check", number): Work(3 * checked, 0, checked),
+                }
+        rows, held = erase.batch_size, erase.retain_batch_size or erase.batch_size
+        hunts = bool(hunt.count) and not separates
+        frozen = rows * (3 if separates or recipe.replace_with is None else 1) + held
+        trained = rows * (1 + hunts) + held
+        step = frozen + 3 * trained + hunts * hunt.steps * hunt.batch_size * 3
+        found["erase"] = Work(
+            len(recipe.concepts) * erase.steps * step + rollout_evaluations(recipe),
+            max(trained, hunt.batch_size if hunts else 0),
+            frozen,
+            reads=hunts,
+        )
+        return found
+
+    def search(self, stages: Stages) -> None:
+        """Stage 1: erase the current name, invert the erased model for the next one, repeat (as in STEREO).
+
+        Only the names stay; the stage's adapter is thrown away.
+        """
+        from recare_patch.models import PLACEHOLDER
+
+        context, base, recipe = self.context, self.context.base, self.context.recipe
+        options, found = recipe.search, []
+        if options.rounds and context.erased.attribute is None:
+            concept = base.encode_prompts([context.concept.target_prompt])
+            template = context.concept.target_prompt_for(PLACEHOLDER)
+            start = base.word_vector(options.init_word or context.concept.class_word).repeat(
+                options.vectors, 1
+            )
+            current = concept
+            with stages.adapter(recipe.seed + 1) as inner:
+                for number in range(1, options.rounds + 1):
+                    stage = context.stage(f"search {number} erase")
+                    inner.fit(stage, self._forget(current), options.erase_steps)
+                    stage = context.stage(f"search {number} inversion")
+                    vectors = inner.invert(stage, context.latents, template, start, options.inversion_steps)
+                    name = base.encode_with_vectors([template], vectors).detach()
+                    with inner.booked(context.stage(f"search {number} check")):
+                        recovered = self._recovery(name, concept)
+                    logger.info(
+                        "adversarial name %d explains %.0f %% of the concept", number, 100 * recovered
+                    )
+                    if recovered >= NAME_RECOVERY:
+                        # Otherwise it is no name of the concept in the base: erasing it would cost something
+                        # else, and the next round goes on with the name before.
+                        current, start = name, vectors if options.warm_start else start
+                        found.append(name)
+        self.names = models.PromptEmbeds.cat([self.names, *found])
+        self.named = models.PromptEmbeds.cat([self.names, *self.tables])
+        if context.erased.instead is not None:
+            self.instead = Instead(base, context.erased, len(self.names))
+
+    def _forget(self, name: PromptEmbeds) -> Callable[[int, torch.Generator], Tensor]:
+        """The search's loss: a name is drawn as nothing."""
+        import torch
+        from torch.nn import functional as F
+
+        from recare_patch.erasure.loop import TargetImageStates
+
+        base, rows = self.context.base, self.context.recipe.erase.batch_size
+        source = TargetImageStates(base, self.context.latents, name, self.empty)
+
+        def loss_at(step: int, generator: torch.Generator) -> Tensor:
+            which = torch.randint(0, 1, (rows,), generator=generator)
+            states, timesteps = source.draw(step, which, generator)
+            with torch.no_grad(), models.off(*base.components.values()):
+                wanted = base.denoise(states, timesteps, self.empty.repeat(rows)).float()
+            return F.mse_loss(base.denoise(states, timesteps, name.repeat(rows)).float(), wanted)
+
+        return loss_at
+
+    def _recovery(self, name: PromptEmbeds, concept: PromptEmbeds) -> float:
+        """How much of the concept a name explains in the base: ``(L(∅) − L(name)) / (L(∅) − L(concept))``.
+
+        ``L`` is the noise-prediction error on the target images, at the same noise for all three.
+        """
+        import torch
+        from torch.nn import functional as F
+
+        from recare_patch.erasure.loop import noised
+
+        base, latents = self.context.base, self.context.latents[:32]
+        generator = torch.Generator().manual_seed(self.context.recipe.seed)
+        with torch.no_grad(), models.off(*base.components.values()):
+            states, timesteps, noise = noised(base, latents, generator)
+            target = base.training_target(latents, noise, timesteps)
+            nothing, named, itself = (
+                F.mse_loss(
+                    base.denoise(states, timesteps, one.repeat(len(latents))).float(), target.float()
+                ).item()
+                for one in (self.empty, name, concept)
+            )
+        # A base that does not draw the concept gives no scale to measure by.
+        return (nothing - named) / (nothing - itself) if nothing > itself else 0.0
 
     def loss(self, latents: Tensor, timesteps: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
-        """See :class:`LossMethod`."""
-        context, options, base = self.context, self.context.options, self.context.base
+        """The loss of one step of stage 2."""
+        import torch
+        from torch.nn import functional as F
+
+        base, options, cat = self.context.base, self.context.recipe.erase, models.PromptEmbeds.cat
         rows = len(latents)
         chosen, picks = self._chosen(which, generator)
         named = self.named[chosen]
-        held, held_times, retained = self._retained(latents, timesteps, generator)
+        held, held_times, retained = self._held(latents, timesteps, generator)
         # The mean over names is drawn, one name a row: the loss is quadratic in its target, so the
         # gradient is the same on average, and one prediction does where there were as many as names.
-        names = torch.randint(0, len(context.erased), (rows,), generator=generator)
+        names = torch.randint(0, len(self.names), (rows,), generator=generator)
         # One forward pass of the frozen model: ∅, anchor, erased name, retained.
-        parts = [context.empty.repeat(rows), self.anchors[picks], context.erased[names]]
-        if context.instead is not None:
-            parts = context.instead.conditions(chosen)
+        parts = [self.empty.repeat(rows), self.anchors[picks], self.names[names]]
+        if self.instead is not None:
+            parts = self.instead.conditions(chosen)
         count = len(parts)
-        with torch.no_grad(), adapters.off(*base.components.values()):
+        with torch.no_grad(), models.off(*base.components.values()):
             states = torch.cat([latents.repeat(count, 1, 1, 1), held])
             times = torch.cat([timesteps.repeat(count), held_times])
-            frozen = base.denoise(states, times, PromptEmbeds.cat([*parts, retained])).float()
+            frozen = base.denoise(states, times, cat([*parts, retained])).float()
         steered, kept = frozen[: count * rows].chunk(count), frozen[count * rows :]
-        if context.instead is not None:
-            target = context.instead.target(steered, options.guidance_minus)
+        if self.instead is not None:
+            target = self.instead.target(steered, options.guidance_minus)
         else:
             empty, anchor, erased = steered
             target = recare_target(empty, anchor, erased[None], options.guidance_plus, options.guidance_minus)
         hunted = []
-        if context.adversaries is not None:
+        if self.adversaries is not None:
             # What was found a moment ago is erased on the same states, so the frozen model's part is there.
-            context.adversaries.improve(generator)
-            hunted = [context.adversaries.names(rows, generator)]
+            self.adversaries.improve(generator)
+            hunted = [self.adversaries.names(rows, generator)]
         again = 1 + len(hunted)
         student = base.denoise(
             torch.cat([*[latents] * again, held]),
             torch.cat([*[timesteps] * again, held_times]),
-            PromptEmbeds.cat([named, *hunted, retained]),
+            cat([named, *hunted, retained]),
         ).float()
-        erase, retain = student[:rows], student[again * rows :]
-        loss = F.mse_loss(erase, target) + options.retain_weight * F.mse_loss(retain, kept)
-        if context.adversaries is not None:
-            found = student[rows : 2 * rows]
-            loss = loss + context.adversaries.options.weight * F.mse_loss(found, target)
+        loss = F.mse_loss(student[:rows], target)
+        loss = loss + options.retain_weight * F.mse_loss(student[again * rows :], kept)
+        if self.adversaries is not None:
+            loss = loss + self.adversaries.options.weight * F.mse_loss(student[rows : 2 * rows], target)
         return loss
 
-    def _retained(
+    def _held(
         self, latents: Tensor, timesteps: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, PromptEmbeds]:
         """States, timesteps and prompts of the retained rows, ``retain_batch_size`` of them.
@@ -96,29 +263,33 @@ class ReCARE(LossMethod):
         Half of the rows are noised pictures of their own prompt. The others take any retained prompt
         on the erased prompt's states, so that many prompts are held although few pictures are drawn.
         """
-        own = self.context.retained_latents
-        rows = self.context.options.retain_batch_size or len(latents)
+        import torch
+
+        from recare_patch.erasure.loop import noised
+
+        context, texts = self.context, self.context.retained
+        rows = context.recipe.erase.retain_batch_size or len(latents)
         again = torch.arange(rows, device=latents.device) % len(latents)
         latents, timesteps = latents[again], timesteps[again.to(timesteps.device)]
         picks = torch.randint(0, len(self.retained), (rows,), generator=generator)
-        if self.context.guarded:
-            guarded = torch.randint(0, self.context.guarded, (rows,), generator=generator)
+        if texts.guarded:
+            guarded = torch.randint(0, texts.guarded, (rows,), generator=generator)
             picks = torch.where(torch.rand(rows, generator=generator) < 0.5, guarded, picks)
-        if own is None or self.context.pictured is None:
+        if not len(texts.latents):
             return latents, timesteps, self.retained[picks]
-        pictures = torch.randint(0, len(own), (rows,), generator=generator)
-        states, times, _ = noised(self.context.base, own[pictures], generator)
+        pictures = torch.randint(0, len(texts.latents), (rows,), generator=generator)
+        states, times, _ = noised(context.base, texts.latents[pictures], generator)
         ours = torch.rand(rows, generator=generator) < 0.5
-        picks = torch.where(ours, self.context.pictured[pictures], picks)
+        picks = torch.where(ours, texts.pictured[pictures], picks)
         here = ours.to(latents.device)
         states = torch.where(here.view(-1, 1, 1, 1), states, latents)
         table = self.retained
-        if self.context.adversaries is not None:
+        if self.adversaries is not None:
             # Guidance goes from the empty prompt to the prompt: were the empty one pushed away from the
             # concept too, any learnt name would point back to it.
             void = ~ours & (torch.rand(rows, generator=generator) < 0.5)
             picks = torch.where(void, len(table), picks)
-            table = PromptEmbeds.cat([table, self.context.empty])
+            table = models.PromptEmbeds.cat([table, self.empty])
         return states, torch.where(here, times, timesteps), table[picks]
 
     def _chosen(self, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -127,19 +298,25 @@ class ReCARE(LossMethod):
         Of the rows that have the concept's first name, half are joined to their anchor and a
         quarter take another name: how people write a concept varies more than one prompt does.
         """
-        context, rows = self.context, len(which)
-        chosen = which
-        picks = torch.randint(0, context.guarded_anchors or len(self.anchors), (rows,), generator=generator)
+        import torch
+
+        erased, rows, chosen = self.context.erased, len(which), which
+        picks = torch.randint(0, erased.guarded_anchors or len(self.anchors), (rows,), generator=generator)
         luck = torch.rand(rows, generator=generator)
-        size = len(context.erased)
-        if context.composed is not None:
+        size = len(self.names)
+        if erased.joined:
             joined = (which == 0) & (luck >= 0.5)
             # Half of them with a guarded word, half with any.
             any_anchor = torch.randint(0, len(self.anchors), (rows,), generator=generator)
             picks = torch.where(joined & (luck >= 0.75), any_anchor, picks)
             chosen = torch.where(joined, size + picks, chosen)
-            size += len(context.composed)
-        if context.aliases is not None:
-            alias = torch.randint(0, len(context.aliases), (rows,), generator=generator)
+            size += len(erased.joined)
+        if erased.aliases:
+            alias = torch.randint(0, len(erased.aliases), (rows,), generator=generator)
             chosen = torch.where((which == 0) & (luck >= 0.25) & (luck < 0.5), size + alias, chosen)
         return chosen, picks
+
+    @classmethod
+    def erase(cls, methods: Sequence[Self], stages: Stages) -> None:
+        """Stage 2: one loop over all concepts."""
+        stages.fit_losses(methods)

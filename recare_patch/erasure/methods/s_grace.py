@@ -13,16 +13,23 @@ denoiser reads a pooled text as well (Stable Diffusion XL and 3), a cosine of ``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from pydantic import Field
 
-from recare_patch.core import CareSetError
-from recare_patch.erasure.methods.protocol import ErasingContext, Method, Needs, Stages
-from recare_patch.models import TEXT_ROOM, PromptEmbeds, named_tuner_layers, sample_timesteps
-from recare_patch.models import lora as adapters
+from recare_patch import models
+from recare_patch.core import CareSetError, RecipeError, Settings, reason, yaml_mapping
+from recare_patch.erasure.methods import Context, Method, Needs, Work
+from recare_patch.recipe import TEXT_LAYER_SETS, MethodInfo, Paper
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from recare_patch.erasure.stages import Stages
+    from recare_patch.models import PromptEmbeds
+    from recare_patch.recipe import Recipe
 
 NOISY = (0.75, 0.95)
 """The part of the diffusion process on which an attack is judged: where the prompt decides most."""
@@ -31,38 +38,121 @@ WORDS = (3, 20)
 """How many words a sequence has at least and at most."""
 
 
+Weight = Annotated[float, Field(ge=0, le=10_000)]
+
+
+class SGraceOptions(Settings):
+    """S-GRACE's own; its edit has ``erase.steps`` a round, at ``erase.learning_rate``.
+
+    ``erase.batch_size`` is the number of adversarial sequences, ``erase.retain_batch_size`` that of the retained
+    prompts a step, and ``erase.retain_weight`` their weight.
+    """
+
+    rounds: int = Field(4, ge=1, le=100, description="of attack and edit")
+    attack_steps: int = Field(
+        10,
+        ge=0,
+        le=1000,
+        description="of sign-gradient in each attack; 0: the words are erased as they stand",
+    )
+    attack_rate: float = Field(
+        5.0e-3, gt=0, le=1, description="length of such a step, in each component of a word's vector"
+    )
+    attack_box: float = Field(
+        4.0, gt=0, le=1000, description="half the width of the box around each start, in steps"
+    )
+    attack_similarity: Weight = Field(
+        0.1, description="weight of staying a name of the concept, beside predicting its noise"
+    )
+    consistency_weight: Weight = Field(
+        0.2, description="of each sequence staying what it was at the start of its round; published 1.2"
+    )
+    parameter_weight: Weight = Field(0.2, description="of the update's size")
+    words: str | None = Field(
+        None, description="a YAML file with the lists related and unrelated, instead of mined words"
+    )
+
+
 class SGrace(Method):
     """Rounds of an attack on word vectors and an edit of the text encoder."""
 
+    info = MethodInfo(
+        title="S-GRACE",
+        paper=Paper(
+            "S-GRACE",
+            "Yin et al.",
+            None,
+            "2510.27285",
+            {"author": "Yin and others", "title": "{S-GRACE}", "year": "2025"},
+        ),
+        what="turns the text encoder's reading of the concept, and of adversarial words for it, away",
+        touches="the text encoder",
+        reads="pictures of the concept, its CARE-set, words that name it and words that do not",
+        strength="serves every denoiser that shares the text encoder",
+        weakness="what the denoiser draws without being asked stays",
+        layers=TEXT_LAYER_SETS,
+        options=SGraceOptions,
+        replaces="the text encoder reads the concept's prompts as the replacement's",
+        defaults={
+            "adapter.layers": "text-encoder",
+            "target_images.count": 8,
+            "erase.steps": 50,
+            "erase.batch_size": 8,
+            "erase.retain_batch_size": 16,
+            "erase.retain_weight": 50.0,
+            "erase.learning_rate": 3.0e-3,
+            "erase.retained_images": 0,
+        },
+    )
     needs = Needs(care_set=True, retained=True)
 
-    def __init__(self, context: ErasingContext) -> None:
-        """Read the concept, its words and what must stay with the untouched encoder."""
-        super().__init__(context)
-        if context.retained is None:
+    def __init__(self, context: Context) -> None:
+        import torch
+
+        self.context, base, concept = context, context.base, context.concept
+        if not context.retained.prompts:
             raise CareSetError("method 's-grace' needs at least one retained prompt, and there is none")
-        assert context.recipe is not None and context.concept is not None and context.latents is not None
-        self.options, self.latents = context.recipe.s_grace, context.latents
-        self.kept: PromptEmbeds = context.retained
-        self.names = [self._vectors(prompt) for prompt in context.concept.name_prompts]
-        self.name = self._vectors(context.concept.text)
+        assert isinstance(context.recipe.own, SGraceOptions)
+        self.options, self.latents = context.recipe.own, context.latents
+        self.kept = base.encode_prompts(list(context.retained.prompts))
+        self.names = [self._vectors(prompt) for prompt in concept.name_prompts]
+        self.name = self._vectors(concept.text)
         self.words = [self._vectors(word) for word in context.related]
-        self.retained = [self._vectors(prompt) for prompt in context.retained_prompts]
+        self.retained = [self._vectors(prompt) for prompt in context.retained.prompts]
         self.replaced = context.recipe.replace_with is not None
-        with torch.no_grad(), adapters.off(*context.base.components.values()):
+        with torch.no_grad():
             self.feature = self._features(self.names[:1])
             if self.replaced:
-                other = [self._vectors(prompt) for prompt in context.became[: len(self.names)]]
-                self.wanted = context.base.encode_token_vectors(other)
+                other = [self._vectors(after) for _, after in context.erased.pairs[: len(self.names)]]
+                self.wanted = base.encode_token_vectors(other)
                 self.wanted_feature = self._features(other[:1])
+
+    @classmethod
+    def word_lists(cls, recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """The lists of the file that the recipe names."""
+        assert isinstance(recipe.own, SGraceOptions)
+        return read_words(recipe.own.words) if recipe.own.words is not None else None
+
+    @classmethod
+    def work(cls, recipe: Recipe) -> Mapping[str, Work]:
+        """The attacks; the edits need no denoiser."""
+        assert isinstance(recipe.own, SGraceOptions)
+        rows = recipe.erase.batch_size
+        attack = Work(recipe.own.attack_steps * rows * 3 * len(recipe.concepts), rows, reads=True)
+        return {f"attack {k}": attack for k in range(1, recipe.own.rounds + 1)}
 
     def _vectors(self, text: str) -> Tensor:
         """The vectors of a text's tokens, as many as are read, ``[tokens, token_width]``."""
-        table, ids = self.context.base.token_table(), self.context.base.token_ids(text)[:TEXT_ROOM]
+        import torch
+
+        table, ids = self.context.base.token_table(), self.context.base.token_ids(text)[: models.TEXT_ROOM]
         return table[torch.tensor(ids, dtype=torch.long, device=table.device)]
 
     def _features(self, rows: Sequence[Tensor], embeds: PromptEmbeds | None = None) -> Tensor:
         """``f`` of each row, ``[rows, width]``."""
+        import torch
+        from torch.nn import functional as F
+
         embeds = embeds or self.context.base.encode_token_vectors(rows)
         states = embeds.prompt_embeds
         # Start of text, the tokens, then end of text.
@@ -73,16 +163,16 @@ class SGrace(Method):
             parts.append(embeds.pooled_prompt_embeds)
         return torch.cat([F.normalize(part.float(), dim=-1) for part in parts], -1) / len(parts) ** 0.5
 
-    # ------------------------------------------------------------------ attack
-
     def _start(self, generator: torch.Generator) -> list[Tensor]:
         """The concept's own prompts, then sequences of its words, each with its name in front."""
-        count = self.context.options.batch_size
+        import torch
+
+        count = self.context.recipe.erase.batch_size
         rows = self.names[:count]
         while len(rows) < count:
             size = int(torch.randint(WORDS[0], WORDS[1] + 1, (1,), generator=generator))
             picks = torch.randint(0, len(self.words), (size - 1,), generator=generator).tolist()
-            rows.append(torch.cat([self.name, *(self.words[k] for k in picks)])[:TEXT_ROOM])
+            rows.append(torch.cat([self.name, *(self.words[k] for k in picks)])[: models.TEXT_ROOM])
         return rows
 
     def attack(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -93,6 +183,10 @@ class SGrace(Method):
         Returns:
             ``vectors.<k>`` ``[tokens, token_width]`` of each sequence, and their ``features``.
         """
+        import torch
+        from torch import nn
+        from torch.nn import functional as F
+
         base, options = self.context.base, self.options
         start = self._start(generator)
         rows = [nn.Parameter(row.clone()) for row in start]
@@ -100,11 +194,11 @@ class SGrace(Method):
             picks = torch.randint(0, len(self.latents), (len(rows),), generator=generator)
             clean = self.latents[picks.to(self.latents.device)]
             first, last = (int(part * base.num_train_timesteps) for part in NOISY)
-            times = sample_timesteps(len(rows), first, last, generator).to(base.device)
+            times = models.sample_timesteps(len(rows), first, last, generator).to(base.device)
             noise = torch.randn(clean.shape, generator=generator).to(clean.device, clean.dtype)
             states, target = base.add_noise(clean, noise, times), base.training_target(clean, noise, times)
         for _ in range(options.attack_steps):
-            with adapters.frozen(*base.components.values()):
+            with models.frozen(*base.components.values()):
                 embeds = base.encode_token_vectors(rows)
                 predicted = base.denoise(states, times, embeds).float()
                 error = F.mse_loss(predicted, target.float()) * len(rows)
@@ -124,8 +218,6 @@ class SGrace(Method):
             found = {f"vectors.{k}": row.detach() for k, row in enumerate(rows)}
             return found | {"features": self._features([row.detach() for row in rows])}
 
-    # ------------------------------------------------------------------ edit
-
     def edit(self, found: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
         """The loss of a step of the edit.
 
@@ -134,12 +226,14 @@ class SGrace(Method):
         the replacement's feature, the second is left out, and the concept's own prompts come to read as the
         replacement's in all places.
         """
-        base, context, options = self.context.base, self.context, self.options
+        import torch
+
+        base, erase, options = self.context.base, self.context.recipe.erase, self.options
         sequences = [found[f"vectors.{k}"] for k in range(len(found) - 1)]
-        rows = context.options.retain_batch_size or context.options.batch_size
+        rows = erase.retain_batch_size or erase.batch_size
         picks = torch.randint(0, len(self.retained), (rows,), generator=generator)
-        if context.guarded:
-            guarded = torch.randint(0, context.guarded, (rows,), generator=generator)
+        if self.context.retained.guarded:
+            guarded = torch.randint(0, self.context.retained.guarded, (rows,), generator=generator)
             picks = torch.where(torch.rand(rows, generator=generator) < 0.5, guarded, picks)
         retained = [self.retained[k] for k in picks.tolist()]
         own = self.names if self.replaced else []
@@ -153,15 +247,17 @@ class SGrace(Method):
             loss = 1 + (features @ self.feature.T).mean() + options.consistency_weight * (1 - consistent)
         loss = loss + options.parameter_weight * self._size()
         kept = embeds[count : count + rows]
-        loss = loss + context.options.retain_weight * _distance(kept, self.kept[picks])
+        loss = loss + erase.retain_weight * _distance(kept, self.kept[picks])
         if own:
             loss = loss + _distance(embeds[count + rows :], self.wanted)
         return loss
 
     def _size(self) -> Tensor:
         """``‖Δθ‖₁``: the mean absolute update of each layer's weight, summed over the layers."""
-        name, total = adapters.ADAPTER_NAME, torch.zeros((), device=self.context.base.device)
-        for _, layer in named_tuner_layers(self.context.base.components):
+        import torch
+
+        name, total = models.ADAPTER_NAME, torch.zeros((), device=self.context.base.device)
+        for _, layer in models.named_tuner_layers(self.context.base.components):
             if name in layer.lora_A:
                 update = layer.lora_B[name].weight @ layer.lora_A[name].weight
                 total = total + (layer.scaling[name] * update).abs().mean()
@@ -169,7 +265,7 @@ class SGrace(Method):
 
     @classmethod
     def erase(cls, methods: Sequence[Self], stages: Stages) -> None:
-        """See :class:`Method`."""
+        """Rounds over all concepts."""
         count = len(methods)
         for number in range(1, methods[0].options.rounds + 1):
 
@@ -188,12 +284,43 @@ class SGrace(Method):
             ) -> Tensor:
                 return methods[step % count].edit(found[step % count], generator)
 
-            stages.fit(f"edit {number}", loss_at, methods[0].context.options.steps * count)
+            stages.fit(f"edit {number}", loss_at, methods[0].context.recipe.erase.steps * count)
 
 
 def _distance(found: PromptEmbeds, wanted: PromptEmbeds) -> Tensor:
     """Mean squared difference of what the denoiser reads."""
+    from torch.nn import functional as F
+
     loss = F.mse_loss(found.prompt_embeds.float(), wanted.prompt_embeds.float())
     if found.pooled_prompt_embeds is not None and wanted.pooled_prompt_embeds is not None:
         loss = loss + F.mse_loss(found.pooled_prompt_embeds.float(), wanted.pooled_prompt_embeds.float())
     return loss
+
+
+def read_words(file: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The lists ``related`` and ``unrelated`` of a YAML file.
+
+    Raises:
+        RecipeError: it cannot be read, a list is missing or empty, or holds something else than words.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as fault:
+        raise RecipeError(f"cannot read the word list {file}: {reason(fault)}") from None
+    except ValueError:
+        raise RecipeError(f"cannot read the word list {file}: it is not UTF-8 text") from None
+    lists = yaml_mapping(text, source=file, noun="word list", error=RecipeError)
+    unknown = [key for key in lists if key not in ("related", "unrelated")]
+    if unknown:
+        raise RecipeError(f"{file} has a key '{unknown[0]}': a word list has related and unrelated")
+    found = []
+    for key in ("related", "unrelated"):
+        words = lists.get(key)
+        if (
+            not isinstance(words, list)
+            or not words
+            or not all(isinstance(w, str) and w.strip() for w in words)
+        ):
+            raise RecipeError(f"{file} needs a list of words under '{key}'")
+        found.append(tuple(dict.fromkeys(word.strip() for word in words)))
+    return found[0], found[1]

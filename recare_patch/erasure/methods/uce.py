@@ -13,16 +13,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Self
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from recare_patch.core import BaseModelError
-from recare_patch.erasure.methods.protocol import ErasingContext, Method, Needs, Stages
-from recare_patch.models import base_layers, full_name
-from recare_patch.models import lora as adapters
+from recare_patch import models
+from recare_patch.core import BaseModelError, Settings
+from recare_patch.erasure.methods import Context, Method, Needs, Work
+from recare_patch.recipe import MethodInfo, Paper
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from recare_patch.erasure.stages import Stages
+    from recare_patch.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -30,42 +36,81 @@ RESIDUAL = "rank_residual"
 """The note that says what the patch's rank leaves out of the closed form."""
 
 
+Weight = Annotated[float, Field(ge=0, le=10_000)]
+
+
+class UCEOptions(Settings):
+    """UCE's own: the weights of its closed form."""
+
+    erase_weight: Weight = Field(1.0, description="of the erased embeddings")
+    retain_weight: Weight = Field(0.1, description="of the retained ones")
+    ridge: float = Field(0.5, gt=0, le=10_000, description="λ, of staying near the old weights everywhere")
+
+
 class UCE(Method):
     """Solved, not trained; exported at the adapter's rank by a singular value decomposition."""
 
-    needs = Needs(target_images=False, retained=True, composed=True)
+    info = MethodInfo(
+        title="UCE",
+        paper=Paper(
+            "UCE",
+            "Gandikota et al.",
+            "WACV 2024",
+            "2308.14761",
+            {
+                "author": "Gandikota, Rohit and Orgad, Hadas and Belinkov, Yonatan and Materzy{\\'n}ska, Joanna "
+                "and Bau, David",
+                "title": "Unified Concept Editing in Diffusion Models",
+                "booktitle": "IEEE/CVF Winter Conference on Applications of Computer Vision",
+                "year": "2024",
+            },
+        ),
+        what="solves for keys and values that read the concept as nothing",
+        touches="keys and values of the denoiser's cross-attention",
+        reads="the concept's name, words of CLIP's vocabulary",
+        strength="no training and no pictures: a few seconds",
+        weakness="only words that it was told; no step looks at a picture",
+        layers=("cross-attention-kv",),
+        options=UCEOptions,
+        replaces="keys and values of the concept's tokens become those of the replacement's",
+        continues=False,
+        defaults={"adapter.layers": "cross-attention-kv", "adapter.rank": 16, "adapter.alpha": 16.0},
+    )
+    needs = Needs(target_images=False, retained=True, joined=True)
 
-    def __init__(self, context: ErasingContext) -> None:
+    def __init__(self, context: Context) -> None:
         """Encode the concept's prompts, what takes their place, and what must stay.
 
         Raises:
             BaseModelError: keys and values of this base do not read the text embeddings themselves.
         """
-        super().__init__(context)
-        assert context.recipe is not None
-        base = context.base
-        self.options = context.recipe.uce
-        concept, instead = [], []
-        for prompt, other in zip(context.prompts, context.became, strict=True):
-            one, two = self._aligned(prompt, other)
-            concept.append(one)
-            instead.append(two)
+        import torch
+
+        assert isinstance(context.recipe.own, UCEOptions)
+        self.context, self.options, base = context, context.recipe.own, context.base
+        concept, instead = zip(*(self._aligned(*pair) for pair in context.erased.pairs), strict=True)
         self.concept, self.instead = torch.cat(concept), torch.cat(instead)
         width = self.concept.shape[1]
-        for name, layer in base_layers(base.denoiser):
-            if name in self.modules and isinstance(layer, nn.Linear) and layer.in_features != width:
+        for name, layer in models.base_layers(base.denoiser):
+            if name in self.modules and isinstance(layer, torch.nn.Linear) and layer.in_features != width:
                 raise BaseModelError(
                     f"method 'uce' cannot edit base '{base.id}': '{name}' reads {layer.in_features} numbers "
                     f"a token, and the text encoder makes {width}"
                 )
-        kept = context.retained.prompt_embeds.double() if context.retained is not None else None
-        self.retained = kept[:, 1:].flatten(0, 1) if kept is not None else torch.zeros(0, width).double()
+        self.retained = torch.zeros(0, width).double()
+        if context.retained.prompts:
+            kept = base.encode_prompts(list(context.retained.prompts)).prompt_embeds.double()
+            self.retained = kept[:, 1:].flatten(0, 1)
+
+    @classmethod
+    def work(cls, recipe: Recipe) -> Mapping[str, Work]:
+        """No denoiser at all."""
+        return {}
 
     @property
     def modules(self) -> list[str]:
         """The layers that are edited."""
-        assert self.context.recipe is not None
-        return adapters.target_modules(self.context.base.denoiser, self.context.recipe.adapter.layers)
+        return models.target_modules(self.context.base.denoiser, self.context.recipe.adapter.layers)
 
     def _aligned(self, prompt: str, other: str) -> tuple[Tensor, Tensor]:
         """Embeddings of a prompt from where it parts from the other one, and the other's in their place.
@@ -94,11 +139,11 @@ class UCE(Method):
 
     @classmethod
     def erase(cls, methods: Sequence[Self], stages: Stages) -> None:
-        """See :class:`Method`."""
-        first = methods[0]
-        context = first.context
-        assert context.recipe is not None
-        rank, layers = context.recipe.adapter.rank, dict(base_layers(context.base.denoiser))
+        """One solution for all concepts."""
+        import torch
+
+        first, context = methods[0], methods[0].context
+        rank, layers = context.recipe.adapter.rank, dict(models.base_layers(context.base.denoiser))
 
         def solve(generator: torch.Generator) -> dict[str, Tensor]:
             both = [one.moments() for one in methods]
@@ -109,7 +154,7 @@ class UCE(Method):
             missed = total = 0.0
             for name in first.modules:
                 weight = layers[name].weight
-                assert isinstance(weight, Tensor)
+                assert isinstance(weight, torch.Tensor)
                 u, s, vh = torch.linalg.svd(weight.detach().double() @ change, full_matrices=False)
                 root = torch.zeros(rank, dtype=s.dtype, device=s.device)
                 root[: len(s)] = s[:rank].sqrt()
@@ -125,4 +170,6 @@ class UCE(Method):
         logger.info("the closed form at rank %d: %.2g of its norm is left out", rank, residual)
         stages.note(RESIDUAL, residual)
         part = context.base.denoiser_name
-        stages.set_adapter({full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules})
+        stages.set_adapter(
+            {models.full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules}
+        )

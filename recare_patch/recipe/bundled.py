@@ -1,0 +1,322 @@
+"""The recipes that come with the package, the presets, and the recipe that a user's words stand for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recare_patch.core import (
+    PatchError,
+    RecarePatchError,
+    RecipeError,
+    load_yaml,
+    read_safetensors_header,
+    unknown_name,
+)
+from recare_patch.recipe.concept import Concept, same_concept
+from recare_patch.recipe.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+METADATA_KEY = "recare_patch.recipe"
+"""The header entry of a patch's safetensors file that holds its recipe."""
+
+PARTS_KEY = "recare_patch.parts"
+"""The header entry of a stack's safetensors file that lists the patches in it."""
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+"""The file that diffusers looks for in a LoRA folder."""
+
+FIGURES_FILE = Path(__file__).parent / "method_figures.json"
+"""What was measured of the methods, where a benchmark has written it."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Seconds, and weak: see `recare-patch methods forget-me-not`.
+    "fast": {"method": "forget-me-not"},
+    # A third of the default's evaluations: fewer pictures in fewer steps, no search, half the training.
+    "quick": {
+        "target_images.count": 24,
+        "target_images.steps": 8,
+        "target_images.scheduler": "dpm-solver++",
+        "search.rounds": 0,
+        "erase.steps": 68,
+    },
+    # Against learnt names of several vectors, at a third of the default's evaluations and ten times its size:
+    # adversaries in the loop, which take the search's place, and layers enough to lose the concept itself
+    # and not its names alone. Many steps of few states, since what counts is how often patch and adversaries
+    # answer each other; and many retained states, as this is a harsher loss.
+    "robust": {
+        "adapter.layers": "all",
+        "target_images.count": 24,
+        "target_images.steps": 8,
+        "target_images.scheduler": "dpm-solver++",
+        "search.rounds": 0,
+        "erase.steps": 55,
+        "erase.batch_size": 2,
+        "erase.retain_batch_size": 7,
+        "erase.learning_rate": 3.0e-3,
+        "adversary.count": 2,
+        "adversary.space": "embeddings",
+        "adversary.steps": 1,
+        "adversary.life": 20,
+        "adversary.batch_size": 2,
+        "adversary.learning_rate": 0.1,
+        "adversary.weight": 2.0,
+    },
+}
+"""Name → recipe keys that belong together, see ``docs/erasure.md``."""
+
+
+def preset_overrides(name: str | None) -> dict[str, Any]:
+    """The keys that a preset sets; none where there is no name.
+
+    Raises:
+        UnknownNameError: with the nearest name.
+    """
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return dict(PRESETS[name])
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """One bundled recipe; ``name`` is what ``--recipe`` takes."""
+
+    name: str
+    path: Path
+    concept: str
+    base: str
+    kind: str
+
+
+def recipes_folder() -> Path:
+    """The folder of bundled recipes: inside an installed package, beside it in a source checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def list_recipes() -> list[RecipeInfo]:
+    """All bundled recipes, by name."""
+    found = []
+    for path in sorted(recipes_folder().glob("*.yaml")):
+        recipe = _read_yaml(path)
+        found.append(RecipeInfo(path.stem, path, recipe.concept.text, recipe.base, recipe.concept.kind))
+    return found
+
+
+def find_recipe_for(concept_text: str, base: str | None = None) -> Recipe | None:
+    """The bundled recipe of a concept, or None.
+
+    Args:
+        concept_text: the concept's name; case does not count.
+        base: the base model it must be for. A folder or another owner's copy counts when its last
+            part has the same name ("models/stable-diffusion-v1-5"). None: any base.
+    """
+
+    def last(source: str) -> str:
+        return re.split(r"[/\\]", source.rstrip("/\\"))[-1].casefold()
+
+    for info in list_recipes():
+        if same_concept(info.concept, concept_text) and (base is None or last(base) == last(info.base)):
+            return _read_yaml(info.path)
+    return None
+
+
+def load_recipe(source: str) -> Recipe:
+    """A recipe by name, from a file, or out of a patch.
+
+    Args:
+        source: the name of a bundled recipe ("van-gogh" is short for "van-gogh-atelier"), a YAML
+            file, a patch folder or a patch's safetensors file. A name goes before a file of that
+            name; write "./name" for the file.
+
+    Raises:
+        UnknownNameError: no such name or file.
+        RecipeError: the file holds no sound recipe.
+        PatchError: the safetensors file cannot be read.
+    """
+    source = source.strip()
+    by_name = {path.stem.casefold(): path for path in sorted(recipes_folder().glob("*.yaml"))}
+    wanted = re.sub(r"[\s_]+", "-", source.casefold())
+    for name in (wanted, f"{wanted}-atelier"):
+        if name in by_name:
+            return _read_yaml(by_name[name])
+    path = Path(source)
+    try:
+        if path.is_dir():
+            if (path / WEIGHTS_NAME).is_file():
+                return _recipe_in_patch(path / WEIGHTS_NAME)
+            if (path / "recipe.yaml").is_file():
+                return _read_yaml(path / "recipe.yaml")
+            raise RecipeError(f"{source} holds no recipe: neither {WEIGHTS_NAME} nor recipe.yaml is in it")
+        if path.is_file():
+            return _recipe_in_patch(path) if path.suffix == ".safetensors" else _read_yaml(path)
+    except OSError as fault:
+        raise RecipeError(f"cannot read {source}: {(fault.strerror or str(fault)).lower()}") from fault
+    short = [name.removesuffix("-atelier") for name in by_name if name.endswith("-atelier")]
+    raise unknown_name("recipe", source, [*sorted(short), *sorted(by_name)])
+
+
+def _read_yaml(path: Path) -> Recipe:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not a recipe: it is not UTF-8 text") from None
+    except OSError as fault:
+        raise RecipeError(f"cannot read {path}: {(fault.strerror or str(fault)).lower()}") from fault
+    return Recipe.from_yaml(text, source=str(path))
+
+
+def stack_has_no_recipe(name: str, parts: int) -> str:
+    """The sentence for whoever asks a stack of patches for its recipe."""
+    return f"{name} is a stack of {parts} patches and has no recipe of its own: name one of its parts instead"
+
+
+def _recipe_in_patch(path: Path) -> Recipe:
+    header = read_safetensors_header(path).metadata
+    text = header.get(METADATA_KEY)
+    if text is None and PARTS_KEY in header:
+        raise RecipeError(stack_has_no_recipe(str(path), len(parts_in_header(header, str(path)))))
+    if text is None:
+        raise RecipeError(
+            f"{path} carries no recipe: it was not made by recare-patch, or its header was stripped"
+        )
+    return Recipe.from_yaml(text, source=f"the recipe in {path}")
+
+
+def parts_in_header(header: Mapping[str, str], source: str) -> list[dict[str, Any]]:
+    """The parts that a stack's header lists, as plain data, read without torch.
+
+    Raises:
+        RecipeError: the entry of ``source`` is malformed.
+    """
+    try:
+        parts = json.loads(header[PARTS_KEY])
+    except (ValueError, RecursionError):
+        parts = None
+    wanted = (("name", str), ("sha256", str), ("scale", (int, float)))
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict) and all(isinstance(part.get(key), kind) for key, kind in wanted)
+        for part in parts
+    ):
+        raise RecipeError(f"{source} has a malformed header entry '{PARTS_KEY}'")
+    return parts
+
+
+def recipe_for(
+    concept: str,
+    *,
+    guess_kind: Callable[[str, str, str | None], str],
+    also: Sequence[str] = (),
+    subject: str | None = None,
+    kind: str | None = None,
+    recipe: str | None = None,
+    preset: str | None = None,
+    base: str | None = None,
+    clip: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe that a user's words stand for: looked up by the concept's name, or made from defaults.
+
+    Args:
+        concept: what to erase, in any case; may be empty where ``recipe`` names one.
+        guess_kind: the kind of a concept that nothing else tells, from its text, the base and the CLIP.
+        also: more concepts that the same patch erases.
+        subject: take the concept out of this alone, as an attribute of it: "stars" from "Van Gogh".
+        kind: ``style``, ``object``, ``identity`` or ``nsfw``, of all concepts, and of the subject where
+            there is one; else from a recipe of that concept, else guessed.
+        recipe: name of a bundled recipe, a YAML file or a patch to take the recipe from.
+        preset: a name of :data:`PRESETS`; ``overrides`` go before it.
+        base, clip: where to find the models; else the recipe's, else the bundled ones.
+        overrides: dotted recipe keys and their values, for example ``{"erase.steps": 50}``.
+    """
+    told = {**preset_overrides(preset), **(overrides or {})}
+    earlier = _earlier_adapter(told.get("continue_from"))
+    source = base or earlier.get("base") or "atelier"
+
+    def named(text: str) -> Concept:
+        if kind is not None:
+            return Concept(text=text, kind=kind)
+        if (found := find_recipe_for(text, source)) is not None:
+            logger.info("kind of '%s' taken from its recipe: %s", text, found.concept.kind)
+            return Concept(text=text, kind=found.concept.kind)
+        guessed = guess_kind(text, source, clip)
+        logger.info("kind of '%s' guessed from what the base draws: %s (--kind to choose)", text, guessed)
+        return Concept(text=text, kind=guessed)
+
+    if recipe:
+        made = load_recipe(recipe)
+    elif subject is not None:
+        # An attribute needs no kind of its own: it is a word beside the subject's name.
+        made = Recipe(concept=Concept(text=concept, kind="object"), base=source, clip=clip)
+    elif (known := find_recipe_for(concept, source)) is not None:
+        logger.info("kind of '%s' taken from its recipe: %s", concept, known.concept.kind)
+        made = known
+    else:
+        made = Recipe(concept=named(concept), base=source, clip=clip)
+    changes: dict[str, Any] = dict(earlier)
+    if concept and concept.strip().lower() != made.concept.text.lower():
+        changes["concept.text"] = concept
+    if kind is not None and subject is None:
+        changes["concept.kind"] = kind
+    changes |= {key: value for key, value in (("base", base), ("clip", clip)) if value is not None}
+    if also:
+        changes["also"] = [named(one).model_dump() for one in also]
+    if subject is not None:
+        changes["subject"] = named(subject).model_dump()
+    changes |= told
+    return made.with_overrides(changes) if changes else made
+
+
+def _earlier_adapter(patch: str | None) -> dict[str, Any]:
+    """What a run must share with the patch that it goes on from."""
+    if patch is None:
+        return {}
+    if not Path(patch).exists():
+        raise PatchError(f"there is no patch at {patch}")
+    # A name of a recipe would go before a folder of that name; a whole path is none.
+    found = load_recipe(str(Path(patch).absolute()))
+    shared = {f"adapter.{key}": getattr(found.adapter, key) for key in ("layers", "rank", "alpha")}
+    return {"base": found.base, "method": found.method, **shared}
+
+
+def measured() -> dict[str, dict[str, dict[str, Any]]]:
+    """Method → concept → figures, of the bundled base; empty where nothing was measured.
+
+    Raises:
+        RecarePatchError: the file is damaged.
+    """
+    try:
+        found = json.loads(FIGURES_FILE.read_text(encoding="utf-8"))
+        return {name: dict(rows) for name, rows in found["methods"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as fault:
+        raise RecarePatchError(f"cannot read {FIGURES_FILE}: it is damaged; reinstall the package") from fault
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """One "key=value" of the command line, the value read as YAML: numbers, true, null, text.
+
+    Raises:
+        RecipeError: there is no "=" or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"'{text}' is not an assignment: write key=value, such as erase.steps=50")
+    try:
+        return key.strip(), load_yaml(value)
+    except yaml.YAMLError:
+        raise RecipeError(
+            f"'{text}' is not an assignment: the value of {key.strip()} is not readable"
+        ) from None
