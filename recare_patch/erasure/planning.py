@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from recare_patch.core import RecipeError
-from recare_patch.erasure.methods import Work, stage_name
-from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout
-from recare_patch.models import lora as adapters
+from recare_patch.erasure.methods import Work
+from recare_patch.erasure.stages import attach, stage_name
+from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout, lora
 from recare_patch.recipe import METHODS, MemoryOptions, Recipe, scheduled
 
 if TYPE_CHECKING:
@@ -47,12 +47,8 @@ _WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.5625}
 def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, int]:
     """Denoiser evaluations of every stage, as ``training.json`` will count them.
 
-    Inversions that may end early are counted with all their steps.
-
-    Args:
-        recipe: of the run.
-        sampler_steps: how often the base's scheduler calls the denoiser for a picture; by default as
-            often as the recipe has steps.
+    Inversions that may end early are counted with all their steps; ``sampler_steps`` is how often the base's
+    scheduler calls the denoiser for a picture, by default as often as the recipe has steps.
 
     Raises:
         RecipeError: the source of states costs what cannot be told in advance.
@@ -127,11 +123,7 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention() -> Iterator[list[int]]:
-    """The meta device knows only attention that writes out its matrix; devices run the fused kind.
-
-    Yields:
-        operations of each attention so far.
-    """
+    """The meta device knows only attention that writes out its matrix, devices run the fused kind: the operations."""
     operations: list[int] = []
 
     def shapes(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -151,35 +143,20 @@ def _fused_attention() -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a base takes, in bytes and operations, at one precision and resolution.
+    """What a base takes, in bytes and operations, at one precision and resolution."""
 
-    Attributes:
-        denoiser: of the denoiser's weights.
-        linear: weights of its linear layers, which can be quantized, not in bytes.
-        size: of one weight.
-        block: of the largest part that is computed at once when activations are forgotten.
-        encoders: of all text encoders.
-        vae: of the autoencoder.
-        adapter: parameters of the LoRA.
-        operations: floating-point operations of one sample's prediction.
-        predicting: what lives at most while one sample is predicted.
-        training: the same with its backward pass.
-        checkpointed: the same, activations forgotten.
-        decoding: what lives at most while one picture is decoded.
-    """
-
-    denoiser: int
-    linear: int
-    size: int
-    block: int
+    denoiser: int  # bytes of its weights
+    linear: int  # weights of its linear layers, which can be quantized, not in bytes
+    size: int  # bytes of one weight
+    block: int  # of the largest part that is computed at once when activations are forgotten
     encoders: int
     vae: int
-    adapter: int
-    operations: float
-    predicting: int
-    training: int
-    checkpointed: int
-    decoding: int
+    adapter: int  # parameters of the LoRA
+    operations: float  # floating-point operations of one sample's prediction
+    predicting: int  # what lives at most while one sample is predicted
+    training: int  # the same with its backward pass
+    checkpointed: int  # the same, activations forgotten
+    decoding: int  # while one picture is decoded
 
 
 def _bytes(*networks: nn.Module) -> int:
@@ -188,11 +165,6 @@ def _bytes(*networks: nn.Module) -> int:
 
 def phantom(layout: Layout, precision: str, resolution: str | None = None) -> LatentDiffusion:
     """A base on the meta device, from its configurations alone; it has no tokenizers.
-
-    Args:
-        layout: of the base.
-        precision: of its weights.
-        resolution: see :class:`MemoryOptions`.
 
     Raises:
         BaseModelError: it is of no supported family.
@@ -225,27 +197,16 @@ def phantom(layout: Layout, precision: str, resolution: str | None = None) -> La
 
 
 def measure(layout: Layout, recipe: Recipe) -> Footprint:
-    """What a recipe's base takes at its precision and resolution, its levers left aside.
-
-    Args:
-        layout: of the base.
-        recipe: of the run.
-    """
+    """What a recipe's base takes at its precision and resolution, its levers left aside."""
     base = phantom(layout, recipe.precision, recipe.memory.resolution)
     denoiser, encoders, vae = base.denoiser, base._encoders, base.pipeline.vae
     linear = sum(m.weight.numel() for m in denoiser.modules() if isinstance(m, nn.Linear))
     blocks = [_bytes(m) for name, m in denoiser.named_modules() if _is_block(name)]
-    whole = _bytes(denoiser)
-    options = recipe.adapter
-    parameters: list[nn.Parameter] = []
-    for network in adapters.adapted(base, options.layers).values():
-        parameters += adapters.attach(
-            network,
-            layers=options.layers,
-            rank=options.rank,
-            alpha=options.alpha,
-            generator=torch.Generator(),
-        )
+    whole, generator = _bytes(denoiser), torch.Generator()
+    networks = lora.adapted(base, recipe.adapter.layers).values()
+    parameters = [
+        one for network in networks for one in attach(recipe, network, lora.ADAPTER_NAME, generator)
+    ]
     embeds = _embeds(base)
     # As where word vectors are fitted: a patch may leave the denoiser alone.
     embeds.prompt_embeds.requires_grad_()
@@ -312,36 +273,22 @@ def _peak(base: LatentDiffusion, work: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One stage of a run.
-
-    Attributes:
-        name: as in ``training.json``.
-        evaluations: denoiser evaluations, exactly; of an inversion that may end early, at most.
-        seconds: expected.
-        peak: bytes on the device at the worst moment, expected.
-    """
+    """One stage of a run, called as in ``training.json``."""
 
     name: str
-    evaluations: int
-    seconds: float
-    peak: int
+    evaluations: int  # exactly; of an inversion that may end early, at most
+    seconds: float  # expected
+    peak: int  # bytes on the device at the worst moment, expected
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is expected to take.
-
-    Attributes:
-        stages: in order.
-        footprint: of the base.
-        speed: floating-point operations a second that the times assume.
-        patch_bytes: of the patch's tensors in fp16.
-    """
+    """What a run is expected to take."""
 
     stages: tuple[PlannedStage, ...]
     footprint: Footprint
-    speed: float
-    patch_bytes: int
+    speed: float  # floating-point operations a second that the times assume
+    patch_bytes: int  # of its tensors in fp16
 
     @property
     def peak(self) -> int:
@@ -355,13 +302,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) -> Plan:
-    """Plan a run.
-
-    Args:
-        recipe: of the run.
-        speed: floating-point operations a second that the device is expected to do; see
-            :func:`measured_speed`.
-        footprint: of the recipe's base, where it is known.
+    """Plan a run on a device of a ``speed`` in floating-point operations a second; see :func:`measured_speed`.
 
     Raises:
         BaseModelError: the base is not found, or of no supported family.
@@ -442,14 +383,11 @@ and come first of all."""
 
 
 def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
-    """The recipe with the fastest set of levers that is expected to fit a card.
+    """The recipe with the fastest set of levers that is expected to fit a card, and what its base takes.
 
     Args:
         recipe: of the run; levers that it sets already stay, its micro batch as the largest.
         gigabytes: GB (10⁹ bytes) of the card's memory, of which :data:`USED` is filled.
-
-    Returns:
-        The recipe, and what its base takes.
 
     Raises:
         BaseModelError: the base is not found, or of no supported family.
@@ -480,12 +418,7 @@ def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
 
 
 def measured_speed(device: torch.device, precision: str) -> float:
-    """Operations a second to expect here: :data:`UTILIZATION` of what a large matrix product reaches.
-
-    Args:
-        device: to measure on.
-        precision: of the factors.
-    """
+    """Operations a second to expect here: :data:`UTILIZATION` of what a large matrix product reaches."""
     size = 8192 if device.type == "cuda" else 1024
     factor = torch.ones((size, size), device=device, dtype=PRECISIONS[precision])
     best = math.inf

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from recare_patch.careset import NAMES_CONCEPT, CareSet, build_care_set, concept_feature, score_concept
 from recare_patch.core import CareSetError, save_sheet
-from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts, stage_name
+from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts
+from recare_patch.erasure.stages import Run, stage_name
 from recare_patch.recipe import Concept, Recipe, names_concept
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from recare_patch.erasure.stages import Run
 
 JOINED = 64
 """Words beyond the CARE-set that the concept's name is joined to, when prompts are varied."""
@@ -226,7 +225,7 @@ def prepare(target: Target, method: type[Method]) -> Context:
 def _retained_texts(target: Target, method: type[Method]) -> tuple[list[str], int, tuple[str, ...]]:
     """Prompts that must not move; how many of these speak of the CARE-set; words that name the concept."""
     run, concept = target.run, target.concept
-    if (lists := method.word_lists(run.recipe)) is not None:
+    if method.needs.word_lists and (lists := method.word_lists(run.recipe)) is not None:
         guarded = _guarded_prompts(concept, lists[1])
         return guarded, len(guarded), lists[0]
     guarded = [*_guarded_prompts(concept, target.care_words), *_paired_prompts(target)]

@@ -167,7 +167,8 @@ def erase(
     # Faulty files, a layer set without a module and an unfit earlier patch fail before anything is drawn.
     if method.needs.care_set and care_set is None and recipe.care_set.file:
         CareSet.load(Path(recipe.care_set.file))
-    method.word_lists(recipe)
+    if method.needs.word_lists:
+        method.word_lists(recipe)
     crew, device = _crew(device)
     base = base or load_base(recipe.base, precision=recipe.precision, device=device, memory=recipe.memory)
     for network in lora.adapted(base, recipe.adapter.layers).values():
@@ -239,7 +240,7 @@ def _train(
     run: Run, method: type[Method], given: CareSet | None, earlier: Patch | None
 ) -> tuple[Patch, CareSet | None, list[prepare.Target]]:
     """The stages themselves: prepare each concept, let the method search, erase them all, take the adapter out."""
-    recipe, stages, made = run.recipe, Stages(run), []
+    recipe, made = run.recipe, []
     with continued(run, earlier):
         targets = prepare.targets_of(run)
         for target in targets:
@@ -247,10 +248,10 @@ def _train(
             if method.needs.care_set:
                 prepare.find_companions(target, images, given)
             made.append(method(prepare.prepare(target, method)))
-            made[-1].search(stages)
+            made[-1].search(Stages(run, number=target.number))
         care_set = _all_companions(targets)
-        with stages.adapter(recipe.seed) as inner:
-            method.erase(made, inner)
+        with Stages(run).adapter(recipe.seed) as stages:
+            method.erase(made, stages)
             metadata = PatchMetadata.describe(recipe, run.base, care_set, versions(PACKAGES))
             patch = Patch.from_adapter(run.base, ADAPTER, recipe.adapter.rank, recipe.adapter.alpha, metadata)
     if earlier is not None or recipe.also:

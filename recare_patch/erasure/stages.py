@@ -89,6 +89,11 @@ class Ledger:
             self._evaluations = self.base.counter.total - int(kept["evaluations"])
 
 
+def stage_name(name: str, number: int) -> str:
+    """The name of a stage of the ``number``-th concept of a run."""
+    return f"{name} {number + 1}" if number else name
+
+
 class Run:
     """The state of one erasing run.
 
@@ -177,8 +182,9 @@ class Run:
 class Stages:
     """What a run offers a method: loops and results that survive an interruption, counted and told."""
 
-    def __init__(self, run: Run, parameters: Sequence[nn.Parameter] = ()) -> None:
-        self.run, self.parameters = run, parameters
+    def __init__(self, run: Run, parameters: Sequence[nn.Parameter] = (), number: int = 0) -> None:
+        """Stages of a run's ``number``-th concept, or of all concepts together."""
+        self.run, self.parameters, self.number = run, parameters, number
 
     @contextlib.contextmanager
     def adapter(self, seed: int) -> Iterator[Stages]:
@@ -187,11 +193,11 @@ class Stages:
         parameters: list[nn.Parameter] = []
         try:
             for part, network in lora.adapted(run.base, run.recipe.adapter.layers).items():
-                parameters += _attach(run.recipe, network, ADAPTER, generator)
+                parameters += attach(run.recipe, network, ADAPTER, generator)
                 if part in run.ground:
                     lora.load_adapter_state(network, run.ground[part], ADAPTER)
                     lora.switch_to(network, ADAPTER)
-            yield Stages(run, parameters)
+            yield Stages(run, parameters, self.number)
         finally:
             for part, network in run.base.components.items():
                 lora.detach(network, ADAPTER)
@@ -201,7 +207,7 @@ class Stages:
     @contextlib.contextmanager
     def booked(self, stage: str) -> Iterator[None]:
         """What happens inside is counted under a stage's name."""
-        with self.run.ledger.stage(stage):
+        with self.run.ledger.stage(stage_name(stage, self.number)):
             yield
 
     def fit(
@@ -214,7 +220,7 @@ class Stages:
             every: checkpoints fall on multiples of this many steps.
             carried: what else goes on where it stopped.
         """
-        run, options = self.run, self.run.recipe.erase
+        run, options, stage = self.run, self.run.recipe.erase, stage_name(stage, self.number)
         with run.ledger.stage(stage):
             fitted = fit(
                 self.parameters,
@@ -256,7 +262,7 @@ class Stages:
 
     def once(self, stage: str, make: Callable[[torch.Generator], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` returns from a generator for all of its draws, or from the disk where it was made before."""
-        run = self.run
+        run, stage = self.run, stage_name(stage, self.number)
         file = run.file(stage)
         here = file.exists()
         run.wait()
@@ -269,7 +275,7 @@ class Stages:
 
     def invert(self, stage: str, latents: Tensor, prompt: str, start: Tensor, steps: int) -> Tensor:
         """Textual inversion against the model as it stands; see :func:`invert`."""
-        run, options = self.run, self.run.recipe.search
+        run, options, stage = self.run, self.run.recipe.search, stage_name(stage, self.number)
         with run.ledger.stage(stage):
             vectors, fitted = invert(
                 run.base,
@@ -321,7 +327,8 @@ class _AllCarried:
             part.load_state({key[len(prefix) :]: one for key, one in state.items() if key.startswith(prefix)})
 
 
-def _attach(recipe: Recipe, network: nn.Module, name: str, generator: torch.Generator) -> list[nn.Parameter]:
+def attach(recipe: Recipe, network: nn.Module, name: str, generator: torch.Generator) -> list[nn.Parameter]:
+    """Put a recipe's adapter into a network."""
     options = recipe.adapter
     return lora.attach(
         network,
@@ -385,7 +392,7 @@ def continued(run: Run, earlier: Patch | None) -> Iterator[None]:
     try:
         for part, network in networks.items():
             generator = torch.Generator().manual_seed(run.recipe.seed)
-            _attach(run.recipe, network, lora.TEACHER_NAME, generator)
+            attach(run.recipe, network, lora.TEACHER_NAME, generator)
             run.ground[part] = _fill(run.recipe, part, network, lora.TEACHER_NAME, earlier.factors)
             network.requires_grad_(False)
         yield

@@ -31,6 +31,7 @@ class Needs:
         retained: prompts that must not change.
         retained_images: pictures of some of them, as many as the recipe says.
         joined: the erased prompts joined to other words, where the recipe varies them.
+        word_lists: it may read words from a file of the user's; see :meth:`Method.word_lists`.
     """
 
     target_images: bool = True
@@ -38,6 +39,7 @@ class Needs:
     retained: bool = False
     retained_images: bool = False
     joined: bool = False
+    word_lists: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,6 @@ class Context:
     retained: RetainedPrompts
     related: tuple[str, ...]
 
-    def stage(self, name: str) -> str:
-        """A stage's name, told apart from that of the run's other concepts."""
-        return stage_name(name, self.number)
-
-
-def stage_name(name: str, number: int) -> str:
-    """The name of a stage of the ``number``-th concept of a run."""
-    return f"{name} {number + 1}" if number else name
-
 
 class Instead:
     """What erased prompts become, where the recipe names it.
@@ -193,7 +186,10 @@ class Method(ABC):
         return None
 
     def search(self, stages: Stages) -> None:
-        """Look for what is to be erased beside the concept's own name; called before :meth:`erase`."""
+        """Look for what is to be erased beside the concept's own name; called before :meth:`erase`.
+
+        ``stages`` tells the concept's stages apart from those of the run's other concepts.
+        """
         return
 
     @classmethod

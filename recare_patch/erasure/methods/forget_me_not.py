@@ -15,7 +15,7 @@ from pydantic import Field
 
 from recare_patch import models
 from recare_patch.core import BaseModelError, ConceptError, Settings
-from recare_patch.erasure.methods import Context, Method, Work, stage_name
+from recare_patch.erasure.methods import Context, Method, Work
 from recare_patch.recipe import MethodInfo, Paper
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class ForgetMeNot(Method):
         word = context.recipe.search.init_word or context.concept.class_word
         start = base.word_vector(word).repeat(self.options.vectors, 1)
         steps = self.options.inversion_steps
-        vectors = stages.invert(context.stage("inversion"), context.latents, prompt, start, steps)
+        vectors = stages.invert("inversion", context.latents, prompt, start, steps)
         self.embeds = base.encode_with_vectors([prompt], vectors).detach()
         first = len(base.token_ids(prompt.split(PLACEHOLDER)[0])) + 1
         self.positions = [tuple(range(first, first + self.options.vectors))]
@@ -230,6 +230,7 @@ class ForgetMeNot(Method):
         """The inversions, then the erasing: one training sample a state, and a frozen one for a replacement."""
         from recare_patch.erasure.loop import HELD_OUT, most_evaluations
         from recare_patch.erasure.rollouts import rollout_evaluations
+        from recare_patch.erasure.stages import stage_name
 
         assert isinstance(recipe.own, ForgetMeNotOptions)
         search, erase, found = recipe.search, recipe.erase, {}

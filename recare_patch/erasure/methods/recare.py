@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from recare_patch import models
 from recare_patch.core import CareSetError
-from recare_patch.erasure.methods import Context, Instead, LossMethod, Needs, Work, stage_name
+from recare_patch.erasure.methods import Context, Instead, LossMethod, Needs, Work
 from recare_patch.recipe import MethodInfo, Paper
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class ReCARE(LossMethod):
         """The search's stages for each concept, then the erasing."""
         from recare_patch.erasure.loop import HELD_OUT, most_evaluations
         from recare_patch.erasure.rollouts import rollout_evaluations
+        from recare_patch.erasure.stages import stage_name
 
         search, erase, hunt = recipe.search, recipe.erase, recipe.adversary
         found: dict[str, Work] = {}
@@ -147,12 +148,11 @@ class ReCARE(LossMethod):
             current = concept
             with stages.adapter(recipe.seed + 1) as inner:
                 for number in range(1, options.rounds + 1):
-                    stage = context.stage(f"search {number} erase")
-                    inner.fit(stage, self._forget(current), options.erase_steps)
-                    stage = context.stage(f"search {number} inversion")
+                    inner.fit(f"search {number} erase", self._forget(current), options.erase_steps)
+                    stage = f"search {number} inversion"
                     vectors = inner.invert(stage, context.latents, template, start, options.inversion_steps)
                     name = base.encode_with_vectors([template], vectors).detach()
-                    with inner.booked(context.stage(f"search {number} check")):
+                    with inner.booked(f"search {number} check"):
                         recovered = self._recovery(name, concept)
                     logger.info(
                         "adversarial name %d explains %.0f %% of the concept", number, 100 * recovered

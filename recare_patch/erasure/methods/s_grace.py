@@ -104,7 +104,7 @@ class SGrace(Method):
             "erase.retained_images": 0,
         },
     )
-    needs = Needs(care_set=True, retained=True)
+    needs = Needs(care_set=True, retained=True, word_lists=True)
 
     def __init__(self, context: Context) -> None:
         import torch
