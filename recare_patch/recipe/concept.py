@@ -24,12 +24,7 @@ MAX_LENGTH = 100
 """Longest concept in characters; CLIP text towers read 77 tokens and the template needs some."""
 
 _NUDITY = ("nudity", "nude", "nudes", "naked", "nakedness", "nude person", "naked person")
-_CLASS_WORDS: dict[str, str] = {
-    "style": "painting",
-    "object": "photo",
-    "identity": "person",
-    "nsfw": "person",
-}
+_CLASS_WORDS = {"style": "painting", "object": "photo", "identity": "person", "nsfw": "person"}
 
 
 def check_text(text: str) -> str:
@@ -49,11 +44,7 @@ def check_text(text: str) -> str:
 
 
 class Concept(Settings):
-    """A concept to erase.
-
-    Attributes:
-        text: its name as one writes it in a prompt, such as "Van Gogh"; at most 100 characters.
-        kind: which prompt templates apply.
+    """A concept to erase: its name as one writes it in a prompt, and which prompt templates apply.
 
     Raises:
         ConceptError: the text is empty or too long, or the kind is unknown.
@@ -106,7 +97,7 @@ class Concept(Settings):
 
     @property
     def slug(self) -> str:
-        """See :func:`slug_of`."""
+        """Its name, fit for a folder."""
         return slug_of(self.text)
 
     def anchor_prompt(self, token: str) -> str:

@@ -44,17 +44,11 @@ class _Member:
 
 
 class Adversaries:
-    """Names that are improved against the model as it stands.
+    """Names that are improved against the model as it stands, on clean latents ``[images, c, h, w]`` of the concept.
 
-    Every draw comes from the generator that is passed in, and :meth:`state` holds all the rest, so that
-    a resumed run goes on as if it had not stopped.
-
-    Args:
-        base: the model, with the adapter that is being trained.
-        latents: clean latents of pictures of the concept, ``[images, c, h, w]``.
-        concept: whose prompts an adversary's name stands in, and whose class word half of the adversaries start
-            from; the others start from random tokens.
-        options: the recipe's ``adversary`` section.
+    Half of them start from the concept's class word, the others from random tokens. Every draw comes from the
+    generator that is passed in, and :meth:`state` holds all the rest, so that a resumed run goes on as if it had
+    not stopped.
     """
 
     def __init__(

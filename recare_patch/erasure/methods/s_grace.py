@@ -178,10 +178,8 @@ class SGrace(Method):
     def attack(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Projected sign-gradient on the sequences' vectors, in a box around where they start.
 
-        It minimises ``‖ε − ε*(z_t, enc(a))‖² + w (1 − cos(f_a, f_c))``.
-
-        Returns:
-            ``vectors.<k>`` ``[tokens, token_width]`` of each sequence, and their ``features``.
+        It minimises ``‖ε − ε*(z_t, enc(a))‖² + w (1 − cos(f_a, f_c))``, and returns ``vectors.<k>``
+        ``[tokens, token_width]`` of each sequence, and their ``features``.
         """
         import torch
         from torch import nn
