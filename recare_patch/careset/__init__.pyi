@@ -1,5 +1,3 @@
-from .building import build_care_set as build_care_set
-from .building import concept_feature as concept_feature
 from .care_set import NAMES_CONCEPT as NAMES_CONCEPT
 from .care_set import CareSet as CareSet
 from .care_set import CareToken as CareToken
@@ -9,6 +7,8 @@ from .clip import FUNCTION_WORDS as FUNCTION_WORDS
 from .clip import MEDIUM_WORDS as MEDIUM_WORDS
 from .clip import Clip as Clip
 from .clip import default_clip as default_clip
+from .mining import build_care_set as build_care_set
+from .mining import concept_feature as concept_feature
+from .mining import guess_kind as guess_kind
+from .mining import score_concept as score_concept
 from .plot import plot_care_set as plot_care_set
-from .scoring import guess_kind as guess_kind
-from .scoring import score_concept as score_concept

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recare_patch.core import forget_peak_memory, peak_memory, write_json
+from recare_patch.core import write_json
+from recare_patch.models import forget_peak_memory, peak_memory
 
 if TYPE_CHECKING:
     from recare_patch.models import BaseModel

@@ -31,11 +31,9 @@ from recare_patch.core import (
     Progress,
     ResumeError,
     claim_folder,
-    device_name,
     file_sha256,
     process_device,
     sheets,
-    versions,
     write_json,
     write_tensors,
     write_text,
@@ -47,7 +45,15 @@ from recare_patch.erasure.planning import choose
 from recare_patch.erasure.prepare import check_files, draw_target, find_companions, neighbour_prompts, prepare
 from recare_patch.erasure.stages import Run, Target, first_seed
 from recare_patch.erasure.states import TargetImageStates, noised
-from recare_patch.models import PLACEHOLDER, BaseModel, PromptEmbeds, full_name, load_base
+from recare_patch.models import (
+    PLACEHOLDER,
+    BaseModel,
+    PromptEmbeds,
+    device_name,
+    full_name,
+    load_base,
+    versions,
+)
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Erased, Patch, PatchMetadata, card_text, check_together, formats
 from recare_patch.patch import gate as gating

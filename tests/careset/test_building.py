@@ -19,7 +19,7 @@ from recare_patch.careset import (
     plot_care_set,
     score_concept,
 )
-from recare_patch.careset.clip import Clip, DroppedToken
+from recare_patch.careset.clip import Clip
 from recare_patch.core.errors import CareSetError, ConceptError
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import CareSetOptions
@@ -48,8 +48,8 @@ class WordClip:
                 self.axes[word] = F.normalize(own, dim=0)
         self.width = width
 
-    def vocabulary(self) -> tuple[list[str], list[DroppedToken]]:
-        return list(self.words), [DroppedToken("ight", "a piece"), DroppedToken("the", "a function word")]
+    def vocabulary(self) -> tuple[list[str], list[tuple[str, str]]]:
+        return list(self.words), [("ight", "a piece"), ("the", "a function word")]
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         rows = []

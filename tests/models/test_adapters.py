@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from recare_patch.core.errors import NoMatchingModuleError, PatchError, UnknownNameError
+from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 
 

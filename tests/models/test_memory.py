@@ -11,8 +11,8 @@ import torch
 
 from recare_patch.core.errors import BaseModelError, RecipeError
 from recare_patch.erasure.run import erase
+from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.recipe import MemoryOptions, Recipe

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from recare_patch.core.errors import BaseModelError
-from recare_patch.models.layout import read_layout
+from recare_patch.models import read_layout
 from recare_patch.models.loading import load_base
 from recare_patch.patch.original_layout import write_single_file
 
