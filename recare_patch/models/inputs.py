@@ -60,11 +60,7 @@ class PromptEmbeds:
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-        """The rows of several, one after the other.
-
-        Raises:
-            ValueError: there is nothing to join, or only some of them have pooled embeddings.
-        """
+        """The rows of several, one after the other; all of them have pooled embeddings, or none."""
         if not parts:
             raise ValueError("no prompt embeddings to join")
         pooled = [part.pooled_prompt_embeds for part in parts if part.pooled_prompt_embeds is not None]

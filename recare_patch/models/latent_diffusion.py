@@ -39,6 +39,7 @@ class LatentDiffusion:
     # The text encoders' components. A token's vector is those of all encoders end to end, in this order.
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     left_out: ClassVar[tuple[str, ...]] = ()  # loaded as None, where the folder lists them or not
+    other_prompts: ClassVar[tuple[str, ...]] = ()  # the pipeline asks for them when it encodes prompts
     upcast_vae: ClassVar[bool] = False  # keep the autoencoder in fp32 where fp16 overflows in it
 
     prediction_type: str  # epsilon, v_prediction or flow
@@ -75,7 +76,7 @@ class LatentDiffusion:
         if self.memory.resolution is not None:
             size = levers.latent_size(base_id, self.memory.resolution, scale, self._step)
         self.latent_shape: tuple[int, int, int] = (int(self._config.in_channels), *size)
-        self._picture_size = (size[0] * scale, size[1] * scale)
+        self._size = {"height": size[0] * scale, "width": size[1] * scale}  # of a picture, in pixels
         # What the autoencoder's latents are moved by before they are scaled.
         self._shift = float(getattr(pipeline.vae.config, "shift_factor", None) or 0.0)
         for part in (self.denoiser, pipeline.vae, *self._encoders):
@@ -86,8 +87,6 @@ class LatentDiffusion:
         self.counter = EvaluationCounter()
         self.counter.watch(self.denoiser)
 
-    # What a family says.
-
     @staticmethod
     def recognises(layout: Layout) -> bool:
         """Whether a folder has this family's shape."""
@@ -95,23 +94,14 @@ class LatentDiffusion:
 
     @classmethod
     def check(cls, layout: Layout) -> None:
-        """Refuse what could not be patched.
-
-        Raises:
-            BaseModelError: a component or its weights are missing, or it is not what this family has.
-        """
+        """Refuse what could not be patched: a component or its weights are missing, or of another kind."""
         for component in (cls.denoiser_name, "vae", *cls.encoder_names):
             layout.require(component)
-        for name in cls.encoder_names:
-            layout.require(name.replace("text_encoder", "tokenizer"), weights=False)
-        layout.require("scheduler", weights=False)
+        for component in (*map(_tokenizer, cls.encoder_names), "scheduler"):
+            layout.require(component, weights=False)
 
     def _read_schedule(self) -> None:
         """Set ``prediction_type``, ``num_train_timesteps`` and what else noising needs."""
-        raise NotImplementedError
-
-    def _through_pipeline(self, prompts: list[str]) -> PromptEmbeds:
-        """Encode prompts as the diffusers pipeline does, without guidance."""
         raise NotImplementedError
 
     def _join(self, outputs: Sequence[Any]) -> PromptEmbeds:
@@ -137,22 +127,12 @@ class LatentDiffusion:
 
     @classmethod
     def load(
-        cls,
-        layout: Layout,
-        base_id: str,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        memory: MemoryOptions | None = None,
+        cls, layout: Layout, base_id: str, dtype: torch.dtype, device: torch.device, memory: MemoryOptions
     ) -> Self:
-        """Load a folder of this family; arguments as in :func:`load_base`.
+        """Load a folder of this family, as :func:`load_base` does.
 
         The safety checker is not loaded, as it would hide what an eraser must show.
-
-        Raises:
-            BaseModelError: see :meth:`check`, or its files cannot be read.
         """
-        memory = memory or MemoryOptions()
         cls.check(layout)
         pipeline = cls._read_pipeline(layout, dtype)
         parts = {name: getattr(pipeline, name) for name in (cls.denoiser_name, *cls.encoder_names)}
@@ -223,8 +203,7 @@ class LatentDiffusion:
 
     @property
     def _tokenizers(self) -> list[Any]:
-        names = (name.replace("text_encoder", "tokenizer") for name in self.encoder_names)
-        return [getattr(self.pipeline, name) for name in names]
+        return [getattr(self.pipeline, _tokenizer(name)) for name in self.encoder_names]
 
     @contextmanager
     def _on_device(self, parts: Sequence[nn.Module], parked: bool, *, keep: bool = False) -> Iterator[None]:
@@ -242,8 +221,11 @@ class LatentDiffusion:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Encode prompts, without gradient."""
+        options: dict[str, Any] = {"device": self.device, **dict.fromkeys(self.other_prompts)}
+        options |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         with self._on_device(self._encoders, self.memory.encoders_off_device):
-            return self._through_pipeline(list(prompts))
+            text, _, *pooled = self.pipeline.encode_prompt(list(prompts), **options)
+        return PromptEmbeds(text, pooled[0] if pooled else None)
 
     def token_ids(self, text: str) -> list[int]:
         """The ids of a text's tokens, without start, end and padding."""
@@ -269,11 +251,7 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def word_vector(self, word: str) -> Tensor:
-        """The token vector of a word, ``[token_width]``, fp32; the mean where it has several tokens.
-
-        Raises:
-            BaseModelError: the word has no token.
-        """
+        """The token vector of a word, ``[token_width]``, fp32; the mean where it has several tokens."""
         ids = self.token_ids(word)
         if not ids:
             raise BaseModelError(f"the word '{word}' has no token in base {self.id}")
@@ -289,13 +267,10 @@ class LatentDiffusion:
     def encode_with_vectors(self, prompts: Sequence[str], vectors: Tensor) -> PromptEmbeds:
         """Encode prompts that hold :data:`PLACEHOLDER`, differentiably in the vectors put there.
 
-        Args:
-            prompts: templates; each placeholder takes as many token positions as there are vectors.
-            vectors: ``[vectors, token_width]``.
+        Each placeholder takes as many token positions as there are vectors, ``[vectors, token_width]``.
 
         Raises:
-            BaseModelError: the vectors have another width than the text encoder's tokens, a prompt
-                has no placeholder, or its placeholder lies beyond the prompt's length.
+            BaseModelError: vectors of another width, no placeholder, or one beyond the prompt's length.
         """
         self._check_vectors(vectors)
         length = self._tokenizers[0].model_max_length
@@ -318,9 +293,8 @@ class LatentDiffusion:
     def encode_token_vectors(self, rows: Sequence[Tensor]) -> PromptEmbeds:
         """Encode prompts given as the vectors of their tokens, differentiably in all of them.
 
-        Args:
-            rows: ``[tokens, token_width]`` each, without start, end and padding, which are added; rows
-                may differ in length, and what is too long loses its end, as long prompts do.
+        Rows, ``[tokens, token_width]`` each, may differ in length; start, end and padding are added, and
+        what is too long loses its end, as long prompts do.
 
         Raises:
             BaseModelError: there are no rows, or vectors of another width than the tokens'.
@@ -336,13 +310,7 @@ class LatentDiffusion:
     def _encode_tokens(
         self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], vectors: Tensor
     ) -> PromptEmbeds:
-        """Encode token ids between start, end and padding, with vectors in the place of some of them.
-
-        Args:
-            rows: ids of each prompt; what is too long loses its end.
-            places: row and position in it of each vector.
-            vectors: ``[places, token_width]``.
-        """
+        """Encode token ids between start, end and padding, with vectors in some places (row, position)."""
         # Encoders that are kept off the device stay on it as long as a backward pass will come.
         trained = any(weight.requires_grad for one in self._encoders for weight in one.parameters())
         keep = torch.is_grad_enabled() and (vectors.requires_grad or trained)
@@ -371,15 +339,9 @@ class LatentDiffusion:
             return self._join(list(map(read, self._tokenizers, self._encoders, columns)))
 
     def denoise(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """``model_pred`` for noisy latents.
+        """``model_pred`` for noisy latents ``z_t``, both ``[batch, channels, height, width]`` of one dtype.
 
-        Args:
-            latents: ``z_t``, ``[batch, channels, height, width]``.
-            timesteps: ``[batch]``, or one for all.
-            embeds: a row for each latent.
-
-        Returns:
-            ``[batch, channels, height, width]`` in the dtype of ``latents``.
+        Timesteps are ``[batch]`` or one for all; embeddings have a row for each latent.
         """
         timesteps, embeds = timesteps.to(self.device), embeds.to(self.device, self.dtype)
         rows = latents.to(self.device, self.dtype)
@@ -401,19 +363,14 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image], batch_size: int = 8) -> Tensor:
-        """Scaled latents (posterior mean) ``[images, channels, height, width]``, fp32.
-
-        Raises:
-            BaseModelError: there are no pictures.
-        """
+        """Scaled latents (posterior mean) ``[images, channels, height, width]``, fp32."""
         if not images:
             raise BaseModelError("there are no pictures to encode")
         vae, found, batch_size = self.pipeline.vae, [], self._at_once(batch_size)
-        size = dict(zip(("height", "width"), self._picture_size, strict=True))
         with self._on_device([vae], self.memory.vae_off_device):
             for start in range(0, len(images), batch_size):
                 batch = [image.convert("RGB") for image in images[start : start + batch_size]]
-                pixels = self.pipeline.image_processor.preprocess(batch, **size)
+                pixels = self.pipeline.image_processor.preprocess(batch, **self._size)
                 mode = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float()
                 found.append((mode - self._shift) * vae.config.scaling_factor)
         return torch.cat(found)
@@ -447,15 +404,8 @@ class LatentDiffusion:
         Each picture's noise comes from a CPU generator of its own, so the batch size and the device
         do not choose it, and a plain pipeline call with such generators draws the same.
 
-        Args:
-            prompts: one a seed; ``None`` where ``prompt_embeds`` is given.
-            seeds: one a picture.
-            steps: of the pipeline's own scheduler.
-            guidance_scale: at 1 or less no unconditional half is computed.
-            batch_size: pictures at once.
-            progress: told after every batch.
-            prompt_embeds: one row a seed, in place of the prompts.
-            stage: how progress calls it.
+        At a ``guidance_scale`` of 1 or less no unconditional half is computed. ``prompt_embeds`` stand in
+        place of ``prompts``, which are None then. Progress calls it ``stage``.
 
         Raises:
             BaseModelError: prompts and seeds differ in number.
@@ -467,30 +417,20 @@ class LatentDiffusion:
             images += self.decode_latents(latents, batch_size=len(latents))
         return images
 
-    def sample_latents(
-        self,
-        embeds: PromptEmbeds,
-        seeds: Sequence[int],
-        steps: int = 20,
-        guidance_scale: float = 5.0,
-        batch_size: int = 8,
-        progress: Progress | None = None,
-        stage: str = "generate",
-    ) -> Tensor:
+    def sample_latents(self, embeds: PromptEmbeds, seeds: Sequence[int], *how: Any, **more: Any) -> Tensor:
         """As :meth:`generate`, stopping at the scaled latents ``[rows, channels, height, width]``."""
-        found = self._batches(None, embeds, seeds, steps, guidance_scale, batch_size, progress, stage)
-        return torch.cat(list(found)).float()
+        return torch.cat(list(self._batches(None, embeds, seeds, *how, **more))).float()
 
     def _batches(
         self,
         prompts: Sequence[str] | None,
         embeds: PromptEmbeds | None,
         seeds: Sequence[int],
-        steps: int,
-        guidance_scale: float,
-        batch_size: int,
-        progress: Progress | None,
-        stage: str,
+        steps: int = 20,
+        guidance_scale: float = 5.0,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+        stage: str = "generate",
     ) -> Iterator[Tensor]:
         given = prompts if embeds is None else embeds
         if given is None or (prompts is not None and embeds is not None):
@@ -501,42 +441,49 @@ class LatentDiffusion:
             )
         if not seeds:
             raise BaseModelError("there is no prompt to draw a picture of")
+
+        def named(embeds: PromptEmbeds, prefix: str = "") -> dict[str, Tensor]:
+            parts = vars(embeds.to(self.device, self.dtype))
+            return {f"{prefix}{name}": part for name, part in parts.items() if part is not None}
+
         # Guidance doubles the samples.
         batch_size = self._at_once(batch_size, 2 if guidance_scale > 1 else 1)
         for start in range(0, len(seeds), batch_size):
-            rows = given[start : start + batch_size]
-            text = rows if isinstance(rows, PromptEmbeds) else self.encode_prompts(rows)
-            yield self._draw(text, seeds[start : start + batch_size], steps, guidance_scale)
+            rows, own = given[start : start + batch_size], seeds[start : start + batch_size]
+            text = named(rows if isinstance(rows, PromptEmbeds) else self.encode_prompts(rows))
+            if guidance_scale > 1:
+                text |= named(self.encode_prompts([""] * len(own)), "negative_")
+            with self._only_denoiser():
+                latents = self.pipeline(
+                    **text,
+                    **self._size,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    generator=[torch.Generator().manual_seed(seed) for seed in own],
+                    output_type="latent",
+                ).images
+            yield latents
             if progress:
-                progress.update(stage, min(start + batch_size, len(seeds)), len(seeds))
+                progress.update(stage, start + len(own), len(seeds))
 
-    def _draw(self, embeds: PromptEmbeds, seeds: Sequence[int], steps: int, guidance_scale: float) -> Tensor:
-        text = vars(embeds.to(self.device, self.dtype))
-        if guidance_scale > 1:
-            nothing = vars(self.encode_prompts([""] * len(seeds)).to(self.device, self.dtype))
-            text = {**text, **{f"negative_{name}": rows for name, rows in nothing.items()}}
-        height, width = self._picture_size
-        # The pipeline takes its device from the first network it has, and it may hold one elsewhere. They are
-        # hidden past the pipeline's own setter, which would write down that it has no such part.
+    @contextmanager
+    def _only_denoiser(self) -> Iterator[None]:
+        """The pipeline takes its device from the first network it has, and it may hold one elsewhere."""
+        # Past the pipeline's own setter, which would write down that it has no such part.
         held = vars(self.pipeline)
         others = {name: held[name] for name in ("vae", *self.encoder_names)}
         held.update(dict.fromkeys(others))
         try:
-            latents: Tensor = self.pipeline(
-                **{name: rows for name, rows in text.items() if rows is not None},
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type="latent",
-            ).images
+            yield
         finally:
             held.update(others)
-        return latents
 
 
 BaseModel = LatentDiffusion
+
+
+def _tokenizer(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
 
 
 @contextmanager

@@ -32,10 +32,10 @@ from recare_patch.core import (
     unknown_name,
 )
 from recare_patch.models.lora import TEXT_ENCODERS, UNET, tuner_layers
+from recare_patch.recipe import MemoryOptions
 
 if TYPE_CHECKING:
     from recare_patch.models.latent_diffusion import LatentDiffusion
-    from recare_patch.recipe import MemoryOptions
 
 ATELIER = "atelier"
 """The name of the bundled base."""
@@ -124,11 +124,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def read_layout(folder: Path, name: str) -> Layout:
-    """Read a pipeline folder's index and configurations.
-
-    Raises:
-        BaseModelError: it is no diffusers pipeline folder.
-    """
+    """Read a pipeline folder's index and configurations; BaseModelError where it is no such folder."""
     if not (folder / "model_index.json").is_file():
         raise BaseModelError(
             f"base {name} is no diffusers pipeline folder: it has no model_index.json "
@@ -195,12 +191,9 @@ def _cached(repository: str) -> Path | None:
 
 
 def base_folder(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[Path, str]:
-    """The pipeline folder behind a source, and the id to remember it by.
+    """The pipeline folder behind a source, and the id to remember it by; BaseModelError if there is none.
 
-    A hub id is fetched into the cache, of which only the configurations where ``weights`` is False.
-
-    Raises:
-        BaseModelError: there is none.
+    A hub id is fetched into the cache: its configurations alone, where ``weights`` is False.
     """
     source = str(source)
     if source.lower() == ATELIER:
@@ -256,11 +249,7 @@ def _fetch(hub_id: str, weights: bool) -> Path:
 
 
 def find_layout(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[Layout, str]:
-    """What a base consists of, and the id to remember it by; see :func:`load_base`, :func:`base_folder`.
-
-    Raises:
-        BaseModelError: it is missing, or incomplete.
-    """
+    """What a base consists of, and the id to remember it by; see :func:`load_base`, :func:`base_folder`."""
     file = Path(source).expanduser()
     if file.is_file():
         return _read_single_file(file), file.stem
@@ -269,11 +258,7 @@ def find_layout(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[
 
 
 def family_of(layout: Layout) -> type[LatentDiffusion]:
-    """The class that a base of this layout is loaded with.
-
-    Raises:
-        BaseModelError: there is none for it.
-    """
+    """The class that a base of this layout is loaded with; BaseModelError if there is none."""
     for name in FAMILIES.names():
         family: type[LatentDiffusion] = FAMILIES.get(name)
         if family.recognises(layout):
@@ -311,7 +296,7 @@ def load_base(
         raise unknown_name("precision", precision, PRECISIONS)
     chosen = chosen_device(device)
     layout, base_id = find_layout(source)
-    return family_of(layout).load(layout, base_id, dtype=PRECISIONS[precision], device=chosen, memory=memory)
+    return family_of(layout).load(layout, base_id, PRECISIONS[precision], chosen, memory or MemoryOptions())
 
 
 def weights_hash(network: nn.Module, component: str = UNET) -> str:
@@ -365,11 +350,7 @@ def _digest(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def chosen_device(device: str | torch.device) -> torch.device:
-    """The device of a name; ``auto`` is a GPU where there is one.
-
-    Raises:
-        BaseModelError: there is no such device.
-    """
+    """The device of a name; ``auto`` is a GPU where there is one. BaseModelError for others."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -126,11 +126,7 @@ def prompt_attention(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def adapted(base: LatentDiffusion, layers: str) -> dict[str, nn.Module]:
-    """The networks of a base that hold a named layer set, by component.
-
-    Raises:
-        UnknownNameError: for another name.
-    """
+    """The networks of a base that hold a named layer set, by component; UnknownNameError for other names."""
     if layers not in LAYER_SETS:
         raise unknown_name("layer set", layers, LAYER_SETS)
     in_text = layers in TEXT_LAYER_SETS
@@ -140,13 +136,11 @@ def adapted(base: LatentDiffusion, layers: str) -> dict[str, nn.Module]:
 def target_modules(network: nn.Module, layers: str) -> list[str]:
     """Names of the layers in a named set, in the order in which the network holds them.
 
-    Args:
-        network: a diffusers UNet or transformer, or a transformers text encoder, with or without adapters.
-        layers: in a denoiser ``cross-attention`` (queries, keys, values and output of the blocks that read
-            the prompt), ``cross-attention-kv`` (their keys and values only), ``self-attention``,
-            ``attention`` (both), ``outside-cross-attention`` (every linear and convolution layer but
-            those; what ReCARE's release trains, arXiv 2606.24192) or ``all``; in a text encoder
-            ``text-encoder`` (every linear layer of its blocks, not what projects its pooled output).
+    In a denoiser these are ``cross-attention`` (queries, keys, values and output of the blocks that read
+    the prompt), ``cross-attention-kv`` (their keys and values only), ``self-attention``, ``attention``
+    (both), ``outside-cross-attention`` (every linear and convolution layer but those; what ReCARE's
+    release trains, arXiv 2606.24192) or ``all``; in a text encoder ``text-encoder`` (every linear layer of
+    its blocks, not what projects its pooled output).
 
     Raises:
         UnknownNameError: for another name.
@@ -206,18 +200,11 @@ def attach(
 ) -> list[nn.Parameter]:
     """Put a new LoRA into a network and switch it on; the outputs do not change yet, as ``B`` is zero.
 
-    The network's own weights are left as they are and get no gradient.
-
-    Args:
-        network: a denoiser or text encoder.
-        layers: a name for :func:`target_modules`.
-        rank: inner dimension.
-        alpha: the update is scaled by ``alpha / rank``.
-        generator: for the initial ``A`` (Kaiming-uniform, as PEFT does), layer after layer.
-        name: of the adapter.
+    ``A`` starts Kaiming-uniform, as in PEFT, from ``generator``, layer after layer. The network's own
+    weights are left as they are and get no gradient.
 
     Returns:
-        The new parameters, fp32, ``A`` and ``B`` of each layer in the network's order.
+        The new parameters, fp32, ``A`` and ``B`` of each of :func:`target_modules`' layers, in their order.
 
     Raises:
         UnknownNameError, NoMatchingModuleError: see :func:`target_modules`.
@@ -276,19 +263,15 @@ def settle_adapter(network: nn.Module, name: str) -> None:
     """
     for _, layer in tuner_layers(network):
         place = getattr(getattr(layer.get_base_layer(), "_hf_hook", None), "execution_device", None)
-        if place is None or name not in layer.lora_A:
-            continue
-        for part in (layer.lora_A[name], layer.lora_B[name]):
-            if part.weight.is_meta:
-                part.to_empty(device=place)
-            else:
-                part.to(place)
+        if place is not None and name in layer.lora_A:
+            for part in (layer.lora_A[name], layer.lora_B[name]):
+                part.to_empty(device=place) if part.weight.is_meta else part.to(place)
 
 
 def remove_adapter(network: nn.Module, name: str = ADAPTER_NAME) -> None:
     """Take an adapter out, if it is there; layers that hold no other one become plain again.
 
-    Adapters that were on stay on, and none that was off is switched on in its place.
+    Other adapters stay on or off as they were.
     """
     with kept_requires_grad(network):
         for full, layer in list(tuner_layers(network)):
@@ -329,9 +312,6 @@ def off(*networks: nn.Module) -> Iterator[None]:
     """The frozen teacher: inside, networks compute as if they held no adapter but its own.
 
     What was on before is on again afterwards, also when an error passes through.
-
-    Args:
-        networks: those of a base that may hold one, ``*base.components.values()``.
     """
     layers = [
         (layer, bool(layer.disable_adapters), list(layer.active_adapters))

@@ -114,7 +114,7 @@ def in_chunks(
     most: int,
     counter: EvaluationCounter,
 ) -> Tensor:
-    """Predict a batch at most ``most`` samples at a time; ``inputs`` as in :meth:`LatentDiffusion.denoise`.
+    """Predict a batch at most ``most`` samples at a time.
 
     Where the prediction is recorded for a backward pass, each chunk's activations are forgotten and
     computed again when their turn comes (Chen et al., arXiv 1604.06174): one chunk's lie in memory at any
@@ -138,16 +138,10 @@ def in_chunks(
 
 
 def latent_size(name: str, resolution: str, scale: int, step: int) -> tuple[int, int]:
-    """Height and width of latents.
-
-    Args:
-        name: how messages call the base.
-        resolution: ``WIDTHxHEIGHT`` in pixels.
-        scale: pixels of a latent's side.
-        step: pixels that both sides must be a multiple of.
+    """Height and width of a base's latents for ``WIDTHxHEIGHT`` pixels, ``scale`` of them a latent's side.
 
     Raises:
-        BaseModelError: the size is no multiple of ``step``.
+        BaseModelError: a side is no multiple of ``step``.
     """
     width, height = map(int, resolution.split("x"))
     if width % step or height % step:

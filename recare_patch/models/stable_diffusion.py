@@ -111,9 +111,6 @@ class StableDiffusion(DiscreteDiffusion):
             and unet.get("addition_embed_type") is None
         )
 
-    def _through_pipeline(self, prompts: list[str]) -> PromptEmbeds:
-        return PromptEmbeds(self.pipeline.encode_prompt(prompts, self.device, 1, False)[0])
-
     def _join(self, outputs: Sequence[Any]) -> PromptEmbeds:
         return PromptEmbeds(outputs[0].last_hidden_state)
 

@@ -38,6 +38,7 @@ class StableDiffusion3(LatentDiffusion):
     denoiser_name = "transformer"
     encoder_names = ("text_encoder", "text_encoder_2")
     left_out = ("text_encoder_3", "tokenizer_3", "feature_extractor", "image_encoder")
+    other_prompts = ("prompt_2", "prompt_3")
 
     def _read_schedule(self) -> None:
         self.prediction_type = "flow"
@@ -63,16 +64,8 @@ class StableDiffusion3(LatentDiffusion):
                 "FlowMatchEulerDiscreteScheduler"
             )
         if "text_encoder_3" in layout.listed:
-            logger.warning(
-                "base %s is used without its T5 encoder: the patch is made for its two CLIP encoders",
-                layout.name,
-            )
-
-    def _through_pipeline(self, prompts: list[str]) -> PromptEmbeds:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False
-        )
-        return PromptEmbeds(embeds, pooled)
+            told = "base %s is used without its T5 encoder: the patch is made for its two CLIP encoders"
+            logger.warning(told, layout.name)
 
     def _join(self, outputs: Sequence[Any]) -> PromptEmbeds:
         clip = torch.cat([one.hidden_states[-2] for one in outputs], -1)

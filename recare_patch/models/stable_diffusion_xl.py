@@ -44,7 +44,7 @@ class StableDiffusionXL(DiscreteDiffusion):
     def __init__(self, pipeline: Any, base_id: str, **options: Any) -> None:
         """As the parent's; warns of a size that the model was not trained on."""
         super().__init__(pipeline, base_id, **options)
-        height, width = self._picture_size
+        height, width = self._size.values()
         buckets = size_buckets(max(self._native_size) * pipeline.vae_scale_factor)
         if (height, width) not in buckets:
             near = min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - height / width))
@@ -74,11 +74,9 @@ class StableDiffusionXL(DiscreteDiffusion):
                 "tokens), and one is needed for both"
             )
 
-    def _through_pipeline(self, prompts: list[str]) -> PromptEmbeds:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, do_classifier_free_guidance=False
-        )
-        return self._without_empty(PromptEmbeds(embeds, pooled), [not prompt for prompt in prompts])
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """As the parent's, without gradient; empty prompts may be zeros."""
+        return self._without_empty(super().encode_prompts(prompts), [not prompt for prompt in prompts])
 
     def _without_empty(self, embeds: PromptEmbeds, empty: Sequence[bool]) -> PromptEmbeds:
         """Zeros for empty prompts, where the pipeline guides away from zeros."""
@@ -99,7 +97,7 @@ class StableDiffusionXL(DiscreteDiffusion):
         return PromptEmbeds(text, outputs[-1].text_embeds)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        height, width = self._picture_size
+        height, width = self._size.values()
         sizes = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=latents.dtype)
         beside = {"text_embeds": embeds.pooled_prompt_embeds, "time_ids": sizes.expand(len(latents), -1)}
         text = embeds.prompt_embeds
