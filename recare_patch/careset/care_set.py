@@ -21,10 +21,6 @@ from recare_patch.recipe import CareSetOptions, Concept
 
 KEPT = "kept"
 NAMES_CONCEPT = "names the concept"
-NEAREST_CLUSTER = "in the cluster nearest to the concept: its other names"
-FARTHEST_CLUSTER = "in the cluster farthest from the concept: noise"
-BY_CHANCE = "not mined more often than by chance"
-PULLS = "pulls its cluster towards the concept"
 ADDED = "added by hand"
 REMOVED = "removed by hand"
 
@@ -104,11 +100,7 @@ class CareSet(Settings):
 
     @classmethod
     def of_words(cls, concept: Concept, words: Iterable[str]) -> CareSet:
-        """A set of chosen words, without mining.
-
-        Raises:
-            CareSetError: no word, a word twice, or one that names the concept.
-        """
+        """A set of chosen words, without mining; see :meth:`with_added`."""
         return cls(concept=concept, tokens=()).with_added(words)
 
     @property
@@ -147,7 +139,7 @@ class CareSet(Settings):
         """A copy that guards fewer words; they stay listed, as removed by hand.
 
         Raises:
-            CareSetError: a word is not guarded (the nearest one is named), or none would be left.
+            CareSetError: a word is not guarded, or none would be left.
         """
         tokens = {token.text.casefold(): token for token in self.tokens}
         for word in _listed(words):
@@ -168,11 +160,7 @@ class CareSet(Settings):
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str = "the CARE-set") -> CareSet:
-        """Read a set, whatever was done to the text, which messages call ``source``.
-
-        Raises:
-            CareSetError: it is not JSON, or not a CARE-set.
-        """
+        """Read a set; CareSetError, which calls the text ``source``, for any text that is none."""
         try:
             decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
             data: Any = json.loads(decoded, object_pairs_hook=_unique_keys)
@@ -207,20 +195,12 @@ class CareSet(Settings):
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set, whole or not at all.
-
-        Raises:
-            OutputError: the place cannot be written to.
-        """
+        """Write the set, whole or not at all."""
         write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CareSet:
-        """Read a set from a file.
-
-        Raises:
-            CareSetError: no such file, or not a CARE-set.
-        """
+        """Read a set from a file; CareSetError where there is none."""
         file = Path(path)
         try:
             if file.is_dir():

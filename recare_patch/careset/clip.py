@@ -98,12 +98,7 @@ class Clip:
 
     @classmethod
     def load(cls, source: str = BUNDLED, *, device: str | torch.device = "cpu") -> Clip:
-        """Load a CLIP model.
-
-        Args:
-            source: "atelier" for the bundled one, a folder that holds a CLIPModel with tokenizer
-                and image processor, or the id of one on the model hub.
-            device: where to compute.
+        """Load "atelier" (bundled), a folder of a CLIPModel with all its parts, or one from the model hub.
 
         Raises:
             ClipError: nothing there, a part is missing, or it is no CLIPModel.
@@ -189,9 +184,7 @@ class Clip:
     def image_layers(self, images: Sequence[Image]) -> tuple[Tensor, list[Tensor]]:
         """Unit features of pictures, and what each layer of the vision tower makes of their patches.
 
-        Returns:
-            features ``[len(images), width]``, and for each layer its hidden states without the class
-            token, ``[len(images), patches, hidden]``; float32, of all pictures encoded together.
+        The layers' states are without the class token, float32 ``[len(images), patches, hidden]``.
         """
         features, states = self._see(images, layers=True)
         return features, [layer[:, 1:].float().cpu() for layer in states[1:]]
@@ -200,10 +193,7 @@ class Clip:
     def text_features(
         self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None
     ) -> Tensor:
-        """Unit features of words or sentences, float32 ``[len(texts), width]``.
-
-        What is longer than the tower reads is cut.
-        """
+        """Unit features of texts, float32 ``[len(texts), width]``; what the tower cannot read is cut."""
         rows = [torch.empty(0, self.width)]
         longest = int(self._model.config.text_config.max_position_embeddings)
         for start in range(0, len(texts), batch_size):
@@ -225,11 +215,7 @@ class Clip:
         one, is of at least three plain letters with a vowel among them, is what the tokenizer
         makes of that word alone, was ever met in training (see :meth:`_never_met`), and is neither
         a function word nor the name of a medium. Endings that do occur alone ("ville") cannot be
-        told from words without a dictionary, and stay.
-
-        Returns:
-            words in the tokenizer's order (the most frequent first), and the tokens left out, each
-            without its end-of-word mark and with the reason.
+        told from words without a dictionary, and stay. The most frequent word is the first.
         """
         if self._vocabulary is None:
             words: list[tuple[str, int]] = []

@@ -13,17 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.careset.care_set import (
-    BY_CHANCE,
-    FARTHEST_CLUSTER,
-    KEPT,
-    NAMES_CONCEPT,
-    NEAREST_CLUSTER,
-    PULLS,
-    CareSet,
-    CareToken,
-    names_concept,
-)
+from recare_patch.careset.care_set import KEPT, NAMES_CONCEPT, CareSet, CareToken, names_concept
 from recare_patch.core import CareSetError
 from recare_patch.recipe import CareSetOptions, Concept, Kind
 
@@ -33,6 +23,11 @@ if TYPE_CHECKING:
     from recare_patch.careset.clip import Clip
     from recare_patch.core import Progress
 
+NEAREST_CLUSTER = "in the cluster nearest to the concept: its other names"
+FARTHEST_CLUSTER = "in the cluster farthest from the concept: noise"
+BY_CHANCE = "not mined more often than by chance"
+PULLS = "pulls its cluster towards the concept"
+
 PAPER_TOKENS_PER_IMAGE = 50
 PAPER_CLUSTER_SIZE = 16
 """Mean size of a cluster in the paper: 100 tokens in 6 clusters."""
@@ -41,16 +36,13 @@ SMALLEST_CLUSTER = 5
 """A cluster of fewer tokens is not refined. The length of a prototype of two or three others says
 how alike those are, and drowns what it says about the concept: the odd one out would always go."""
 
-_FEWEST_FOR_TSNE = 8
-"""Below this many points t-SNE has no neighbourhoods to keep; their principal axes do as well."""
-
 
 def concept_feature(concept: Concept, clip: Clip, image_features: Tensor | None = None) -> Tensor:
     """The unit vector ``u`` that stands for the concept among texts, ``[width]``.
 
-    CLIP may not know every name of a concept (a small one knows "nude" and not "nudity"), and the
-    feature of an unknown word points nowhere. The pictures tell: of the concept's names, the one that its
-    target images (``[images, width]``) are most like. Without any it is the mean of all names.
+    CLIP may not know every name of a concept (a small one knows "nude" and not "nudity"), and the feature
+    of an unknown word points nowhere. The target images tell: it is the name that they are most like, or
+    the mean of all names without any.
     """
     features = clip.text_features(list(dict.fromkeys([concept.text, *concept.name_prompts])))
     if image_features is None or not len(image_features):
@@ -89,16 +81,10 @@ def mine(
     """Count in how many images each token is among the most like, and keep the most frequent.
 
     Equal counts are ordered by mean cosine with the images, then by index: the same images always
-    give the same list. All rows have length one.
-
-    Args:
-        image_features: ``[images, width]``.
-        token_features: ``[tokens, width]``.
-        tokens_per_image: tokens taken from each image; of equals, those of lower index.
-        keep: the most tokens returned; those never taken are not returned.
+    give the same list. Of features, ``[images or tokens, width]``, all rows are unit vectors.
 
     Returns:
-        Tokens, the most frequent first, and their counts: ``[m]`` int64 each.
+        At most ``keep`` tokens, the most frequent first, and their counts: ``[m]`` int64 each.
     """
     cosine = image_features @ token_features.T
     best = cosine.argsort(dim=1, descending=True, stable=True)[:, :tokens_per_image]
@@ -110,14 +96,9 @@ def mine(
 
 
 def residuals(token_features: Tensor, u: Tensor) -> Tensor:
-    """What of each token the concept's direction does not explain: ``r(w) = ‖(I − u uᵀ) w‖``.
+    """What of each token the concept's direction does not explain: ``r(w) = ‖(I − u uᵀ) w‖``, ``[n]``.
 
-    Args:
-        token_features: ``[n, width]``, unit rows ``w``.
-        u: ``[width]``, unit vector.
-
-    Returns:
-        ``[n]``, 0 for the concept itself, 1 for what is unrelated to it.
+    It is 0 for the concept itself and 1 for what is unrelated to it. Rows ``w`` and ``u`` are unit vectors.
     """
     along = token_features @ u
     return (token_features - along[:, None] * u).norm(dim=1)
@@ -134,11 +115,9 @@ def effective_clusters(tokens: int, clusters: int) -> int:
 
 
 def token_map(token_features: Tensor, *, seed: int) -> Tensor:
-    """Lay tokens out in two dimensions by t-SNE, started from their principal axes.
+    """Lay tokens out in two dimensions by t-SNE, started from their principal axes: ``[n, 2]`` float32.
 
-    Returns:
-        ``[n, 2]`` float32. Fewer than eight tokens, or tokens that are all alike, are laid out by
-        their principal axes alone.
+    Fewer than eight tokens, or tokens that are all alike, are laid out by their principal axes alone.
     """
     count = len(token_features)
     axes = torch.zeros(count, 2, dtype=torch.float64)
@@ -151,9 +130,9 @@ def token_map(token_features: Tensor, *, seed: int) -> Tensor:
         largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
         axes *= torch.where(largest < 0, -1.0, 1.0)
     spread = float(axes[:, 0].std(correction=0)) if count > 1 else 0.0
-    # Tokens that are all alike have no map: t-SNE would divide by their spread, and its compiled
-    # code crashes on the result.
-    if count < _FEWEST_FOR_TSNE or spread < 1e-6:
+    # A few points have no neighbourhoods that t-SNE could keep. Tokens that are all alike have no map: it
+    # would divide by their spread, and its compiled code crashes on the result.
+    if count < 8 or spread < 1e-6:
         return axes.float()
     from sklearn.manifold import TSNE
 
@@ -173,16 +152,8 @@ def token_map(token_features: Tensor, *, seed: int) -> Tensor:
 def cluster_tokens(token_features: Tensor, u: Tensor, *, clusters: int, seed: int) -> Tensor:
     """The cluster of each token by k-means on their map, numbered by mean residual, the nearest first.
 
-    The nearest one holds the concept's own names and the farthest one noise, if there are three or more.
-
-    Args:
-        token_features: ``[n, width]``, unit rows.
-        u: ``[width]``, the concept's unit vector.
-        clusters: how many; fewer where the tokens do not bear it (:func:`effective_clusters`).
-        seed: of t-SNE and k-means.
-
-    Returns:
-        ``[n]`` int64.
+    The nearest one holds the concept's own names and the farthest one noise, if there are three or more;
+    there are fewer than asked for where the tokens do not bear it (:func:`effective_clusters`).
     """
     from sklearn.cluster import KMeans
 
@@ -213,19 +184,11 @@ def scaled_alpha(alpha: float, size: int) -> float:
 
 
 def refine(token_features: Tensor, u: Tensor, *, alpha: float) -> Tensor:
-    """Which tokens of one cluster may stay.
+    """Which tokens of one cluster may stay, ``[n]`` bool; of fewer than :data:`SMALLEST_CLUSTER` all do.
 
     ``p₋w = (Σ − w) / (n − 1)`` is the prototype without a token, ``d₋w = ‖(I − u uᵀ) p₋w‖²`` its distance
     from the concept's direction. A token goes where that is farther than the others' are on average:
     ``d₋w > (1 + α) · mean over the others of d``.
-
-    Args:
-        token_features: ``[n, width]`` of one cluster.
-        u: ``[width]``, the concept's unit vector.
-        alpha: slack; see :func:`scaled_alpha`.
-
-    Returns:
-        ``[n]`` bool. In a cluster of fewer than :data:`SMALLEST_CLUSTER` tokens all stay.
     """
     count = len(token_features)
     if count < SMALLEST_CLUSTER:
@@ -322,22 +285,15 @@ def build_care_set(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CareSet:
-    """Find the benign concepts that come along with a concept in its pictures.
+    """Find the benign concepts that come along with a concept in ``images`` of it from the untouched base.
 
-    Args:
-        concept: what is erased.
-        images: pictures of it, from the untouched base.
-        clip: mines, and measures distances.
-        options: how; the defaults suit the vocabulary's size.
-        seed: of t-SNE and k-means.
-        progress: told about images and words.
+    The default ``options`` suit the size of CLIP's vocabulary; ``seed`` is that of t-SNE and k-means.
 
     Returns:
         All mined tokens, kept or dropped with the reason.
 
     Raises:
-        CareSetError: no images, no whole word in CLIP's vocabulary, or nothing but names of the
-            concept was found.
+        CareSetError: no images, no whole word in the vocabulary, or nothing but names of the concept found.
     """
     options = options or CareSetOptions()
 
@@ -443,13 +399,6 @@ def guess_kind(
 
     Words for nudity are of kind "nsfw" without drawing anything. Otherwise ``count`` pictures are drawn
     with each template at the same seeds, and the kind wins whose pictures are most like the name.
-
-    Args:
-        text: the concept's name.
-        generate: draws one picture for each prompt and seed.
-        clip: compares pictures with the name.
-        seed: of the first picture.
-        count: pictures a kind.
 
     Raises:
         ConceptError: the name is empty or too long.
