@@ -159,35 +159,25 @@ def _read_single_file(file: Path) -> Layout:
             f"base {file.name} is a safetensors file, but no whole model: no tensor of it begins with "
             f"'{_SINGLE_DENOISER[0]}'"
         )
-    folder: Path | None = file.with_suffix("")
-    if not (file.with_suffix("") / "model_index.json").is_file():
+    folder = file.with_suffix("")
+    if not (folder / "model_index.json").is_file():
         from diffusers.loaders.single_file_utils import fetch_diffusers_config
+        from huggingface_hub import try_to_load_from_cache
 
         # It looks at names and shapes only.
         named = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
         repository = _MOVED.get(named, named)
         # Under its old name it may still be in the cache.
-        folder = _cached(repository) or _cached(named)
-        if folder is None:
+        cached = [try_to_load_from_cache(one, "model_index.json") for one in (repository, named)]
+        found = [Path(index).parent for index in cached if isinstance(index, str)]
+        if not found:
             raise BaseModelError(
                 f"base {file.name} has weights alone, and the configurations of {repository} are not on "
                 f"this machine: put a pipeline's configuration and tokenizer files into {file.stem}/ "
                 f"beside it, or run `hf download {repository} --include '*.json' '*.txt'` once"
             )
-    assert folder is not None
+        folder = found[0]
     return dataclasses.replace(read_layout(folder, f"'{file.stem}'"), single_file=file)
-
-
-def _cached(repository: str) -> Path | None:
-    """The folder of a repository in the hub's cache, where it is a pipeline's."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return folder if (folder / "model_index.json").is_file() else None
 
 
 def base_folder(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[Path, str]:

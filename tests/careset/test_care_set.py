@@ -53,7 +53,7 @@ def test_added_words_are_guarded(care_set: CareSet) -> None:
 
 @pytest.mark.parametrize("word", ["Gogh", "van gogh", "VanGogh", "vans", "", "   ", "\x00", "…", "x" * 101])
 def test_names_of_the_concept_and_no_words_cannot_be_added(care_set: CareSet, word: str) -> None:
-    with pytest.raises(CareSetError, match="names the concept|a word (has|is)") as caught:
+    with pytest.raises(CareSetError, match=r"names the concept|a word (has|is)") as caught:
         care_set.with_added([word])
     assert "\n" not in str(caught.value)
 
