@@ -53,11 +53,7 @@ class LatentDiffusion:
         device: torch.device | None = None,
         memory: MemoryOptions | None = None,
     ) -> None:
-        """Wrap a loaded pipeline of the family's class; by default it computes where its denoiser is.
-
-        Raises:
-            BaseModelError: no noise schedule to train with, or the size asked for does not fit.
-        """
+        """Wrap a loaded pipeline of the family's class; by default it computes where its denoiser is."""
         self.id = base_id  # atelier, a hub id, or the name of the folder it came from
         self.pipeline = pipeline
         self.memory = memory or MemoryOptions()
@@ -268,9 +264,6 @@ class LatentDiffusion:
         """Encode prompts that hold :data:`PLACEHOLDER`, differentiably in the vectors put there.
 
         Each placeholder takes as many token positions as there are vectors, ``[vectors, token_width]``.
-
-        Raises:
-            BaseModelError: vectors of another width, no placeholder, or one beyond the prompt's length.
         """
         self._check_vectors(vectors)
         length = self._tokenizers[0].model_max_length
@@ -295,9 +288,6 @@ class LatentDiffusion:
 
         Rows, ``[tokens, token_width]`` each, may differ in length; start, end and padding are added, and
         what is too long loses its end, as long prompts do.
-
-        Raises:
-            BaseModelError: there are no rows, or vectors of another width than the tokens'.
         """
         if not rows:
             raise BaseModelError("there are no token vectors to encode")
@@ -406,9 +396,6 @@ class LatentDiffusion:
 
         At a ``guidance_scale`` of 1 or less no unconditional half is computed. ``prompt_embeds`` stand in
         place of ``prompts``, which are None then. Progress calls it ``stage``.
-
-        Raises:
-            BaseModelError: prompts and seeds differ in number.
         """
         images: list[Image] = []
         for latents in self._batches(

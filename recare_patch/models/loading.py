@@ -85,26 +85,18 @@ class Layout:
         return sorted((self.folder / component).glob("*.safetensors"))
 
     def weight_sets(self, component: str) -> dict[str, list[Path]]:
-        """A component's weights: full sets (one a variant, such as ``fp16``) with all their shards.
-
-        The first is the plain one, which diffusers loads where no variant is asked for.
-        """
+        """A component's weights by variant, such as ``fp16``, with all shards; first what diffusers takes."""
         sets: dict[str, list[Path]] = {}
         for file in self.weight_files(component):
             sets.setdefault(_SHARD.sub("", file.stem), []).append(file)
         return dict(sorted(sets.items(), key=lambda item: len(item[0])))
 
     def require(self, component: str, *, weights: bool = True) -> dict[str, Any]:
-        """The configuration of a component that must be there.
-
-        Raises:
-            BaseModelError: it is not, or its weights are missing or pickled.
-        """
+        """The configuration of a component that must be there, with weights that are no pickles."""
         if component not in self.configs:
             raise BaseModelError(f"base {self.name} lacks its component '{component}'")
         if weights and self.single_file is None and not self.weight_files(component):
-            pickled = [p.name for p in (self.folder / component).glob("*.bin")]
-            if pickled:
+            if pickled := [p.name for p in (self.folder / component).glob("*.bin")]:
                 raise BaseModelError(
                     f"base {self.name} has its {component} only as a pickle ({pickled[0]}); "
                     "pickles can run code, so only safetensors are read"
@@ -220,11 +212,8 @@ def _fetch(hub_id: str, weights: bool) -> Path:
         if not weights:
             return Path(snapshot_download(hub_id, allow_patterns=["*.json"]))
         # Components handed over as None are not fetched.
-        return Path(
-            DiffusionPipeline.download(
-                hub_id, use_safetensors=True, safety_checker=None, feature_extractor=None
-            )
-        )
+        left_out = {"safety_checker": None, "feature_extractor": None}
+        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **left_out))
     except Exception as fault:
         # The hub's client raises a dozen unrelated classes: offline, not found, gated, refused, …
         # What the system said, of no network or a full disk, is the shortest true account of them.
@@ -274,7 +263,7 @@ def load_base(
     Args:
         source: ``atelier`` (bundled), a diffusers pipeline folder, a hub id ``owner/name``, or a
             single-file checkpoint ``model.safetensors``.
-        precision: ``fp32``, ``bf16`` or ``fp16``; adapters stay in fp32 all the same.
+        precision: a name in :data:`PRECISIONS`; adapters stay in fp32 all the same.
         device: ``auto`` takes a GPU where there is one.
         memory: levers that make it fit a smaller device.
 

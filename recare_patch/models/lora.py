@@ -36,7 +36,6 @@ ADAPTER_NAME = "recare"
 TEACHER_NAME = "teacher"
 """An adapter of this name belongs to the frozen teacher: it is on where all others are off."""
 
-_PROMPT_SIDE = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _SIDES: dict[str, tuple[str | None, ...]] = {
     "cross-attention": ("cross",),
     "cross-attention-kv": ("cross",),
@@ -106,23 +105,22 @@ def _is_attention(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("to_q", "to_k", "to_v"))
 
 
-def _is_cross_attention(attention: nn.Module) -> bool:
-    return getattr(attention, "is_cross_attention", False) is True
-
-
-def _reads_prompt(attention: nn.Module) -> bool:
-    """Whether an attention block takes keys and values from the prompt.
+def _prompt_layers(attention: nn.Module) -> tuple[str, ...] | None:
+    """The layers of an attention block that take keys and values from the prompt; None: all of them.
 
     diffusers says so itself: ``is_cross_attention`` where the whole block does, and a width of added
     keys where prompt and picture share one block. A name such as ``attn2`` says nothing: in some
     transformers it belongs to the picture's attention to itself.
     """
-    return _is_cross_attention(attention) or bool(getattr(attention, "added_kv_proj_dim", None))
+    if getattr(attention, "is_cross_attention", False) is True:
+        return None
+    shared = getattr(attention, "added_kv_proj_dim", None)
+    return ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out") if shared else ()
 
 
 def prompt_attention(denoiser: nn.Module) -> list[nn.Module]:
     """The attention blocks of a denoiser that read the prompt, in the order in which it holds them."""
-    return [one for _, one in base_layers(denoiser) if _is_attention(one) and _reads_prompt(one)]
+    return [one for _, one in base_layers(denoiser) if _is_attention(one) and _prompt_layers(one) != ()]
 
 
 def adapted(base: LatentDiffusion, layers: str) -> dict[str, nn.Module]:
@@ -151,18 +149,13 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
     kind = type(network).__name__
     everything = list(base_layers(network))
     if layers in TEXT_LAYER_SETS:
-        start = "encoder.layers."
-        found = [
-            name
-            for name, module in everything
-            if isinstance(module, nn.Linear) and name.removeprefix("text_model.").startswith(start)
-        ]
-        if not found:
-            raise NoMatchingModuleError(
-                f"layer set '{layers}' matches no module of this {kind}: it has no linear layer under "
-                f"'{start}'"
-            )
-        return found
+        start = ("encoder.layers.", "text_model.encoder.layers.")
+        linear = [name for name, module in everything if isinstance(module, nn.Linear)]
+        if found := [name for name in linear if name.startswith(start)]:
+            return found
+        raise NoMatchingModuleError(
+            f"layer set '{layers}' matches no module of this {kind}: no linear layer is under '{start[0]}'"
+        )
     if hasattr(network, "get_input_embeddings"):
         raise NoMatchingModuleError(
             f"layer set '{layers}' is one of denoisers, and a {kind} is a text encoder: "
@@ -172,10 +165,10 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
     side: dict[str, str] = {}
     blocks = {name: module for name, module in everything if _is_attention(module)}
     for name, block in blocks.items():
+        cross = _prompt_layers(block)
         for inner, _ in block.named_modules():
-            # In a block shared by both, only the added projections belong to the prompt.
-            whole = _is_cross_attention(block) or inner.split(".")[0] in _PROMPT_SIDE
-            side[f"{name}.{inner}"] = "cross" if _reads_prompt(block) and whole else "self"
+            reads = cross is None or inner.split(".")[0] in cross
+            side[f"{name}.{inner}"] = "cross" if reads else "self"
     every = [name for name, module in everything if isinstance(module, nn.Linear | nn.Conv2d)]
     found = [name for name in every if side.get(name) in _SIDES[layers]]
     if layers == "cross-attention-kv":
@@ -184,7 +177,7 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
         raise NoMatchingModuleError(
             f"layer set '{layers}' matches no module of this {kind}: it has {len(every)} linear and "
             f"convolution layers and {len(blocks)} attention blocks, "
-            f"{sum(map(_reads_prompt, blocks.values()))} of which read the prompt"
+            f"{len(prompt_attention(network))} of which read the prompt"
         )
     return found
 
@@ -258,8 +251,8 @@ def _tell_network(network: nn.Module, loaded: bool) -> None:
 def settle_adapter(network: nn.Module, name: str) -> None:
     """Move an adapter to where its network computes, if the network's own weights only visit there.
 
-    accelerate's offloading keeps them elsewhere and brings them for each call; PEFT would leave the
-    adapter where they are kept. A new adapter, which it leaves without values, gets room for them.
+    accelerate's offloading brings them for each call, and PEFT would leave the adapter where they are
+    kept. A new adapter, which it leaves without values, gets room for them.
     """
     for _, layer in tuner_layers(network):
         place = getattr(getattr(layer.get_base_layer(), "_hf_hook", None), "execution_device", None)
@@ -309,10 +302,7 @@ def kept_requires_grad(*networks: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def off(*networks: nn.Module) -> Iterator[None]:
-    """The frozen teacher: inside, networks compute as if they held no adapter but its own.
-
-    What was on before is on again afterwards, also when an error passes through.
-    """
+    """The frozen teacher: inside, networks compute as if they held no adapter but its own."""
     layers = [
         (layer, bool(layer.disable_adapters), list(layer.active_adapters))
         for network in networks
@@ -360,11 +350,7 @@ def _weights(network: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def adapter_state(network: nn.Module, name: str = ADAPTER_NAME) -> dict[str, Tensor]:
-    """Copies of an adapter's tensors, unscaled: ``<module>.lora_A.weight`` and ``….lora_B.weight``.
-
-    Raises:
-        PatchError: the network holds no adapter of that name.
-    """
+    """Copies of an adapter's tensors, unscaled: ``<module>.lora_A.weight`` and ``….lora_B.weight``."""
     state = {key: weight.detach().clone() for key, weight in _weights(network, name).items()}
     if not state:
         raise PatchError(f"the {type(network).__name__} holds no adapter named '{name}'")
@@ -372,11 +358,7 @@ def adapter_state(network: nn.Module, name: str = ADAPTER_NAME) -> dict[str, Ten
 
 
 def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor], name: str = ADAPTER_NAME) -> None:
-    """Put back what :func:`adapter_state` returned; nothing is changed unless everything fits.
-
-    Raises:
-        PatchError: tensors are missing, extra or of another shape.
-    """
+    """Put back what :func:`adapter_state` returned; PatchError, with nothing changed, if it does not fit."""
     places = _weights(network, name)
     if odd := sorted(set(places) ^ set(state)):
         raise PatchError(

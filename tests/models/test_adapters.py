@@ -88,7 +88,7 @@ class TestTargetModules:
         [
             ("crossattention", UnknownNameError, "did you mean 'cross-attention'"),
             ("cross-attention", NoMatchingModuleError, "1 linear and convolution layers and 0 attention"),
-            ("text-encoder", NoMatchingModuleError, r"no linear layer under 'encoder\.layers\.'"),
+            ("text-encoder", NoMatchingModuleError, r"no linear layer is under 'encoder\.layers\.'"),
         ],
     )
     def test_no_such_layers(self, layers: str, error: type[Exception], message: str, base: BaseModel) -> None:
