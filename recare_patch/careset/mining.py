@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recare_patch.careset.care_set import KEPT, NAMES_CONCEPT, CareSet, CareToken, names_concept
-from recare_patch.core import CareSetError
+from recare_patch.core import CareSetError, NullProgress
 from recare_patch.recipe import CareSetOptions, Concept, Kind
 
 if TYPE_CHECKING:
@@ -204,9 +204,11 @@ def refine(token_features: Tensor, u: Tensor, *, alpha: float) -> Tensor:
 class _Sorting:
     """The mined tokens while one after another is dropped."""
 
-    def __init__(self, names: Sequence[str], features: Tensor, counts: list[int], u: Tensor) -> None:
+    def __init__(
+        self, concept: Concept, names: Sequence[str], features: Tensor, counts: list[int], u: Tensor
+    ) -> None:
         self.names, self.features, self.counts, self.u = names, features, counts, u
-        self.verdicts = [KEPT] * len(names)
+        self.verdicts = [NAMES_CONCEPT if names_concept(name, concept) else KEPT for name in names]
         self.clusters: list[int | None] = [None] * len(names)
         self.made = 1
         self.notes: list[str] = []
@@ -276,6 +278,16 @@ class _Sorting:
         )
 
 
+def _words(clip: Clip) -> tuple[list[str], dict[str, int]]:
+    words, fragments = clip.vocabulary()
+    if not words:
+        raise CareSetError(
+            f"the tokenizer of the CLIP '{clip.id}' has no whole word to mine: choose another --clip, "
+            "or give words of your own with --care-set"
+        )
+    return words, dict(Counter(reason for _, reason in fragments))
+
+
 def build_care_set(
     concept: Concept,
     images: Sequence[Image],
@@ -287,40 +299,28 @@ def build_care_set(
 ) -> CareSet:
     """Find the benign concepts that come along with a concept in ``images`` of it from the untouched base.
 
-    The default ``options`` suit the size of CLIP's vocabulary; ``seed`` is that of t-SNE and k-means.
-
-    Returns:
-        All mined tokens, kept or dropped with the reason.
+    The default ``options`` suit the size of CLIP's vocabulary; ``seed`` is that of t-SNE and k-means. All
+    mined tokens are listed, kept or dropped with the reason.
 
     Raises:
         CareSetError: no images, no whole word in the vocabulary, or nothing but names of the concept found.
     """
-    options = options or CareSetOptions()
-
-    def told(done: int) -> None:
-        if progress is not None:
-            progress.update("CARE-set", done, 3)
-
+    options, progress = options or CareSetOptions(), progress or NullProgress()
     if not len(images):
         raise CareSetError(f"a CARE-set for '{concept}' needs target images, and none were given")
-    words, fragments = clip.vocabulary()
-    if not words:
-        raise CareSetError(
-            f"the tokenizer of the CLIP '{clip.id}' has no whole word to mine: choose another --clip, "
-            "or give words of your own with --care-set"
-        )
+    words, fragments = _words(clip)
     usual = default_tokens_per_image(len(words))
-    # Twice the tokens of an image, as in the paper.
-    each, keep = options.tokens_per_image or usual, options.keep or 2 * usual
-    told(0)
+    each, keep = options.tokens_per_image or usual, options.keep or 2 * usual  # twice, as in the paper
+    progress.update("CARE-set", 0, 3)
     seen = clip.image_features(images)
-    told(1)
+    progress.update("CARE-set", 1, 3)
     vocabulary = clip.text_features(words)
-    told(2)
+    progress.update("CARE-set", 2, 3)
     mined, counts = mine(seen, vocabulary, tokens_per_image=each, keep=keep)
     names = [words[i] for i in mined.tolist()]
-    sorting = _Sorting(names, vocabulary[mined], counts.tolist(), concept_feature(concept, clip, seen))
-    sorting.verdicts = [NAMES_CONCEPT if names_concept(one, concept) else KEPT for one in names]
+    sorting = _Sorting(
+        concept, names, vocabulary[mined], counts.tolist(), concept_feature(concept, clip, seen)
+    )
     if not sorting.kept():
         raise CareSetError(
             f"all {len(names)} words that CLIP '{clip.id}' finds in the pictures of '{concept}' name the "
@@ -335,7 +335,7 @@ def build_care_set(
         sorting.cluster(options, small=usual < PAPER_TOKENS_PER_IMAGE, seed=seed)
     if options.refinement:
         sorting.refine(options.alpha)
-    told(3)
+    progress.update("CARE-set", 3, 3)
     used = {"tokens_per_image": min(each, len(words)), "keep": keep, "clusters": sorting.made, "file": None}
     return CareSet(
         concept=concept,
@@ -344,7 +344,7 @@ def build_care_set(
         images=len(images),
         settings=options.model_copy(update=used),
         tokens=sorting.tokens(),
-        dropped=dict(Counter(reason for _, reason in fragments)),
+        dropped=fragments,
         notes=tuple(sorting.notes),
     )
 
