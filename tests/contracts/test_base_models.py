@@ -14,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from recare_patch.core.errors import BaseModelError, UnknownNameError
-from recare_patch.models import BaseModel, EvaluationCounter, PromptEmbeds, base_folder, load_base
+from recare_patch.models import (
+    BaseModel,
+    EvaluationCounter,
+    PromptEmbeds,
+    base_folder,
+    load_base,
+    sample_timesteps,
+)
 from recare_patch.models import lora as adapters
 
 
@@ -234,6 +241,13 @@ class TestEpsilon(Discrete):
     prediction_type, latent_shape, token_width = "epsilon", (4, 8, 8), 32
     prompt_shape = (77, 32)
 
+    def test_other_predictions_have_no_target(
+        self, base: BaseModel, noised: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(base, "prediction_type", "sample")
+        with pytest.raises(UnknownNameError, match="v_prediction"):
+            base.training_target(*noised, torch.arange(5))
+
 
 class TestVPredictionAndOtherSizes(Discrete):
     source = "tiny_sd_v"
@@ -400,3 +414,10 @@ def test_counter_stages_nest() -> None:
         counter._count(torch.nn.Identity(), (), {"sample": torch.zeros(5, 1)})
     assert counter.by_stage == {"inner": 2, "outer": 5}
     assert counter.total == 7
+
+
+def test_sampled_timesteps_follow_the_generator_and_the_range() -> None:
+    first, again = (sample_timesteps(200, 10, 20, _generator(3)).tolist() for _ in range(2))
+    assert first == again and set(first) == set(range(10, 20))
+    with pytest.raises(ValueError, match="empty"):
+        sample_timesteps(1, 5, 5, _generator())
