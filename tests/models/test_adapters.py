@@ -128,15 +128,12 @@ class TestAttach:
         assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
         assert any(parameter.abs().max() > 0 for parameter in starts[0])
 
-    def test_fp32_on_a_half_precision_base(self, tiny_sd: Path) -> None:
+    def test_fp32_on_a_half_precision_base_and_once_a_name(self, tiny_sd: Path) -> None:
         half = load_base(tiny_sd, precision="bf16", device="cpu")
         assert {p.dtype for p in _attach(half)} == {torch.float32}
         assert _predict(half).isfinite().all()
-
-    def test_a_name_is_taken_once(self, base: BaseModel) -> None:
-        _attach(base)
         with pytest.raises(ValueError, match="already holds"):
-            _attach(base)
+            _attach(half)
 
 
 class TestOff:
@@ -169,12 +166,10 @@ class TestOff:
         assert torch.equal(_predict(base), student)
         assert not torch.allclose(student, teacher)
 
-    def test_without_adapter_does_nothing(self, base: BaseModel) -> None:
+    def test_frozen_keeps_it_on(self, base: BaseModel) -> None:
         before = _predict(base)
         with adapters.off(base.denoiser), adapters.frozen(base.denoiser):
             assert torch.equal(_predict(base), before)
-
-    def test_frozen_keeps_it_on(self, base: BaseModel) -> None:
         parameters = _attach(base)
         _disturb(parameters)
         student = _predict(base)
