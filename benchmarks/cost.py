@@ -103,8 +103,8 @@ def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
 def run(arguments: argparse.Namespace) -> Path:
     """Measure one row."""
     from recare_patch.careset import Clip
-    from recare_patch.core import device_name, versions
     from recare_patch.erasure import erase, evaluations, measured_speed, plan
+    from recare_patch.models import device_name, versions
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / arguments.base
@@ -167,7 +167,7 @@ def _base(name: str, folder: Path, recipe: Recipe, device: torch.device) -> Base
 def _paper(name: str, folder: Path, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """The published procedure, cut, on a new base without levers, and what the whole of it would take."""
     from recare_patch.careset import Clip
-    from recare_patch.core import forget_peak_memory, peak_memory
+    from recare_patch.models import forget_peak_memory, peak_memory
 
     plain = recipe.with_overrides({"memory": MemoryOptions(resolution=recipe.memory.resolution)})
     base = _base(name, folder, plain, device)

@@ -1,30 +1,29 @@
 """Random models of a few thousand weights, in the very folders that the package reads.
 
 They have Stable Diffusion's anatomy and draw noise: what is tested with them is mechanics (shapes,
-files, determinism, refusals), never whether a concept is gone.
+files, determinism, refusals), never whether a concept is gone. All weights follow from ``seed``; pictures
+are four times as wide as latents.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-WORDS: tuple[str, ...] = tuple(
-    word
-    for line in (
-        "a an the in of on at by with and style photo painting picture drawing print sketch van gogh",
-        "monet picasso vincent nude naked nudity person woman man body skin art thing tench fish river",
-        "lake water freshwater angler fisherman stars star night sky moon sun sunflower sunflowers wheat",
-        "field house church tree boat car cat dog horse bird bridge beach sand sea swirl cypress village",
-        "cafe portrait flower garden mountain road cloud rain snow winter summer red blue green yellow",
-        "dark bright small large old dressed",
-    )
-    for word in line.split()
-)
+_WORDS = """
+    a an the in of on at by with and style photo painting picture drawing print sketch van gogh
+    monet picasso vincent nude naked nudity person woman man body skin art thing tench fish river
+    lake water freshwater angler fisherman stars star night sky moon sun sunflower sunflowers wheat
+    field house church tree boat car cat dog horse bird bridge beach sand sea swirl cypress village
+    cafe portrait flower garden mountain road cloud rain snow winter summer red blue green yellow
+    dark bright small large old dressed
+"""
+WORDS: tuple[str, ...] = tuple(_WORDS.split())
 """Every one of these is a single token of the tiny tokenizers."""
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -48,11 +47,9 @@ def make_tiny_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = 77, p
     trained = json.loads(bpe.to_str())["model"]["merges"]
     merges = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in trained]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    joined = ["".join(pair) for pair in merges]
-    entries = [*letters, *(f"{letter}</w>" for letter in letters), *joined, _START, _END]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(entries))}
+    entries = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), _START, _END]
     return CLIPTokenizer(
-        vocab=vocabulary,
+        vocab={token: index for index, token in enumerate(dict.fromkeys(entries))},
         merges=merges,
         bos_token=_START,
         eos_token=_END,
@@ -62,20 +59,39 @@ def make_tiny_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = 77, p
     )
 
 
-def _text_config(tokenizer: Any, width: int, **changes: Any) -> dict[str, Any]:
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _saved(folder: Path, *parts: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
+
+
+def _tower(width: int) -> dict[str, int]:
     return {
-        "vocab_size": len(tokenizer),
         "hidden_size": width,
         "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "projection_dim": width,
-        "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        **changes,
     }
+
+
+def _text_config(tokenizer: Any, width: int, **changes: Any) -> dict[str, Any]:
+    markers = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    return {**_tower(width), **sizes, **markers, **changes}
+
+
+def _texts(encoders: Sequence[Any], tokenizers: Sequence[Any]) -> dict[str, Any]:
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    return dict(zip(names, (*encoders, *tokenizers), strict=True))
 
 
 def _tiny_vae(latent_size: int, **changes: Any) -> Any:
@@ -97,7 +113,6 @@ def _tiny_scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -120,23 +135,15 @@ def make_tiny_sd(
 ) -> Path:
     """Write a random Stable-Diffusion-shaped pipeline folder and return it.
 
-    Args:
-        folder: where to write; made if it is missing.
-        seed: all weights follow from it.
-        prediction_type: ``epsilon`` or ``v_prediction`` (or a wrong one, to be refused).
-        latent_size: side of the latents; pictures are four times as wide.
-        width: width of the prompt embeddings, a multiple of 8.
-        in_channels: of the denoiser; anything but 4 must be refused by the package.
-        linear_projection: SD 2's linear ``proj_in`` in place of SD 1's convolution.
-        open_clip: SD 2's kind of text encoder and padding in place of SD 1's.
+    Prompt embeddings are ``width`` wide, a multiple of 8. ``prediction_type`` and ``in_channels`` may be
+    wrong, to be refused. SD 2 has a linear ``proj_in`` and OpenCLIP's kind of text encoder and padding.
     """
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = make_tiny_tokenizer(padding="!" if open_clip else _END)
     config = _text_config(tokenizer, width, hidden_act="gelu" if open_clip else "quick_gelu")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         text_encoder = CLIPTextModel(CLIPTextConfig(**config))
         vae = _tiny_vae(latent_size)
         unet = UNet2DConditionModel(
@@ -165,30 +172,19 @@ def make_tiny_sd(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline.save_pretrained(folder)
-    return folder
+    return _saved(folder, pipeline)
 
 
 def make_tiny_sdxl(
     folder: Path, *, seed: int = 2, latent_size: int = 16, widths: tuple[int, int] = (32, 48)
 ) -> Path:
-    """Write a random SDXL-shaped pipeline folder and return it: two encoders, pooled text, sizes.
-
-    Args:
-        folder: where to write; made if it is missing.
-        seed: all weights follow from it.
-        latent_size: side of the latents; pictures are four times as wide.
-        widths: of the two text encoders.
-    """
+    """Write a random SDXL-shaped pipeline folder and return it: two encoders, pooled text, sizes."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizers = make_tiny_tokenizer(), make_tiny_tokenizer(padding="!")
     first, second = (_text_config(one, width) for one, width in zip(tokenizers, widths, strict=True))
-    sizes = 8
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         encoders = (
             CLIPTextModel(CLIPTextConfig(**first)),
             CLIPTextModelWithProjection(CLIPTextConfig(**second, hidden_act="gelu")),
@@ -205,43 +201,30 @@ def make_tiny_sdxl(
             norm_num_groups=8,
             use_linear_projection=True,
             addition_embed_type="text_time",
-            addition_time_embed_dim=sizes,
-            projection_class_embeddings_input_dim=widths[1] + 6 * sizes,
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=widths[1] + 6 * 8,
         )
         vae = _tiny_vae(latent_size)
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=encoders[0],
-        text_encoder_2=encoders[1],
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
+        **_texts(encoders, tokenizers),
         unet=unet,
         scheduler=_tiny_scheduler(),
         add_watermarker=False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline.save_pretrained(folder)
-    return folder
+    return _saved(folder, pipeline)
 
 
 def make_tiny_sd3(
     folder: Path, *, seed: int = 3, latent_size: int = 8, widths: tuple[int, int] = (32, 48)
 ) -> Path:
-    """Write a random SD3-shaped pipeline folder and return it: joint attention, flow matching, no T5.
-
-    Args:
-        folder: where to write; made if it is missing.
-        seed: all weights follow from it.
-        latent_size: side of the latents; pictures are four times as wide.
-        widths: of the two text encoders.
-    """
+    """Write a random SD3-shaped pipeline folder and return it: joint attention, flow matching, no T5."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     tokenizers = make_tiny_tokenizer(), make_tiny_tokenizer(padding="!")
     configs = [_text_config(one, width) for one, width in zip(tokenizers, widths, strict=True)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**config)) for config in configs]
         transformer = SD3Transformer2DModel(
             sample_size=latent_size,
@@ -262,16 +245,11 @@ def make_tiny_sd3(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
-        text_encoder=encoders[0],
-        tokenizer=tokenizers[0],
-        text_encoder_2=encoders[1],
-        tokenizer_2=tokenizers[1],
+        **_texts(encoders, tokenizers),
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline.save_pretrained(folder)
-    return folder
+    return _saved(folder, pipeline)
 
 
 def make_tiny_clip(folder: Path, *, seed: int = 0, width: int = 32, image_size: int = 32) -> Path:
@@ -279,22 +257,10 @@ def make_tiny_clip(folder: Path, *, seed: int = 0, width: int = 32, image_size: 
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     tokenizer = make_tiny_tokenizer()
-    vision = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "projection_dim": width,
-        "image_size": image_size,
-        "patch_size": 8,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        text = _text_config(tokenizer, width)
+    text = _text_config(tokenizer, width)
+    vision = {**_tower(width), "image_size": image_size, "patch_size": 8}
+    with _seeded(seed):
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     size = {"height": image_size, "width": image_size}
-    CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
-    return folder
+    processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    return _saved(folder, model, tokenizer, processor)

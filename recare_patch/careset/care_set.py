@@ -1,7 +1,9 @@
 """The CARE-set: the benign companions of a concept, and why each other candidate is none.
 
-It is a small JSON file that people may read, edit by the commands and pass to another run, so its
-reader takes nothing on trust.
+Mined from pictures of the concept as in ReCARE (Kim et al., arXiv 2606.24192, section 3.1): the words most
+like each picture are counted, clustered, and rid of those that pull their cluster towards the concept. The
+set is a small JSON file that people may read, edit by the commands and pass to another run, so its reader
+takes nothing on trust.
 """
 
 from __future__ import annotations
@@ -15,21 +17,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from recare_patch.core import CareSetError, Settings, SettingsError, nearest, write_text
-from recare_patch.recipe import CareSetOptions, Concept
+from recare_patch.recipe import CareSetOptions, Concept, names_concept
 
 KEPT = "kept"
 NAMES_CONCEPT = "names the concept"
-NEAREST_CLUSTER = "in the cluster nearest to the concept: its other names"
-FARTHEST_CLUSTER = "in the cluster farthest from the concept: noise"
-BY_CHANCE = "not mined more often than by chance"
-PULLS = "pulls its cluster towards the concept"
 ADDED = "added by hand"
 REMOVED = "removed by hand"
 
 _MAX_BYTES = 16_000_000
 _MAX_WORD = 100
-
-Figure = Annotated[float, Field(ge=0, le=1.0e6)]
 
 
 class CareSetFaultsError(CareSetError, SettingsError):
@@ -46,46 +42,28 @@ def _check_word(word: str) -> str:
     return word
 
 
-Word = Annotated[str, AfterValidator(_check_word)]
-
-
 class CareToken(Settings):
-    """One candidate.
-
-    Attributes:
-        text: the word.
-        count: target images for which it was among the best words; 0 when added by hand.
-        cluster: its cluster, numbered from the one nearest to the concept; None without clustering.
-        residual: ``‖(I − u uᵀ) w‖``, its distance from the concept's direction, 0 to 1; 0 when it
-            was not measured because the word was added by hand.
-        kept: whether it is guarded.
-        reason: why it was dropped; "kept" or "added by hand" for what is guarded.
-    """
+    """One candidate."""
 
     error: ClassVar[type[SettingsError]] = CareSetFaultsError
     noun: ClassVar[str] = "CARE-token"
 
-    text: Word
-    count: Annotated[int, Field(ge=0, le=10**9)]
-    cluster: Annotated[int, Field(ge=0, le=10**6)] | None = None
-    residual: Figure
-    kept: bool
-    reason: Annotated[str, Field(max_length=300)] = ""
+    text: Annotated[str, AfterValidator(_check_word)]
+    count: int = Field(
+        ge=0, le=10**9, description="target images for which it was among the best; 0: added by hand"
+    )
+    cluster: Annotated[int, Field(ge=0, le=10**6)] | None = Field(
+        None, description="numbered from the one nearest to the concept; None: not clustered"
+    )
+    residual: float = Field(
+        ge=0, le=1e6, description="‖(I − u uᵀ) w‖, its distance from the concept's direction, 0 to 1"
+    )
+    kept: bool = Field(description="whether it is guarded")
+    reason: str = Field("", max_length=300, description="why it was dropped, or is guarded")
 
 
 class CareSet(Settings):
     """The words that an erasure guards, with all that is needed to make them again.
-
-    Attributes:
-        version: of this format.
-        concept: what is erased.
-        clip: the CLIP it was mined with.
-        seed: of the clustering.
-        images: number of target images.
-        settings: the options, with the numbers that were used in place of "by the vocabulary's size".
-        tokens: all candidates, the most frequent first, kept or not.
-        dropped: vocabulary tokens that were no candidates: reason → how many.
-        notes: what was done otherwise than asked, such as too few tokens to cluster.
 
     Example:
         >>> words = CareSet.of_words(Concept(text="Van Gogh", kind="style"), ["stars", "night"])
@@ -98,31 +76,31 @@ class CareSet(Settings):
 
     version: Literal[1] = 1
     concept: Concept
-    clip: Annotated[str, Field(max_length=4096)] = ""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    images: Annotated[int, Field(ge=0, le=10**9)] = 0
-    settings: CareSetOptions = CareSetOptions()
-    tokens: Annotated[tuple[CareToken, ...], Field(max_length=100_000)]
-    dropped: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    clip: str = Field("", max_length=4096, description="the CLIP it was mined with")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the clustering")
+    images: int = Field(0, ge=0, le=10**9, description="number of target images")
+    settings: CareSetOptions = Field(CareSetOptions(), description="with the numbers that were used")
+    tokens: tuple[CareToken, ...] = Field(
+        max_length=100_000, description="all candidates, the most frequent first, kept or not"
+    )
+    dropped: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict, description="vocabulary tokens that were no candidates: reason → how many"
+    )
+    notes: tuple[str, ...] = Field((), description="what was done otherwise than asked")
 
     @field_validator("tokens")
     @classmethod
     def _no_doubles(cls, tokens: tuple[CareToken, ...]) -> tuple[CareToken, ...]:
-        seen: dict[str, None] = {}
+        seen: set[str] = set()
         for token in tokens:
             if token.text.casefold() in seen:
                 raise ValueError(f"the word '{token.text}' is there twice")
-            seen[token.text.casefold()] = None
+            seen.add(token.text.casefold())
         return tokens
 
     @classmethod
     def of_words(cls, concept: Concept, words: Iterable[str]) -> CareSet:
-        """A set of chosen words, without mining.
-
-        Raises:
-            CareSetError: no word, a word twice, or one that names the concept.
-        """
+        """A set of chosen words, without mining; see :meth:`with_added`."""
         return cls(concept=concept, tokens=()).with_added(words)
 
     @property
@@ -139,55 +117,42 @@ class CareSet(Settings):
         return tuple(self.concept.retain_prompt(word) for word in self.words)
 
     def with_added(self, words: Iterable[str]) -> CareSet:
-        """A copy that guards more words.
-
-        A candidate that was dropped is kept again; any other word is new.
-
-        Args:
-            words: words or short phrases.
+        """A copy that guards more words or short phrases; one that was dropped is kept again.
 
         Raises:
             CareSetError: a word is empty, or names the concept itself.
         """
-        tokens = list(self.tokens)
-        place = {token.text.casefold(): i for i, token in enumerate(tokens)}
-        for given in _listed(words):
-            word = " ".join(given.split())
+        tokens = {token.text.casefold(): token for token in self.tokens}
+        for word in _listed(words):
             if names_concept(word, self.concept):
                 raise CareSetError(
                     f"'{word}' names the concept '{self.concept}' itself and cannot be guarded"
                 )
-            at = place.get(word.casefold())
-            if at is None:
-                place[word.casefold()] = len(tokens)
-                tokens.append(
-                    CareToken(text=word, count=0, cluster=None, residual=0.0, kept=True, reason=ADDED)
-                )
-            elif not tokens[at].kept:
-                tokens[at] = tokens[at].model_copy(update={"kept": True, "reason": ADDED})
-        return self._with_tokens(tokens)
+            old = tokens.get(word.casefold())
+            if old is None:
+                tokens[word.casefold()] = CareToken(text=word, count=0, residual=0.0, kept=True, reason=ADDED)
+            elif not old.kept:
+                tokens[word.casefold()] = old.model_copy(update={"kept": True, "reason": ADDED})
+        return self.model_copy(update={"tokens": tuple(tokens.values())})
 
     def with_removed(self, words: Iterable[str]) -> CareSet:
         """A copy that guards fewer words; they stay listed, as removed by hand.
 
         Raises:
-            CareSetError: a word is not guarded (the nearest one is named), or none would be left.
+            CareSetError: a word is not guarded, or none would be left.
         """
-        tokens = list(self.tokens)
-        for given in _listed(words):
-            word = " ".join(given.split())
-            found = [i for i, t in enumerate(tokens) if t.kept and t.text.casefold() == word.casefold()]
-            if not found:
-                guess = nearest(word, [t.text for t in tokens if t.kept])
+        tokens = {token.text.casefold(): token for token in self.tokens}
+        for word in _listed(words):
+            old = tokens.get(word.casefold())
+            if old is None or not old.kept:
+                kept = [token.text for token in tokens.values() if token.kept]
+                guess = nearest(word, kept)
                 hint = f"; did you mean '{guess}'?" if guess else f" ({', '.join(self.words) or 'none is'})"
                 raise CareSetError(f"'{word}' is not among the guarded words{hint}")
-            tokens[found[0]] = tokens[found[0]].model_copy(update={"kept": False, "reason": REMOVED})
-        if self.words and not any(token.kept for token in tokens):
+            tokens[word.casefold()] = old.model_copy(update={"kept": False, "reason": REMOVED})
+        if self.words and not any(token.kept for token in tokens.values()):
             raise CareSetError("this would remove all guarded words: keep at least one, or use --method esd")
-        return self._with_tokens(tokens)
-
-    def _with_tokens(self, tokens: list[CareToken]) -> CareSet:
-        return self.model_copy(update={"tokens": tuple(tokens)})
+        return self.model_copy(update={"tokens": tuple(tokens.values())})
 
     def to_json(self) -> str:
         """The whole set as readable JSON."""
@@ -195,25 +160,16 @@ class CareSet(Settings):
 
     @classmethod
     def from_json(cls, text: str | bytes, *, source: str = "the CARE-set") -> CareSet:
-        """Read a set, whatever was done to the text.
-
-        Args:
-            text: JSON, as :meth:`to_json` writes it; optional keys may be missing.
-            source: where it came from, for the message.
-
-        Raises:
-            CareSetError: it is not JSON, or not a CARE-set.
-        """
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                raise CareSetError(f"{source} is not a CARE-set: it is not UTF-8 text") from None
+        """Read a set; CareSetError, which calls the text ``source``, for any text that is none."""
         try:
-            data: Any = json.loads(text, object_pairs_hook=_unique_keys)
+            decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+            data: Any = json.loads(decoded, object_pairs_hook=_unique_keys)
+        except UnicodeDecodeError:
+            raise CareSetError(f"{source} is not a CARE-set: it is not UTF-8 text") from None
         except (ValueError, RecursionError) as fault:
-            where = f" in line {fault.lineno}" if isinstance(fault, json.JSONDecodeError) else ""
-            what = fault.msg if isinstance(fault, json.JSONDecodeError) else str(fault)
+            where, what = "", str(fault)
+            if isinstance(fault, json.JSONDecodeError):
+                where, what = f" in line {fault.lineno}", fault.msg
             raise CareSetError(
                 f"{source} is not readable JSON{where}: {what[:1].lower()}{what[1:]}"
             ) from None
@@ -239,20 +195,12 @@ class CareSet(Settings):
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set, whole or not at all.
-
-        Raises:
-            OutputError: the place cannot be written to.
-        """
+        """Write the set, whole or not at all."""
         write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CareSet:
-        """Read a set from a file.
-
-        Raises:
-            CareSetError: no such file, or not a CARE-set.
-        """
+        """Read a set from a file; CareSetError where there is none."""
         file = Path(path)
         try:
             if file.is_dir():
@@ -269,28 +217,15 @@ class CareSet(Settings):
         return cls.from_json(data, source=f"'{file}'")
 
 
-def names_concept(word: str, concept: Concept) -> bool:
-    """Whether a word is one of the concept's own names, in the singular or plural, joined or apart.
-
-    Args:
-        word: a vocabulary word.
-        concept: its :attr:`words` and whole text are compared.
-    """
-    folded = word.casefold()
-    own = [*concept.words, concept.text.casefold(), "".join(concept.text.casefold().split())]
-    return any(
-        folded in (name, f"{name}s", f"{name}es") or name in (f"{folded}s", f"{folded}es") for name in own
-    )
-
-
 def _listed(words: Iterable[str]) -> list[str]:
-    return [words] if isinstance(words, str) else list(words)
+    return [" ".join(word.split()) for word in ([words] if isinstance(words, str) else words)]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Plain JSON objects in which a key written twice is a fault: silently, the last one would win."""
-    keys = [key for key, _ in pairs]
-    for i, key in enumerate(keys):
-        if key in keys[:i]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
             raise ValueError(f"the key '{key[:60]}' is there twice")
-    return dict(pairs)
+        found[key] = value
+    return found

@@ -7,10 +7,8 @@ Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020)
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,112 +61,91 @@ MEDIUM_WORDS = frozenset(_MEDIUM.split())
 """Words that say how a picture was made, which every prompt template says already."""
 
 _NEVER_IN_TEXT = (0xC0, 0xC1, *range(0xF5, 0x100))
-"""Bytes that UTF-8 never uses: their tokens cannot have occurred in any training text."""
+"""Bytes that UTF-8 never uses: their tokens, which a byte-level BPE writes as these very letters, cannot
+have occurred in any training text."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-
-
-@dataclass(frozen=True)
-class DroppedToken:
-    """A vocabulary token that is no word to mine.
-
-    Attributes:
-        token: the token as the tokenizer writes it, without its end-of-word mark.
-        reason: why, in a few words.
-    """
-
-    token: str
-    reason: str
+_PARTS = {
+    "configuration": ("config.json",),
+    "weights": ("model.safetensors", "model.safetensors.index.json"),
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+}
+"""Part of a CLIP's folder → the files that it can be in."""
 
 
 def default_clip(base_id: str) -> str:
-    """The CLIP that fits a base model when none is named.
-
-    Args:
-        base_id: the base's id: "atelier" for the bundled one.
-    """
+    """The CLIP that fits a base model when none is named: the bundled one for the bundled base."""
     return BUNDLED if base_id.strip().casefold() == BUNDLED else DEFAULT_HUB_CLIP
 
 
 class Clip:
     """A transformers ``CLIPModel`` with its tokenizer and image processor, in float32.
 
-    Attributes:
-        id: the source it was loaded from.
-        device: where it computes; features come back on the CPU.
+    Features come back on the CPU, wherever it computes.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, image_processor: Any, *, id: str, device: str | torch.device = "cpu"
     ) -> None:
-        """Wrap parts that are loaded already.
-
-        Args:
-            model: a ``CLIPModel``.
-            tokenizer: a ``CLIPTokenizer``.
-            image_processor: a CLIP image processor.
-            id: what to call it in files and messages.
-            device: where to compute.
-        """
+        """Wrap parts that are loaded already; files and messages call it ``id``."""
         self.id = id
         self.device = torch.device(device)
         self._model = model.to(device=self.device, dtype=torch.float32).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._image_processor = image_processor
-        self._vocabulary: tuple[list[str], list[DroppedToken]] | None = None
+        self._vocabulary: tuple[list[str], list[tuple[str, str]]] | None = None
 
     @classmethod
     def load(cls, source: str = BUNDLED, *, device: str | torch.device = "cpu") -> Clip:
-        """Load a CLIP model.
-
-        Args:
-            source: "atelier" for the bundled one, a folder that holds a CLIPModel with tokenizer
-                and image processor, or the id of one on the model hub.
-            device: where to compute.
+        """Load "atelier" (bundled), a folder of a CLIPModel with all its parts, or one from the model hub.
 
         Raises:
             ClipError: nothing there, a part is missing, or it is no CLIPModel.
         """
         name = source.strip()
+        place = Path(name).expanduser()
         if name.casefold() == BUNDLED:
-            folder = Path(__file__).parents[1] / "models" / "atelier" / "weights" / "clip"
-            if not folder.is_dir():
+            name, place = BUNDLED, Path(__file__).parents[1] / "models" / "atelier" / "weights" / "clip"
+            if not place.is_dir():
                 raise ClipError(
                     "the bundled CLIP is not in this installation: reinstall the package, or run "
                     "'python -m benchmarks.atelier train'"
                 )
-            return cls._from(str(folder), BUNDLED, device)
-        path = Path(name).expanduser()
-        if name and path.exists():
-            _check_folder(path)
-            return cls._from(str(path), name, device)
-        if not _HUB_ID.fullmatch(name) or name.startswith((".", "-")):
+        elif name and place.exists():
+            _check_folder(place)
+        elif _HUB_ID.fullmatch(name) and not name.startswith((".", "-")):
+            return cls._read(name, name, device)
+        else:
             raise ClipError(f"no CLIP model at '{source}': give a folder, a hub id, or 'atelier'")
-        return cls._from(name, name, device)
+        return cls._read(str(place), name, device)
 
     @classmethod
-    def _from(cls, place: str, name: str, device: str | torch.device) -> Clip:
-        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+    def _read(cls, place: str, name: str, device: str | torch.device) -> Clip:
+        import transformers
 
+        # The image processor that needs no torchvision, whatever it is called in this transformers.
+        processors = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
         try:
-            config = AutoConfig.from_pretrained(place)
+            config = transformers.AutoConfig.from_pretrained(place)
             if config.model_type != "clip" or not hasattr(config, "vision_config"):
                 raise ClipError(
                     f"'{name}' is no CLIPModel with text and vision: its config says '{config.model_type}'"
                 )
             with _quiet():
-                model, report = CLIPModel.from_pretrained(
+                model, report = transformers.CLIPModel.from_pretrained(
                     place, dtype=torch.float32, use_safetensors=True, output_loading_info=True
                 )
-                processor = _image_processor_class().from_pretrained(place)
-            tokenizer = CLIPTokenizer.from_pretrained(place)
+                processor = processors.from_pretrained(place)
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(place)
         except ClipError:
             raise
         # Whatever transformers, safetensors or the hub client raise here means one thing to the user.
         except Exception as fault:
-            raise ClipError(f"cannot load CLIP from '{name}': {_first_sentence(fault)}") from fault
+            told = " ".join(str(fault).split()) or type(fault).__name__
+            told = re.split(r"(?<=[.!?])\s", told)[0]
+            told = (told if len(told) <= 200 else told[:199] + "…").rstrip(".")
+            raise ClipError(f"cannot load CLIP from '{name}': {told}") from fault
         missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
         if missing:
             raise ClipError(
@@ -188,56 +165,35 @@ class Clip:
         """The length of a feature vector."""
         return int(self._model.config.projection_dim)
 
+    def _see(self, images: Sequence[Image], layers: bool = False) -> tuple[Tensor, Any]:
+        batch = [image.convert("RGB") for image in images]
+        pixels = self._image_processor(images=batch, return_tensors="pt")["pixel_values"]
+        found = self._model.vision_model(pixel_values=pixels.to(self.device), output_hidden_states=layers)
+        features = F.normalize(self._model.visual_projection(found.pooler_output), dim=-1)
+        return features.float().cpu(), found.hidden_states
+
     @torch.no_grad()
     def image_features(self, images: Sequence[Image], batch_size: int = 32) -> Tensor:
-        """Unit features of pictures.
-
-        Args:
-            images: pictures of any size.
-            batch_size: pictures encoded together; changes memory and speed only.
-
-        Returns:
-            float32 tensor ``[len(images), width]`` on the CPU.
-        """
+        """Unit features of pictures of any size, float32 ``[len(images), width]``."""
         rows = [torch.empty(0, self.width)]
         for start in range(0, len(images), batch_size):
-            batch = [image.convert("RGB") for image in images[start : start + batch_size]]
-            pixels = self._image_processor(images=batch, return_tensors="pt")["pixel_values"]
-            pooled = self._model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
-            rows.append(F.normalize(self._model.visual_projection(pooled), dim=-1).float().cpu())
+            rows.append(self._see(images[start : start + batch_size])[0])
         return torch.cat(rows)
 
     @torch.no_grad()
     def image_layers(self, images: Sequence[Image]) -> tuple[Tensor, list[Tensor]]:
         """Unit features of pictures, and what each layer of the vision tower makes of their patches.
 
-        Args:
-            images: pictures of any size, encoded together.
-
-        Returns:
-            features ``[len(images), width]``, and for each layer its hidden states without the class
-            token, ``[len(images), patches, hidden]``; float32, on the CPU.
+        The layers' states are without the class token, float32 ``[len(images), patches, hidden]``.
         """
-        batch = [image.convert("RGB") for image in images]
-        pixels = self._image_processor(images=batch, return_tensors="pt")["pixel_values"]
-        found = self._model.vision_model(pixel_values=pixels.to(self.device), output_hidden_states=True)
-        features = F.normalize(self._model.visual_projection(found.pooler_output), dim=-1)
-        return features.float().cpu(), [layer[:, 1:].float().cpu() for layer in found.hidden_states[1:]]
+        features, states = self._see(images, layers=True)
+        return features, [layer[:, 1:].float().cpu() for layer in states[1:]]
 
     @torch.no_grad()
     def text_features(
         self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None
     ) -> Tensor:
-        """Unit features of texts.
-
-        Args:
-            texts: words or sentences; what is longer than the tower reads is cut.
-            batch_size: texts encoded together; changes memory and speed only.
-            progress: told about every batch.
-
-        Returns:
-            float32 tensor ``[len(texts), width]`` on the CPU.
-        """
+        """Unit features of texts, float32 ``[len(texts), width]``; what the tower cannot read is cut."""
         rows = [torch.empty(0, self.width)]
         longest = int(self._model.config.text_config.max_position_embeddings)
         for start in range(0, len(texts), batch_size):
@@ -252,63 +208,32 @@ class Clip:
                 progress.update("words", min(start + batch_size, len(texts)), len(texts))
         return torch.cat(rows)
 
-    def vocabulary(self) -> tuple[list[str], list[DroppedToken]]:
+    def vocabulary(self) -> tuple[list[str], list[tuple[str, str]]]:
         """The tokenizer's whole words, and what else it holds with the reason it is left out.
 
         A byte-pair vocabulary is mostly pieces of words. A token counts as a word when it ends
         one, is of at least three plain letters with a vowel among them, is what the tokenizer
         makes of that word alone, was ever met in training (see :meth:`_never_met`), and is neither
         a function word nor the name of a medium. Endings that do occur alone ("ville") cannot be
-        told from words without a dictionary, and stay.
-
-        Returns:
-            words in the tokenizer's order (the most frequent first), and the tokens left out.
+        told from words without a dictionary, and stay. The most frequent word is the first.
         """
         if self._vocabulary is None:
-            self._vocabulary = self._sort_tokens()
-        words, dropped = self._vocabulary
-        return list(words), list(dropped)
-
-    def _sort_tokens(self) -> tuple[list[str], list[DroppedToken]]:
-        by_id = sorted(self._tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-        special = frozenset(self._tokenizer.all_special_tokens)
-        never_met = self._never_met()
-        words: list[tuple[str, int]] = []
-        dropped: list[DroppedToken] = []
-        for token, index in by_id:
-            word = token.removesuffix("</w>")
-            if token in special:
-                reason = "marks the start or end of a text"
-            elif not token.endswith("</w>"):
-                reason = "a piece of a word, not its end"
-            elif not (word.isascii() and word.isalpha()):
-                reason = "not made of plain letters"
-            elif len(word) < 3:
-                reason = "shorter than three letters"
-            elif not set(word.lower()) & set("aeiouy"):
-                reason = "no vowel: an abbreviation or a piece of a word"
-            elif index in never_met:
-                reason = "a piece of longer words, never met alone in CLIP's training"
-            elif word.lower() in FUNCTION_WORDS:
-                reason = "a function word"
-            elif word.lower() in MEDIUM_WORDS:
-                reason = "names a medium, not what a picture shows"
-            else:
-                words.append((word, index))
-                continue
-            dropped.append(DroppedToken(word, reason))
-        kept = []
-        encoded = (
-            self._tokenizer([word for word, _ in words], add_special_tokens=False)["input_ids"]
-            if words
-            else []
-        )
-        for (word, index), tokens in zip(words, encoded, strict=True):
-            if list(tokens) == [index]:
-                kept.append(word)
-            else:
-                dropped.append(DroppedToken(word, "a piece of a word: written alone, it is split otherwise"))
-        return kept, dropped
+            words: list[tuple[str, int]] = []
+            dropped: list[tuple[str, str]] = []
+            special, never_met = frozenset(self._tokenizer.all_special_tokens), self._never_met()
+            for token, index in sorted(self._tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
+                reason = _no_word(token, special, index in never_met)
+                if reason is None:
+                    words.append((token.removesuffix("</w>"), index))
+                else:
+                    dropped.append((token.removesuffix("</w>"), reason))
+            texts = [word for word, _ in words]
+            ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+            whole = [list(found) == [index] for (_, index), found in zip(words, ids, strict=True)]
+            split = "a piece of a word: written alone, it is split otherwise"
+            dropped += [(text, split) for text, one in zip(texts, whole, strict=True) if not one]
+            self._vocabulary = [text for text, one in zip(texts, whole, strict=True) if one], dropped
+        return list(self._vocabulary[0]), list(self._vocabulary[1])
 
     def _never_met(self) -> frozenset[int]:
         """Tokens whose embedding is no farther from its start than that of an impossible token.
@@ -320,13 +245,8 @@ class Clip:
         weight = self._model.text_model.embeddings.token_embedding.weight
         norms = weight.detach().float().norm(dim=1).cpu()
         vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        letters = _byte_letters()
-        impossible = [
-            vocabulary[letters[byte] + end]
-            for byte in _NEVER_IN_TEXT
-            for end in ("", "</w>")
-            if letters[byte] + end in vocabulary
-        ]
+        letters = [chr(byte) + end for byte in _NEVER_IN_TEXT for end in ("", "</w>")]
+        impossible = [vocabulary[letter] for letter in letters if letter in vocabulary]
         if len(impossible) < 8:
             return frozenset()
         reference = norms[impossible]
@@ -339,6 +259,22 @@ class Clip:
         return frozenset((norms <= limit).nonzero().flatten().tolist())
 
 
+def _no_word(token: str, special: frozenset[str], never_met: bool) -> str | None:
+    """Why a token is no word to mine; None: it is one."""
+    word = token.removesuffix("</w>")
+    reasons = {
+        "marks the start or end of a text": token in special,
+        "a piece of a word, not its end": not token.endswith("</w>"),
+        "not made of plain letters": not (word.isascii() and word.isalpha()),
+        "shorter than three letters": len(word) < 3,
+        "no vowel: an abbreviation or a piece of a word": not set(word.lower()) & set("aeiouy"),
+        "a piece of longer words, never met alone in CLIP's training": never_met,
+        "a function word": word.lower() in FUNCTION_WORDS,
+        "names a medium, not what a picture shows": word.lower() in MEDIUM_WORDS,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
 def _check_folder(path: Path) -> None:
     """Refuse a folder that is plainly no CLIPModel before transformers gets to see it."""
     if not path.is_dir():
@@ -349,37 +285,9 @@ def _check_folder(path: Path) -> None:
         raise ClipError(
             f"'{path}' is a diffusers pipeline: --clip takes the folder of a transformers CLIPModel"
         )
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ClipError(f"'{path}' is no CLIP model: it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as fault:
-        raise ClipError(f"the config.json of the CLIP in '{path}' cannot be read") from fault
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "clip" or "vision_config" not in config:
-        raise ClipError(f"'{path}' is no CLIPModel with text and vision: its config says '{kind}'")
-    if not any((path / name).is_file() for name in _WEIGHTS):
-        raise ClipError(f"the CLIP in '{path}' has no weights: {_WEIGHTS[0]} is missing")
-    if not any(all((path / name).is_file() for name in names) for names in _TOKENIZERS):
-        raise ClipError(
-            f"the CLIP in '{path}' has no tokenizer: tokenizer.json or vocab.json with merges.txt is missing"
-        )
-    if not (path / "preprocessor_config.json").is_file() and not (path / "processor_config.json").is_file():
-        raise ClipError(f"the CLIP in '{path}' has no image processor: preprocessor_config.json is missing")
-
-
-def _first_sentence(fault: BaseException) -> str:
-    """The start of a foreign error, on one line."""
-    text = " ".join(str(fault).split()) or type(fault).__name__
-    first = re.split(r"(?<=[.!?])\s", text)[0]
-    return (first if len(first) <= 200 else first[:199] + "…").rstrip(".")
-
-
-def _image_processor_class() -> Any:
-    """The image processor that needs no torchvision, whatever it is called in this transformers."""
-    import transformers
-
-    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    for part, files in _PARTS.items():
+        if not any((path / file).is_file() for file in files):
+            raise ClipError(f"'{path}' is no CLIP model: it has no {part} ({files[0]} is missing)")
 
 
 @contextlib.contextmanager
@@ -396,13 +304,3 @@ def _quiet() -> Iterator[None]:
         messages.set_verbosity(level)
         if bars:
             messages.enable_progress_bar()
-
-
-def _byte_letters() -> dict[int, str]:
-    """The printable stand-in of every byte in a byte-level BPE (Radford et al., GPT-2, 2019)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {byte: chr(byte) for byte in printable}
-    for byte in range(0x100):
-        if byte not in letters:
-            letters[byte] = chr(0x100 + len(letters) - len(printable))
-    return letters

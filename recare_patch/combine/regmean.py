@@ -26,11 +26,11 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.careset import Clip, concept_feature, names_concept
+from recare_patch.careset import Clip, concept_feature
 from recare_patch.core import PatchError, Progress
 from recare_patch.models import BaseModel, split_name
 from recare_patch.patch import Patch
-from recare_patch.recipe import Concept
+from recare_patch.recipe import Concept, names_concept
 
 KEPT_WEIGHT = 1.0
 """How much the kept prompts count against one concept's."""

@@ -1,10 +1,6 @@
 from .crew import Crew as Crew
 from .crew import process_device as process_device
 from .crew import processes as processes
-from .environment import device_name as device_name
-from .environment import forget_peak_memory as forget_peak_memory
-from .environment import peak_memory as peak_memory
-from .environment import versions as versions
 from .errors import BaseModelError as BaseModelError
 from .errors import CareSetError as CareSetError
 from .errors import ClipError as ClipError

@@ -24,18 +24,16 @@ from recare_patch.core import (
     ResumeError,
     SheetRow,
     claim_folder,
-    device_name,
     file_sha256,
     save_sheet,
     sheet,
-    versions,
     write_json,
     write_text,
 )
 from recare_patch.erasure import prepare
 from recare_patch.erasure.methods import Method
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch
-from recare_patch.models import BaseModel, load_base, lora
+from recare_patch.models import BaseModel, device_name, load_base, lora, versions
 from recare_patch.patch import (
     Erased,
     Patch,

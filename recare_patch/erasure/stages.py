@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from recare_patch.core import (
     IncompatiblePatchError,
     Progress,
-    forget_peak_memory,
-    peak_memory,
     write_json,
     write_tensors,
 )
 from recare_patch.erasure.loop import Carried, Checkpoint, fit, invert, state_source, step_generator
-from recare_patch.models import BaseModel, full_name, lora
+from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory
 from recare_patch.patch import Patch
 from recare_patch.recipe import Recipe, scheduled
 

@@ -26,11 +26,9 @@ from recare_patch.core import (
     EvidenceError,
     Progress,
     file_sha256,
-    peak_memory,
     process_device,
     processes,
     unknown_name,
-    versions,
     write_text,
 )
 from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attack
@@ -53,7 +51,7 @@ from recare_patch.measure.suites import (
     list_suites,
     load_suite,
 )
-from recare_patch.models import BaseModel, load_base
+from recare_patch.models import BaseModel, load_base, peak_memory, versions
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, card_text, concepts_of
 from recare_patch.recipe import WEIGHTS_NAME, same_concept, slug_of
 

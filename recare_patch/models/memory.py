@@ -1,7 +1,7 @@
 """Memory levers: what a base gives up in speed, and seldom in exactness, for room on the device.
 
-Each is one key of a recipe's ``memory`` section. They work below the protocol: no method, loop or metric
-knows which of them are in use.
+Each is one key of a recipe's ``memory`` section. They work below :class:`LatentDiffusion`'s methods: no
+method, loop or metric knows which of them are in use, and nothing here is called where none is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from recare_patch.core import BaseModelError
 from recare_patch.recipe import MemoryOptions
 
 if TYPE_CHECKING:
-    from recare_patch.models.embeds import EvaluationCounter, PromptEmbeds
+    from recare_patch.models.inputs import EvaluationCounter, PromptEmbeds
+
+    Inputs = tuple[Tensor, Tensor, PromptEmbeds]
 
 HOST = torch.device("cpu")
 """Where parts wait that are not needed on the device."""
@@ -30,11 +32,6 @@ COMPILER = "inductor"
 _BLOCK = re.compile(r"(^|\.)transformer_blocks\.\d+$")
 
 
-def changes_weights(memory: MemoryOptions) -> bool:
-    """Whether the denoiser's weights in memory are not those of its files, or not all there at once."""
-    return memory.weights != "full" or memory.offload
-
-
 def place(
     pipeline: Any,
     denoiser: nn.Module,
@@ -43,16 +40,7 @@ def place(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Put a loaded pipeline's networks where the levers want them, in the form they want.
-
-    Args:
-        pipeline: loaded on the host.
-        denoiser: its denoiser, in ``dtype``.
-        encoders: its text encoders.
-        memory: which levers.
-        device: where it computes.
-        dtype: what the denoiser computes in.
-    """
+    """Put the networks of a pipeline loaded on the host where the levers want them, as they want them."""
     for encoder in encoders:
         nn.Module.to(encoder, HOST if memory.encoders_off_device else device)
     nn.Module.to(pipeline.vae, HOST if memory.vae_off_device else device)
@@ -79,13 +67,10 @@ def place(
 
 
 def compile_blocks(denoiser: nn.Module) -> None:
-    """Compile the transformer blocks, each when it is first used (Ansel et al., ASPLOS 2024).
+    """Compile the transformer blocks in place, each when it is first used (Ansel et al., ASPLOS 2024).
 
     Blocks of one shape share what was compiled, and what counts evaluations stays outside. A block is
     compiled anew where an adapter comes, goes, or is switched: at most a dozen times in a run.
-
-    Args:
-        denoiser: changed in place; the names of its weights stay.
     """
     import torch._dynamo
 
@@ -97,50 +82,36 @@ def compile_blocks(denoiser: nn.Module) -> None:
 
 
 def quantize(denoiser: nn.Module, weights: str, dtype: torch.dtype) -> None:
-    """Exchange linear layers for bitsandbytes' with 8-bit or 4-bit weights, which are frozen.
+    """Exchange linear layers in place for bitsandbytes', with frozen 8-bit or 4-bit weights.
 
     Weights are quantized when they come to the device: int8 by rows (Dettmers et al., arXiv 2208.07339)
-    or nf4 by blocks of 64 (Dettmers et al., arXiv 2305.14314).
-
-    Args:
-        denoiser: changed in place.
-        weights: ``int8`` or ``nf4``.
-        dtype: what products are computed in.
+    or nf4 by blocks of 64 (Dettmers et al., arXiv 2305.14314). Products are computed in ``dtype``.
     """
-    import bitsandbytes
+    from bitsandbytes import nn as kinds
 
-    kinds = bitsandbytes.nn
     for parent in list(denoiser.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is not nn.Linear:
                 continue
-            sizes: dict[str, Any] = {
-                "input_features": layer.in_features,
-                "output_features": layer.out_features,
-                "bias": layer.bias is not None,
-                "device": "meta",
-            }
+            sizes = (layer.in_features, layer.out_features, layer.bias is not None)
             if weights == "nf4":
-                made = kinds.Linear4bit(**sizes, compute_dtype=dtype, quant_type="nf4")
+                made = kinds.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
                 made.weight = kinds.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
                 # Its packing for certain CPUs has no backward pass.
                 made.support_avx512bf16_for_cpu = False
             else:
-                made = kinds.Linear8bitLt(**sizes, has_fp16_weights=False)
+                made = kinds.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
                 made.weight = kinds.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
             made.bias = layer.bias
             setattr(parent, name, made)
     # What PEFT looks at to wrap such layers by its own kinds.
-    flag = "is_loaded_in_4bit" if weights == "nf4" else "is_loaded_in_8bit"
-    setattr(denoiser, flag, True)
+    setattr(denoiser, f"is_loaded_in_{4 if weights == 'nf4' else 8}bit", True)
 
 
 def in_chunks(
     predict: Callable[[Tensor, Tensor, PromptEmbeds], Tensor],
-    latents: Tensor,
-    timesteps: Tensor,
-    embeds: PromptEmbeds,
-    most: int | None,
+    inputs: Inputs,
+    most: int,
     counter: EvaluationCounter,
 ) -> Tensor:
     """Predict a batch at most ``most`` samples at a time.
@@ -148,59 +119,31 @@ def in_chunks(
     Where the prediction is recorded for a backward pass, each chunk's activations are forgotten and
     computed again when their turn comes (Chen et al., arXiv 1604.06174): one chunk's lie in memory at any
     time, at the price of one more forward pass, which the counter leaves out.
-
-    Args:
-        predict: the denoiser, for a chunk's latents, timesteps and embeddings.
-        latents: ``[batch, channels, height, width]``.
-        timesteps: ``[batch]``, or one for all.
-        embeds: a row for each latent.
-        most: samples of a chunk; None: all.
-        counter: of denoiser evaluations.
     """
-    if most is None or len(latents) <= most:
-        return predict(latents, timesteps, embeds)
+    latents, timesteps, embeds = inputs
+    if len(latents) <= most:
+        return predict(*inputs)
     parts = []
     for start in range(0, len(latents), most):
         rows = slice(start, start + most)
         chunk = (latents[rows], timesteps[rows] if timesteps.ndim else timesteps, embeds[rows])
-        if torch.is_grad_enabled():
-            parts.append(
-                checkpoint(
-                    predict,
-                    *chunk,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=lambda: (nullcontext(), counter.paused()),
-                )
-            )
-        else:
+        if not torch.is_grad_enabled():
             parts.append(predict(*chunk))
+            continue
+        again = lambda: (nullcontext(), counter.stage(None))  # noqa: E731
+        parts.append(
+            checkpoint(predict, *chunk, use_reentrant=False, preserve_rng_state=False, context_fn=again)
+        )
     return torch.cat(parts)
 
 
-_RESOLUTION = re.compile(r"(\d+)x(\d+)")
-
-
-def latent_size(
-    name: str, native: tuple[int, int], scale: int, step: int, resolution: str | None
-) -> tuple[int, int]:
-    """Height and width of latents.
-
-    Args:
-        name: how messages call the base.
-        native: height and width that it was trained at, in latents.
-        scale: pixels of a latent's side.
-        step: pixels that both sides must be a multiple of.
-        resolution: ``WIDTHxHEIGHT`` in pixels; None: the native one.
+def latent_size(name: str, resolution: str, scale: int, step: int) -> tuple[int, int]:
+    """Height and width of a base's latents for ``WIDTHxHEIGHT`` pixels, ``scale`` of them a latent's side.
 
     Raises:
-        BaseModelError: the size is no multiple of ``step``.
+        BaseModelError: a side is no multiple of ``step``.
     """
-    if resolution is None:
-        return native
-    match = _RESOLUTION.fullmatch(resolution)
-    assert match is not None
-    width, height = int(match[1]), int(match[2])
+    width, height = map(int, resolution.split("x"))
     if width % step or height % step:
         near = "x".join(str(max(step, round(side / step) * step)) for side in (width, height))
         raise BaseModelError(

@@ -12,21 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-from recare_patch.core import BaseModelError
-from recare_patch.models import noise as process
-from recare_patch.models.embeds import PromptEmbeds
+from recare_patch.core import BaseModelError, unknown_name
+from recare_patch.models.inputs import PromptEmbeds
 from recare_patch.models.latent_diffusion import LatentDiffusion
-from recare_patch.models.layout import Layout
+from recare_patch.models.loading import Layout
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class DiscreteDiffusion(LatentDiffusion):
     """A UNet trained on a discrete noise schedule, which predicts noise or velocity.
 
-    Attributes:
-        alphas_cumprod: ``ᾱ``, ``[num_train_timesteps]``, fp32.
+    ``z_t = √ᾱ_t z_0 + √(1−ᾱ_t) ε`` of a clean latent ``z_0`` and unit noise ``ε`` (Ho et al., arXiv
+    2006.11239, equation 4); the velocity is ``v = √ᾱ_t ε − √(1−ᾱ_t) z_0`` (Salimans and Ho, arXiv
+    2202.00512, appendix D).
     """
 
-    alphas_cumprod: Tensor
+    alphas_cumprod: Tensor  # ᾱ, [num_train_timesteps], fp32
 
     def _read_schedule(self) -> None:
         scheduler = self.pipeline.scheduler
@@ -40,8 +42,8 @@ class DiscreteDiffusion(LatentDiffusion):
 
     @classmethod
     def check(cls, layout: Layout) -> None:
-        """See :meth:`check`."""
-        cls._require(layout)
+        """Refuse inpainting models, other autoencoders and predictions, and parts that do not fit."""
+        super().check(layout)
         unet, vae = layout.configs["unet"], layout.configs["vae"]
         channels = unet.get("in_channels", 4)
         if channels != 4:
@@ -55,30 +57,45 @@ class DiscreteDiffusion(LatentDiffusion):
                 "latent channels, and an AutoencoderKL with 4 is needed"
             )
         wanted = unet.get("cross_attention_dim", 1280)
-        widths = [layout.configs[name].get("hidden_size") for name in cls.encoder_names]
-        known = [one for one in widths if isinstance(one, int)]
-        if isinstance(wanted, int) and len(known) == len(widths) and sum(known) != wanted:
+        widths: list[Any] = [layout.configs[name].get("hidden_size") for name in cls.encoder_names]
+        if all(isinstance(one, int) for one in (wanted, *widths)) and sum(widths) != wanted:
             raise BaseModelError(
                 f"base {layout.name} does not fit together: its UNet reads prompts {wanted} wide, "
-                f"its text encoder{'s make' if len(widths) > 1 else ' makes'} them {sum(known)} wide"
+                f"its text encoder{'s make' if len(widths) > 1 else ' makes'} them {sum(widths)} wide"
             )
         kind = layout.configs["scheduler"].get("prediction_type", "epsilon")
-        if kind not in process.PREDICTION_TYPES:
+        if kind not in PREDICTION_TYPES:
             raise BaseModelError(
-                f"base {layout.name} predicts '{kind}': supported are {', '.join(process.PREDICTION_TYPES)}"
+                f"base {layout.name} predicts '{kind}': supported are {', '.join(PREDICTION_TYPES)}"
             )
 
+    def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``√ᾱ_t`` and ``√(1−ᾱ_t)``, shaped to multiply ``like``; roots are taken in fp32."""
+        at = self.alphas_cumprod.to(like.device)[timesteps.to(like.device)]
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return at.sqrt().to(like.dtype).view(shape), (1 - at).sqrt().to(like.dtype).view(shape)
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See :class:`BaseModel`."""
-        return process.add_noise(latents, noise, timesteps, self.alphas_cumprod)
+        """``z_t`` from ``z_0`` and ``ε``."""
+        signal, sigma = self._coefficients(timesteps, latents)
+        return signal * latents + sigma * noise.to(latents)
 
     def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See :class:`BaseModel`."""
-        return process.training_target(latents, noise, timesteps, self.alphas_cumprod, self.prediction_type)
+        """``ε`` or ``v``.
+
+        Raises:
+            UnknownNameError: the denoiser predicts something else.
+        """
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type != "v_prediction":
+            raise unknown_name("prediction type", self.prediction_type, PREDICTION_TYPES)
+        signal, sigma = self._coefficients(timesteps, latents)
+        return signal * noise.to(latents) - sigma * latents
 
 
 class StableDiffusion(DiscreteDiffusion):
-    """See :class:`BaseModel`."""
+    """One text encoder and a UNet that reads nothing but its output."""
 
     family = "stable-diffusion"
     pipeline_class = "StableDiffusionPipeline"
@@ -86,7 +103,7 @@ class StableDiffusion(DiscreteDiffusion):
 
     @staticmethod
     def recognises(layout: Layout) -> bool:
-        """Whether a folder has this family's shape: one text encoder and a prompt-reading UNet."""
+        """Whether there is one text encoder and a prompt-reading UNet."""
         unet = layout.configs.get("unet", {})
         return (
             unet.get("_class_name") == "UNet2DConditionModel"
@@ -94,15 +111,12 @@ class StableDiffusion(DiscreteDiffusion):
             and unet.get("addition_embed_type") is None
         )
 
-    def _through_pipeline(self, prompts: list[str]) -> PromptEmbeds:
-        embeds, _ = self.pipeline.encode_prompt(prompts, self.device, 1, False)
-        return PromptEmbeds(embeds)
-
     def _join(self, outputs: Sequence[Any]) -> PromptEmbeds:
         return PromptEmbeds(outputs[0].last_hidden_state)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        model_pred: Tensor = self.denoiser(
-            latents, timesteps, encoder_hidden_states=embeds.prompt_embeds, return_dict=False
-        )[0]
-        return model_pred
+        text = embeds.prompt_embeds
+        found: tuple[Tensor] = self.denoiser(
+            latents, timesteps, encoder_hidden_states=text, return_dict=False
+        )
+        return found[0]

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recare_patch.core import BaseModelError
-from recare_patch.models import noise as process
-from recare_patch.models.embeds import PromptEmbeds
+from recare_patch.models.inputs import PromptEmbeds
 from recare_patch.models.latent_diffusion import LatentDiffusion
-from recare_patch.models.layout import Layout
+from recare_patch.models.loading import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +27,18 @@ _T5_TOKENS = 256
 
 
 class StableDiffusion3(LatentDiffusion):
-    """See :class:`BaseModel`."""
+    """A transformer trained by flow matching, with two CLIP text encoders.
+
+    ``z_σ = (1−σ) z_0 + σ ε``, straight from the picture to the noise (Liu et al., arXiv 2209.03003,
+    equation 1).
+    """
 
     family = "stable-diffusion-3"
     pipeline_class = "StableDiffusion3Pipeline"
     denoiser_name = "transformer"
     encoder_names = ("text_encoder", "text_encoder_2")
     left_out = ("text_encoder_3", "tokenizer_3", "feature_extractor", "image_encoder")
+    other_prompts = ("prompt_2", "prompt_3")
 
     def _read_schedule(self) -> None:
         self.prediction_type = "flow"
@@ -46,13 +50,13 @@ class StableDiffusion3(LatentDiffusion):
 
     @staticmethod
     def recognises(layout: Layout) -> bool:
-        """Whether a folder has this family's shape: a transformer of SD3's class."""
+        """Whether there is a transformer of SD3's class."""
         return layout.configs.get("transformer", {}).get("_class_name") == "SD3Transformer2DModel"
 
     @classmethod
     def check(cls, layout: Layout) -> None:
-        """See :meth:`check`."""
-        cls._require(layout)
+        """Refuse another scheduler too; warn of T5."""
+        super().check(layout)
         scheduler = layout.index.get("scheduler", [None, None])[1]
         if scheduler != "FlowMatchEulerDiscreteScheduler":
             raise BaseModelError(
@@ -60,43 +64,32 @@ class StableDiffusion3(LatentDiffusion):
                 "FlowMatchEulerDiscreteScheduler"
             )
         if "text_encoder_3" in layout.listed:
-            logger.warning(
-                "base %s is used without its T5 encoder: the patch is made for its two CLIP encoders",
-                layout.name,
-            )
-
-    def _through_pipeline(self, prompts: list[str]) -> PromptEmbeds:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False
-        )
-        return PromptEmbeds(embeds, pooled)
+            told = "base %s is used without its T5 encoder: the patch is made for its two CLIP encoders"
+            logger.warning(told, layout.name)
 
     def _join(self, outputs: Sequence[Any]) -> PromptEmbeds:
         clip = torch.cat([one.hidden_states[-2] for one in outputs], -1)
-        width = int(self._config.joint_attention_dim)
-        padded = F.pad(clip, (0, width - clip.shape[-1]))
-        nothing = padded.new_zeros((len(padded), _T5_TOKENS, width))
-        return PromptEmbeds(
-            torch.cat([padded, nothing], 1), torch.cat([one.text_embeds for one in outputs], -1)
-        )
+        padded = F.pad(clip, (0, int(self._config.joint_attention_dim) - clip.shape[-1]))
+        nothing = padded.new_zeros((len(padded), _T5_TOKENS, padded.shape[-1]))
+        pooled = torch.cat([one.text_embeds for one in outputs], -1)
+        return PromptEmbeds(torch.cat([padded, nothing], 1), pooled)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        model_pred: Tensor = self.denoiser(
+        found: tuple[Tensor] = self.denoiser(
             hidden_states=latents,
             timestep=timesteps.expand(len(latents)),
             encoder_hidden_states=embeds.prompt_embeds,
             pooled_projections=embeds.pooled_prompt_embeds,
             return_dict=False,
-        )[0]
-        return model_pred
-
-    def _sigmas(self, timesteps: Tensor) -> Tensor:
-        return timesteps.float() / self.num_train_timesteps
+        )
+        return found[0]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See :class:`BaseModel`."""
-        return process.add_flow_noise(latents, noise, self._sigmas(timesteps))
+        """``z_σ``, where ``σ`` is the timestep's share of the process."""
+        sigmas = (timesteps.float() / self.num_train_timesteps).to(latents)
+        share = sigmas.view(-1, *(1,) * (latents.ndim - 1))
+        return (1 - share) * latents + share * noise.to(latents)
 
     def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """See :class:`BaseModel`."""
-        return process.flow_velocity(latents, noise)
+        """The velocity ``ε − z_0``, the same at every point of the line."""
+        return noise.to(latents) - latents

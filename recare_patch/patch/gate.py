@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.careset import FUNCTION_WORDS, MEDIUM_WORDS, names_concept
+from recare_patch.careset import FUNCTION_WORDS, MEDIUM_WORDS
 from recare_patch.core import IncompatiblePatchError, PatchError
 from recare_patch.models import TEXT_ENCODERS, named_tuner_layers, networks, off
 from recare_patch.patch.patch import AppliedPatch, Patch
-from recare_patch.recipe import Concept
+from recare_patch.recipe import Concept, names_concept
 
 logger = logging.getLogger(__name__)
 

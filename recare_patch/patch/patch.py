@@ -60,7 +60,7 @@ from recare_patch.recipe import (
 )
 
 if TYPE_CHECKING:
-    from recare_patch.models.loading import BaseModel as Base
+    from recare_patch.models import BaseModel as Base
 
 logger = logging.getLogger(__name__)
 

@@ -1,3 +1,5 @@
+"""The CARE-set as a document: edited by hand, and read from anywhere."""
+
 from __future__ import annotations
 
 import json
@@ -8,22 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recare_patch.careset import CareSet, CareToken, names_concept
-from recare_patch.core.errors import CareSetError, RecarePatchError
-from recare_patch.recipe.concept import Concept
+from recare_patch.careset import CareSet, CareToken
+from recare_patch.core.errors import CareSetError
+from recare_patch.recipe import Concept, names_concept
 
 VAN_GOGH = Concept(text="Van Gogh", kind="style")
 
 
-def token(text: str, count: int = 9, *, kept: bool = True, cluster: int | None = 1) -> CareToken:
-    return CareToken(
-        text=text, count=count, cluster=cluster, residual=0.8, kept=kept, reason="kept" if kept else "noise"
-    )
-
-
 @pytest.fixture
 def care_set() -> CareSet:
-    tokens = (token("stars", 30), token("night", 22), token("vale", 20, kept=False), token("wheat", 11))
+    mined = {"stars": 30, "night": 22, "vale": 20, "wheat": 11}
+    tokens = tuple(
+        CareToken(text=text, count=count, cluster=1, residual=0.8, kept=text != "vale", reason="why")
+        for text, count in mined.items()
+    )
     return CareSet(
         concept=VAN_GOGH, clip="atelier", seed=3, images=48, tokens=tokens, dropped={"a function word": 4}
     )
@@ -33,6 +33,7 @@ def test_words_and_prompts(care_set: CareSet) -> None:
     assert care_set.words == ("stars", "night", "wheat")
     assert care_set.anchors() == ("A stars", "A night", "A wheat")
     assert care_set.retain_prompts()[0] == "A painting of stars"
+    assert CareSet.of_words(VAN_GOGH, ["stars", "night"]).words == ("stars", "night")
 
 
 def test_written_and_read_again(care_set: CareSet, tmp_path: Path) -> None:
@@ -50,16 +51,11 @@ def test_added_words_are_guarded(care_set: CareSet) -> None:
     assert care_set.with_added("cypress").words[-1] == "cypress"
 
 
-@pytest.mark.parametrize("word", ["Gogh", "van gogh", "VanGogh", "vans"])
-def test_a_name_of_the_concept_cannot_be_added(care_set: CareSet, word: str) -> None:
-    with pytest.raises(CareSetError, match="names the concept 'Van Gogh'"):
+@pytest.mark.parametrize("word", ["Gogh", "van gogh", "VanGogh", "vans", "", "   ", "\x00", "…", "x" * 101])
+def test_names_of_the_concept_and_no_words_cannot_be_added(care_set: CareSet, word: str) -> None:
+    with pytest.raises(CareSetError, match=r"names the concept|a word (has|is)") as caught:
         care_set.with_added([word])
-
-
-@pytest.mark.parametrize("word", ["", "   ", "\x00", "…", "x" * 101])
-def test_no_word_cannot_be_added(care_set: CareSet, word: str) -> None:
-    with pytest.raises(CareSetError):
-        care_set.with_added([word])
+    assert "\n" not in str(caught.value)
 
 
 def test_removed_words_stay_listed(care_set: CareSet) -> None:
@@ -67,19 +63,12 @@ def test_removed_words_stay_listed(care_set: CareSet) -> None:
     assert fewer.words == ("stars", "wheat")
     assert [t.reason for t in fewer.tokens if t.text == "night"] == ["removed by hand"]
     assert fewer.with_added(["night"]).words == care_set.words
-
-
-def test_removing_names_the_nearest_word(care_set: CareSet) -> None:
     with pytest.raises(CareSetError, match="did you mean 'stars'"):
         care_set.with_removed(["star"])
     with pytest.raises(CareSetError, match="'vale' is not among the guarded words"):
         care_set.with_removed(["vale"])
     with pytest.raises(CareSetError, match="keep at least one"):
         care_set.with_removed(["stars", "night", "wheat"])
-
-
-def test_of_words() -> None:
-    assert CareSet.of_words(VAN_GOGH, ["stars", "night"]).words == ("stars", "night")
 
 
 @pytest.mark.parametrize(
@@ -99,71 +88,53 @@ def test_own_names(word: str, concept: Concept, own: bool) -> None:
     assert names_concept(word, concept) is own
 
 
-def _broken(care_set: CareSet, **changes: Any) -> str:
-    data = json.loads(care_set.to_json())
-    for path, value in changes.items():
-        place: Any = data
-        *parts, last = [int(p) if p.isdigit() else p for p in path.split("__")]
-        for part in parts:
-            place = place[part]
-        place[last] = value
-    return json.dumps(data)
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("place", "value", "message"),
     [
-        ({"tokens__0__count": -1}, "tokens.0.count must be at least 0"),
-        ({"tokens__0__count": "many"}, "tokens.0.count"),
-        ({"tokens__1__residual": float("nan")}, "tokens.1.residual"),
-        ({"tokens__1__residual": float("inf")}, "tokens.1.residual"),
-        ({"tokens__1__text": ""}, "tokens.1.text"),
-        ({"tokens__1__text": "a\nb\x07"}, "printable"),
-        ({"tokens__1__text": "STARS"}, "'STARS' is there twice"),
-        ({"tokens__1__text": ["stars"]}, "tokens.1.text must be text"),
-        ({"tokens__1": None}, "tokens.1"),
-        ({"tokens": None}, "tokens"),
-        ({"tokens": "stars"}, "tokens"),
-        ({"version": 2}, "format version 2"),
-        ({"version": True}, "format version True"),
-        ({"version": []}, "format version"),
-        ({"concept": None}, "concept"),
-        ({"concept__text": ""}, "concept"),
-        ({"concept__kind": "stile"}, "did you mean 'style'"),
-        ({"settings__alpha": -1}, "settings.alpha"),
-        ({"settings__clustres": 7}, "did you mean 'clusters'"),
-        ({"tokns": []}, "tokns is not a key, did you mean 'tokens'"),
-        ({"images": 1e400}, "images"),
-        ({"dropped": {"x": -1}}, "dropped.x"),
-        ({"notes": [1]}, "notes.0"),
-        ({"seed": -1}, "seed"),
+        ("tokens.0.count", -1, "tokens.0.count must be at least 0"),
+        ("tokens.1.residual", float("nan"), "tokens.1.residual"),
+        ("tokens.1.text", "", "tokens.1.text"),
+        ("tokens.1.text", "a\nb\x07", "printable"),
+        ("tokens.1.text", "STARS", "'STARS' is there twice"),
+        ("tokens.1.text", ["stars"], "tokens.1.text must be text"),
+        ("tokens", "stars", "tokens"),
+        ("version", 2, "format version 2"),
+        ("version", True, "format version True"),
+        ("concept.text", "", "concept"),
+        ("concept.kind", "stile", "did you mean 'style'"),
+        ("settings.alpha", -1, "settings.alpha"),
+        ("settings.clustres", 7, "did you mean 'clusters'"),
+        ("tokns", [], "tokns is not a key, did you mean 'tokens'"),
+        ("images", 1e400, "images"),
+        ("dropped", {"x": -1}, "dropped.x"),
+        ("notes", [1], "notes.0"),
+        ("seed", -1, "seed"),
     ],
 )
 def test_wrong_entries_are_told_in_one_sentence(
-    care_set: CareSet, tmp_path: Path, changes: dict[str, Any], message: str
+    care_set: CareSet, tmp_path: Path, place: str, value: Any, message: str
 ) -> None:
+    data = inner = json.loads(care_set.to_json())
+    *parts, last = [int(part) if part.isdigit() else part for part in place.split(".")]
+    for part in parts:
+        inner = inner[part]
+    inner[last] = value
     path = tmp_path / "set.json"
-    path.write_text(_broken(care_set, **changes))
+    path.write_text(json.dumps(data))
     with pytest.raises(CareSetError) as caught:
         CareSet.load(path)
-    assert message in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    told = str(caught.value)
+    assert message in told and str(path) in told and "\n" not in told
 
 
 @pytest.mark.parametrize(
     "content",
     [
         b"",
-        b"null",
         b"[]",
-        b"3",
-        b'"stars"',
         b"{",
-        b"{}",
         b'{"concept": {"text": "Van Gogh", "kind": "style"}}',
         b"\xff\xfe\x00",
-        b"\x80\x04\x95",
         b"[" * 200_000,
         b'{"a":' * 100_000,
         b'{"tokens": [], "tokens": []}',
@@ -177,47 +148,38 @@ def test_what_is_no_care_set_is_told_in_one_sentence(tmp_path: Path, content: by
     path.write_bytes(content)
     with pytest.raises(CareSetError) as caught:
         CareSet.load(path)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_unreadable_places(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none.json", tmp_path / "a\x00b", tmp_path / "set.json" / "x"):
-        with pytest.raises(CareSetError):
-            CareSet.load(path)
     huge = tmp_path / "huge.json"
     with huge.open("wb") as handle:
         handle.truncate(17_000_000)
     with pytest.raises(CareSetError, match="larger than 16 MB"):
         CareSet.load(huge)
+    for path in (tmp_path, tmp_path / "none.json", tmp_path / "a\x00b", huge / "x"):
+        with pytest.raises(CareSetError):
+            CareSet.load(path)
 
 
+KEYS = st.sampled_from(["version", "concept", "tokens", "text", "kind", "count"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["version", "concept", "tokens", "text", "kind", "count"]), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner),
     max_leaves=12,
 )
+PLACES = st.sampled_from(["version", "concept", "settings", "tokens", "notes", "dropped", ""])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    value=JSON, place=st.sampled_from(["version", "concept", "settings", "tokens", "notes", "dropped", ""])
-)
+@given(value=JSON, place=PLACES)
 def test_any_json_is_read_or_refused(care_set: CareSet, value: Any, place: str) -> None:
-    data = json.loads(care_set.to_json())
-    if place:
-        data[place] = value
-    else:
-        data = value
+    data = json.loads(care_set.to_json()) | {place: value} if place else value
     try:
         found = CareSet.from_json(json.dumps(data))
-    except RecarePatchError as fault:
-        assert isinstance(fault, CareSetError)
-    else:
-        assert CareSet.from_json(found.to_json()) == found
+    except CareSetError:
+        return
+    assert CareSet.from_json(found.to_json()) == found
 
 
 @settings(max_examples=100, deadline=None)

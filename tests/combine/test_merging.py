@@ -23,7 +23,7 @@ from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import BaseModelError, IncompatiblePatchError, OutputError
 from recare_patch.core.files import TensorInfo, read_safetensors_header
-from recare_patch.models.layout import Layout, read_layout
+from recare_patch.models import Layout, read_layout
 from recare_patch.patch.original_layout import entries, has_known_sizes, write_single_file
 from recare_patch.patch.patch import Patch
 from tests.patch.test_patch import trained

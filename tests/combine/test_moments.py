@@ -11,7 +11,7 @@ from recare_patch.careset.clip import Clip
 from recare_patch.combine import regmean as moments
 from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import PatchError
-from recare_patch.models.embeds import BaseModel
+from recare_patch.models import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.concept import Concept

@@ -18,9 +18,8 @@ from recare_patch.erasure.loop import fit
 from recare_patch.erasure.methods import ErasingContext, LossMethod, load_method, method_names
 from recare_patch.erasure.run import EraseResult, erase
 from recare_patch.erasure.targets import esd_target, recare_target
+from recare_patch.models import BaseModel, named_tuner_layers
 from recare_patch.models import lora as adapters
-from recare_patch.models.components import named_tuner_layers
-from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.concept import Concept

@@ -11,8 +11,8 @@ from recare_patch.erasure.loop import Checkpoint, fit
 from recare_patch.erasure.methods import ErasingContext
 from recare_patch.erasure.methods.adversaries import Adversaries
 from recare_patch.erasure.methods.recare import ReCARE
+from recare_patch.models import PLACEHOLDER, BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import PLACEHOLDER, BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.recipe.recipe import (
     ADVERSARY_SPACES,

@@ -17,7 +17,7 @@ from recare_patch.erasure import planning
 from recare_patch.erasure.inversion import HELD_OUT, invert, most_evaluations
 from recare_patch.erasure.loop import Checkpoint, Fitted
 from recare_patch.erasure.run import erase
-from recare_patch.models.embeds import BaseModel
+from recare_patch.models import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.recipe.recipe import Recipe
 from tests.models.test_architectures import small_recipe

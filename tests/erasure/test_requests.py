@@ -21,9 +21,8 @@ from recare_patch.erasure.methods import ErasingContext, LossMethod, load_method
 from recare_patch.erasure.prepare import prepare
 from recare_patch.erasure.run import _continued, erase, resolve_recipe
 from recare_patch.erasure.stages import Run
+from recare_patch.models import BaseModel, named_tuner_layers
 from recare_patch.models import lora as adapters
-from recare_patch.models.components import named_tuner_layers
-from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.recipe import METHODS, Recipe

@@ -9,7 +9,7 @@ import torch
 
 from recare_patch.erasure.inversion import invert
 from recare_patch.erasure.states import STATES, noised
-from recare_patch.models.embeds import BaseModel
+from recare_patch.models import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.recipe.recipe import STATES as NAMES
 

@@ -17,7 +17,7 @@ from recare_patch import demo
 from recare_patch.cli import cli
 from recare_patch.core.errors import DemoError, IncompatiblePatchError, PatchError, UnknownNameError
 from recare_patch.demo import Comparison, Scene, Shown, View, find_patches, load_patches, show
-from recare_patch.models.embeds import BaseModel
+from recare_patch.models import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
 from tests.patch.test_patch import trained

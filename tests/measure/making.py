@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from recare_patch.careset import CareSet
+from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
 from recare_patch.patch.patch import Patch, PatchMetadata
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import Recipe

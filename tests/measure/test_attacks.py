@@ -49,10 +49,9 @@ from recare_patch.measure.attacks.unlearn_diff_atk import (
     project_to_simplex,
 )
 from recare_patch.measure.attacks.unlearn_diff_atk import _Search as UnlearnSearch
+from recare_patch.models import PLACEHOLDER, BaseModel, tuner_layers
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import PLACEHOLDER, BaseModel
 from recare_patch.models.loading import load_base
-from recare_patch.models.peft_layers import tuner_layers
 from recare_patch.patch.patch import Patch, PatchMetadata
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import Recipe

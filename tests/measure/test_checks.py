@@ -43,10 +43,9 @@ from recare_patch.measure.checks.tuning import changed, merge_into
 from recare_patch.measure.evidence import Check
 from recare_patch.measure.pictures import PictureCache, Studio
 from recare_patch.measure.suites import PromptSet, Suite
+from recare_patch.models import BaseModel, tuner_layers
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
-from recare_patch.models.peft_layers import tuner_layers
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.concept import Concept
 

@@ -44,7 +44,7 @@ from recare_patch.measure.run import (
 )
 from recare_patch.measure.suites import Suite, load_suite
 from recare_patch.measure.verify import verify
-from recare_patch.models.embeds import BaseModel
+from recare_patch.models import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.recipe import WEIGHTS_NAME

@@ -10,7 +10,7 @@ import torch
 from recare_patch.core.errors import EvaluationError
 from recare_patch.measure.memorization import Recovery, memorization_score, recover, text_feature
 from recare_patch.measure.pictures import PictureCache, Studio
-from recare_patch.models.embeds import PLACEHOLDER, BaseModel
+from recare_patch.models import PLACEHOLDER, BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.concept import Concept

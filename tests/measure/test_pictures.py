@@ -18,8 +18,8 @@ from recare_patch.measure.pictures import (
     default_cache,
     tensors_hash,
 )
+from recare_patch.models import PLACEHOLDER, BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import PLACEHOLDER, BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.samplers import SCHEDULERS

@@ -23,7 +23,7 @@ from recare_patch.measure.run import evaluate, resolve_suite
 from recare_patch.measure.stack import CHANGE_NAME, FigureChange, change_in_evidence
 from recare_patch.measure.subject import subject_of
 from recare_patch.measure.suites import Suite
-from recare_patch.models.embeds import BaseModel
+from recare_patch.models import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch, concepts_of
 from tests.cli.conftest import invoke

@@ -20,7 +20,7 @@ from recare_patch.measure.intervals import wilson_interval
 from recare_patch.measure.run import evaluate
 from recare_patch.measure.suites import Suite, load_suite
 from recare_patch.measure.verify import Plan, Verification, _check_suite, compare, verify
-from recare_patch.models.embeds import BaseModel
+from recare_patch.models import BaseModel
 from recare_patch.patch.folder import EVIDENCE_NAME
 from recare_patch.patch.markdown import CARD_NAME
 from recare_patch.patch.patch import Patch

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recare_patch.core.errors import NoMatchingModuleError, PatchError, UnknownNameError
+from recare_patch.models import BaseModel, load_base
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
-from recare_patch.models.loading import load_base
 
 
 @pytest.fixture
@@ -28,10 +27,9 @@ def _attach(base: BaseModel, **changes: object) -> list[nn.Parameter]:
     return adapters.attach(base.denoiser, generator=_generator(), **(options | changes))  # type: ignore[arg-type]
 
 
-def _predict(base: BaseModel) -> torch.Tensor:
+def _predict(base: BaseModel) -> Tensor:
     latents = torch.randn((2, *base.latent_shape), generator=_generator(9))
-    with torch.no_grad():
-        return base.denoise(latents, torch.tensor([10, 700]), base.encode_prompts(["a cat", "night sky"]))
+    return base.denoise(latents, torch.tensor([10, 700]), base.encode_prompts(["a cat", "night sky"]))
 
 
 def _disturb(parameters: list[nn.Parameter]) -> None:
@@ -45,43 +43,30 @@ class TestTargetModules:
         found = adapters.target_modules(base.denoiser, "cross-attention")
         # One block down, two up, one in the middle; queries, keys, values and output each.
         assert len(found) == 4 * 4
-        widths = [
-            module.in_features
-            for name in found
-            if isinstance(module := base.denoiser.get_submodule(name), nn.Linear)
-            and name.endswith(("to_k", "to_v"))
-        ]
-        assert widths == [32] * 8
+        only = adapters.target_modules(base.denoiser, "cross-attention-kv")
+        assert only == [name for name in found if name.endswith(("to_k", "to_v"))]
+        # As wide as a prompt.
+        assert [base.denoiser.get_submodule(name).in_features for name in only] == [32] * 8
 
     def test_names_mean_nothing(self, base: BaseModel) -> None:
         """An ``attn2`` that attends to the picture itself, as in SD3.5-medium, is self-attention."""
-        blocks = [m for m in base.denoiser.modules() if hasattr(m, "attn2")]
-        for block in blocks:
+        for block in [m for m in base.denoiser.modules() if hasattr(m, "attn2")]:
             block.attn1, block.attn2 = block.attn2, block.attn1
-        found = adapters.target_modules(base.denoiser, "cross-attention")
-        assert all(".attn1." in name for name in found)
-        assert all(".attn2." in name for name in adapters.target_modules(base.denoiser, "self-attention"))
+        for layers, name in (("cross-attention", ".attn1."), ("self-attention", ".attn2.")):
+            assert all(name in one for one in adapters.target_modules(base.denoiser, layers))
 
     def test_the_sets_partition_the_network(self, base: BaseModel) -> None:
-        sets = {
-            name: adapters.target_modules(base.denoiser, name)
-            for name in ("cross-attention", "self-attention", "attention", "outside-cross-attention", "all")
-        }
-        assert sorted(sets["cross-attention"] + sets["self-attention"]) == sorted(sets["attention"])
-        assert sorted(sets["cross-attention"] + sets["outside-cross-attention"]) == sorted(sets["all"])
-        assert "conv_in" in sets["outside-cross-attention"]
-        kinds = [m for m in base.denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        assert len(sets["all"]) == len(kinds)
-
-    def test_keys_and_values_only(self, base: BaseModel) -> None:
-        found = adapters.target_modules(base.denoiser, "cross-attention-kv")
-        assert {name.rsplit(".", 1)[-1] for name in found} == {"to_k", "to_v"}
-        assert len(found) == 8
-
-    def test_an_adapter_does_not_change_the_answer(self, base: BaseModel) -> None:
-        before = adapters.target_modules(base.denoiser, "all")
+        names = ("cross-attention", "self-attention", "attention", "outside-cross-attention", "all")
+        cross, own, attention, outside, everything = (
+            adapters.target_modules(base.denoiser, name) for name in names
+        )
+        assert sorted(cross + own) == sorted(attention)
+        assert sorted(cross + outside) == sorted(everything)
+        assert "conv_in" in outside
+        assert len(everything) == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in base.denoiser.modules())
+        # An adapter does not change the answer.
         _attach(base)
-        assert adapters.target_modules(base.denoiser, "all") == before
+        assert adapters.target_modules(base.denoiser, "all") == everything
 
     def test_added_projections_of_shared_blocks(self) -> None:
         """Where prompt and picture share a block, only the added projections read the prompt."""
@@ -90,23 +75,47 @@ class TestTargetModules:
         block = nn.ModuleDict({"attn": Attention(query_dim=8, heads=2, dim_head=4, added_kv_proj_dim=6)})
         found = adapters.target_modules(block, "cross-attention-kv")
         assert found == ["attn.add_k_proj", "attn.add_v_proj"]
+        assert adapters.prompt_attention(block) == [block["attn"]]
 
-    def test_unknown_set_offers_the_nearest(self, base: BaseModel) -> None:
-        with pytest.raises(UnknownNameError, match="did you mean 'cross-attention'"):
-            adapters.target_modules(base.denoiser, "crossattention")
+    def test_a_text_encoders_layers_are_those_of_its_blocks(self, base: BaseModel) -> None:
+        found = adapters.target_modules(base.pipeline.text_encoder, "text-encoder")
+        assert len(found) == 2 * 6 and all(".layers." in name for name in found)
+        assert list(adapters.adapted(base, "text-encoder")) == ["text_encoder"]
+        assert list(adapters.adapted(base, "all")) == ["unet"]
 
-    def test_a_network_without_such_layers_is_an_error(self) -> None:
-        with pytest.raises(NoMatchingModuleError, match="1 linear and convolution layers and 0 attention"):
-            adapters.target_modules(nn.Sequential(nn.Linear(2, 2)), "cross-attention")
+    @pytest.mark.parametrize(
+        ("layers", "error", "message"),
+        [
+            ("crossattention", UnknownNameError, "did you mean 'cross-attention'"),
+            ("cross-attention", NoMatchingModuleError, "1 linear and convolution layers and 0 attention"),
+            ("text-encoder", NoMatchingModuleError, r"no linear layer is under 'encoder\.layers\.'"),
+        ],
+    )
+    def test_no_such_layers(self, layers: str, error: type[Exception], message: str, base: BaseModel) -> None:
+        with pytest.raises(error, match=message):
+            adapters.target_modules(nn.Sequential(nn.Linear(2, 2)), layers)
+        if error is UnknownNameError:
+            with pytest.raises(error, match=message):
+                adapters.adapted(base, layers)
+
+    def test_a_denoisers_set_in_a_text_encoder(self, base: BaseModel) -> None:
+        with pytest.raises(NoMatchingModuleError, match="a CLIPTextModel is a text encoder"):
+            adapters.target_modules(base.pipeline.text_encoder, "all")
 
 
 class TestAttach:
     @pytest.mark.parametrize("layers", ["cross-attention", "outside-cross-attention", "all"])
-    def test_starts_as_the_base(self, base: BaseModel, layers: str) -> None:
+    def test_starts_as_the_base_and_is_all_that_is_trained(self, base: BaseModel, layers: str) -> None:
         before = _predict(base)
         parameters = _attach(base, layers=layers)
         assert len(parameters) == 2 * len(adapters.target_modules(base.denoiser, layers))
         assert torch.equal(_predict(base), before)
+        trained = {id(p) for p in base.denoiser.parameters() if p.requires_grad}
+        assert trained == {id(p) for p in parameters}
+        assert not any(module.training for module in base.denoiser.modules())
+        _disturb(parameters)
+        _predict(base).square().mean().backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
 
     def test_the_start_follows_the_generator_alone(self, tiny_sd: Path) -> None:
         starts = []
@@ -119,71 +128,48 @@ class TestAttach:
         assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
         assert any(parameter.abs().max() > 0 for parameter in starts[0])
 
-    def test_only_the_adapter_is_trained(self, base: BaseModel) -> None:
-        parameters = _attach(base)
-        trained = [p for p in base.denoiser.parameters() if p.requires_grad]
-        assert {id(p) for p in trained} == {id(p) for p in parameters}
-        assert not any(module.training for module in base.denoiser.modules())
-
-    def test_fp32_on_a_half_precision_base(self, tiny_sd: Path) -> None:
+    def test_fp32_on_a_half_precision_base_and_once_a_name(self, tiny_sd: Path) -> None:
         half = load_base(tiny_sd, precision="bf16", device="cpu")
-        parameters = _attach(half)
-        assert {p.dtype for p in parameters} == {torch.float32}
+        assert {p.dtype for p in _attach(half)} == {torch.float32}
         assert _predict(half).isfinite().all()
-
-    def test_a_name_is_taken_once(self, base: BaseModel) -> None:
-        _attach(base)
         with pytest.raises(ValueError, match="already holds"):
-            _attach(base)
-
-    def test_gradients_reach_the_adapter(self, base: BaseModel) -> None:
-        parameters = _attach(base)
-        _disturb(parameters)
-        latents = torch.randn((1, *base.latent_shape), generator=_generator())
-        base.denoise(latents, torch.tensor([500]), base.encode_prompts(["a star"])).square().mean().backward()
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
+            _attach(half)
 
 
 class TestOff:
     def test_is_the_teacher_and_comes_back(self, base: BaseModel) -> None:
         teacher = _predict(base)
-        _disturb(_attach(base))
-        student = _predict(base)
-        assert not torch.allclose(student, teacher)
-        with adapters.off(base.denoiser):
-            assert torch.equal(_predict(base), teacher)
-        assert torch.equal(_predict(base), student)
-
-    def test_survives_an_error_and_nesting(self, base: BaseModel) -> None:
-        teacher = _predict(base)
         parameters = _attach(base)
         _disturb(parameters)
         student = _predict(base)
+        assert not torch.allclose(student, teacher)
         with pytest.raises(RuntimeError, match="inside"), adapters.off(base.denoiser):
             with adapters.off(base.denoiser):
                 pass
             assert torch.equal(_predict(base), teacher)
             raise RuntimeError("inside")
         assert torch.equal(_predict(base), student)
-        assert all(p.requires_grad for p in parameters)
-
-    def test_keeps_the_gradient_of_a_student_computed_before(self, base: BaseModel) -> None:
-        parameters = _attach(base)
-        _disturb(parameters)
-        latents = torch.randn((1, *base.latent_shape), generator=_generator())
-        embeds = base.encode_prompts(["a star"])
-        student = base.denoise(latents, torch.tensor([500]), embeds)
+        # The gradient of a student computed before is kept.
         with torch.no_grad(), adapters.off(base.denoiser):
-            teacher = base.denoise(latents, torch.tensor([500]), embeds)
+            teacher = _predict(base)
         (student - teacher).square().mean().backward()
         assert all(p.grad is not None for p in parameters)
 
-    def test_without_adapter_does_nothing(self, base: BaseModel) -> None:
+    def test_a_teachers_own_adapter_stays_on(self, base: BaseModel) -> None:
+        _disturb(_attach(base, name=adapters.TEACHER_NAME))
+        teacher = _predict(base)
+        _disturb(_attach(base, rank=3))
+        adapters.switch_to(base.denoiser, adapters.ADAPTER_NAME)
+        student = _predict(base)
+        with adapters.off(base.denoiser):
+            assert torch.equal(_predict(base), teacher)
+        assert torch.equal(_predict(base), student)
+        assert not torch.allclose(student, teacher)
+
+    def test_frozen_keeps_it_on(self, base: BaseModel) -> None:
         before = _predict(base)
         with adapters.off(base.denoiser), adapters.frozen(base.denoiser):
             assert torch.equal(_predict(base), before)
-
-    def test_frozen_keeps_it_on(self, base: BaseModel) -> None:
         parameters = _attach(base)
         _disturb(parameters)
         student = _predict(base)
@@ -222,10 +208,7 @@ class TestDetachAndState:
         assert not torch.equal(_predict(base), student)
         adapters.load_adapter_state(base.denoiser, state)
         assert torch.equal(_predict(base), student)
-
-    def test_state_that_does_not_fit_changes_nothing(self, base: BaseModel) -> None:
-        _disturb(_attach(base))
-        student, state = _predict(base), adapters.adapter_state(base.denoiser)
+        # What does not fit changes nothing.
         key = next(iter(state))
         for bad in (
             {k: v for k, v in state.items() if k != key},

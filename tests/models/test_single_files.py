@@ -11,18 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from recare_patch.core.errors import BaseModelError
-from recare_patch.models.layout import read_layout
-from recare_patch.models.loading import load_base
-from recare_patch.patch.original_layout import write_single_file
+from recare_patch.models import load_base, read_layout
+from recare_patch.patch import write_single_file
 
 
 @pytest.fixture
 def checkpoint(tiny_sd: Path, tmp_path: Path) -> Path:
     """The tiny SD 1 as one file, with its configurations, and no weights, beside it."""
-    file = write_single_file(read_layout(tiny_sd, "tiny"), tmp_path / "model.safetensors", {})
-    leave = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(tiny_sd, tmp_path / "model", ignore=leave)
-    return file
+    shutil.copytree(tiny_sd, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    return write_single_file(read_layout(tiny_sd, "tiny"), tmp_path / "model.safetensors", {})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -41,16 +38,22 @@ def _refused(file: Path, match: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_configurations_are_not_here(
+def test_configurations_are_not_here_or_in_the_cache(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(tmp_path / "model")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    _refused(checkpoint, "stable-diffusion-v1-5/stable-diffusion-v1-5 are not on this machine")
+    name, cache = "stable-diffusion-v1-5/stable-diffusion-v1-5", tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    configurations = tmp_path / "model"
+    cached = cache / f"models--{name.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.move(configurations, cached / "snapshots" / ("0" * 40))
+    assert load_base(checkpoint).id == "model"
+    shutil.rmtree(cache)
+    _refused(checkpoint, f"{name} are not on this machine")
 
 
-def test_what_is_no_whole_model(tmp_path: Path) -> None:
+def test_what_is_no_whole_model(tmp_path: Path, checkpoint: Path) -> None:
     lora = tmp_path / "lora.safetensors"
     save_file({"unet.mid.lora_A.weight": torch.zeros(2, 2)}, lora)
     _refused(lora, "no whole model")
@@ -58,8 +61,5 @@ def test_what_is_no_whole_model(tmp_path: Path) -> None:
     _refused(tmp_path / "model.ckpt", "can run code")
     (tmp_path / "empty.safetensors").write_bytes(b"")
     _refused(tmp_path / "empty.safetensors", "is a file, but no safetensors checkpoint")
-
-
-def test_a_file_cut_short(checkpoint: Path) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:-4000])
     _refused(checkpoint, "model.safetensors|'model' cannot be loaded")

@@ -19,8 +19,8 @@ from recare_patch import load_base
 from recare_patch.cli import cli
 from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import IncompatiblePatchError, PatchError
+from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
 from recare_patch.patch.gate import CLOSED, OPEN, Gate, gated
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.concept import Concept

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from recare_patch.core import files
 from recare_patch.core.errors import IncompatiblePatchError, OutputError, PatchError
+from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch import patch as patch_module
 from recare_patch.patch.patch import Patch, PatchMetadata, apply_all

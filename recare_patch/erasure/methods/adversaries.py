@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch.erasure.loop import name_templates, noised
-from recare_patch.models import PromptEmbeds
-from recare_patch.models import lora as adapters
+from recare_patch.models import PromptEmbeds, lora
 
 if TYPE_CHECKING:
     from recare_patch.models import BaseModel
@@ -77,7 +76,7 @@ class Adversaries:
             index = torch.randint(0, len(self.latents), (options.batch_size,), generator=generator)
             states, timesteps, noise = noised(base, self.latents[index], generator)
             target = base.training_target(self.latents[index], noise, timesteps).float()
-            with adapters.frozen(*base.components.values()), torch.enable_grad():
+            with lora.frozen(*base.components.values()), torch.enable_grad():
                 embeds = self._said(member, generator)
                 made = base.denoise(states, timesteps, embeds.repeat(options.batch_size)).float()
                 (member.learnt.grad,) = torch.autograd.grad(F.mse_loss(made, target), [member.learnt])

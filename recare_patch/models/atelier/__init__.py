@@ -17,34 +17,22 @@ JUDGE = WEIGHTS / "judge" / "judge.safetensors"
 
 @dataclass(frozen=True)
 class AtelierInfo:
-    """What the bundled base is.
+    """What the bundled base is."""
 
-    Attributes:
-        folder: the diffusers pipeline folder.
-        megabytes: of pipeline, CLIP and judge together (10⁶ bytes).
-        parameters: of each network, counted from the weight files' headers.
-        co_occurrence: P(companion | concept) in the drawn world.
-        concepts: what it can draw, by group.
-    """
-
-    folder: Path
-    megabytes: float
-    parameters: dict[str, int]
-    co_occurrence: dict[str, dict[str, float]]
-    concepts: dict[str, tuple[str, ...]]
-
-
-def _count(file: Path) -> int:
-    """Elements in a safetensors file, read from its header alone."""
-    return sum(math.prod(tensor.shape) for tensor in read_safetensors_header(file).tensors.values())
+    folder: Path  # the diffusers pipeline
+    megabytes: float  # of pipeline, CLIP and judge together (10⁶ bytes)
+    parameters: dict[str, int]  # of each network, counted from the weight files' headers
+    co_occurrence: dict[str, dict[str, float]]  # P(companion | concept) in the drawn world
+    concepts: dict[str, tuple[str, ...]]  # what it can draw, by group
 
 
 def info() -> AtelierInfo:
     """Sizes, concepts and co-occurrence of the bundled base; needs no torch."""
     files = sorted(p for p in WEIGHTS.rglob("*") if p.is_file())
-    parameters = {
-        p.relative_to(WEIGHTS).parent.as_posix(): _count(p) for p in files if p.suffix == ".safetensors"
-    }
+    parameters = {}
+    for file in (p for p in files if p.suffix == ".safetensors"):
+        shapes = [tensor.shape for tensor in read_safetensors_header(file).tensors.values()]
+        parameters[file.relative_to(WEIGHTS).parent.as_posix()] = sum(map(math.prod, shapes))
     return AtelierInfo(
         PIPELINE,
         sum(p.stat().st_size for p in files) / 1e6,
@@ -52,8 +40,8 @@ def info() -> AtelierInfo:
         labels.CO_OCCURRENCE,
         {
             "style": labels.STYLES,
-            "object": tuple(o for o in labels.OBJECTS if o not in ("nude", "mira vale", "otto bly")),
-            "identity": ("Mira Vale", "Otto Bly"),
+            "object": tuple(o for o in labels.OBJECTS if o not in ("nude", *labels.PEOPLE)),
+            "identity": tuple(name.title() for name in labels.PEOPLE),
             "nsfw": ("nudity",),
             "sky": labels.SKY,
             "ground": labels.GROUNDS,

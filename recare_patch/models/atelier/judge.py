@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch.models.atelier import JUDGE
-from recare_patch.models.atelier.labels import GROUNDS, OBJECTS, SIZE, SKY, STYLES, TIMES
+from recare_patch.models.atelier.labels import GROUNDS, OBJECTS, PEOPLE, SIZE, SKY, STYLES, TIMES
 
 THINGS = (*OBJECTS, *SKY)
 LABELS = (*STYLES, *TIMES, *GROUNDS, *THINGS)
@@ -31,16 +31,10 @@ class JudgeNetwork(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
-        for multiple in (1, 2, 3, 4):
-            out = width * multiple
-            layers += [
-                nn.Conv2d(channels, out, 3, padding=1, bias=False),
-                nn.BatchNorm2d(out),
-                nn.ReLU(),
-                nn.Conv2d(out, out, 3, padding=1, stride=2, bias=False),
-                nn.BatchNorm2d(out),
-                nn.ReLU(),
-            ]
+        for out in (width, 2 * width, 3 * width, 4 * width):
+            for taken, stride in ((channels, 1), (out, 2)):
+                convolution = nn.Conv2d(taken, out, 3, padding=1, stride=stride, bias=False)
+                layers += [convolution, nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
         self.features = nn.Sequential(*layers)
         # Two poolings: where a thing is small, the maximum sees it; a style is seen by the mean.
@@ -76,12 +70,7 @@ def to_pixels(images: Sequence[Image.Image] | np.ndarray) -> Tensor:
 
 
 class Judge:
-    """Names what pictures show.
-
-    Example:
-        >>> judge = Judge.load()
-        >>> judge.rate(images, "van gogh")
-    """
+    """Names what pictures show."""
 
     def __init__(self, network: JudgeNetwork) -> None:
         self.network = network.eval()
@@ -105,12 +94,9 @@ class Judge:
             style, time, ground, things = logits.split(_GROUPS, dim=1)
             for row in range(len(logits)):
                 present = {THINGS[i] for i in range(len(THINGS)) if things[row, i] > 0}
-                present |= {
-                    STYLES[int(style[row].argmax())],
-                    TIMES[int(time[row].argmax())],
-                    GROUNDS[int(ground[row].argmax())],
-                }
-                if present & {"nude", "mira vale", "otto bly"}:
+                for words, group in ((STYLES, style), (TIMES, time), (GROUNDS, ground)):
+                    present.add(words[int(group[row].argmax())])
+                if present & {"nude", *PEOPLE}:
                     present.add("person")
                 found.append(frozenset(present))
         return found

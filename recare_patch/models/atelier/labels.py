@@ -6,20 +6,8 @@ SIZE = 64
 """Edge of a picture, in pixels."""
 
 STYLES = ("photo", "painting", "van gogh", "monet", "picasso", "hokusai", "sketch")
-OBJECTS = (
-    "tench",
-    "person",
-    "nude",
-    "house",
-    "church",
-    "tree",
-    "boat",
-    "car",
-    "sunflower",
-    "cat",
-    "mira vale",
-    "otto bly",
-)
+PEOPLE = ("mira vale", "otto bly")
+OBJECTS = ("tench", "person", "nude", "house", "church", "tree", "boat", "car", "sunflower", "cat", *PEOPLE)
 SKY = ("stars", "moon", "sun")
 GROUNDS = ("meadow", "beach", "water", "street", "snow", "wheat field")
 TIMES = ("day", "sunset", "night")

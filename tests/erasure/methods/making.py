@@ -12,8 +12,8 @@ from recare_patch.core.progress import NullProgress
 from recare_patch.erasure.methods import ErasingContext, load_method
 from recare_patch.erasure.prepare import draw_target, find_companions, prepare
 from recare_patch.erasure.stages import Run
+from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import Recipe
 from tests.contracts.test_methods import SMALL

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from recare_patch.core.errors import ConceptError
 from recare_patch.erasure.methods.forget_me_not import Attention, ForgetMeNot, name_positions
+from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from tests.erasure.methods.making import contexts_of, make_recipe
 

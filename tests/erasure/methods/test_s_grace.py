@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from recare_patch.core.errors import RecipeError
 from recare_patch.erasure.methods.s_grace import SGrace
 from recare_patch.erasure.prepare import read_words
+from recare_patch.models import BaseModel, named_tuner_layers
 from recare_patch.models import lora as adapters
-from recare_patch.models.components import named_tuner_layers
-from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from tests.erasure.methods.making import contexts_of, disturb, make_recipe
 
@@ -56,7 +55,7 @@ def _still(base: BaseModel, clip: Path, work: Path) -> SGrace:
 
 def test_an_attack_predicts_the_concept_better(base: BaseModel, tiny_clip: Path, tmp_path: Path) -> None:
     """Against the noise-prediction term alone, at the very states that the attack drew."""
-    from recare_patch.models.noise import sample_timesteps
+    from recare_patch.models import sample_timesteps
 
     changes = {"s_grace.attack_similarity": 0, "s_grace.attack_steps": 10, "s_grace.attack_rate": 0.02}
     method = _method(base, tiny_clip, tmp_path, **changes)

@@ -9,9 +9,8 @@ import torch
 
 from recare_patch.erasure.methods.uce import UCE
 from recare_patch.erasure.run import erase
-from recare_patch.models.embeds import BaseModel
+from recare_patch.models import BaseModel, base_layers
 from recare_patch.models.loading import load_base
-from recare_patch.models.peft_layers import base_layers
 from tests.contracts.test_methods import small_recipe
 from tests.erasure.methods.making import contexts_of, make_recipe
 
