@@ -18,7 +18,8 @@ from recare_patch.careset import (
     names_concept,
     score_concept,
 )
-from recare_patch.core import CareSetError, RecipeError, sheets, yaml_mapping
+from recare_patch.core import CareSetError, RecipeError, yaml_mapping
+from recare_patch.core import show as sheets
 from recare_patch.erasure.inversion import name_templates
 from recare_patch.erasure.methods import ErasingContext, Instead, Needs
 from recare_patch.erasure.methods.adversaries import Adversaries

@@ -34,12 +34,12 @@ from recare_patch.core import (
     device_name,
     file_sha256,
     process_device,
-    sheets,
     versions,
     write_json,
     write_tensors,
     write_text,
 )
+from recare_patch.core import show as sheets
 from recare_patch.erasure.inversion import invert
 from recare_patch.erasure.loop import Carried, fit, step_generator
 from recare_patch.erasure.methods import load_method

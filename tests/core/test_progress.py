@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from recare_patch.core.progress import NullProgress, Progress, RichProgress
+from recare_patch.core import NullProgress, Progress, RichProgress
 
 
 def test_both_keep_the_protocol() -> None:

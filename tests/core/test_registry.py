@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from recare_patch.core import Registry
 from recare_patch.core.errors import UnknownNameError
-from recare_patch.core.registry import Registry
 
 
 @pytest.fixture

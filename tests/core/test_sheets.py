@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from recare_patch.core import SheetRow, save_sheet, sheet
 from recare_patch.core.errors import OutputError
-from recare_patch.core.sheets import SheetRow, save_sheet, sheet
 
 
 def _flat(colour: str, size: tuple[int, int] = (64, 64)) -> Image.Image:

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from recare_patch.erasure.loop import Carried
     from recare_patch.erasure.methods.adversaries import Adversaries
 
-METHODS = Registry("method")
-for _name, _info in METHOD_TABLE.items():
-    METHODS.register(_name, _info.target)
+METHODS = Registry("method", {name: info.target for name, info in METHOD_TABLE.items()})
 
 
 @dataclass(frozen=True)
