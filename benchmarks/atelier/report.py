@@ -113,7 +113,7 @@ def write_report(
     count: int = 300,
     progress: Progress | None = None,
 ) -> dict[str, Rate]:
-    """Measure the base and write ``atelier.md`` with its
+    """Measure the base and write ``atelier.md`` with its sheets.
 
     Args:
         base: the bundled base, or a newly trained one.

@@ -52,7 +52,7 @@ _REASONS = {
 
 
 def bundled(folder: str) -> Path:
-    """A folder that the package brings along: beside it in a checkout, ``_folder`` inside it when installed."""
+    """A folder that comes with the package: beside it in a checkout, inside it where it is installed."""
     package = Path(__file__).parents[1]
     inside = package / f"_{folder}"
     return inside if inside.is_dir() else package.parent / folder
@@ -180,9 +180,8 @@ def write_streamed(
     """Write a safetensors file with one tensor in memory at a time, as :func:`write_bytes` does."""
     # Wide elements first, as the format's own writer has it: each tensor then starts at a multiple of
     # its element's size.
-    ordered = sorted(
-        tensors, key=lambda one: (-(one.info.bytes // max(1, math.prod(one.info.shape))), one.name)
-    )
+    widths = {one.name: one.info.bytes // max(1, math.prod(one.info.shape)) for one in tensors}
+    ordered = sorted(tensors, key=lambda one: (-widths[one.name], one.name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for one in ordered:

@@ -35,7 +35,7 @@ class Progress(Protocol):
     """Receives the state of a run."""
 
     def update(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Report that ``done`` of ``total`` parts of ``stage`` are finished; ``note``: a few words or figures."""
+        """Report that ``done`` of ``total`` parts of a stage are finished, with a few words or figures."""
         ...
 
 
@@ -98,7 +98,7 @@ class RichProgress:
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One row of a sheet: its label, wrapped where it is long, and pictures; ``None`` leaves a place empty."""
+    """One row of a sheet: its label, and pictures; ``None`` leaves a place empty."""
 
     label: str
     images: Sequence[Image.Image | None] = field(default_factory=tuple)
