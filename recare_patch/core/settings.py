@@ -6,7 +6,7 @@ reads as a string) are converted, and all faults of one document are reported to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -84,22 +84,24 @@ def _phrases(fault: ErrorDetails, model: type[BaseModel]) -> list[str]:
     return [f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {given}"]
 
 
-def one_of(what: str, allowed: Iterable[str]) -> Callable[[Any], Any]:
+class one_of:
     """A validator that accepts a name whatever its case and offers the nearest for a wrong one.
 
     Args:
         what: the kind of thing named, for the message.
         allowed: the names, in the order in which to list them.
     """
-    by_folded = {name.casefold(): name for name in allowed}
 
-    def check(given: Any) -> Any:
-        found = by_folded.get(given.strip().casefold()) if isinstance(given, str) else None
-        if found is None:
-            raise ValueError(str(unknown_name(what, str(given), by_folded.values())))
-        return found
+    def __init__(self, what: str, allowed: Iterable[str]) -> None:
+        self.what, self.names = what, tuple(allowed)
 
-    return check
+    def __call__(self, given: Any) -> Any:
+        """The name as it is listed."""
+        wanted = given.strip().casefold() if isinstance(given, str) else None
+        for name in self.names:
+            if name.casefold() == wanted:
+                return name
+        raise ValueError(str(unknown_name(self.what, str(given), self.names)))
 
 
 def yaml_mapping(text: str, *, source: str, noun: str, error: type[RecarePatchError]) -> dict[str, Any]:

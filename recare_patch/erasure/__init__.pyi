@@ -4,6 +4,7 @@ from .loop import OPTIMIZERS as OPTIMIZERS
 from .loop import Checkpoint as Checkpoint
 from .loop import fit as fit
 from .loop import step_generator as step_generator
+from .planning import UTILIZATION as UTILIZATION
 from .planning import choose as choose
 from .planning import evaluations as evaluations
 from .planning import measured_speed as measured_speed
