@@ -28,7 +28,7 @@ _DOWN = re.compile(r"\.(lora_A|lora_down|lora\.down)\.(?:\w+\.)?weight$")
 def inspect(path: Path, as_json: bool, check: bool) -> None:
     """Show what a patch, or any LoRA file, holds."""
     file = _weights_file(path)
-    facts = _described(file, read_safetensors_header(file))
+    facts = described(file, read_safetensors_header(file))
     if check and facts["made_by"] == "recare-patch":
         from recare_patch.patch import Patch, from_any
 
@@ -58,7 +58,7 @@ def _weights_file(path: Path) -> Path:
     return path
 
 
-def _described(file: Path, header: SafetensorsHeader) -> dict[str, Any]:
+def described(file: Path, header: SafetensorsHeader) -> dict[str, Any]:
     """The facts of a LoRA file that its header tells, and what a patch of ours records about itself."""
     told, keys = header.metadata, list(header.tensors)
     down = {key: one for key, one in header.tensors.items() if _DOWN.search(key)}

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from recare_patch import demo
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch
-from tests.patch.test_patch import trained
+from recare_patch.models import load_base
+from recare_patch.patch import Patch
+from tests.hub.conftest import demo
 
 pytestmark = pytest.mark.slow
 
@@ -21,15 +20,11 @@ WAIT = 120_000
 
 
 @pytest.fixture(scope="module")
-def address(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(tiny_sd: Path, both: dict[str, Patch], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("gradio")
-    made = trained(tiny_sd)[1]
-    assert made.metadata is not None
-    nude = Patch(made.tensors, made.metadata.model_copy(update={"kind": "nsfw", "concept": "nudity"}))
-    base = load_base(tiny_sd, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        page = demo.build_interface(demo.Comparison(base, {"Van Gogh": made, "nudity": nude}))
+        page = demo.build_interface(demo.Comparison(load_base(tiny_sd, device="cpu"), both))
         yield demo.launch(page, host=demo.LOOPBACK, wait=False)
         page.close()
 
@@ -55,17 +50,14 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     faults: list[str] = []
     opened.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
     opened.on("pageerror", lambda fault: faults.append(str(fault)))
-    opened.on("request", lambda asked: None if is_local(asked.url, address) else faults.append(asked.url))
+    local = (address, "data:", "blob:")
+    opened.on("request", lambda asked: None if asked.url.startswith(local) else faults.append(asked.url))
     opened.set_default_timeout(WAIT)
     opened.goto(address)
     opened.wait_for_selector("#draw")
     yield opened
     opened.close()
     assert faults == []
-
-
-def is_local(url: str, address: str) -> bool:
-    return url.startswith((address, "data:", "blob:"))
 
 
 def pixels(page: Any, side: str) -> str:
