@@ -85,9 +85,7 @@ def test_the_oldest_pictures_are_forgotten(comparison: Any) -> None:
     assert comparison.drawn == 4
 
 
-def test_it_needs_patches_and_says_which_do_not_fit(
-    both: dict[str, Patch], base: Any, tiny_sd_v: Path
-) -> None:
+def test_it_needs_patches_that_fit(both: dict[str, Patch], base: Any, tiny_sd_v: Path) -> None:
     with pytest.raises(DemoError, match="at least one patch"):
         demo.Comparison(base, {})
     shown = last(demo.Comparison(load_base(tiny_sd_v, device="cpu"), both))
