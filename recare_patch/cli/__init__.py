@@ -32,6 +32,7 @@ from recare_patch.core import (
     one_of,
     output_error,
     read_safetensors_header,
+    unknown_name,
 )
 from recare_patch.recipe import PARTS_KEY, WEIGHTS_NAME, Recipe, load_recipe, parse_assignment
 
@@ -184,22 +185,30 @@ set_option = click.option(
 
 
 class NamesOption(click.Option):
-    """An option whose help lists the names of one of ``recare_patch.measure``'s tables at "{names}".
+    """A repeatable option of names from one of the tables of ``recare_patch.measure``; "{names}" in its help.
 
-    The table lies among what may need torch, and is looked up only where the help is shown.
+    The table is looked up where it is needed, since what it lies among may need torch.
     """
 
-    def __init__(self, *declared: Any, table: str, **options: Any) -> None:
-        super().__init__(*declared, **options)
-        self.table = table
+    def __init__(self, *declared: Any, table: str, extra: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init__(*declared, callback=self._check, **(options | {"multiple": True}))
+        self.table, self.extra = table, extra
 
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:  # noqa: D102
+    def _names(self) -> tuple[str, ...]:
         from recare_patch import measure
 
         table: Any = getattr(measure, self.table)
-        names = table.names() if isinstance(table, Registry) else table
-        self.help = (self.help or "").format(names=" | ".join(names))
+        return (*(table.names() if isinstance(table, Registry) else table), *self.extra)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:  # noqa: D102
+        self.help = (self.help or "").format(names=" | ".join(self._names()))
         return super().get_help_record(ctx)
+
+    def _check(self, ctx: click.Context, _: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+        for name in given:
+            if name.strip().casefold() not in self._names():
+                raise unknown_name(self.opts[0].lstrip("-"), name, self._names())
+        return given
 
 
 _GIVEN = f"{__name__}.given"

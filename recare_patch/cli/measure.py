@@ -34,7 +34,6 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
     into="metrics",
     cls=cli.NamesOption,
     table="METRICS",
-    multiple=True,
 )
 @option("--pictures", "Of each figure.", IntRange(1, 1000000), 200)
 @option("--out", "Where evidence.json and report.html go.  [default: the patch's folder]", _FOLDER)
@@ -57,11 +56,11 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
 )
 @option(
     "--check NAME",
-    "Away from its own setting: {names} | all; repeatable.",
+    "Away from its own setting: {names}; repeatable.",
     into="checks",
     cls=cli.NamesOption,
     table="CHECKS",
-    multiple=True,
+    extra=("all",),
 )
 @option("--check-pictures", "Behind each value of a check.", IntRange(1, 100000), 24)
 @cli.concept_option
@@ -153,14 +152,7 @@ def _tell_evidence(evidence: Evidence, folder: Path) -> None:
 
 @command()
 @option("--patch DIR", "The patch to attack.", required=True)
-@option(
-    "--attack NAME",
-    "{names}; repeatable.",
-    into="attacks",
-    cls=cli.NamesOption,
-    table="ATTACKS",
-    multiple=True,
-)
+@option("--attack NAME", "{names}; repeatable.", into="attacks", cls=cli.NamesOption, table="ATTACKS")
 @option("--budget NAME", "small (minutes on a CPU) or published (as in each attack's paper).", None, "small")
 @option("--vectors", "Word vectors that concept-inversion learns.  [default: 1]", int)
 @option("--steps", "Steps of concept-inversion or p4d.", int)

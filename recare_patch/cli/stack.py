@@ -218,8 +218,7 @@ def merge(
 @argument("folder", type=cli.FOLDER)
 @option("--patch DIR", "What was merged; repeatable.", into="patches", multiple=True, required=True)
 @option(
-    "--base FOLDER|HUB-ID",
-    "The base as it was, to tell how close the result is.  [default: not compared]",
+    "--base FOLDER|HUB-ID", "The base as it was, to tell how close the result is.  [default: not compared]"
 )
 @option("--out DIR", "The base's folder.", cli.FOLDER, required=True)
 @cli.device_option

@@ -83,13 +83,7 @@ class FakeSet:
     @property
     def tokens(self) -> list[Any]:
         kept = {"count": 9, "cluster": 1, "residual": 0.5, "kept": True, "reason": ""}
-        dropped = {
-            "count": 48,
-            "cluster": None,
-            "residual": 0.1,
-            "kept": False,
-            "reason": "names the concept",
-        }
+        dropped = kept | {"cluster": None, "kept": False, "reason": "names the concept"}
         rows = [*((word, kept) for word in self.words), ("gogh", dropped)]
         return [SimpleNamespace(text=text, **told) for text, told in rows]
 

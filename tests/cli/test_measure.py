@@ -118,6 +118,9 @@ def test_everything_that_can_be_said_to_evaluate(invoke: Invoke, evaluated: Call
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        ("--patch p --metric fidd", "unknown metric 'fidd': allowed are concept-rate, care-score,"),
+        ("--patch p --metric fidd", "did you mean 'fid'?"),
+        ("--patch p --check scale", "scales, spellings, all; did you mean 'scales'?"),
         ("--patch p --precision fp8", "unknown precision 'fp8'"),
         ("--patch p --no-cache --cache c", "--no-cache and --cache exclude each other"),
         ("--patch nowhere", "Error: there is nothing to evaluate"),
@@ -128,14 +131,6 @@ def test_everything_that_can_be_said_to_evaluate(invoke: Invoke, evaluated: Call
 def test_what_cannot_be_evaluated(invoke: Invoke, evaluated: Calls, words: str, told: str) -> None:
     done = invoke(f"evaluate {words}")
     assert done.exit_code == 2 and told in done.stderr and "Traceback" not in done.output
-
-
-@pytest.mark.parametrize(("words", "told"), [("--metric fidd", "'fid'"), ("--check scale", "'scales'")])
-def test_misspelt_names_are_told_before_a_model_is_loaded(
-    invoke: Invoke, tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory, words: str, told: str
-) -> None:
-    patch = make_patch(load_base(tiny_sd, device="cpu"), tmp_path_factory.mktemp("patch") / "one")
-    one_sentence(invoke(f"evaluate --patch {patch} --base nowhere {words}"), f"did you mean {told}?")
 
 
 def test_of_several_processes_one_speaks(invoke: Invoke, evaluated: Calls, fake: Fake) -> None:

@@ -16,8 +16,8 @@ from tests.cli.conftest import Stage, fake, invoke, stage
 __all__ = ["fake", "invoke", "stage"]
 
 
-def run(*words: str) -> Result:
-    return CliRunner().invoke(atelier, words)
+def run(words: str) -> Result:
+    return CliRunner().invoke(atelier, words.split())
 
 
 def test_train_passes_everything_on_and_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,14 +39,14 @@ def test_train_passes_everything_on_and_shows_progress(monkeypatch: pytest.Monke
 
 
 def test_an_unknown_stage() -> None:
-    found = run("train", "--stage", "denoise").exception
+    found = run("train --stage denoise").exception
     assert isinstance(found, UnknownNameError) and "did you mean 'denoiser'?" in str(found)
 
 
 def test_sample(stage: Stage) -> None:
-    result = run("sample", "--prompt", "a cat", "--count", "2", "--out", "cats.png")
+    result = run("sample --prompt cat --count 2 --out cats.png")
     assert result.exit_code == 0, result.output
     options = stage.options
     assert (options["base"], options["patches"]) == ("atelier", [])
-    assert (options["prompts"], options["seeds"]) == (["a cat"], [0, 1])
+    assert (options["prompts"], options["seeds"]) == (["cat"], [0, 1])
     assert Path("cats.png").is_file()
