@@ -27,7 +27,6 @@ from recare_patch.core import (
     RecarePatchError,
     RecipeError,
     Registry,
-    Settings,
     nearest,
     one_of,
     output_error,
@@ -85,31 +84,28 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        code = 2
         try:
             return super().invoke(ctx)
         except RecarePatchError as fault:
-            _fail(ctx, str(fault))
+            sentence = str(fault)
         except KeyboardInterrupt:
-            _fail(ctx, "interrupted; a run that was under way goes on with --resume", 130)
+            sentence, code = "interrupted; a run that was under way goes on with --resume", 130
         except OSError as fault:
             # Libraries write files of their own: a full disk there is no bug either.
             if fault.errno not in _SYSTEM_FAULTS:
                 raise
-            _fail(ctx, str(output_error(fault.filename or "a file", fault)))
+            sentence = str(output_error(fault.filename or "a file", fault))
         except RuntimeError as fault:
             # Named by class, since torch is not imported here.
             if type(fault).__name__ != "OutOfMemoryError":
                 raise
-            _fail(
-                ctx,
+            sentence = (
                 "the accelerator's memory is full; try --vram with less than it has (`recare-patch plan` "
-                "tells what a run takes)",
+                "tells what a run takes)"
             )
-
-
-def _fail(ctx: click.Context, sentence: str, code: int = 2) -> None:
-    click.echo(f"Error: {sentence}", err=True)
-    ctx.exit(code)
+        click.echo(f"Error: {sentence}", err=True)
+        ctx.exit(code)
 
 
 @click.group(
@@ -135,14 +131,9 @@ def main() -> None:
 def option(
     spec: str, help: str, type: Any = None, default: Any = None, *, into: str | None = None, **more: Any
 ) -> Callable[[Command], Command]:
-    """An option told in a line, such as ``option("--out DIR", "The folder.", FOLDER)``.
+    """A ``click.option``, told in a line: ``option("--out DIR", "The folder.", FOLDER)``.
 
-    Args:
-        spec: its name, and after a space what stands for its value in the help.
-        help: one sentence.
-        type, default: of ``click.option``.
-        into: the parameter that gets the value, where it has another name.
-        more: of ``click.option``.
+    Its name comes with what stands for its value in the help; ``into`` is the parameter that gets it.
     """
     name, _, metavar = spec.partition(" ")
     more |= {} if default is None else {"default": default}
@@ -154,34 +145,29 @@ def flag(name: str, help: str, into: str | None = None) -> Callable[[Command], C
     return click.option(name, *filter(None, [into]), is_flag=True, help=help)
 
 
-base_option = click.option(
-    "--base",
-    metavar="FOLDER|HUB-ID",
-    help=f"Base model: a diffusers pipeline folder or a hub id, such as {SD_15}.  [default: bundled]",
+base_option = option(
+    "--base FOLDER|HUB-ID",
+    f"Base model: a diffusers pipeline folder or a hub id, such as {SD_15}.  [default: bundled]",
 )
-clip_option = click.option(
-    "--clip",
-    metavar="FOLDER|HUB-ID",
-    help="A transformers CLIP model with tokenizer and image processor.  [default: what fits the base]",
+clip_option = option(
+    "--clip FOLDER|HUB-ID",
+    "A transformers CLIP model with tokenizer and image processor.  [default: what fits the base]",
 )
-concept_option = click.option(
-    "--concept", metavar="TEXT", help="One of several that the patch erases.  [default: each of them]"
+concept_option = option("--concept TEXT", "One of several that the patch erases.  [default: each of them]")
+device_option = option("--device", "auto, cpu, cuda, cuda:1, mps, …", None, "auto")
+formats_option = option(
+    "--formats NAME,…",
+    "Weight files: diffusers is the patch, kohya is for A1111 and ComfyUI.",
+    None,
+    "diffusers,kohya",
+    into="file_formats",
 )
-device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, …")
-formats_option = click.option(
-    "--formats",
-    "file_formats",
-    metavar="NAME,…",
-    default="diffusers,kohya",
-    help="Weight files: diffusers is the patch, kohya is for A1111 and ComfyUI.",
-)
-set_option = click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set any recipe key, such as erase.guidance_minus=2; repeatable.",
-)
+json_option = flag("--json", "Print JSON.", "as_json")
+
+
+def set_option(help: str = "any recipe key, such as erase.guidance_minus=2") -> Callable[[Command], Command]:
+    """Add the repeatable ``--set``."""
+    return option("--set KEY=VALUE", f"Set {help}; repeatable.", into="assignments", multiple=True)
 
 
 class NamesOption(click.Option):
@@ -215,49 +201,54 @@ _GIVEN = f"{__name__}.given"
 
 
 def recipe_option(
-    key: str, *declared: str, default: str | None = None, **options: Any
+    key: str, name: str, default: str | None = None, **options: Any
 ) -> Callable[[Command], Command]:
-    """An option that sets a recipe key: type, names and help are those of its field.
+    """An option that sets a recipe key: its type, names and help are those of the key's field.
 
     The command is not given its value: :func:`overrides_from` has it, under the key.
 
     Args:
         key: dotted, such as "erase.steps".
-        declared: the option's name, such as "--steps".
+        name: the option's name, such as "--steps".
         default: what is told of it in place of the field's own; nothing where it is empty.
-        options: of ``click.option``, ``help`` in place of the field's description.
+        options: of ``click.option``; ``help`` in place of the field's description.
     """
-    model: type[Settings] = Recipe
-    *sections, name = key.split(".")
+    model: Any = Recipe
+    *sections, last = key.split(".")
     for section in sections:
-        model = typing.cast(type[Settings], model.model_fields[section].annotation)
-    field = model.model_fields[name]
+        model = model.model_fields[section].annotation
+    field = model.model_fields[last]
     kind, names = _kind_and_names(field.annotation, field.metadata)
     # Descriptions name the tables whose names are listed here.
     told = re.sub(r",? ?a name of [A-Z_]+", "", options.pop("help", None) or field.description or "")
-    told = ": ".join(filter(None, (" | ".join(names), told if names else told[:1].upper() + told[1:])))
-    shown = default if default is not None else str(field.default or "")
+    told = (
+        " | ".join(names)
+        + (": " if names and told else "")
+        + (told if names else told[:1].upper() + told[1:])
+    )
+    shown = default if default is not None else "" if field.default is None else str(field.default)
     if kind is bool:
         options |= {"is_flag": True, "flag_value": True}
-    elif kind is str:
-        options = {"metavar": "NAME" if names else "TEXT", **options}
+    else:
+        told += "." if told else ""
+        told += f"  [default: {shown}]" if shown else ""
+        options = {"metavar": ("NAME" if names else "TEXT") if kind is str else None} | options
 
     def remember(ctx: click.Context, _: click.Parameter, value: Any) -> None:
         if value is not None:
             ctx.meta.setdefault(_GIVEN, {})[key] = value
 
-    told += "." if told else ""
-    options["help"] = told + (f"  [default: {shown}]" if shown and kind is not bool else "")
-    return click.option(*declared, type=kind, default=None, callback=remember, expose_value=False, **options)
+    return click.option(
+        name, type=kind, default=None, callback=remember, expose_value=False, help=told, **options
+    )
 
 
 def _kind_and_names(annotation: Any, metadata: Sequence[Any]) -> tuple[type, Sequence[str]]:
     """The type that a field's value has on the command line, and the names that it is one of."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
+        annotation = typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is typing.Annotated:
-        annotation, *inner = typing.get_args(annotation)
-        metadata = [*metadata, *inner]
+        annotation, *metadata = typing.get_args(annotation)
     checks = [getattr(one, "func", None) for one in metadata]
     names = next((one.names for one in checks if isinstance(one, one_of)), ())
     return annotation if annotation in (bool, int, float) else str, names
@@ -266,16 +257,13 @@ def _kind_and_names(annotation: Any, metadata: Sequence[Any]) -> tuple[type, Seq
 def memory_options(command: Command) -> Command:
     """Add ``--vram`` and an option for each key of a recipe's ``memory``."""
     section: Any = Recipe.model_fields["memory"].annotation
-    more = {"micro_batch": {"metavar": "N"}, "resolution": {"metavar": "WxH"}, "weights": {"metavar": "FORM"}}
+    metavars = {"micro_batch": "N", "resolution": "WxH", "weights": "FORM"}
     for key in reversed(section.model_fields):
-        option = recipe_option(f"memory.{key}", f"--{key.replace('_', '-')}", default="", **more.get(key, {}))
-        command = option(command)
-    return click.option(
-        "--vram",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="GB",
-        help="Choose the switches below for a card of this size, such as 6, 8, 12 or 24.",
-    )(command)
+        more = {"metavar": metavars[key]} if key in metavars else {}
+        command = recipe_option(f"memory.{key}", f"--{key.replace('_', '-')}", "", **more)(command)
+    size = click.FloatRange(min=0, min_open=True)
+    told = "Choose the switches below for a card of this size, such as 6, 8, 12 or 24."
+    return option("--vram GB", told, size)(command)
 
 
 def overrides_from(
@@ -379,13 +367,11 @@ def several_concepts(patch: str) -> tuple[str, ...]:
 
 def echo_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print rows in columns, the first ones flush left and the others flush right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.echo("  ".join(cells).rstrip())
+        cells = zip(row, widths, strict=True)
+        line = [cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(cells)]
+        click.echo("  ".join(line).rstrip())
 
 
 @contextlib.contextmanager

@@ -46,14 +46,14 @@ from recare_patch.recipe import KINDS, PRESETS, WEIGHTS_NAME, Concept, Recipe, l
 @cli.recipe_option("method", "--method", help="see `recare-patch methods`")
 @cli.base_option
 @cli.clip_option
-@cli.recipe_option("seed", "--seed", default="0")
+@cli.recipe_option("seed", "--seed")
 @option("--recipe NAME|FILE|PATCH", "Start from a recipe; see `recare-patch recipes list`.")
 @option("--preset NAME", f"Options that belong together: {' | '.join(PRESETS)}; others go before.")
 @option("--out", "The patch's folder.  [default: CONCEPT-patch]", cli.FOLDER)
 @flag("--resume", "Go on with the run in --out that was interrupted.")
 @cli.recipe_option("adapter.rank", "--rank")
-@cli.recipe_option("adapter.alpha", "--alpha", default="the rank, where --rank is given")
-@cli.recipe_option("adapter.layers", "--layers", metavar="SET", default="the method's, else cross-attention")
+@cli.recipe_option("adapter.alpha", "--alpha", "the rank, where --rank is given")
+@cli.recipe_option("adapter.layers", "--layers", "the method's, else cross-attention", metavar="SET")
 @cli.recipe_option("erase.steps", "--steps")
 @cli.recipe_option("erase.states", "--states")
 @cli.recipe_option("erase.optimizer", "--optimizer")
@@ -63,7 +63,7 @@ from recare_patch.recipe import KINDS, PRESETS, WEIGHTS_NAME, Concept, Recipe, l
 @cli.memory_options
 @flag("--save-target-images", "Keep the pictures of the concept, in target_images/.")
 @cli.formats_option
-@cli.set_option
+@cli.set_option()
 def erase(
     concepts: tuple[str, ...],
     concepts_file: Path | None,
@@ -271,7 +271,7 @@ def _report(concept: str, result: Any) -> None:
 @option("--concept TEXT", "What would be erased.", None, "Van Gogh")
 @option("--recipe NAME|FILE|PATCH", "Plan this recipe.")
 @cli.base_option
-@cli.recipe_option("precision", "--precision", default="")
+@cli.recipe_option("precision", "--precision", "")
 @cli.recipe_option("erase.optimizer", "--optimizer")
 @cli.memory_options
 @option(
@@ -280,7 +280,7 @@ def _report(concept: str, result: Any) -> None:
     FloatRange(min=0, min_open=True),
 )
 @cli.device_option
-@cli.set_option
+@cli.set_option()
 def plan(
     concept: str,
     recipe: str | None,

@@ -40,7 +40,7 @@ _FIGURES = (
 
 @command()
 @argument("name", required=False, metavar="[NAME]")
-@flag("--json", "Print JSON.", "as_json")
+@cli.json_option
 def methods(name: str | None, as_json: bool) -> None:
     """List the erasing methods: what they touch, cost, and are good and bad at.
 
@@ -130,11 +130,11 @@ def careset() -> None:
 @option("--kind KIND", f"{' | '.join(KINDS)}.  [default: a recipe's, else guessed]")
 @cli.base_option
 @cli.clip_option
-@cli.recipe_option("seed", "--seed", default="0")
+@cli.recipe_option("seed", "--seed")
 @option("--recipe NAME|FILE|PATCH", "Start from a recipe.")
 @option("--out", "The file.  [default: CONCEPT-care-set.json]", cli.FOLDER)
 @cli.device_option
-@cli.set_option
+@cli.set_option()
 def build(
     concept: str | None,
     kind: str | None,

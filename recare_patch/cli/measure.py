@@ -157,12 +157,7 @@ def _tell_evidence(evidence: Evidence, folder: Path) -> None:
 @option("--vectors", "Word vectors that concept-inversion learns.  [default: 1]", int)
 @option("--steps", "Steps of concept-inversion or p4d.", int)
 @option("--pictures", "Trials: pictures that are judged, or prompts that are attacked.", int)
-@option(
-    "--set KEY=VALUE",
-    "Set any option of the chosen attacks, such as learning_rate=0.01; repeatable.",
-    into="assignments",
-    multiple=True,
-)
+@cli.set_option("any option of the chosen attacks, such as learning_rate=0.01")
 @option("--detector NAME", "Who judges the pictures.  [default: as the concept's suite]")
 @label_option
 @option("--replay DIR", "Try what this saved attack found, on another patch.")
@@ -275,7 +270,7 @@ def _attack_options(
     _FOLDER,
 )
 @cli.device_option
-@flag("--json", "Print JSON.", "as_json")
+@cli.json_option
 @pass_context
 def verify(
     ctx: Context, /, patch: Path, base: str | None, figures: tuple[str, ...], as_json: bool, **options: Any

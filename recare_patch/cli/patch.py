@@ -23,7 +23,7 @@ _DOWN = re.compile(r"\.(lora_A|lora_down|lora\.down)\.(?:\w+\.)?weight$")
 
 @command()
 @argument("path", type=cli.FOLDER)
-@flag("--json", "Print JSON.", "as_json")
+@cli.json_option
 @option("--check/--no-check", "Read the tensors of a patch and check them.", None, True)
 def inspect(path: Path, as_json: bool, check: bool) -> None:
     """Show what a patch, or any LoRA file, holds."""

@@ -105,7 +105,7 @@ def pull(repo: str, out: Path | None, revision: str | None, base: str | None, de
 @option("--tag TAG", "With this tag; repeatable.", into="tags", multiple=True)
 @option("--owner NAME", "Of this user or organisation.")
 @option("--limit", "", IntRange(1, 1000), 20)
-@flag("--json", "Print JSON.", "as_json")
+@cli.json_option
 @flag("--markdown", "Print an index in Markdown, for a collection's page.")
 def search(
     text: str | None,
