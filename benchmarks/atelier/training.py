@@ -501,7 +501,7 @@ def _encoded(vae: Any, world: World, file: Path, device: torch.device) -> Tensor
             pixels = world.pixels(torch.arange(start, min(start + 64, len(world.images))))
             parts.append(vae.encode(pixels.to(device)).latent_dist.mean.cpu() * vae.config.scaling_factor)
         temporary = file.with_suffix(".part")
-        save_file({"latents": torch.cat(parts)}, temporary)
+        save_file({"latents": torch.cat(parts).contiguous()}, temporary)
         temporary.replace(file)
     return load_file(file)["latents"]
 

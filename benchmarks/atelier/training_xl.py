@@ -141,7 +141,7 @@ def _encoded(config: XLTraining, world: World, file: Path, device: torch.device)
             latents.append(mean.cpu() * vae.config.scaling_factor)
             sizes.append(numbers)
         temporary = file.with_suffix(".part")
-        save_file({"latents": torch.cat(latents), "sizes": torch.cat(sizes)}, temporary)
+        save_file({"latents": torch.cat(latents).contiguous(), "sizes": torch.cat(sizes)}, temporary)
         temporary.replace(file)
     stored = load_file(file)
     return stored["latents"], stored["sizes"]

@@ -29,9 +29,7 @@ def test_train_passes_everything_on_and_shows_progress(monkeypatch: pytest.Monke
         return {"clip": 61.0}
 
     monkeypatch.setattr(training, "train", train)
-    result = run(
-        *["train", "--out", "o", "--work", "w", "--seed", "4", "--stage", "clip", "--device", "cuda"]
-    )
+    result = run("train --out o --work w --seed 4 --stage clip --device cuda")
     assert result.exit_code == 0, result.output
     assert (seen["out"], seen["work"], seen["seed"]) == (Path("o"), Path("w"), 4)
     assert (seen["stages"], seen["device"]) == (("clip",), "cuda")
