@@ -184,7 +184,7 @@ class NamesOption(click.Option):
         from recare_patch import measure
 
         table: Any = getattr(measure, self.table)
-        return (*(table.names() if isinstance(table, Registry) else table), *self.extra)
+        return (*table, *self.extra)
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:  # noqa: D102
         self.help = (self.help or "").format(names=" | ".join(self._names()))
@@ -227,10 +227,10 @@ def recipe_option(
         + (told if names else told[:1].upper() + told[1:])
     )
     shown = default if default is not None else "" if field.default is None else str(field.default)
+    told += "." if told else ""
     if kind is bool:
         options |= {"is_flag": True, "flag_value": True}
     else:
-        told += "." if told else ""
         told += f"  [default: {shown}]" if shown else ""
         options = {"metavar": ("NAME" if names else "TEXT") if kind is str else None} | options
 

@@ -105,7 +105,8 @@ def erase(
     wanted: dict[str, Any] = {"subject": subject, "kind": kind, "recipe": recipe, "base": base, "clip": clip}
     plans = _plans(texts, together, overrides, **wanted)
     _check_several(plans, stacked, named)
-    folders = [_folder(one, out, alone=len(plans) == 1) for one in plans]
+    alone, place = len(plans) == 1, out or Path()
+    folders = [out if out and alone else place / f"{one.slug}-patch" for one in plans]
     if "continue_from" in named:
         overrides["continue_from"] = _earlier_patch(named["continue_from"])
     from recare_patch.patch import check_formats
@@ -122,10 +123,11 @@ def erase(
 
     crew = Crew.found()
     first = crew is None or crew.main
-    if first and len(plans) > 1:
+    if first and not alone:
         _check_free([] if resume else folders, folders, stacked)
     for one, folder in zip(plans, folders, strict=True):
-        if len(plans) > 1 and resume and _finished(folder):
+        finished = (folder / WEIGHTS_NAME).is_file() and not (folder / ".run").exists()
+        if finished and resume and not alone:
             echo(f"{one.title}: finished before, in {folder}", err=True)
             continue
         # Of several processes one speaks; all work.
@@ -134,7 +136,7 @@ def erase(
                 one.concept.text,
                 also=[other.text for other in one.also],
                 out=folder,
-                resume=resume and (len(plans) == 1 or folder.exists()),
+                resume=resume and (alone or folder.exists()),
                 overrides=overrides,
                 progress=progress,
                 file_formats=chosen,
@@ -160,9 +162,8 @@ def _recipe_of_run(out: Path) -> str:
     """The recipe file of an interrupted run, so that ``--resume --out FOLDER`` is enough."""
     file = out / ".run" / "recipe.yaml"
     if not file.is_file():
-        raise ResumeError(
-            f"there is no interrupted run in {out}: name the concept with --concept to start one"
-        )
+        told = "name the concept with --concept to start one"
+        raise ResumeError(f"there is no interrupted run in {out}: {told}")
     return str(file)
 
 
@@ -203,19 +204,14 @@ def _plans(
 def _check_several(plans: Sequence[Recipe], stacked: Path | None, named: dict[str, Any]) -> None:
     """Refuse what cannot be meant for several runs."""
     slugs = [plan.slug for plan in plans]
-    double = next((plan.title for k, plan in enumerate(plans) if plan.slug in slugs[:k]), None)
-    if double is not None:
-        raise RecipeError(f"the concept '{double}' is there twice")
+    for number, plan in enumerate(plans):
+        if plan.slug in slugs[:number]:
+            raise RecipeError(f"the concept '{plan.title}' is there twice")
     for given, key in (("--continue-from", "continue_from"), ("--care-set", "care_set.file")):
         if key in named and len(plans) > 1:
             raise RecipeError(f"{given} is for one patch, and there would be {len(plans)}")
     if stacked is not None and len(plans) < 2:
         raise RecipeError("--stack is for several patches, and there is one")
-
-
-def _folder(plan: Recipe, out: Path | None, *, alone: bool) -> Path:
-    name = f"{plan.slug}-patch"
-    return Path(name) if out is None else out if alone else out / name
 
 
 def _earlier_patch(text: str) -> str:
@@ -230,15 +226,11 @@ def _check_free(new: Sequence[Path], patches: Sequence[Path], stacked: Path | No
     """Refuse folders that could not be written to, before hours go into the first of several patches."""
     if stacked is not None and any(stacked in (one, *one.parents) for one in patches):
         raise OutputError(f"the stack cannot lie in {stacked}: its patches will lie there")
-    for folder in [*new, *([stacked] if stacked is not None else [])]:
+    for folder in filter(None, [*new, stacked]):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
         if folder.is_dir() and any(folder.iterdir()):
             raise OutputError(f"{folder} already holds files: choose another folder")
-
-
-def _finished(folder: Path) -> bool:
-    return (folder / WEIGHTS_NAME).is_file() and not (folder / ".run").exists()
 
 
 def _stack(folders: Sequence[Path], out: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from click import Choice, FloatRange, IntRange, argument, command, echo
 
@@ -61,9 +61,7 @@ def stack(
     file_formats: str,
     evidence: bool,
     pictures: int,
-    base: str | None,
-    clip: str | None,
-    device: str,
+    **places: Any,
 ) -> None:
     """Make one patch of several, each at its own scale.
 
@@ -89,7 +87,7 @@ def stack(
         raise PatchError(f"--kept-weight is for --method regmean, and '{method}' takes none")
     moments = None
     if method == "regmean":
-        moments = _measured(loaded, out, base, clip, device, seed, kept_weight)
+        moments = _measured(loaded, out, kept_weight, places, seed)
     made = combine.stack(
         loaded,
         method=method,
@@ -113,17 +111,15 @@ def stack(
     if met.in_short:
         echo(met.in_short)
     if evidence:
-        _tell_change([patch for patch, _ in loaded], out, base, pictures, clip, device)
+        _tell_change([patch for patch, _ in loaded], out, pictures, places)
 
 
 def _measured(
     loaded: Sequence[tuple[Patch, float]],
     out: Path,
-    base: str | None,
-    clip: str | None,
-    device: str,
-    seed: int,
     kept_weight: float | None,
+    places: Mapping[str, Any],
+    seed: int,
 ) -> Moments:
     """What the parts' layers read, for ``regmean``; faults of the call are told before anything is drawn."""
     from recare_patch.careset import Clip, default_clip
@@ -136,25 +132,21 @@ def _measured(
     with claim_folder(out, resumable=False):
         pass
     weight = KEPT_WEIGHT if kept_weight is None else kept_weight
+    base = places["base"] or (known.base if known else "atelier")
     with cli.shown_progress() as progress:
-        model = load_base(base or (known.base if known else "atelier"), device=device)
-        tower = Clip.load(clip or default_clip(model.id), device=model.device)
-        found = measure_moments(
-            [patch for patch, _ in loaded], model, tower, kept_weight=weight, seed=seed, progress=progress
-        )
+        model = load_base(base, device=places["device"])
+        tower = Clip.load(places["clip"] or default_clip(model.id), device=model.device)
+        patches = [patch for patch, _ in loaded]
+        found = measure_moments(patches, model, tower, kept_weight=weight, seed=seed, progress=progress)
     echo(f"Looked at what the layers read: {found.evaluations:,} denoiser evaluations.")
     return found
 
 
-def _tell_change(
-    patches: Sequence[Patch], out: Path, base: str | None, pictures: int, clip: str | None, device: str
-) -> None:
+def _tell_change(patches: Sequence[Patch], out: Path, pictures: int, places: Mapping[str, Any]) -> None:
     from recare_patch.measure import CHANGE_NAME, change_in_evidence
 
     with cli.shown_progress() as progress:
-        changes = change_in_evidence(
-            patches, out, base=base, pictures=pictures, clip=clip, device=device, progress=progress
-        )
+        changes = change_in_evidence(patches, out, pictures=pictures, progress=progress, **places)
     rows = [("figure", "base", "alone", "stacked")]
     for concept in dict.fromkeys(one.concept for one in changes):
         rows.append((f"{concept}:", "", "", ""))
@@ -183,8 +175,8 @@ def merge(
     out: Path,
     single_file: Path | None,
     verify: bool,
-    any_base: bool,
     device: str,
+    any_base: bool,
 ) -> None:
     """Write a base with patches in its weights, as a complete diffusers pipeline folder.
 
@@ -202,9 +194,8 @@ def merge(
 
     with cli.shown_progress() as progress:
         loaded = [(Patch.load(path), scale) for path, scale in chosen]
-        record = combine.merge(
-            loaded, source, out, single_file=single_file, device=device, any_base=any_base, progress=progress
-        )
+        options: Any = {"single_file": single_file, "any_base": any_base, "progress": progress}
+        record = combine.merge(loaded, source, out, device=device, **options)
         apart = combine.compare(loaded, source, out, device=device) if verify else None
     told = ", ".join(f"{part.name} at {part.scale:g}" for part in record.patches)
     echo(f"Merged: {out}  ({told} into {record.base})")

@@ -23,6 +23,7 @@ from .errors import ResumeError as ResumeError
 from .errors import SettingsError as SettingsError
 from .errors import UnknownNameError as UnknownNameError
 from .errors import nearest as nearest
+from .errors import reason as reason
 from .errors import unknown_name as unknown_name
 from .files import LOCK_NAME as LOCK_NAME
 from .files import SafetensorsHeader as SafetensorsHeader
@@ -35,7 +36,6 @@ from .files import load_tensors as load_tensors
 from .files import output_error as output_error
 from .files import read_safetensors_header as read_safetensors_header
 from .files import read_text as read_text
-from .files import reason as reason
 from .files import write_bytes as write_bytes
 from .files import write_json as write_json
 from .files import write_streamed as write_streamed

@@ -107,6 +107,11 @@ class EvaluationError(SettingsError):
     """A suite, a detector, a metric or a prompt file that cannot be used as asked."""
 
 
+def reason(fault: OSError) -> str:
+    """Why the system refused, in words that go on a sentence."""
+    return (fault.strerror or str(fault)).lower()
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str | None:
     """The allowed name most like the given one, whatever their case, or None where none is alike."""
     if len(given) > _LONGEST_NAME:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recare_patch.core.errors import OutputError, PatchError, RecarePatchError
+from recare_patch.core.errors import OutputError, PatchError, RecarePatchError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +56,6 @@ def bundled(folder: str) -> Path:
     package = Path(__file__).parents[1]
     inside = package / f"_{folder}"
     return inside if inside.is_dir() else package.parent / folder
-
-
-def reason(fault: OSError) -> str:
-    """What the system says of a fault, without its number: "no such file or directory"."""
-    return (fault.strerror or str(fault)).lower()
 
 
 def output_error(path: AnyPath, fault: OSError) -> OutputError:

@@ -6,7 +6,7 @@ reads as a string) are converted, and all faults of one document are reported to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -93,7 +93,12 @@ class one_of:
     """
 
     def __init__(self, what: str, allowed: Iterable[str]) -> None:
-        self.what, self.names = what, tuple(allowed)
+        self.what, self._allowed = what, allowed
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that there are; a registry's are looked up when they are needed."""
+        return tuple(self._allowed)
 
     def __call__(self, given: Any) -> Any:
         """The name as it is listed."""
@@ -221,6 +226,9 @@ class Registry:
     def names(self) -> tuple[str, ...]:
         """All names, in the order in which they are listed."""
         return tuple(self.targets)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets)
 
     def __contains__(self, name: object) -> bool:
         return name in self.targets
