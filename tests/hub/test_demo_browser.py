@@ -81,44 +81,40 @@ def wait_for_sentence(page: Any, text: str) -> None:
     )
 
 
-def draw(page: Any, prompt: str) -> None:
+def draw(page: Any, prompt: str, sentence: str) -> None:
     page.fill("#prompt textarea", prompt)
     page.click("#draw")
+    wait_for_sentence(page, sentence)
 
 
 def move_scale(page: Any, value: float) -> None:
     page.fill("#scale input[type=number]", str(value))
     page.press("#scale input[type=number]", "Enter")
+    wait_for_sentence(page, f"with Van Gogh at {value:g}.")
 
 
 def test_a_prompt_is_drawn_and_the_scale_moves_the_right_picture(page: Any) -> None:
-    draw(page, "a house by Van Gogh")
-    wait_for_sentence(page, "Right: the same with Van Gogh at 1.")
+    draw(page, "a house by Van Gogh", "Right: the same with Van Gogh at 1.")
     left, right = pixels(page, "before"), pixels(page, "after")
     assert left != right
     move_scale(page, 0.5)
-    wait_for_sentence(page, "with Van Gogh at 0.5.")
     assert pixels(page, "before") == left
     assert pixels(page, "after") not in (left, right)
     page.focus("#scale input[type=range]")
     page.keyboard.press("Home")
     wait_for_sentence(page, "with Van Gogh at -1.")
     move_scale(page, 0)
-    wait_for_sentence(page, "with Van Gogh at 0.")
     assert pixels(page, "after") == left
 
 
 def test_bad_input_is_answered_by_a_sentence(page: Any) -> None:
-    draw(page, "  ")
-    wait_for_sentence(page, "a prompt needs a word")
+    draw(page, "  ", "a prompt needs a word")
     page.uncheck("#patches label:has-text('Van Gogh') input")
-    draw(page, "a house")
-    wait_for_sentence(page, "patches: choose at least one")
+    draw(page, "a house", "patches: choose at least one")
 
 
 def test_unsafe_pictures_stay_blurred_until_the_switch_is_set(page: Any) -> None:
-    draw(page, "a cat by the sea")
-    wait_for_sentence(page, "Right: the same with Van Gogh at 1.")
+    draw(page, "a cat by the sea", "Right: the same with Van Gogh at 1.")
     sharp = pixels(page, "before")
     page.check("#patches label:has-text('nudity') input")
     wait_for_sentence(page, "Blurred")
@@ -132,8 +128,7 @@ def test_unsafe_pictures_stay_blurred_until_the_switch_is_set(page: Any) -> None
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_nothing_overflows(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
-    draw(page, "a house by Van Gogh, " + "w" * 200)
-    wait_for_sentence(page, "Right: the same with")
+    draw(page, "a house by Van Gogh, " + "w" * 200, "Right: the same with")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for side in ("before", "after"):
         box = page.locator(f"#{side} img").bounding_box()
