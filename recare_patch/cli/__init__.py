@@ -44,21 +44,18 @@ SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 HUB_PREFIX = "hub:"
 FOLDER = click.Path(path_type=Path)
 
+_FILES = {
+    "erase": "erase plan",
+    "measure": "evaluate attack verify",
+    "stack": "stack merge unmerge",
+    "patch": "inspect convert generate",
+    "share": "push pull search index",
+    "lists": "methods recipes careset atelier",
+    "demo": "demo",
+}
 COMMANDS = Registry(
     "command",
-    {
-        name: f"recare_patch.cli.{file}:{name}"
-        for file, names in {
-            "erase": ("erase", "plan"),
-            "measure": ("evaluate", "attack", "verify"),
-            "stack": ("stack", "merge", "unmerge"),
-            "patch": ("inspect", "convert", "generate"),
-            "share": ("push", "pull", "search", "index"),
-            "lists": ("methods", "recipes", "careset", "atelier"),
-            "demo": ("demo",),
-        }.items()
-        for name in names
-    },
+    {name: f"recare_patch.cli.{file}:{name}" for file, names in _FILES.items() for name in names.split()},
 )
 
 _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -171,10 +168,7 @@ def set_option(help: str = "any recipe key, such as erase.guidance_minus=2") -> 
 
 
 class NamesOption(click.Option):
-    """A repeatable option of names from one of the tables of ``recare_patch.measure``; "{names}" in its help.
-
-    The table is looked up where it is needed, since what it lies among may need torch.
-    """
+    """A repeatable option of names from a table of ``recare_patch.measure``, looked up when it is needed."""
 
     def __init__(self, *declared: Any, table: str, extra: tuple[str, ...] = (), **options: Any) -> None:
         super().__init__(*declared, callback=self._check, **(options | {"multiple": True}))
@@ -266,32 +260,28 @@ def memory_options(command: Command) -> Command:
     return option("--vram GB", told, size)(command)
 
 
-def overrides_from(
-    assignments: Sequence[str], named: Mapping[str, Any] | None = None, **more: Any
-) -> dict[str, Any]:
-    """Recipe overrides of ``--set`` and of options with names of their own.
+def given_options() -> dict[str, Any]:
+    """Recipe key → value of the options made by :func:`recipe_option` that were given."""
+    return dict(click.get_current_context().meta.get(_GIVEN, {}))
+
+
+def overrides_from(assignments: Sequence[str], named: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Overrides of ``--set`` and of options with names of their own; None where one was not given.
 
     Args:
         assignments: what ``--set`` was given.
-        named: dotted key → value; the given ones of :func:`recipe_option` by default.
-        more: the same; None where an option was not given.
+        named: dotted key → value; those of :func:`given_options` by default.
 
     Raises:
         RecipeError: an assignment is malformed, or sets a key that an option sets otherwise.
     """
-    found = dict(given_options() if named is None else named)
-    found |= {key: value for key, value in more.items() if value is not None}
+    named = given_options() if named is None else named
+    found = {key: value for key, value in named.items() if value is not None}
     for text in assignments:
         key, value = parse_assignment(text)
-        if key in found and found[key] != value:
+        if found.setdefault(key, value) != value:
             raise RecipeError(f"{key} is set twice, to {found[key]!r} and to {value!r}")
-        found[key] = value
     return found
-
-
-def given_options() -> dict[str, Any]:
-    """Recipe key → value of the options made by :func:`recipe_option` that were given."""
-    return dict(click.get_current_context().meta.get(_GIVEN, {}))
 
 
 def parse_patch(text: str) -> tuple[Path, float]:
@@ -307,22 +297,23 @@ def parse_patch(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
     hub = text.startswith(HUB_PREFIX)
     path, colon, scale = text.rpartition(":")
-    if hub and path == HUB_PREFIX[:-1]:
-        path, colon, scale = text, "", ""
+    if not colon or path == "hub":
+        path, scale = text, "1"
     try:
-        value = float(scale) if colon else 1.0
+        value = float(scale)
     except ValueError:
         value = math.nan
-    if (hub or Path(path).exists()) and not math.isfinite(value):
+    sound = math.isfinite(value)
+    if not hub and not Path(path).exists():
+        raise PatchError(f"there is no patch at {path if sound else text}")
+    if not sound:
         raise PatchError(f"the scale of {path} must be a number such as 0.8, got '{scale}'")
-    if hub:
-        from recare_patch.share import fetched
+    if not hub:
+        return Path(path), value
+    from recare_patch.share import fetched
 
-        quiet_libraries()
-        return fetched(path), value
-    if not colon or not Path(path).exists():
-        raise PatchError(f"there is no patch at {path if colon and math.isfinite(value) else text}")
-    return Path(path), value
+    quiet_libraries()
+    return fetched(path), value
 
 
 def short_patch(text: str) -> str:

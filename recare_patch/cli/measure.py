@@ -188,7 +188,8 @@ def attack(
     recare-patch attack --patch van-gogh-patch --attack concept-inversion --vectors 4 --steps 3000
     recare-patch attack --patch b-patch --replay a-patch-attacks/unlearn-diff-atk
     """
-    overrides = cli.overrides_from(assignments, vectors=vectors, steps=steps, pictures=pictures)
+    named = {"vectors": vectors, "steps": steps, "pictures": pictures}
+    overrides = cli.overrides_from(assignments, named)
     if replay is not None and (len(attacks) > 1 or overrides):
         raise RecipeError("a replay takes its attack and options from the saved one: leave those out")
     if not Path(patch).exists():

@@ -46,16 +46,14 @@ def inspect(path: Path, as_json: bool, check: bool) -> None:
 
 
 def _weights_file(path: Path) -> Path:
-    if path.is_dir():
-        if (path / WEIGHTS_NAME).is_file():
-            return path / WEIGHTS_NAME
-        found = sorted(path.glob("*.safetensors"))
-        if len(found) == 1:
-            return found[0]
-        raise PatchError(f"{path} is no patch: {WEIGHTS_NAME} is not in it")
     if not path.exists():
         raise PatchError(f"there is no patch at {path}")
-    return path
+    if not path.is_dir() or (path / WEIGHTS_NAME).is_file():
+        return path / WEIGHTS_NAME if path.is_dir() else path
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise PatchError(f"{path} is no patch: {WEIGHTS_NAME} is not in it")
+    return found[0]
 
 
 def described(file: Path, header: SafetensorsHeader) -> dict[str, Any]:
@@ -245,25 +243,14 @@ def generate(
 def save_pairs(
     pairs: Sequence[Any], out: Path, *, title: str, blur: bool = False, patched: bool = True
 ) -> None:
-    """Lay pictures out as a sheet: one row a prompt and state, one column a seed.
-
-    Args:
-        pairs: ``GeneratedPair`` objects, those of one prompt in the order of their seeds.
-        out: the picture to write.
-        title: its heading.
-        blur: make its pictures unrecognisable.
-        patched: show the state after as well.
-    """
+    """Lay ``GeneratedPair`` objects out as a sheet: one row a prompt and state, one column a seed."""
     from recare_patch.core import SheetRow, save_sheet, sheet
 
     rows: list[SheetRow] = []
     for prompt in dict.fromkeys(pair.prompt for pair in pairs):
-        of_prompt = [pair for pair in pairs if pair.prompt == prompt]
-        rows.append(
-            SheetRow(f"{prompt} · before" if patched else prompt, [pair.before for pair in of_prompt])
-        )
-        if patched:
-            rows.append(SheetRow(f"{prompt} · after", [pair.after for pair in of_prompt]))
+        for word in ("before", "after") if patched else ("before",):
+            drawn = [getattr(pair, word) for pair in pairs if pair.prompt == prompt]
+            rows.append(SheetRow(f"{prompt} · {word}" if patched else prompt, drawn))
     columns = [f"seed {seed}" for seed in dict.fromkeys(pair.seed for pair in pairs)]
     save_sheet(sheet(rows, columns, title, blur=blur), out)
 
