@@ -27,7 +27,8 @@ def figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_all_methods_are_listed_with_what_is_known(invoke: Invoke, figures: Path) -> None:
     result = invoke("methods")
     assert result.exit_code == 0, result.output
-    for name, info in METHODS.items():
+    for name in METHODS:
+        info = Recipe(concept=Concept(text="a", kind="object"), method=name).method_info
         assert f"{name}  ({info.title}; " in result.stdout
         for text in (info.touches, info.strength, info.weakness):
             assert text in result.stdout
@@ -193,3 +194,12 @@ def test_atelier_info(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert all(word in told for word in words)
     monkeypatch.setattr(atelier, "WEIGHTS", tmp_path / "none")
     one_sentence(invoke("atelier info"), "benchmarks.atelier train")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_recipe_has_its_defaults(name: str) -> None:
+    recipe = Recipe(concept=Concept(text="a", kind="object"), method=name)
+    for key, value in recipe.method_info.defaults.items():
+        section, _, last = key.partition(".")
+        assert getattr(getattr(recipe, section), last) == value
+    assert recipe.adapter.layers == recipe.method_info.layers[0]
