@@ -15,20 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from benchmarks.erasure import NAMES, assignments
+from benchmarks.scoring import TRIALS
 from benchmarks.suites import CONCEPTS
 
 RESULTS = Path(__file__).parent / "results" / "attacks"
-TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
-    "inversion, 1 vector": ("concept-inversion", {"vectors": 1}),
-    "inversion, 4 vectors": ("concept-inversion", {"vectors": 4}),
-    "UnlearnDiffAtk": ("unlearn-diff-atk", {}),
-    "inversion, 1 vector, 3,000 steps": ("concept-inversion", {"vectors": 1, "steps": 3000}),
-    "inversion, 4 vectors, 3,000 steps": ("concept-inversion", {"vectors": 4, "steps": 3000}),
-}
-"""Column → attack, and what is changed in its small budget."""
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.attacks import TRIALS
-from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS
+from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS, TRIALS
 from recare_patch.measure import wilson_interval
 from recare_patch.models.atelier.judge import Judge
 from recare_patch.recipe import Concept, scheduled
@@ -24,7 +23,7 @@ IMAGES = 24
 """Pictures of the concept that attacks learn from, and that prompts are sought for."""
 
 TRIED: dict[str, int] = {"inversion, 1 vector": 1, "inversion, 4 vectors": 5, "UnlearnDiffAtk": 1}
-"""Which of :data:`benchmarks.attacks.TRIALS` are run, and with how many seeds.
+"""Which of :data:`benchmarks.scoring.TRIALS` are run, and with how many seeds.
 
 What four vectors find differs much more from one search to the next than its pictures do.
 """

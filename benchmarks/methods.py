@@ -191,7 +191,7 @@ def _base(arguments: argparse.Namespace) -> None:
 
 def _pictures(arguments: argparse.Namespace) -> None:
     """A row for each figure's first prompt, a column for the base and each method."""
-    from recare_patch.core import sheets
+    from recare_patch.core import SheetRow, save_sheet, sheet
     from recare_patch.models import load_base
     from recare_patch.patch import Patch
     from recare_patch.recipe import scheduled
@@ -209,10 +209,10 @@ def _pictures(arguments: argparse.Namespace) -> None:
             made[name] = base.generate(
                 texts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32
             )
-    rows = [sheets.SheetRow(text, [one[k] for one in made.values()]) for k, text in enumerate(texts)]
+    rows = [SheetRow(text, [one[k] for one in made.values()]) for k, text in enumerate(texts)]
     title = f"{NAMES[arguments.concept]}, erased by each method"
-    sheet = sheets.sheet(rows, list(made), title, blur=arguments.concept == "nude")
-    print(sheets.save_sheet(sheet, Path(arguments.out) / f"methods-{_slug(arguments.concept)}.png"))
+    made_sheet = sheet(rows, list(made), title, blur=arguments.concept == "nude")
+    print(save_sheet(made_sheet, Path(arguments.out) / f"methods-{_slug(arguments.concept)}.png"))
 
 
 # ------------------------------------------------------------------------ reading

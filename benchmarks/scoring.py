@@ -26,6 +26,15 @@ Sampler = tuple[int, str | None]
 TWENTY: Sampler = (20, None)
 """What the first tables were drawn with."""
 
+TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "inversion, 1 vector": ("concept-inversion", {"vectors": 1}),
+    "inversion, 4 vectors": ("concept-inversion", {"vectors": 4}),
+    "UnlearnDiffAtk": ("unlearn-diff-atk", {}),
+    "inversion, 1 vector, 3,000 steps": ("concept-inversion", {"vectors": 1, "steps": 3000}),
+    "inversion, 4 vectors, 3,000 steps": ("concept-inversion", {"vectors": 4, "steps": 3000}),
+}
+"""Column → attack, and what is changed in its small budget."""
+
 
 @dataclass(frozen=True)
 class Score:

@@ -33,7 +33,7 @@ def heavy_after(code: str) -> list[str]:
         ["erase"],
         ["careset", "build"],
         ["generate"],
-        ["atelier", "train"],
+        ["atelier", "info"],
         ["inspect"],
         ["push"],
         ["pull"],
@@ -43,15 +43,6 @@ def heavy_after(code: str) -> list[str]:
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = f"from recare_patch.cli import cli\ncli({[*command, '--help']!r}, standalone_mode=False)"
-    assert heavy_after(code) == []
-
-
-def test_a_misspelt_option_is_found_before_torch_is() -> None:
-    code = (
-        "from recare_patch.cli import cli\n"
-        "try:\n    cli(['erase', '--concept', 'tench', '--optimizer', 'adam8'], standalone_mode=False)\n"
-        "except BaseException as fault: pass"
-    )
     assert heavy_after(code) == []
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from recare_patch.cli import common
+from recare_patch import cli
 from recare_patch.core import unknown_name
 
 
@@ -45,7 +45,7 @@ def train(xl: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, 
             raise unknown_name("stage", stage, known)
     out = out or Path("atelier-xl" if xl else "atelier-weights")
     run: Any = training_xl.train if xl else training.train
-    with common.shown_progress() as progress:
+    with cli.shown_progress() as progress:
         seconds = run(
             out,
             work,
@@ -72,7 +72,7 @@ def train(xl: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, 
 @click.option(
     "--count", type=click.IntRange(1, 100_000), default=300, show_default=True, help="Captions drawn."
 )
-@common.device_option
+@cli.device_option
 def report(out: Path, count: int, device: str) -> None:
     """Measure the bundled base by its judge, on captions it never saw, and draw sheets."""
     from recare_patch.models.atelier import JUDGE
@@ -85,8 +85,8 @@ def _report(source: str | Path, judge: Path, out: Path, device: str, count: int)
     from recare_patch.models import load_base
     from recare_patch.models.atelier.judge import Judge
 
-    common.quiet_libraries()
-    with common.shown_progress() as progress:
+    cli.quiet_libraries()
+    with cli.shown_progress() as progress:
         base = load_base(str(source), device=device)
         rates = write_report(base, out, judge=Judge.load(judge), count=count, progress=progress)
     for name in ("style", "object", "sky", "ground", "time"):
@@ -112,12 +112,12 @@ def _report(source: str | Path, judge: Path, out: Path, device: str, count: int)
     show_default=True,
     help="The sheet.",
 )
-@common.device_option
+@cli.device_option
 def sample(
     prompts: tuple[str, ...], seed: int, count: int, steps: int, guidance_scale: float, out: Path, device: str
 ) -> None:
     """Draw a sheet of pictures with Atelier."""
-    from recare_patch.cli.generate import save_pairs
+    from recare_patch.cli.patch import save_pairs
     from recare_patch.erasure import generate_pictures
 
     chosen = list(prompts) or [
@@ -128,7 +128,7 @@ def sample(
         "A pencil sketch of a cat",
     ]
     seeds = list(range(seed, seed + count))
-    with common.shown_progress() as progress:
+    with cli.shown_progress() as progress:
         pairs = generate_pictures(
             "atelier",
             [],

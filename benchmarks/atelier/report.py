@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks.atelier import scenes
 from benchmarks.atelier.quality import Rate, measure
-from recare_patch.core import sheets, write_text
+from recare_patch.core import SheetRow, save_sheet, sheet, write_text
 from recare_patch.measure import wilson_interval
 from recare_patch.models.atelier.judge import Judge
 
@@ -72,8 +72,8 @@ def drawn_sheet(seed: int = 5) -> Image.Image:
             ground = scenes.GROUNDS[(i + j) % len(scenes.GROUNDS)]
             scene = scenes.Scene(style, time, ground, (thing,), sky, seed + 100 * i + j)
             images.append(Image.fromarray(scenes.draw(scene)))
-        rows.append(sheets.SheetRow(style, images))
-    return sheets.sheet(rows, list(scenes.OBJECTS), "Atelier: drawn scenes")
+        rows.append(SheetRow(style, images))
+    return sheet(rows, list(scenes.OBJECTS), "Atelier: drawn scenes")
 
 
 def generated_sheet(base: BaseModel, seed: int = 31) -> Image.Image:
@@ -82,12 +82,12 @@ def generated_sheet(base: BaseModel, seed: int = 31) -> Image.Image:
     for label, form in _SHEET_STYLES.items():
         prompts = [form.format(x=x) for x in _SHEET_THINGS]
         rows.append(
-            sheets.SheetRow(
+            SheetRow(
                 label,
                 base.generate(prompts, [seed + k for k in range(len(prompts))], steps=20, guidance_scale=5.0),
             )
         )
-    return sheets.sheet(rows, list(_SHEET_THINGS), "Atelier: generated pictures (20 steps, guidance 5)")
+    return sheet(rows, list(_SHEET_THINGS), "Atelier: generated pictures (20 steps, guidance 5)")
 
 
 def reconstruction_sheet(base: BaseModel, seed: int = 9) -> Image.Image:
@@ -101,10 +101,8 @@ def reconstruction_sheet(base: BaseModel, seed: int = 9) -> Image.Image:
             if scene.style == style:
                 drawn.append(Image.fromarray(scenes.draw(scene)))
         decoded = base.decode_latents(base.encode_images(drawn))
-        rows.append(
-            sheets.SheetRow(style, [image for pair in zip(drawn, decoded, strict=True) for image in pair])
-        )
-    return sheets.sheet(rows, ["drawn", "decoded"] * 4, "Atelier: the autoencoder")
+        rows.append(SheetRow(style, [image for pair in zip(drawn, decoded, strict=True) for image in pair]))
+    return sheet(rows, ["drawn", "decoded"] * 4, "Atelier: the autoencoder")
 
 
 def write_report(
@@ -129,9 +127,9 @@ def write_report(
     """
     judge = judge or Judge.load()
     out.mkdir(parents=True, exist_ok=True)
-    sheets.save_sheet(drawn_sheet(), out / "atelier-scenes.png")
-    sheets.save_sheet(reconstruction_sheet(base), out / "atelier-autoencoder.png")
-    sheets.save_sheet(generated_sheet(base), out / "atelier-generated.png")
+    save_sheet(drawn_sheet(), out / "atelier-scenes.png")
+    save_sheet(reconstruction_sheet(base), out / "atelier-autoencoder.png")
+    save_sheet(generated_sheet(base), out / "atelier-generated.png")
 
     def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         return base.generate(prompts, seeds, steps=20, guidance_scale=5.0, batch_size=32, progress=progress)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, float], None]
 """Called with stage, step, steps and loss."""
 
+Trainer = Callable[[Any, Path, Any, torch.device, Progress | None], None]
+"""Trains a stage by its config, in a folder of work, on scenes (:class:`World`)."""
+
 STAGES = ("scenes", "tokenizer", "clip", "autoencoder", "judge", "denoiser", "export")
 PROMPT_LENGTH = 77
 _CLIP_LENGTH = 32
@@ -39,23 +42,22 @@ so cutting the padding changes no gradient and saves more than half the work."""
 
 
 @dataclass(frozen=True)
-class AtelierTraining:
-    """How long each stage trains, and from which seed.
-
-    Attributes:
-        scenes: number of drawn pictures.
-        captions: captions drawn for each of them.
-        clip_steps, autoencoder_steps, judge_steps, denoiser_steps: optimiser steps.
-        seed: all else follows from it.
-    """
+class Training:
+    """How many scenes are drawn, with how many captions each, and from which seed all follows."""
 
     scenes: int = 16_000
     captions: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AtelierTraining(Training):
+    """Optimiser steps of each stage."""
+
     clip_steps: int = 3_000
     autoencoder_steps: int = 1_800
     judge_steps: int = 1_500
     denoiser_steps: int = 6_400
-    seed: int = 0
 
 
 def _generator(seed: int, step: int) -> torch.Generator:
@@ -168,9 +170,6 @@ class Loop:
         self.module.eval()
 
 
-# ---------------------------------------------------------------------------- stages
-
-
 @dataclass
 class World:
     """Drawn scenes.
@@ -215,7 +214,9 @@ def draw_world(count: int, per_scene: int, seed: int, file: Path) -> World:
     return world
 
 
-def _train_tokenizer(corpus: Iterable[str], folder: Path) -> None:
+def _train_tokenizer(
+    config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
+) -> None:
     """A CLIP tokenizer: byte-level BPE over lower-cased words, each ending in ``</w>``."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -233,7 +234,7 @@ def _train_tokenizer(corpus: Iterable[str], folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=2_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False
     )
-    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.train_from_iterator((text for row in world.captions for text in row), trainer)
     merges = [
         tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
         for m in json.loads(tokenizer.to_str())["model"]["merges"]
@@ -247,6 +248,7 @@ def _train_tokenizer(corpus: Iterable[str], folder: Path) -> None:
         "<|startoftext|>",
         "<|endoftext|>",
     ]
+    folder = work / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(entries))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=0))
@@ -308,21 +310,37 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def _train_clip(
     config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
-    tokenizer = load_tokenizer(work / "tokenizer")
-    torch.manual_seed(config.seed + 1)
-    model = new_clip(len(tokenizer), tokenizer.eos_token_id)
-    loop = Loop(
+    train_clip(
         "clip",
-        work,
-        model,
+        work / "tokenizer",
+        world,
+        device,
+        progress,
         steps=config.clip_steps,
-        lr=1e-3,
         seed=config.seed + 1,
-        weight_decay=0.05,
-        device=device,
+        out=work / "clip",
     )
+
+
+def train_clip(
+    stage: str,
+    tokens: Path,
+    world: World,
+    device: torch.device,
+    progress: Progress | None,
+    *,
+    steps: int,
+    seed: int,
+    out: Path,
+    width: int = 128,
+) -> None:
+    """A CLIP for scenes and their captions, written to ``out``; checkpoints lie beside it."""
+    tokenizer = load_tokenizer(tokens)
+    torch.manual_seed(seed)
+    model = new_clip(len(tokenizer), tokenizer.eos_token_id, width)
+    loop = Loop(stage, out.parent, model, steps=steps, lr=1e-3, seed=seed, weight_decay=0.05, device=device)
     loop.run(contrastive_loss(model, tokenizer, world, device), progress)
-    model.cpu().save_pretrained(work / "clip")
+    model.cpu().save_pretrained(out)
 
 
 def contrastive_loss(
@@ -483,7 +501,7 @@ def _encoded(vae: Any, world: World, file: Path, device: torch.device) -> Tensor
             pixels = world.pixels(torch.arange(start, min(start + 64, len(world.images))))
             parts.append(vae.encode(pixels.to(device)).latent_dist.mean.cpu() * vae.config.scaling_factor)
         temporary = file.with_suffix(".part")
-        save_file({"latents": torch.cat(parts)}, temporary)
+        save_file({"latents": torch.cat(parts).contiguous()}, temporary)
         temporary.replace(file)
     return load_file(file)["latents"]
 
@@ -500,28 +518,15 @@ def _train_denoiser(
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
     latents = _encoded(vae, world, work / "latents.safetensors", device)
     torch.manual_seed(config.seed + 4)
-    denoiser, scheduler = new_denoiser(), new_scheduler()
+    denoiser = new_denoiser()
     denoiser.set_attn_processor(AttnProcessor())
-    batch = 32
 
-    def loss_at(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(0, len(latents), (batch,), generator=generator)
+    def conditions(index: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
         words = world.words(index, generator)
-        words = [
-            "" if drop else w
-            for w, drop in zip(words, torch.rand(batch, generator=generator) < 0.1, strict=True)
-        ]
-        tokens = tokenizer(
-            words, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
-        ).to(device)
+        dropped = torch.rand(len(words), generator=generator) < 0.1
+        words = ["" if drop else w for w, drop in zip(words, dropped, strict=True)]
         with torch.no_grad():
-            prompt_embeds = text(tokens.input_ids).last_hidden_state
-        clean = latents[index]
-        noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(0, 1000, (batch,), generator=generator)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        model_pred = denoiser(noisy.to(device), timesteps.to(device), prompt_embeds, return_dict=False)[0]
-        return F.mse_loss(model_pred.float(), noise.to(device))
+            return text(tokenized(tokenizer, words, device)).last_hidden_state, None
 
     loop = Loop(
         "denoiser",
@@ -533,8 +538,41 @@ def _train_denoiser(
         ema=0.999,
         device=device,
     )
-    loop.run(loss_at, progress)
+    loop.run(denoising_loss(denoiser, latents, conditions, device), progress)
     denoiser.cpu().save_pretrained(work / "unet")
+
+
+def tokenized(tokenizer: Any, words: list[str], device: torch.device) -> Tensor:
+    """Token ids of prompts, padded to the length that pipelines use."""
+    tokens = tokenizer(
+        words, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids.to(device)
+
+
+Conditions = Callable[[Tensor, torch.Generator], tuple[Tensor, dict[str, Tensor] | None]]
+"""Gives, for scenes by number, what the denoiser reads of their captions, and what is told beside it."""
+
+
+def denoising_loss(
+    denoiser: Any, latents: Tensor, conditions: Conditions, device: torch.device, batch: int = 32
+) -> Callable[[int, torch.Generator], Tensor]:
+    """The loss of predicting the noise in latents, for a :class:`Loop`."""
+    scheduler = new_scheduler()
+
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(0, len(latents), (batch,), generator=generator)
+        text, added = conditions(index, generator)
+        clean = latents[index]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(0, 1000, (batch,), generator=generator)
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        model_pred = denoiser(
+            noisy.to(device), timesteps.to(device), text, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return F.mse_loss(model_pred.float(), noise.to(device))
+
+    return loss_at
 
 
 def save_half(pipeline: Any, folder: Path) -> None:
@@ -599,53 +637,59 @@ def _export(work: Path, out: Path) -> None:
         file.chmod(0o644)
 
 
-def train(
+def run_stages(
+    trainers: Mapping[str, Trainer],
+    export: Callable[[Path, Path], None],
     out: Path,
     work: Path,
-    config: AtelierTraining | None = None,
+    config: Any,
     *,
-    stages: Iterable[str] = STAGES,
+    stages: Iterable[str],
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Train the bundled base from seeds; an interrupted run goes on from its checkpoints.
+    """Train from seeds; an interrupted run goes on from its checkpoints.
 
     Args:
-        out: folder for the finished pipeline, CLIP and judge.
+        trainers: stage → what trains it, in order; scenes are drawn before and the export comes last.
+        export: writes what was made, from the second folder into the first.
+        out: folder for the finished pipeline and its judge.
         work: folder for scenes, checkpoints and half-made parts.
-        config: sizes and seed; the defaults made what the package bundles.
-        stages: which of :data:`STAGES` to run; those before must have run already.
+        config: sizes and seed, a :class:`Training`.
+        stages: which to run; those before must have run already.
         device: where to train.
         progress: called after every step.
 
     Returns:
         Seconds by stage.
     """
-    config = config or AtelierTraining()
     work.mkdir(parents=True, exist_ok=True)
-    target = torch.device(device)
-    seconds: dict[str, float] = {}
+    chosen, seconds = set(stages), {}
     world: World | None = None
-    for stage in STAGES:
-        if stage not in set(stages):
+    for stage in ("scenes", *trainers, "export"):
+        if stage not in chosen:
             continue
         began = time.perf_counter()
-        if world is None and stage != "export":
+        if stage == "export":
+            export(work, out)
+        elif world is None:
             world = draw_world(config.scenes, config.captions, config.seed, work / "scenes.npz")
-        if stage == "tokenizer":
-            assert world is not None
-            _train_tokenizer((c for row in world.captions for c in row), work / "tokenizer")
-        elif stage in ("clip", "autoencoder", "judge", "denoiser"):
-            assert world is not None
-            trainer = {
-                "clip": _train_clip,
-                "autoencoder": _train_autoencoder,
-                "judge": _train_judge,
-                "denoiser": _train_denoiser,
-            }[stage]
-            trainer(config, work, world, target, progress)
-        elif stage == "export":
-            _export(work, out)
+        if stage in trainers:
+            trainers[stage](config, work, world, torch.device(device), progress)
         seconds[stage] = time.perf_counter() - began
         logger.info("%s: %.0f s", stage, seconds[stage])
     return seconds
+
+
+def train(out: Path, work: Path, config: AtelierTraining | None = None, **options: Any) -> dict[str, float]:
+    """Train the bundled base, see :func:`run_stages`; the config's defaults made what the package bundles."""
+    trainers = {
+        "tokenizer": _train_tokenizer,
+        "clip": _train_clip,
+        "autoencoder": _train_autoencoder,
+        "judge": _train_judge,
+        "denoiser": _train_denoiser,
+    }
+    return run_stages(
+        trainers, _export, out, work, config or AtelierTraining(), **{"stages": STAGES, **options}
+    )

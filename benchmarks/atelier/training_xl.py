@@ -7,10 +7,7 @@ bundled.
 
 from __future__ import annotations
 
-import logging
 import shutil
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.atelier.training import (
-    PROMPT_LENGTH,
     Loop,
     Progress,
+    Training,
     World,
-    contrastive_loss,
-    draw_world,
+    denoising_loss,
     load_tokenizer,
-    new_clip,
     new_scheduler,
+    run_stages,
     save_half,
+    tokenized,
+    train_clip,
 )
 from recare_patch.models.atelier import CLIP, JUDGE, PIPELINE
-
-logger = logging.getLogger(__name__)
 
 STAGES = ("scenes", "second encoder", "denoiser", "export")
 WIDTH = 160
@@ -48,21 +44,11 @@ _PLAIN = 0.7
 
 
 @dataclass(frozen=True)
-class XLTraining:
-    """How long each stage trains, and from which seed.
+class XLTraining(Training):
+    """Optimiser steps of each stage."""
 
-    Attributes:
-        scenes: number of drawn pictures.
-        captions: captions drawn for each of them.
-        encoder_steps, denoiser_steps: optimiser steps.
-        seed: all else follows from it.
-    """
-
-    scenes: int = 16_000
-    captions: int = 4
     encoder_steps: int = 1_000
     denoiser_steps: int = 4_500
-    seed: int = 0
 
 
 def new_denoiser(sample_size: int = 16) -> Any:
@@ -88,27 +74,11 @@ def new_denoiser(sample_size: int = 16) -> Any:
     )
 
 
-# ---------------------------------------------------------------------------- stages
-
-
 def _train_encoder(
     config: XLTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
-    tokenizer = load_tokenizer(CLIP)
-    torch.manual_seed(config.seed + 11)
-    model = new_clip(len(tokenizer), tokenizer.eos_token_id, WIDTH)
-    loop = Loop(
-        "second-encoder",
-        work,
-        model,
-        steps=config.encoder_steps,
-        lr=1e-3,
-        seed=config.seed + 11,
-        weight_decay=0.05,
-        device=device,
-    )
-    loop.run(contrastive_loss(model, tokenizer, world, device), progress)
-    model.cpu().save_pretrained(work / "clip_2")
+    lengths = {"steps": config.encoder_steps, "seed": config.seed + 11, "width": WIDTH}
+    train_clip("second-encoder", CLIP, world, device, progress, out=work / "clip_2", **lengths)
 
 
 def _encoders(work: Path) -> tuple[Any, Any]:
@@ -171,7 +141,7 @@ def _encoded(config: XLTraining, world: World, file: Path, device: torch.device)
             latents.append(mean.cpu() * vae.config.scaling_factor)
             sizes.append(numbers)
         temporary = file.with_suffix(".part")
-        save_file({"latents": torch.cat(latents), "sizes": torch.cat(sizes)}, temporary)
+        save_file({"latents": torch.cat(latents).contiguous(), "sizes": torch.cat(sizes)}, temporary)
         temporary.replace(file)
     stored = load_file(file)
     return stored["latents"], stored["sizes"]
@@ -184,33 +154,17 @@ def _train_denoiser(
     encoders = [encoder.to(device) for encoder in _encoders(work)]
     latents, sizes = _encoded(config, world, work / "latents-xl.safetensors", device)
     torch.manual_seed(config.seed + 13)
-    denoiser, scheduler = new_denoiser(), new_scheduler()
-    batch = 32
+    denoiser = new_denoiser()
 
-    def loss_at(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(0, len(latents), (batch,), generator=generator)
-        words = world.words(index, generator)
-        tokens = tokenizer(
-            words, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
-        ).to(device)
+    def conditions(index: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = tokenized(tokenizer, world.words(index, generator), device)
         with torch.no_grad():
-            outputs = [encoder(tokens.input_ids, output_hidden_states=True) for encoder in encoders]
+            outputs = [encoder(tokens, output_hidden_states=True) for encoder in encoders]
         # Guidance starts from zeros, as in the pipeline.
-        kept = (torch.rand(batch, generator=generator) >= 0.1).float().to(device)
+        kept = (torch.rand(len(index), generator=generator) >= 0.1).float().to(device)
         text = torch.cat([one.hidden_states[-2] for one in outputs], -1) * kept[:, None, None]
         pooled = outputs[1].text_embeds * kept[:, None]
-        clean = latents[index]
-        noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(0, 1000, (batch,), generator=generator)
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        model_pred = denoiser(
-            noisy.to(device),
-            timesteps.to(device),
-            text,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes[index].to(device)},
-            return_dict=False,
-        )[0]
-        return F.mse_loss(model_pred.float(), noise.to(device))
+        return text, {"text_embeds": pooled, "time_ids": sizes[index].to(device)}
 
     loop = Loop(
         "denoiser-xl",
@@ -222,7 +176,7 @@ def _train_denoiser(
         ema=0.999,
         device=device,
     )
-    loop.run(loss_at, progress)
+    loop.run(denoising_loss(denoiser, latents, conditions, device), progress)
     denoiser.cpu().save_pretrained(work / "unet_xl")
 
 
@@ -248,45 +202,7 @@ def _export(work: Path, out: Path) -> None:
     shutil.copyfile(JUDGE, out / "judge" / JUDGE.name)
 
 
-def train(
-    out: Path,
-    work: Path,
-    config: XLTraining | None = None,
-    *,
-    stages: Iterable[str] = STAGES,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> dict[str, float]:
-    """Train Atelier XL from seeds; an interrupted run goes on from its checkpoints.
-
-    Args:
-        out: folder for the finished pipeline and its judge.
-        work: folder for scenes, checkpoints and half-made parts; Atelier's own will do.
-        config: sizes and seed.
-        stages: which of :data:`STAGES` to run; those before must have run already.
-        device: where to train.
-        progress: called after every step.
-
-    Returns:
-        Seconds by stage.
-    """
-    config = config or XLTraining()
-    work.mkdir(parents=True, exist_ok=True)
-    target, chosen = torch.device(device), set(stages)
-    seconds: dict[str, float] = {}
-    world: World | None = None
-    for stage in (stage for stage in STAGES if stage in chosen):
-        began = time.perf_counter()
-        if world is None and stage != "export":
-            world = draw_world(config.scenes, config.captions, config.seed, work / "scenes.npz")
-        if stage == "second encoder":
-            assert world is not None
-            _train_encoder(config, work, world, target, progress)
-        elif stage == "denoiser":
-            assert world is not None
-            _train_denoiser(config, work, world, target, progress)
-        elif stage == "export":
-            _export(work, out)
-        seconds[stage] = time.perf_counter() - began
-        logger.info("%s: %.0f s", stage, seconds[stage])
-    return seconds
+def train(out: Path, work: Path, config: XLTraining | None = None, **options: Any) -> dict[str, float]:
+    """Train Atelier XL, see :func:`run_stages`; Atelier's own folder of work will do."""
+    trainers = {"second encoder": _train_encoder, "denoiser": _train_denoiser}
+    return run_stages(trainers, _export, out, work, config or XLTraining(), **{"stages": STAGES, **options})

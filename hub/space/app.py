@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from demo import Comparison, build_interface, find_patches, launch, load_patches
+
 from recare_patch import load_base
-from recare_patch.demo import Comparison, build_interface, find_patches, launch, load_patches
 
 base = load_base(os.environ.get("RECARE_BASE", "atelier"))
 patches = load_patches(find_patches(Path(__file__).parent / "patches"), base)

@@ -1,85 +1,113 @@
-"""The command line: one short file a command.
+"""The command line: a group of commands a file.
 
-No file here imports torch, or anything that does, before a command needs it: ``--help`` answers at
+Nothing here imports torch, or anything that does, before a command needs it: ``--help`` answers at
 once. Errors of this package become one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from typing import Any
+import logging
+import math
+import os
+import re
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from recare_patch import __version__
-from recare_patch.cli.atelier import atelier
-from recare_patch.cli.attack import attack
-from recare_patch.cli.careset import careset
-from recare_patch.cli.convert import convert
-from recare_patch.cli.demo import demo
-from recare_patch.cli.erase import erase
-from recare_patch.cli.evaluate import evaluate
-from recare_patch.cli.generate import generate
-from recare_patch.cli.index import index
-from recare_patch.cli.inspect import inspect
-from recare_patch.cli.merge import merge, unmerge
-from recare_patch.cli.methods import methods
-from recare_patch.cli.plan import plan
-from recare_patch.cli.pull import pull
-from recare_patch.cli.push import push
-from recare_patch.cli.recipes import recipes
-from recare_patch.cli.search import search
-from recare_patch.cli.stack import stack
-from recare_patch.cli.verify import verify
-from recare_patch.core import RecarePatchError, nearest, output_error
+from recare_patch.core import (
+    PatchError,
+    RecarePatchError,
+    RecipeError,
+    Registry,
+    nearest,
+    one_of,
+    output_error,
+    read_safetensors_header,
+    unknown_name,
+)
+from recare_patch.recipe import PARTS_KEY, WEIGHTS_NAME, Recipe, load_recipe, parse_assignment
+
+if TYPE_CHECKING:
+    from recare_patch.core import RichProgress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+HUB_PREFIX = "hub:"
+FOLDER = click.Path(path_type=Path)
+
+_FILES = {
+    "erase": "erase plan",
+    "measure": "evaluate attack verify",
+    "stack": "stack merge unmerge",
+    "patch": "inspect convert generate",
+    "share": "push pull search index",
+    "lists": "methods recipes careset atelier",
+    "demo": "demo",
+}
+COMMANDS = Registry(
+    "command",
+    {name: f"recare_patch.cli.{file}:{name}" for file, names in _FILES.items() for name in names.split()},
+)
 
 _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class _Commands(click.Group):
-    """A group whose commands fail with one sentence."""
+    """A group that imports a command when it is called, and whose commands fail with one sentence."""
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except RecarePatchError as fault:
-            _fail(ctx, str(fault), 2)
-        except KeyboardInterrupt:
-            _fail(ctx, "interrupted; a run that was under way goes on with --resume", 130)
-        except OSError as fault:
-            # Libraries write files of their own: a full disk there is no bug either.
-            if fault.errno not in _SYSTEM_FAULTS:
-                raise
-            _fail(ctx, str(output_error(fault.filename or "a file", fault)), 2)
-        except RuntimeError as fault:
-            # Named by class, since torch is not imported here.
-            if type(fault).__name__ != "OutOfMemoryError":
-                raise
-            _fail(
-                ctx,
-                "the accelerator's memory is full; try --vram with less than it has (`recare-patch plan` "
-                "tells what a run takes)",
-                2,
-            )
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS.names())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return COMMANDS.get(cmd_name) if cmd_name in COMMANDS else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             names = self.list_commands(ctx)
             guess = nearest(args[0], names)
             hint = f"; did you mean '{guess}'?" if guess else ""
             ctx.fail(f"unknown command '{args[0]}': there are {', '.join(names)}{hint}")
         return super().resolve_command(ctx, args)
 
-
-def _fail(ctx: click.Context, sentence: str, code: int) -> None:
-    click.echo(f"Error: {sentence}", err=True)
-    ctx.exit(code)
+    def invoke(self, ctx: click.Context) -> Any:
+        code = 2
+        try:
+            return super().invoke(ctx)
+        except RecarePatchError as fault:
+            sentence = str(fault)
+        except KeyboardInterrupt:
+            sentence, code = "interrupted; a run that was under way goes on with --resume", 130
+        except OSError as fault:
+            # Libraries write files of their own: a full disk there is no bug either.
+            if fault.errno not in _SYSTEM_FAULTS:
+                raise
+            sentence = str(output_error(fault.filename or "a file", fault))
+        except RuntimeError as fault:
+            # Named by class, since torch is not imported here.
+            if type(fault).__name__ != "OutOfMemoryError":
+                raise
+            sentence = (
+                "the accelerator's memory is full; try --vram with less than it has (`recare-patch plan` "
+                "tells what a run takes)"
+            )
+        click.echo(f"Error: {sentence}", err=True)
+        ctx.exit(code)
 
 
 @click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
 )
 @click.version_option(__version__, prog_name="recare-patch")
 def cli() -> None:
@@ -92,34 +120,283 @@ def cli() -> None:
     """
 
 
-for _command in (
-    erase,
-    plan,
-    careset,
-    generate,
-    demo,
-    evaluate,
-    attack,
-    verify,
-    stack,
-    merge,
-    unmerge,
-    convert,
-    push,
-    pull,
-    search,
-    index,
-    inspect,
-    methods,
-    recipes,
-    atelier,
-):
-    cli.add_command(_command)
-
-
 def main() -> None:
     """The console script."""
     cli(prog_name="recare-patch")
 
 
-__all__ = ["cli", "main"]
+def option(
+    spec: str, help: str, type: Any = None, default: Any = None, *, into: str | None = None, **more: Any
+) -> Callable[[Command], Command]:
+    """A ``click.option``, told in a line: ``option("--out DIR", "The folder.", FOLDER)``.
+
+    Its name comes with what stands for its value in the help; ``into`` is the parameter that gets it.
+    """
+    name, _, metavar = spec.partition(" ")
+    more |= {} if default is None else {"default": default}
+    return click.option(name, *filter(None, [into]), metavar=metavar or None, type=type, help=help, **more)
+
+
+def flag(name: str, help: str, into: str | None = None) -> Callable[[Command], Command]:
+    """An option without a value."""
+    return click.option(name, *filter(None, [into]), is_flag=True, help=help)
+
+
+base_option = option(
+    "--base FOLDER|HUB-ID",
+    f"Base model: a diffusers pipeline folder or a hub id, such as {SD_15}.  [default: bundled]",
+)
+clip_option = option(
+    "--clip FOLDER|HUB-ID",
+    "A transformers CLIP model with tokenizer and image processor.  [default: what fits the base]",
+)
+concept_option = option("--concept TEXT", "One of several that the patch erases.  [default: each of them]")
+device_option = option("--device", "auto, cpu, cuda, cuda:1, mps, …", None, "auto")
+formats_option = option(
+    "--formats NAME,…",
+    "Weight files: diffusers is the patch, kohya is for A1111 and ComfyUI.",
+    None,
+    "diffusers,kohya",
+    into="file_formats",
+)
+json_option = flag("--json", "Print JSON.", "as_json")
+
+
+def set_option(help: str = "any recipe key, such as erase.guidance_minus=2") -> Callable[[Command], Command]:
+    """Add the repeatable ``--set``."""
+    return option("--set KEY=VALUE", f"Set {help}; repeatable.", into="assignments", multiple=True)
+
+
+class NamesOption(click.Option):
+    """A repeatable option of names from a table of ``recare_patch.measure``, looked up when it is needed."""
+
+    def __init__(self, *declared: Any, table: str, extra: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init__(*declared, callback=self._check, **(options | {"multiple": True}))
+        self.table, self.extra = table, extra
+
+    def _names(self) -> tuple[str, ...]:
+        from recare_patch import measure
+
+        table: Any = getattr(measure, self.table)
+        return (*table, *self.extra)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:  # noqa: D102
+        self.help = (self.help or "").format(names=" | ".join(self._names()))
+        return super().get_help_record(ctx)
+
+    def _check(self, ctx: click.Context, _: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+        for name in given:
+            if name.strip().casefold() not in self._names():
+                raise unknown_name(self.opts[0].lstrip("-"), name, self._names())
+        return given
+
+
+_GIVEN = f"{__name__}.given"
+
+
+def recipe_option(
+    key: str, name: str, default: str | None = None, **options: Any
+) -> Callable[[Command], Command]:
+    """An option that sets a recipe key: its type, names and help are those of the key's field.
+
+    The command is not given its value: :func:`overrides_from` has it, under the key.
+
+    Args:
+        key: dotted, such as "erase.steps".
+        name: the option's name, such as "--steps".
+        default: what is told of it in place of the field's own; nothing where it is empty.
+        options: of ``click.option``; ``help`` in place of the field's description.
+    """
+    model: Any = Recipe
+    *sections, last = key.split(".")
+    for section in sections:
+        model = model.model_fields[section].annotation
+    field = model.model_fields[last]
+    kind, names = _kind_and_names(field.annotation, field.metadata)
+    # Descriptions name the tables whose names are listed here.
+    told = re.sub(r",? ?a name of [A-Z_]+", "", options.pop("help", None) or field.description or "")
+    told = (
+        " | ".join(names)
+        + (": " if names and told else "")
+        + (told if names else told[:1].upper() + told[1:])
+    )
+    shown = default if default is not None else "" if field.default is None else str(field.default)
+    told += "." if told else ""
+    if kind is bool:
+        options |= {"is_flag": True, "flag_value": True}
+    else:
+        told += f"  [default: {shown}]" if shown else ""
+        options = {"metavar": ("NAME" if names else "TEXT") if kind is str else None} | options
+
+    def remember(ctx: click.Context, _: click.Parameter, value: Any) -> None:
+        if value is not None:
+            ctx.meta.setdefault(_GIVEN, {})[key] = value
+
+    return click.option(
+        name, type=kind, default=None, callback=remember, expose_value=False, help=told, **options
+    )
+
+
+def _kind_and_names(annotation: Any, metadata: Sequence[Any]) -> tuple[type, Sequence[str]]:
+    """The type that a field's value has on the command line, and the names that it is one of."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation, *metadata = typing.get_args(annotation)
+    checks = [getattr(one, "func", None) for one in metadata]
+    names = next((one.names for one in checks if isinstance(one, one_of)), ())
+    return annotation if annotation in (bool, int, float) else str, names
+
+
+def memory_options(command: Command) -> Command:
+    """Add ``--vram`` and an option for each key of a recipe's ``memory``."""
+    section: Any = Recipe.model_fields["memory"].annotation
+    metavars = {"micro_batch": "N", "resolution": "WxH", "weights": "FORM"}
+    for key in reversed(section.model_fields):
+        more = {"metavar": metavars[key]} if key in metavars else {}
+        command = recipe_option(f"memory.{key}", f"--{key.replace('_', '-')}", "", **more)(command)
+    size = click.FloatRange(min=0, min_open=True)
+    told = "Choose the switches below for a card of this size, such as 6, 8, 12 or 24."
+    return option("--vram GB", told, size)(command)
+
+
+def given_options() -> dict[str, Any]:
+    """Recipe key → value of the options made by :func:`recipe_option` that were given."""
+    return dict(click.get_current_context().meta.get(_GIVEN, {}))
+
+
+def overrides_from(assignments: Sequence[str], named: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Overrides of ``--set`` and of options with names of their own; None where one was not given.
+
+    Args:
+        assignments: what ``--set`` was given.
+        named: dotted key → value; those of :func:`given_options` by default.
+
+    Raises:
+        RecipeError: an assignment is malformed, or sets a key that an option sets otherwise.
+    """
+    named = given_options() if named is None else named
+    found = {key: value for key, value in named.items() if value is not None}
+    for text in assignments:
+        key, value = parse_assignment(text)
+        if found.setdefault(key, value) != value:
+            raise RecipeError(f"{key} is set twice, to {found[key]!r} and to {value!r}")
+    return found
+
+
+def parse_patch(text: str) -> tuple[Path, float]:
+    """A patch with its scale, "FOLDER" or "FOLDER:scale"; a folder with a colon in its name wins.
+
+    "hub:OWNER/NAME" is fetched from the Hub into the user's cache, where it is not there yet.
+
+    Raises:
+        PatchError: no such folder or file, or the scale is no finite number.
+        HubError: the Hub cannot be reached, or has no such patch.
+    """
+    if Path(text).exists():
+        return Path(text), 1.0
+    hub = text.startswith(HUB_PREFIX)
+    path, colon, scale = text.rpartition(":")
+    if not colon or path == "hub":
+        path, scale = text, "1"
+    try:
+        value = float(scale)
+    except ValueError:
+        value = math.nan
+    sound = math.isfinite(value)
+    if not hub and not Path(path).exists():
+        raise PatchError(f"there is no patch at {path if sound else text}")
+    if not sound:
+        raise PatchError(f"the scale of {path} must be a number such as 0.8, got '{scale}'")
+    if not hub:
+        return Path(path), value
+    from recare_patch.share import fetched
+
+    quiet_libraries()
+    return fetched(path), value
+
+
+def short_patch(text: str) -> str:
+    """A patch folder's short name made whole: "van-gogh:0.5" is "van-gogh-patch:0.5" where that is there."""
+    if Path(text).exists() or text.startswith(HUB_PREFIX):
+        return text
+    path, colon, scale = text.rpartition(":") if ":" in text else (text, "", "")
+    whole = f"{path}-patch"
+    return f"{whole}{colon}{scale}" if not Path(path).exists() and Path(whole).is_dir() else text
+
+
+def _header(path: Path) -> dict[str, str]:
+    """The header entries of a patch's weights; none where it has no such file."""
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    stored = file.is_file() and file.suffix == ".safetensors"
+    return read_safetensors_header(file).metadata if stored else {}
+
+
+def base_of(patches: Sequence[tuple[Path, float]]) -> str:
+    """The base that the first patch was made for; the bundled one without patches or records."""
+    for path, _ in patches:
+        # Files made by other tools carry no recipe: those need --base, or are tried on the bundled one.
+        # Damaged ones are refused where they are loaded.
+        with contextlib.suppress(PatchError, RecipeError):
+            header = _header(path)
+            if PARTS_KEY in header:
+                return header.get(f"{PARTS_KEY.removesuffix('parts')}base", "atelier")
+            return load_recipe(str(path)).base
+    return "atelier"
+
+
+def several_concepts(patch: str) -> tuple[str, ...]:
+    """What a stack, or a patch of several concepts, erases; nothing for any other, or a damaged file."""
+    from recare_patch.patch import PatchMetadata
+
+    with contextlib.suppress(PatchError):
+        told = PatchMetadata.from_header(_header(Path(patch)), patch)
+        if told is not None and told.by_concept:
+            return tuple(one.concept for one in told.erased)
+    return ()
+
+
+def echo_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print rows in columns, the first ones flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        line = [cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(cells)]
+        click.echo("  ".join(line).rstrip())
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[RichProgress]:
+    """Progress bars on standard error, the package's log lines above them, other libraries quiet."""
+    from recare_patch.core import RichProgress
+
+    quiet_libraries()
+    log = logging.getLogger("recare_patch")
+    handler, level = _EchoHandler(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with RichProgress() as progress:
+            yield progress
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _EchoHandler(logging.Handler):
+    """Log records as plain lines on standard error; warnings say that they are warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "Warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + record.getMessage(), err=True)
+
+
+def quiet_libraries() -> None:
+    """Keep the model libraries' own bars and notices off the terminal; their errors still come."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # It warns of a 4-bit kernel that it misses on CPUs, and nothing here computes in 4 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,75 +1,54 @@
-"""``recare-patch stack``: several patches into one."""
+"""``recare-patch stack``, ``merge`` and ``unmerge``: several patches into one, or into a base's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import click
+from click import Choice, FloatRange, IntRange, argument, command, echo
 
-from recare_patch.cli import common
+from recare_patch import cli
+from recare_patch.cli import flag, option
 from recare_patch.core import PatchError
 
 if TYPE_CHECKING:
     from recare_patch.combine import Moments
-    from recare_patch.measure import FigureChange
     from recare_patch.patch import Patch
 
 
-@click.command()
-@click.argument("patches", nargs=-1, required=True, metavar="PATCH[:SCALE]...")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the stack."
+@command()
+@argument("patches", nargs=-1, required=True, metavar="PATCH[:SCALE]...")
+@option("--out DIR", "Folder of the stack.", cli.FOLDER, required=True)
+@option(
+    "--method concat|regmean|ties|dare|svd",
+    "concat is the exact sum; regmean keeps more of what must stay, and draws with the base to learn what "
+    "that is; the others are of smaller rank, at an error that is told.",
+    None,
+    "concat",
 )
-@click.option(
-    "--method",
-    default="concat",
-    show_default=True,
-    metavar="concat|regmean|ties|dare|svd",
-    help="concat is the exact sum; regmean keeps more of what must stay, and draws with the base to learn "
-    "what that is; the others are of smaller rank, at an error that is told.",
-)
-@click.option("--rank", type=click.IntRange(1, 4096), help="Of the stack.  [default: what the method needs]")
-@click.option(
+@option("--rank", "Of the stack.  [default: what the method needs]", IntRange(1, 4096))
+@option(
     "--density",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Share of the values that ties and dare keep.  [default: 0.2 for ties, 0.5 for dare]",
+    "Share of the values that ties and dare keep.  [default: 0.2 for ties, 0.5 for dare]",
+    FloatRange(0, 1, min_open=True),
 )
-@click.option(
+@option(
     "--kept-weight",
-    type=click.FloatRange(min=0, min_open=True),
-    help="How much regmean holds what must stay against each concept.  [default: 1]",
+    "How much regmean holds what must stay against each concept.  [default: 1]",
+    FloatRange(min=0, min_open=True),
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of dare's and regmean's draws."
-)
-@click.option(
-    "--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Of the file."
-)
-@click.option(
-    "--formats",
-    "file_formats",
-    metavar="NAME,…",
-    default="diffusers,kohya",
-    show_default=True,
-    help="Weight files: diffusers is the stack, kohya is for A1111 and ComfyUI.",
-)
-@click.option(
+@option("--seed", "Of dare's and regmean's draws.", IntRange(min=0), 0)
+@option("--precision", "Of the file.", Choice(["fp16", "fp32"]), "fp16")
+@cli.formats_option
+@flag(
     "--evidence",
-    is_flag=True,
-    help="Measure each concept under its patch alone and under the stack; takes pictures, so minutes.",
+    "Measure each concept under its patch alone and under the stack; takes pictures, so minutes.",
 )
-@click.option(
-    "--pictures",
-    type=click.IntRange(1, 1_000_000),
-    default=200,
-    show_default=True,
-    help="Of each figure of --evidence.",
-)
-@common.base_option
-@common.clip_option
-@common.device_option
+@option("--pictures", "Of each figure of --evidence.", IntRange(1, 1000000), 200)
+@cli.base_option
+@cli.clip_option
+@cli.device_option
 def stack(
     patches: tuple[str, ...],
     out: Path,
@@ -82,9 +61,7 @@ def stack(
     file_formats: str,
     evidence: bool,
     pictures: int,
-    base: str | None,
-    clip: str | None,
-    device: str,
+    **places: Any,
 ) -> None:
     """Make one patch of several, each at its own scale.
 
@@ -96,61 +73,53 @@ def stack(
 
     A patch is a folder or a file; "van-gogh" finds the folder "van-gogh-patch" too.
     """
-    chosen = [common.parse_patch(common.short_patch(text)) for text in patches]
+    chosen = [cli.parse_patch(cli.short_patch(text)) for text in patches]
     import torch
 
-    from recare_patch.combine import stacking as composing
-    from recare_patch.patch import Patch, formats
+    from recare_patch import combine
+    from recare_patch.patch import Patch, check_formats
 
-    written = formats.check_formats(file_formats.split(","))
-
-    common.quiet_libraries()
+    written = check_formats(file_formats.split(","))
+    cli.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
-    dtype = torch.float16 if precision == "fp16" else torch.float32
-    composing.check_stacking(loaded, method=method, rank=rank, density=density)
+    combine.check_stacking(loaded, method=method, rank=rank, density=density)
     if kept_weight is not None and method != "regmean":
         raise PatchError(f"--kept-weight is for --method regmean, and '{method}' takes none")
-    moments = _measured(loaded, out, base, clip, device, seed, kept_weight) if method == "regmean" else None
-    made = composing.stack(
-        loaded, method=method, rank=rank, density=density, seed=seed, dtype=dtype, moments=moments
+    moments = None
+    if method == "regmean":
+        moments = _measured(loaded, out, kept_weight, places, seed)
+    made = combine.stack(
+        loaded,
+        method=method,
+        rank=rank,
+        density=density,
+        seed=seed,
+        dtype=torch.float16 if precision == "fp16" else torch.float32,
+        moments=moments,
     )
-    met = composing.interference(loaded)
+    met = combine.interference(loaded)
     for warning in met.warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    file = composing.save_stack(made, out, file_formats=written)
+        echo(f"Warning: {warning}", err=True)
+    file = combine.save_stack(made, out, file_formats=written)
     assert made.metadata is not None and made.metadata.stacking is not None
-    error = made.metadata.stacking.relative_error
-    click.echo(
+    echo(
         f"Stack: {out}  ({len(made.metadata.parts or ())} patches, rank {made.metadata.rank}, "
         f"{file.stat().st_size:,} bytes)"
     )
-    click.echo(f"Differs from the sum of its parts by {error:.2g} of its norm.")
+    error = made.metadata.stacking.relative_error
+    echo(f"Differs from the sum of its parts by {error:.2g} of its norm.")
     if met.in_short:
-        click.echo(met.in_short)
+        echo(met.in_short)
     if evidence:
-        from recare_patch.measure import stack as stack_evidence
-
-        with common.shown_progress() as progress:
-            changes = stack_evidence.change_in_evidence(
-                [patch for patch, _ in loaded],
-                out,
-                base=base,
-                pictures=pictures,
-                clip=clip,
-                device=device,
-                progress=progress,
-            )
-        _report(changes, out / stack_evidence.CHANGE_NAME)
+        _tell_change([patch for patch, _ in loaded], out, pictures, places)
 
 
 def _measured(
     loaded: Sequence[tuple[Patch, float]],
     out: Path,
-    base: str | None,
-    clip: str | None,
-    device: str,
-    seed: int,
     kept_weight: float | None,
+    places: Mapping[str, Any],
+    seed: int,
 ) -> Moments:
     """What the parts' layers read, for ``regmean``; faults of the call are told before anything is drawn."""
     from recare_patch.careset import Clip, default_clip
@@ -163,24 +132,110 @@ def _measured(
     with claim_folder(out, resumable=False):
         pass
     weight = KEPT_WEIGHT if kept_weight is None else kept_weight
-    with common.shown_progress() as progress:
-        model = load_base(base or (known.base if known else "atelier"), device=device)
-        tower = Clip.load(clip or default_clip(model.id), device=model.device)
-        found = measure_moments(
-            [patch for patch, _ in loaded], model, tower, kept_weight=weight, seed=seed, progress=progress
-        )
-    click.echo(f"Looked at what the layers read: {found.evaluations:,} denoiser evaluations.")
+    base = places["base"] or (known.base if known else "atelier")
+    with cli.shown_progress() as progress:
+        model = load_base(base, device=places["device"])
+        tower = Clip.load(places["clip"] or default_clip(model.id), device=model.device)
+        patches = [patch for patch, _ in loaded]
+        found = measure_moments(patches, model, tower, kept_weight=weight, seed=seed, progress=progress)
+    echo(f"Looked at what the layers read: {found.evaluations:,} denoiser evaluations.")
     return found
 
 
-def _report(changes: Sequence[FigureChange], file: Path) -> None:
+def _tell_change(patches: Sequence[Patch], out: Path, pictures: int, places: Mapping[str, Any]) -> None:
+    from recare_patch.measure import CHANGE_NAME, change_in_evidence
+
+    with cli.shown_progress() as progress:
+        changes = change_in_evidence(patches, out, pictures=pictures, progress=progress, **places)
     rows = [("figure", "base", "alone", "stacked")]
     for concept in dict.fromkeys(one.concept for one in changes):
         rows.append((f"{concept}:", "", "", ""))
         rows += [(f"  {one.name}", *one.show()) for one in changes if one.concept == concept]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  ".join(cells).rstrip())
-    click.echo(f"Side by side: {file}")
+    cli.echo_table(rows)
+    echo(f"Side by side: {out / CHANGE_NAME}")
+
+
+@command()
+@option(
+    "--patch DIR[:SCALE]", "A patch and its scale; repeatable.", into="patches", multiple=True, required=True
+)
+@cli.base_option
+@option("--out DIR", "The merged pipeline folder.", cli.FOLDER, required=True)
+@option(
+    "--single-file FILE",
+    "Write it as one .safetensors checkpoint as well, in the names that A1111 and ComfyUI read.",
+    cli.FOLDER,
+)
+@flag("--verify", "Draw with the patch and with the merged folder, and compare.")
+@flag("--any-base", "Merge also into other weights than the patch was made for.")
+@cli.device_option
+def merge(
+    patches: tuple[str, ...],
+    base: str | None,
+    out: Path,
+    single_file: Path | None,
+    verify: bool,
+    device: str,
+    any_base: bool,
+) -> None:
+    """Write a base with patches in its weights, as a complete diffusers pipeline folder.
+
+    \b
+    recare-patch merge --patch van-gogh-patch --out atelier-without-van-gogh
+    recare-patch merge --patch a-patch --patch b-patch:0.7 --base cli.FOLDER --out merged --verify
+    recare-patch merge --patch a-patch --base cli.FOLDER --out merged --single-file merged.safetensors
+
+    Whoever loads the folder cannot leave the patch out. It records what was merged.
+    """
+    chosen = [cli.parse_patch(cli.short_patch(text)) for text in patches]
+    source = base or cli.base_of(chosen)
+    from recare_patch import combine
+    from recare_patch.patch import Patch
+
+    with cli.shown_progress() as progress:
+        loaded = [(Patch.load(path), scale) for path, scale in chosen]
+        options: Any = {"single_file": single_file, "any_base": any_base, "progress": progress}
+        record = combine.merge(loaded, source, out, device=device, **options)
+        apart = combine.compare(loaded, source, out, device=device) if verify else None
+    told = ", ".join(f"{part.name} at {part.scale:g}" for part in record.patches)
+    echo(f"Merged: {out}  ({told} into {record.base})")
+    if single_file is not None:
+        echo(f"Single file: {single_file}  ({single_file.stat().st_size:,} bytes)")
+    if apart is not None:
+        echo(f"Pictures with the patch and with the merged folder differ by at most {apart} of 255.")
+
+
+@command()
+@argument("folder", type=cli.FOLDER)
+@option("--patch DIR", "What was merged; repeatable.", into="patches", multiple=True, required=True)
+@option(
+    "--base FOLDER|HUB-ID", "The base as it was, to tell how close the result is.  [default: not compared]"
+)
+@option("--out DIR", "The base's folder.", cli.FOLDER, required=True)
+@cli.device_option
+def unmerge(folder: Path, patches: tuple[str, ...], base: str | None, out: Path, device: str) -> None:
+    """Take patches out of a merged folder: the base again, within rounding.
+
+    \b
+    recare-patch unmerge merged --patch van-gogh-patch --base atelier --out again
+    """
+    chosen = [cli.parse_patch(cli.short_patch(text))[0] for text in patches]
+    from recare_patch import combine
+    from recare_patch.patch import Patch
+
+    with cli.shown_progress() as progress:
+        loaded = [Patch.load(path) for path in chosen]
+        made = combine.unmerge(folder, loaded, out, base=base, device=device, progress=progress)
+    echo(f"Base: {made.folder}")
+    none_apart = "No weight differs from the base's by more than"
+    if made.max_difference is not None:
+        echo(f"{none_apart} {made.max_difference:.2g}, as measured.")
+    elif made.same_hash:
+        echo("Its denoiser is the base's: all weights are the same when rounded to fp16.")
+    elif made.expected_difference is not None:
+        echo(
+            f"{none_apart} {made.expected_difference:.2g}, as the merge found; name the base with --base to "
+            "measure it."
+        )
+    else:
+        echo("It is the base within rounding; name the base with --base to measure how close.")

@@ -39,12 +39,7 @@ def process_device(device: str) -> str:
 
 @dataclass(frozen=True)
 class Crew:
-    """This process among those that train together.
-
-    Attributes:
-        index: its number, from 0.
-        count: how many there are, at least 2.
-    """
+    """This process, by its number from 0, among the at least two that train together."""
 
     index: int
     count: int
@@ -69,21 +64,15 @@ class Crew:
         return slice(rows * self.index // self.count, rows * (self.index + 1) // self.count)
 
     def share(self, rows: int, predict: Callable[[slice], Tensor], like: Tensor) -> Tensor:
-        """All rows of a prediction, of which this process makes its own.
+        """All rows of a prediction, of which this process makes its own; ``like``: a tensor of its shape.
 
         The gradient flows through a process's own rows, times the number of processes, so that the
         mean of all processes' gradients (:meth:`mean_gradients`) is the gradient of the loss, whatever
         else of it does not pass through here.
-
-        Args:
-            rows: of the batch.
-            predict: gives the rows of a slice.
-            like: a tensor of the prediction's shape, dtype and device.
         """
         own = self.own(rows)
         made = predict(own) if own.stop > own.start else like.new_zeros((0, *like.shape[1:]))
-        gathered: Tensor = _GatherRows.apply(made, rows, self)
-        return gathered
+        return _GatherRows.apply(made, rows, self)
 
     def gather(self, made: Tensor, rows: int) -> Tensor:
         """Each process's :meth:`own` rows, joined in order."""
@@ -106,13 +95,10 @@ class Crew:
 
     def sum(self, number: float, device: torch.device) -> float:
         """The sum of a number over all processes."""
-        return self._reduced(number, device, dist.ReduceOp.SUM)
+        return self.most(number, device, dist.ReduceOp.SUM)
 
-    def most(self, number: float, device: torch.device) -> float:
-        """The largest of a number over all processes."""
-        return self._reduced(number, device, dist.ReduceOp.MAX)
-
-    def _reduced(self, number: float, device: torch.device, how: Any) -> float:
+    def most(self, number: float, device: torch.device, how: Any = dist.ReduceOp.MAX) -> float:
+        """The largest of a number over all processes, or what else ``how`` makes of all."""
         total = torch.tensor([float(number)], dtype=torch.float64, device=device)
         dist.all_reduce(total, how)
         return float(total)

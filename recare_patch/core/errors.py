@@ -36,13 +36,10 @@ class RecarePatchError(Exception):
 
 
 class SettingsError(RecarePatchError, ValueError):
-    """Settings of any kind that hold faults; all of them are told at once.
+    """Settings of any kind that hold faults, one phrase each in ``faults``; all of them are told at once.
 
     It is a ``ValueError`` as well, so that a model that contains another collects the faults of
     both instead of stopping at the first.
-
-    Attributes:
-        faults: one phrase each, such as "erase.steps must be at least 1, got 0".
     """
 
     def __init__(self, message: str, faults: Iterable[str] = ()) -> None:
@@ -116,14 +113,7 @@ def reason(fault: OSError) -> str:
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name most like the given one, or None where none is alike.
-
-    Case never counts: "AdamW" is at distance zero from "adamw".
-
-    Args:
-        given: what the user wrote.
-        allowed: the names there are; the first of several equally near ones wins.
-    """
+    """The allowed name most like the given one, whatever their case, or None where none is alike."""
     if len(given) > _LONGEST_NAME:
         return None
     by_folded: dict[str, str] = {}
@@ -134,18 +124,16 @@ def nearest(given: str, allowed: Iterable[str]) -> str | None:
 
 
 def unknown_name(what: str, given: str, allowed: Iterable[str]) -> UnknownNameError:
-    """An error ready to raise for a name that is not among the allowed ones.
+    """The error to raise for a name that is not among the allowed ones, with the nearest of them.
 
     Args:
         what: the kind of thing named, such as "optimizer".
         given: what the user wrote.
         allowed: the names there are, in the order in which to list them.
-
-    Returns:
-        The error; its sentence offers the nearest name where there is one.
     """
     names = tuple(allowed)
     guess = nearest(given, names)
-    listed = ", ".join(names) if names else "none at all"
     hint = f"; did you mean '{guess}'?" if guess is not None else ""
-    return UnknownNameError(f"unknown {what} '{given}': allowed are {listed}{hint}")
+    return UnknownNameError(
+        f"unknown {what} '{given}': allowed are {', '.join(names) or 'none at all'}{hint}"
+    )

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recare_patch.core.errors import OutputError, PatchError
+from recare_patch.core.errors import OutputError, PatchError, RecarePatchError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+AnyPath = str | os.PathLike[str]
 
 LOCK_NAME = ".recare-patch.lock"
 """The lock file inside a claimed folder; it holds the process id of its owner."""
@@ -49,22 +51,36 @@ _REASONS = {
 }
 
 
-def output_error(path: str | os.PathLike[str], fault: OSError) -> OutputError:
+def bundled(folder: str) -> Path:
+    """A folder that comes with the package: beside it in a checkout, inside it where it is installed."""
+    package = Path(__file__).parents[1]
+    inside = package / f"_{folder}"
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def output_error(path: AnyPath, fault: OSError) -> OutputError:
     """The one-sentence form of a system fault met while writing ``path``."""
-    reason = _REASONS.get(fault.errno or 0) or (fault.strerror or str(fault)).lower()
-    return OutputError(f"cannot write {os.fspath(path)}: {reason}")
+    return OutputError(f"cannot write {os.fspath(path)}: {_REASONS.get(fault.errno or 0) or reason(fault)}")
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole, or not at all.
+def read_text(path: AnyPath, what: str, error: type[RecarePatchError]) -> str:
+    """The text of a UTF-8 file, without the mark that some editors put at its start.
 
     Args:
-        path: where to; missing parent folders are made.
-        data: the content.
-
-    Raises:
-        OutputError: the disk is full, or the place cannot be written to.
+        path: the file.
+        what: what messages call it, such as "the concepts in list.txt".
+        error: what is raised where it cannot be read, or is no such text.
     """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as fault:
+        raise error(f"cannot read {what}: {reason(fault)}") from fault
+    except ValueError:
+        raise error(f"cannot read {what}: it is not UTF-8 text") from None
+
+
+def write_bytes(path: AnyPath, data: bytes) -> None:
+    """Write a file whole, or not at all (:class:`OutputError`); missing parent folders are made."""
     _write(Path(path), [data])
 
 
@@ -84,51 +100,63 @@ def _write(target: Path, blocks: Iterable[bytes | memoryview]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        _sync_folder(target.parent)
     except OSError as fault:
         raise output_error(target, fault) from fault
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; not every file system can, and none needs to fail for it."""
+    # Makes the rename survive a power cut; not every file system can, and none needs to fail for it.
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(folder)
         finally:
-            os.close(handle)
+            os.close(folder)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text whole, or not at all; see :func:`write_bytes`."""
+def write_text(path: AnyPath, text: str) -> None:
+    """Write UTF-8 text as :func:`write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write an object as readable JSON whole, or not at all; see :func:`write_bytes`.
-
-    NaN and infinity are refused: they are not JSON, and other programs fail on them.
-
-    Raises:
-        ValueError: the object holds a number that is not finite.
-        OutputError: the place cannot be written to.
-    """
+def write_json(path: AnyPath, obj: Any) -> None:
+    """Write readable JSON, as :func:`write_bytes` does; ``ValueError`` where it holds NaN or infinity."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as a safetensors header describes it; ``dtype`` is the format's name, such as "F16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor whose bytes, in the order of its elements, are read only when its turn comes."""
+
+    name: str
+    info: TensorInfo
+    data: Callable[[], bytes | memoryview]
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """What a safetensors file says about itself; tensors are in the order of the file."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+
+
+def _header_bytes(entries: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: AnyPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as a safetensors file whole, or not at all; equal content gives equal bytes.
-
-    Args:
-        path: where to.
-        tensors: name → tensor of any shape and device; stored contiguous, as they are typed.
-        metadata: header entries, strings to strings.
-
-    Raises:
-        OutputError: the place cannot be written to.
-    """
+    """Write a safetensors file, as :func:`write_bytes` does; equal content gives equal bytes."""
     from safetensors.torch import save
 
     # A clone breaks storage shared between tensors, which safetensors refuses to write.
@@ -138,74 +166,17 @@ def write_tensors(
     header = json.loads(data[8:start])
     # The format's own writer leaves the order of the metadata to chance.
     entries = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))} | header
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    _write(Path(path), [struct.pack("<Q", len(text)) + text, memoryview(data)[start:]])
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal: the one change of a byte changes it.
-
-    Raises:
-        PatchError: the file cannot be read.
-    """
-    try:
-        with open(path, "rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as fault:
-        raise PatchError(
-            f"cannot read {os.fspath(path)}: {(fault.strerror or str(fault)).lower()}"
-        ) from fault
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a safetensors file, as its header describes it.
-
-    Attributes:
-        dtype: the format's name of it, such as "F16".
-        shape: its sizes.
-        bytes: its length in the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
-
-@dataclass(frozen=True)
-class StreamedTensor:
-    """A tensor that is read only when its turn comes.
-
-    Attributes:
-        name: in the file.
-        info: what the header says of it.
-        data: gives its bytes, in the order of its elements.
-    """
-
-    name: str
-    info: TensorInfo
-    data: Callable[[], bytes | memoryview]
+    _write(Path(path), [_header_bytes(entries), memoryview(data)[start:]])
 
 
 def write_streamed(
-    path: str | os.PathLike[str], tensors: Sequence[StreamedTensor], metadata: Mapping[str, str] | None = None
+    path: AnyPath, tensors: Sequence[StreamedTensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with one tensor in memory at a time, whole or not at all.
-
-    Args:
-        path: where to.
-        tensors: what it holds; names are distinct.
-        metadata: header entries, strings to strings.
-
-    Raises:
-        OutputError: the place cannot be written to.
-    """
+    """Write a safetensors file with one tensor in memory at a time, as :func:`write_bytes` does."""
     # Wide elements first, as the format's own writer has it: each tensor then starts at a multiple of
     # its element's size.
-    ordered = sorted(
-        tensors, key=lambda one: (-(one.info.bytes // max(1, math.prod(one.info.shape))), one.name)
-    )
+    widths = {one.name: one.info.bytes // max(1, math.prod(one.info.shape)) for one in tensors}
+    ordered = sorted(tensors, key=lambda one: (-widths[one.name], one.name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for one in ordered:
@@ -215,31 +186,25 @@ def write_streamed(
             "shape": list(one.info.shape),
             "data_offsets": [start, end],
         }
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    header += b" " * (-len(header) % 8)
 
     def blocks() -> Iterator[bytes | memoryview]:
-        yield struct.pack("<Q", len(header)) + header
+        yield _header_bytes(entries)
         for one in ordered:
             yield one.data()
 
     _write(Path(path), blocks())
 
 
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """What a safetensors file says about itself.
-
-    Attributes:
-        metadata: its header entries.
-        tensors: name → description, in the order of the file.
-    """
-
-    metadata: dict[str, str]
-    tensors: dict[str, TensorInfo]
+def file_sha256(path: AnyPath) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; :class:`PatchError` where it cannot be read."""
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as fault:
+        raise PatchError(f"cannot read {os.fspath(path)}: {reason(fault)}") from fault
 
 
-def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
+def read_safetensors_header(path: AnyPath) -> SafetensorsHeader:
     """Read a safetensors header: no torch, no tensor, a few kilobytes.
 
     Raises:
@@ -259,15 +224,13 @@ def read_safetensors_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
                 raise PatchError(f"{name} is not a safetensors file, or its end is missing")
             header = json.loads(handle.read(size))
         metadata = header.pop("__metadata__", {})
-        tensors = {
-            key: _tensor_info(one)
-            for key, one in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        }
+        in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        tensors = {key: _tensor_info(one) for key, one in in_order}
         sound = all(isinstance(text, str) for pair in metadata.items() for text in pair)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise PatchError(f"{name} is not a safetensors file: its header is malformed") from None
     except OSError as fault:
-        raise PatchError(f"cannot read {name}: {(fault.strerror or str(fault)).lower()}") from fault
+        raise PatchError(f"cannot read {name}: {reason(fault)}") from fault
     if not sound:
         raise PatchError(f"{name} is not a safetensors file: its header entries are not text")
     if sum(one.bytes for one in tensors.values()) != left - size:
@@ -283,21 +246,16 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     return TensorInfo(entry["dtype"], tuple(entry["shape"]), end - start)
 
 
-def load_tensors(
-    path: str | os.PathLike[str], header: SafetensorsHeader, name: str | None = None
-) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file whose header was read and checked before.
+def load_tensors(path: AnyPath, header: SafetensorsHeader, name: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose header was read and checked before, on the CPU.
 
     Args:
         path: the file.
         header: what :func:`read_safetensors_header` returned.
         name: what messages call the file; its path by default.
 
-    Returns:
-        Name → tensor on the CPU, in the order of the file.
-
     Raises:
-        PatchError: it cannot be read, or is not the file any more whose header was checked.
+        PatchError: it cannot be read, or has another header by now.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -314,16 +272,14 @@ def load_tensors(
 
 
 @contextlib.contextmanager
-def claim_folder(
-    path: str | os.PathLike[str], *, resume: bool = False, resumable: bool = True
-) -> Iterator[None]:
-    """Own an output folder for the length of a run.
+def claim_folder(path: AnyPath, *, resume: bool = False, resumable: bool = True) -> Iterator[None]:
+    """Own an output folder for the length of a run; it is made when it does not exist.
 
-    The claim is an advisory lock on a file inside the folder. The system gives it back when the
-    owner ends, however it ends, so a killed run never leaves a folder that cannot be resumed.
+    The claim is a lock of the system on a file inside the folder. It is given back when the owner
+    ends, however it ends, so a killed run never leaves a folder that cannot be resumed.
 
     Args:
-        path: the folder; made when it does not exist.
+        path: the folder.
         resume: accept a folder that already holds files.
         resumable: whether the run can go on in such a folder, for the message that refuses it.
 
@@ -331,76 +287,46 @@ def claim_folder(
         OutputError: another process owns the folder, it holds files and ``resume`` is off, it is a
             file, or it cannot be written to.
     """
+    from filelock import FileLock, Timeout
+
     folder = Path(path)
+    file = folder / LOCK_NAME
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
     made = not folder.exists()
+    lock, owner = FileLock(file), ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = _take_lock(folder)
+        # Read before trying: versions of filelock before 3.30 empty the file even when they do not get it.
+        with contextlib.suppress(FileNotFoundError):
+            owner = file.read_bytes()[:32].decode("ascii", "replace").strip()
+        lock.acquire(blocking=False)
+    except Timeout:
+        who = f"process {owner}" if owner else "another process"
+        raise OutputError(
+            f"{folder} is in use by {who}; wait for it to end or choose another --out"
+        ) from None
     except OSError as fault:
         raise output_error(folder, fault) from fault
     try:
         if resume:
-            _sweep(folder)
-        others = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
-        if others and not resume:
-            _drop_lock(folder)
+            # The half-written files of a killed owner.
+            for entry in sorted(folder.rglob(".*.part")):
+                if _TEMPORARY.fullmatch(entry.name):
+                    with contextlib.suppress(OSError):
+                        entry.unlink()
+        elif others := sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME):
             way = "add --resume to go on with its run or " if resumable else ""
             raise OutputError(f"{folder} already holds files ({others[0]}, …); {way}choose another --out")
         try:
-            _write_owner(held, folder)
-            yield
-        finally:
-            _drop_lock(folder)
-            if made:
-                # A run that failed before its first file leaves no trace; a folder with files stays.
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            file.write_text(str(os.getpid()))
+        except OSError as fault:
+            raise output_error(folder, fault) from fault
+        yield
     finally:
-        os.close(held)
-
-
-def _take_lock(folder: Path) -> int:
-    """Lock the folder's lock file and return its open descriptor."""
-    import fcntl
-
-    while True:
-        held = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as fault:
-            owner = os.pread(held, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(held)
-            raise OutputError(
-                f"{folder} is in use by process {owner}; wait for it to end or choose another --out"
-            ) from fault
-        except BaseException:
-            os.close(held)
-            raise
-        # An owner that just left has removed the file that was opened: that lock would guard nothing.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(held), (folder / LOCK_NAME).stat()):
-                return held
-        os.close(held)
-
-
-def _write_owner(held: int, folder: Path) -> None:
-    try:
-        os.ftruncate(held, 0)
-        os.pwrite(held, str(os.getpid()).encode("ascii"), 0)
-    except OSError as fault:
-        raise output_error(folder, fault) from fault
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the half-written files of a killed owner; the caller holds the lock."""
-    for entry in sorted(folder.rglob(".*.part")):
-        if _TEMPORARY.fullmatch(entry.name):
-            with contextlib.suppress(OSError):
-                entry.unlink()
-
-
-def _drop_lock(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        (folder / LOCK_NAME).unlink()
+        with contextlib.suppress(OSError):
+            file.unlink()
+            # A run that failed before its first file leaves no trace; a folder with files stays.
+            if made:
+                folder.rmdir()
+        lock.release()

@@ -1,4 +1,4 @@
-"""The base of everything that users write: strict, frozen, and clear about its faults.
+"""The base of everything that users write, and tables of names: strict, and clear about faults.
 
 Unknown keys are errors with the nearest known key, numbers written as text ("1e-4", which YAML
 reads as a string) are converted, and all faults of one document are reported together.
@@ -6,7 +6,10 @@ reads as a string) are converted, and all faults of one document are reported to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import yaml
@@ -41,8 +44,7 @@ _BOUNDS = {
 class Settings(BaseModel):
     """A frozen pydantic model that refuses unknown keys and tells every fault in one sentence.
 
-    Subclasses may set :attr:`error` to the error they raise and :attr:`noun` to what they are
-    called in it.
+    Subclasses may set ``error`` to the error they raise and ``noun`` to what they are called in it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True)
@@ -61,48 +63,50 @@ class Settings(BaseModel):
 def _phrases(fault: ErrorDetails, model: type[BaseModel]) -> list[str]:
     """One pydantic fault in words; a nested model's own faults with their place in front."""
     place = ".".join(str(part) for part in fault["loc"])
-    inner = fault.get("ctx", {}).get("error")
+    inner, kind = fault.get("ctx", {}).get("error"), fault["type"]
+    given = repr(fault["input"])
+    given = given if len(given) <= 60 else f"{given[:57]}…"
     if isinstance(inner, SettingsError):
         return [f"{place}.{phrase}" if place else phrase for phrase in inner.faults]
-    given, kind = fault["input"], fault["type"]
     if kind == "extra_forbidden":
-        known = list(model.model_fields)
-        guess = nearest(place, known)
-        hint = f", did you mean '{guess}'?" if guess else f" (keys are {', '.join(known)})"
+        guess = nearest(place, model.model_fields)
+        hint = f", did you mean '{guess}'?" if guess else f" (keys are {', '.join(model.model_fields)})"
         return [f"{place} is not a key{hint}"]
     if kind == "missing":
         return [f"{place} is missing"]
     if inner is not None:
         return [f"{place}: {inner}" if place else str(inner)]
     if kind in _WANTED:
-        return [f"{place} must be {_WANTED[kind]}, got {_short(given)}"]
+        return [f"{place} must be {_WANTED[kind]}, got {given}"]
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
-        return [f"{place} must be {words} {fault['ctx'][bound]}, got {_short(given)}"]
-    return [f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {_short(given)}"]
+        return [f"{place} must be {words} {fault['ctx'][bound]}, got {given}"]
+    return [f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {given}"]
 
 
-def _short(given: object) -> str:
-    text = repr(given)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def one_of(what: str, allowed: Iterable[str]) -> Callable[[Any], Any]:
+class one_of:
     """A validator that accepts a name whatever its case and offers the nearest for a wrong one.
 
     Args:
         what: the kind of thing named, for the message.
         allowed: the names, in the order in which to list them.
     """
-    names = tuple(allowed)
-    by_folded = {name.casefold(): name for name in names}
 
-    def check(given: Any) -> Any:
-        if not isinstance(given, str) or given.strip().casefold() not in by_folded:
-            raise ValueError(str(unknown_name(what, str(given), names)))
-        return by_folded[given.strip().casefold()]
+    def __init__(self, what: str, allowed: Iterable[str]) -> None:
+        self.what, self._allowed = what, allowed
 
-    return check
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that there are; a registry's are looked up when they are needed."""
+        return tuple(self._allowed)
+
+    def __call__(self, given: Any) -> Any:
+        """The name as it is listed."""
+        wanted = given.strip().casefold() if isinstance(given, str) else None
+        for name in self.names:
+            if name.casefold() == wanted:
+                return name
+        raise ValueError(str(unknown_name(self.what, str(given), self.names)))
 
 
 def yaml_mapping(text: str, *, source: str, noun: str, error: type[RecarePatchError]) -> dict[str, Any]:
@@ -112,11 +116,7 @@ def yaml_mapping(text: str, *, source: str, noun: str, error: type[RecarePatchEr
         text: the YAML.
         source: where it came from, for messages.
         noun: what it should be, for messages.
-        error: what is raised.
-
-    Raises:
-        RecarePatchError: ``error``, for text that is no YAML, has a key twice or an alias, or is no
-            mapping.
+        error: what is raised for text that is no YAML, has a key twice or an alias, or is no mapping.
     """
     try:
         data = load_yaml(text)
@@ -163,8 +163,72 @@ class _PlainLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
+                told = f"the key {key!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class Registry:
+    """Names and what they stand for, "module:attribute", imported only when it is asked for.
+
+    A new method, base model, detector, attack or check is one file and one line in such a table, or an
+    entry point of another installed package. The table is read without torch.
+
+    Example:
+        >>> loaders = Registry("serializer", {"json": "json:dumps"})
+        >>> loaders.get("json")({})
+        '{}'
+    """
+
+    def __init__(self, what: str, targets: Mapping[str, str], *, group: str | None = None) -> None:
+        """A table.
+
+        Args:
+            what: the kind of thing it holds, for messages, such as "method".
+            targets: name → "module:attribute", in the order in which names are listed.
+            group: entry points of installed packages that add to it, such as "recare_patch.methods".
+
+        Raises:
+            ValueError: a target is malformed.
+        """
+        self.what, self.group, self._own = what, group, dict(targets)
+        for name, target in targets.items():
+            module, _, attribute = target.partition(":")
+            if not module or not attribute or ":" in attribute:
+                raise ValueError(f"{what} '{name}' must point to 'module:attribute', got '{target}'")
+
+    @cached_property
+    def targets(self) -> Mapping[str, str]:
+        """Name → "module:attribute": the table's own, then those of installed packages by name.
+
+        Raises:
+            ValueError: an installed package claims a name of the table's own, or two the same one.
+        """
+        found = dict(self._own)
+        points = entry_points(group=self.group) if self.group is not None else ()
+        for point in sorted(points, key=lambda point: point.name):
+            taken = found.setdefault(point.name, point.value)
+            if taken != point.value:
+                raise ValueError(
+                    f"{self.what} '{point.name}' is taken by {taken}: the entry point {point.value} of "
+                    f"{self.group} needs another name"
+                )
+        return found
+
+    def get(self, name: str) -> Any:
+        """The object behind a name; :class:`UnknownNameError` with the nearest where there is none."""
+        if name not in self.targets:
+            raise unknown_name(self.what, name, self.names())
+        module, _, attribute = self.targets[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order in which they are listed."""
+        return tuple(self.targets)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.targets

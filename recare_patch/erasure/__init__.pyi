@@ -6,6 +6,7 @@ from .loop import name_templates as name_templates
 from .loop import noised as noised
 from .loop import step_generator as step_generator
 from .methods.recare import recare_target as recare_target
+from .planning import UTILIZATION as UTILIZATION
 from .planning import choose as choose
 from .planning import evaluations as evaluations
 from .planning import measured_speed as measured_speed

@@ -1,3 +1,4 @@
+from .attacks import ATTACKS as ATTACKS
 from .attacks import load_attack_type as load_attack_type
 from .attacks.protocol import AttackOptions as AttackOptions
 from .attacks.protocol import AttackResult as AttackResult
@@ -5,9 +6,12 @@ from .attacks.protocol import AttackTarget as AttackTarget
 from .attacks.protocol import candidate_seeds as candidate_seeds
 from .attacks.run import attack_options as attack_options
 from .attacks.run import attack_patch as attack_patch
+from .attacks.run import replayed_concept as replayed_concept
+from .attacks.run import run_attacks as run_attacks
 from .card import with_evidence as with_evidence
 from .card import worst_erased as worst_erased
 from .card import worst_kept as worst_kept
+from .checks import CHECKS as CHECKS
 from .evidence import RATE as RATE
 from .evidence import Evidence as Evidence
 from .evidence import show_value as show_value
@@ -21,8 +25,11 @@ from .pictures import default_cache as default_cache
 from .plots import Series as Series
 from .plots import line_chart as line_chart
 from .report import write_report as write_report
+from .run import METRICS as METRICS
 from .run import evaluate as evaluate
+from .stack import CHANGE_NAME as CHANGE_NAME
 from .stack import FigureChange as FigureChange
+from .stack import change_in_evidence as change_in_evidence
 from .suites import Prompt as Prompt
 from .suites import load_suite as load_suite
 from .verify import Integrity as Integrity

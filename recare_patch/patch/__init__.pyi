@@ -20,6 +20,9 @@ from .formats import check_formats as check_formats
 from .formats import from_any as from_any
 from .formats import has_kohya_names as has_kohya_names
 from .formats import output_name as output_name
+from .formats import read_lora as read_lora
+from .formats import target_file as target_file
+from .formats import write_diffusers as write_diffusers
 from .formats import write_kohya as write_kohya
 from .front_matter import TAG as TAG
 from .front_matter import Identity as Identity

@@ -105,7 +105,7 @@ def test_pictures_of_the_methods_whose_patches_are_there(
 
     pipeline = SimpleNamespace(scheduler=DDIMScheduler())
     base = SimpleNamespace(pipeline=pipeline, generate=generate)
-    monkeypatch.setattr("recare_patch.models.loading.load_base", lambda *_, **__: base)
+    monkeypatch.setattr("recare_patch.models.load_base", lambda *_, **__: base)
     monkeypatch.setattr("recare_patch.patch.patch.Patch.load", lambda _: Applied())
     (tmp_path / "van-gogh-uce").mkdir()
     methods.main(["pictures", "--work", str(tmp_path), "--out", str(tmp_path)])

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from recare_patch.cli import cli
+
+Invoke = Callable[..., Result]
+Fake = Callable[..., None]
 
 
 @dataclass
 class Stage:
-    """A fake ``recare_patch.erasure.run`` and what it was called with."""
+    """Stand-ins for what erases and draws, and what they were called with."""
 
-    run: Callable[..., Result]
+    run: Invoke
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     fault: BaseException | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the last call."""
+        return self.calls[-1][1]
 
     def erase_concept(self, concept: str, **options: Any) -> Any:
         self.calls.append(("erase_concept", {"concept": concept, **options}))
@@ -39,34 +48,46 @@ class Stage:
             warnings=self.warnings,
         )
 
-    def generate_pictures(
-        self, base: str, patches: Any, prompts: Any, seeds: Any, **options: Any
-    ) -> list[Any]:
-        from PIL import Image
-
-        self.calls.append(
-            (
-                "generate_pictures",
-                {"base": base, "patches": patches, "prompts": prompts, "seeds": seeds, **options},
-            )
-        )
+    def generate_pictures(self, base: str, patches: Any, prompts: Any, seeds: Any, **options: Any) -> Any:
+        told = {"base": base, "patches": patches, "prompts": prompts, "seeds": seeds, **options}
+        self.calls.append(("generate_pictures", told))
         image = Image.new("RGB", (8, 8), "red")
         return [SimpleNamespace(prompt=p, seed=s, before=image, after=image) for p in prompts for s in seeds]
 
 
 @pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """Run a command line in an empty folder."""
+def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
+    """Run a command line, in words or as one string, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    return lambda *words: CliRunner().invoke(cli, [str(word) for word in words])
+
+    def run(*words: object) -> Result:
+        flat = words[0].split() if len(words) == 1 and isinstance(words[0], str) else map(str, words)
+        return CliRunner().invoke(cli, [*flat])
+
+    return run
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch, invoke: Callable[..., Result]) -> Stage:
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Put stand-ins into the face of a room, without loading what they stand for."""
+
+    def put(room: str, **parts: Any) -> None:
+        for name, part in parts.items():
+            monkeypatch.setitem(vars(import_module(f"recare_patch.{room}")), name, part)
+
+    return put
+
+
+@pytest.fixture
+def stage(fake: Fake, invoke: Invoke) -> Stage:
     """The command line with the erasing run replaced."""
     made = Stage(invoke)
-    fake = ModuleType("recare_patch.erasure.run")
-    fake.erase_concept = made.erase_concept  # type: ignore[attr-defined]
-    fake.generate_pictures = made.generate_pictures  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "recare_patch.erasure.run", fake)
+    fake("erasure", erase_concept=made.erase_concept, generate_pictures=made.generate_pictures)
     return made
+
+
+def one_sentence(result: Result, sentence: str) -> None:
+    """Bad input is told in one line, with exit code 2."""
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ") and sentence in line

@@ -59,8 +59,7 @@ def test_the_life_of_a_patch(invoke: Callable[..., Result], tiny_sd: Path, tiny_
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
-    [("--base", "nowhere", "nowhere"), ("--clip", "nowhere", "nowhere")],
+    ("option", "value", "words"), [("--base", "nowhere", "nowhere"), ("--clip", "nowhere", "nowhere")]
 )
 def test_a_model_that_is_not_there(
     invoke: Callable[..., Result], tiny_sd: Path, tiny_clip: Path, option: str, value: str, words: str

@@ -4,34 +4,48 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 
+import click
 import pytest
-from click.testing import Result
 
 from recare_patch import __version__
-from tests.cli.conftest import Stage
+from recare_patch.cli import COMMANDS
+from tests.cli.conftest import Invoke, Stage, one_sentence
+from tests.test_imports import heavy_after
 
-COMMANDS = ("atelier", "careset", "erase", "generate", "inspect", "recipes")
 
-
-def test_help_lists_every_command(invoke: Callable[..., Result]) -> None:
+def test_help_lists_every_command(invoke: Invoke) -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert all(f"\n  {name} " in result.output for name in COMMANDS)
+    assert all(f"\n  {name} " in result.output for name in COMMANDS.names())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(invoke: Callable[..., Result], name: str) -> None:
+@pytest.mark.parametrize("name", COMMANDS.names())
+def test_every_command_has_help(invoke: Invoke, name: str) -> None:
     result = invoke(name, "-h")
     assert result.exit_code == 0 and "Usage:" in result.output
+    assert isinstance(COMMANDS.get(name), click.Command) and COMMANDS.get(name).name == name
 
 
-def test_version(invoke: Callable[..., Result]) -> None:
-    assert __version__ in invoke("--version").output
+def test_no_command_is_imported_for_another() -> None:
+    code = "from recare_patch.cli import cli\ncli(['methods', '--help'], standalone_mode=False)"
+    shown = "print(*[m for m in sys.modules if m.startswith('recare_patch.cli.')])"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\n{shown}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "recare_patch.cli.lists"
 
 
-def test_an_unknown_command_offers_the_nearest(invoke: Callable[..., Result]) -> None:
+def test_a_misspelt_value_is_found_before_torch_is() -> None:
+    code = (
+        "from recare_patch.cli import cli\n"
+        "try:\n    cli(['erase', '--concept', 'tench', '--optimizer', 'adam8'], standalone_mode=False)\n"
+        "except BaseException as fault: pass"
+    )
+    assert heavy_after(code) == []
+
+
+def test_an_unknown_command_offers_the_nearest(invoke: Invoke) -> None:
     result = invoke("earse")
     assert result.exit_code == 2
     assert "unknown command 'earse'" in result.output and "did you mean 'erase'?" in result.output
@@ -44,32 +58,36 @@ def test_the_module_runs_as_a_program() -> None:
     assert done.stdout == f"recare-patch, version {__version__}\n"
 
 
-def test_ctrl_c_is_130(stage: Stage) -> None:
-    stage.fault = KeyboardInterrupt()
-    result = stage.run("erase", "--concept", "tench")
-    assert result.exit_code == 130
-    assert "Error: interrupted" in result.stderr and "--resume" in result.stderr
+class OutOfMemoryError(RuntimeError):
+    pass
 
 
-def test_a_full_disk_in_a_library_is_one_sentence(stage: Stage) -> None:
-    stage.fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.bin")
-    result = stage.run("erase", "--concept", "tench")
-    assert result.exit_code == 2
-    assert "Error: cannot write weights.bin: the disk is full" in result.stderr
-
-
-def test_an_accelerator_without_memory_is_one_sentence(stage: Stage) -> None:
-    class OutOfMemoryError(RuntimeError):
-        pass
-
-    stage.fault = OutOfMemoryError("CUDA out of memory")
-    result = stage.run("erase", "--concept", "tench")
-    assert result.exit_code == 2
-    assert "memory is full" in result.stderr
+@pytest.mark.parametrize(
+    ("fault", "code", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; a run that was under way goes on with --resume"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights.bin"),
+            2,
+            "cannot write weights.bin: the disk is full",
+        ),
+        (OutOfMemoryError("CUDA out of memory"), 2, "the accelerator's memory is full; try --vram"),
+    ],
+)
+def test_a_fault_of_the_system_is_one_sentence(
+    stage: Stage, fault: BaseException, code: int, sentence: str
+) -> None:
+    stage.fault = fault
+    result = stage.run("erase --concept tench --base b")
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {sentence}")
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("bug"), OSError(errno.EIO, "bug"), ZeroDivisionError("bug")])
 def test_a_bug_is_not_dressed_up(stage: Stage, fault: Exception) -> None:
     stage.fault = fault
-    result = stage.run("erase", "--concept", "tench")
-    assert result.exception is fault
+    assert stage.run("erase --concept tench").exception is fault
+
+
+def test_a_name_out_of_nowhere(invoke: Invoke) -> None:
+    one_sentence(invoke("inspect nowhere"), "there is no patch at nowhere")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from recare_patch.core import files
-from recare_patch.core.errors import OutputError, PatchError
+from recare_patch.core.errors import ConceptError, OutputError, PatchError
 
 
 def names(folder: Path) -> list[str]:
@@ -107,12 +107,15 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes, words: str)
         files.read_safetensors_header(path)
 
 
-def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(PatchError, match="no such file"):
         files.read_safetensors_header(tmp_path / "none.safetensors")
-
-
-# ------------------------------------------------------------------ claiming a folder
+    for name, words in (("none", "cannot read the list: no such file"), ("odd", "it is not UTF-8 text")):
+        (tmp_path / "odd").write_bytes(b"\xff\xfe")
+        with pytest.raises(ConceptError, match=words):
+            files.read_text(tmp_path / name, "the list", ConceptError)
+    (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfone")
+    assert files.read_text(tmp_path / "marked", "the list", ConceptError) == "one"
 
 
 def test_a_claim_makes_the_folder_and_leaves_no_lock(tmp_path: Path) -> None:
@@ -128,36 +131,27 @@ def test_a_run_that_made_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_folder_with_files_needs_resume(tmp_path: Path) -> None:
-    (tmp_path / "old.txt").write_text("")
-    with (
-        pytest.raises(OutputError, match=r"already holds files \(old.txt.*--resume.*another --out"),
-        files.claim_folder(tmp_path),
-    ):
+def refused(folder: Path, words: str, **options: bool) -> None:
+    with pytest.raises(OutputError, match=words), files.claim_folder(folder, **options):
         pass
+
+
+def test_a_folder_with_files_needs_resume_and_a_file_is_none(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("")
+    refused(tmp_path, r"already holds files \(old.txt.*--resume.*another --out")
+    refused(tmp_path / "old.txt", "it is a file, not a folder")
     assert names(tmp_path) == ["old.txt"]
     with files.claim_folder(tmp_path, resume=True):
         pass
     assert names(tmp_path) == ["old.txt"]
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(OutputError, match="it is a file, not a folder"),
-        files.claim_folder(tmp_path / "file"),
-    ):
-        pass
-
-
 def test_a_claimed_folder_is_refused_to_others(tmp_path: Path) -> None:
     # Locks belong to open files: a second opening in one process stands for another process.
-    with (
-        files.claim_folder(tmp_path / "new"),
-        pytest.raises(OutputError, match=f"is in use by process {os.getpid()}"),
-        files.claim_folder(tmp_path / "new", resume=True),
-    ):
-        pass
+    with files.claim_folder(tmp_path / "new"):
+        refused(tmp_path / "new", f"is in use by process {os.getpid()}", resume=True)
+        (tmp_path / "new" / files.LOCK_NAME).write_text("")
+        refused(tmp_path / "new", "is in use by another process", resume=True)
 
 
 def test_a_killed_owner_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> None:
@@ -178,14 +172,9 @@ def test_a_killed_owner_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> N
         [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True
     ) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
-        with (
-            pytest.raises(OutputError, match=f"in use by process {owner.pid}"),
-            files.claim_folder(folder, resume=True),
-        ):
-            pass
+        refused(folder, f"in use by process {owner.pid}", resume=True)
         owner.send_signal(signal.SIGKILL)
-    with pytest.raises(OutputError, match="already holds files"), files.claim_folder(folder):
-        pass
+    refused(folder, "already holds files")
     with files.claim_folder(folder, resume=True):
         assert names(folder) == [files.LOCK_NAME, "whole.txt"]
     assert names(folder) == ["whole.txt"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from recare_patch.core import NullProgress, Progress
 from recare_patch.core.errors import RecipeError
-from recare_patch.core.progress import NullProgress, Progress
 from recare_patch.erasure import planning
 from recare_patch.erasure.inversion import HELD_OUT, invert, most_evaluations
 from recare_patch.erasure.loop import Checkpoint, Fitted

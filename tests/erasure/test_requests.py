@@ -150,7 +150,7 @@ class TestContinued:
         with Patch.load(first).apply(base.pipeline):
             patched = _predicted(base, prompts)
         from recare_patch.careset.clip import Clip
-        from recare_patch.core.progress import NullProgress
+        from recare_patch.core import NullProgress
 
         recipe = small_recipe("esd", tiny_sd, tiny_clip, continue_from=str(first), concept=TENCH)
         run = Run(recipe, tmp_path, base, Clip.load(str(tiny_clip)), NullProgress(), False)
@@ -329,7 +329,7 @@ def test_files_are_read_before_anything_is_drawn(
 def test_prepared_contexts_are_complete(base: BaseModel, tiny_clip: Path, tmp_path: Path) -> None:
     """What a method does not need is not made."""
     from recare_patch.careset.clip import Clip
-    from recare_patch.core.progress import NullProgress
+    from recare_patch.core import NullProgress
 
     recipe: Recipe = make_recipe("uce")
     run = Run(recipe, tmp_path, base, Clip.load(str(tiny_clip)), NullProgress(), False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,8 @@ import yaml
 from safetensors.torch import save
 
 from recare_patch.careset import CareSet
-from recare_patch.cli.common import base_of, several_concepts
+from recare_patch.cli import base_of, several_concepts
+from recare_patch.cli import patch as patch_commands
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
 from recare_patch.core.files import read_safetensors_header, write_bytes
@@ -35,9 +35,6 @@ from recare_patch.patch.patch import Erased, Patch, PatchMetadata, concepts_of
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder
 from tests.measure.test_evidence import make_evidence
-
-# The package's attribute of this name is the command.
-inspect = importlib.import_module("recare_patch.cli.inspect")
 
 RECIPE = Recipe(concept={"text": "Van Gogh", "kind": "style"})  # type: ignore[arg-type]
 
@@ -169,9 +166,9 @@ def _lora(file: Path) -> None:
 
 def _inspect(file: Path) -> None:
     header = read_safetensors_header(file)
-    facts = inspect.describe(file, header)
+    facts = patch_commands.described(file, header)
     json.dumps(facts)
-    [inspect._in_words(value) for value in facts.values()]
+    [patch_commands._in_words(value) for value in facts.values()]
     several_concepts(file)
     base_of([(file, 1.0)])
     load_recipe(str(file))

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from recare_patch import demo
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch
-from tests.patch.test_patch import trained
+from recare_patch.models import load_base
+from recare_patch.patch import Patch
+from tests.hub.conftest import demo
 
 pytestmark = pytest.mark.slow
 
@@ -21,15 +20,11 @@ WAIT = 120_000
 
 
 @pytest.fixture(scope="module")
-def address(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(tiny_sd: Path, both: dict[str, Patch], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("gradio")
-    made = trained(tiny_sd)[1]
-    assert made.metadata is not None
-    nude = Patch(made.tensors, made.metadata.model_copy(update={"kind": "nsfw", "concept": "nudity"}))
-    base = load_base(tiny_sd, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        page = demo.build_interface(demo.Comparison(base, {"Van Gogh": made, "nudity": nude}))
+        page = demo.build_interface(demo.Comparison(load_base(tiny_sd, device="cpu"), both))
         yield demo.launch(page, host=demo.LOOPBACK, wait=False)
         page.close()
 
@@ -55,17 +50,14 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     faults: list[str] = []
     opened.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
     opened.on("pageerror", lambda fault: faults.append(str(fault)))
-    opened.on("request", lambda asked: None if is_local(asked.url, address) else faults.append(asked.url))
+    local = (address, "data:", "blob:")
+    opened.on("request", lambda asked: None if asked.url.startswith(local) else faults.append(asked.url))
     opened.set_default_timeout(WAIT)
     opened.goto(address)
     opened.wait_for_selector("#draw")
     yield opened
     opened.close()
     assert faults == []
-
-
-def is_local(url: str, address: str) -> bool:
-    return url.startswith((address, "data:", "blob:"))
 
 
 def pixels(page: Any, side: str) -> str:
@@ -89,44 +81,40 @@ def wait_for_sentence(page: Any, text: str) -> None:
     )
 
 
-def draw(page: Any, prompt: str) -> None:
+def draw(page: Any, prompt: str, sentence: str) -> None:
     page.fill("#prompt textarea", prompt)
     page.click("#draw")
+    wait_for_sentence(page, sentence)
 
 
 def move_scale(page: Any, value: float) -> None:
     page.fill("#scale input[type=number]", str(value))
     page.press("#scale input[type=number]", "Enter")
+    wait_for_sentence(page, f"with Van Gogh at {value:g}.")
 
 
 def test_a_prompt_is_drawn_and_the_scale_moves_the_right_picture(page: Any) -> None:
-    draw(page, "a house by Van Gogh")
-    wait_for_sentence(page, "Right: the same with Van Gogh at 1.")
+    draw(page, "a house by Van Gogh", "Right: the same with Van Gogh at 1.")
     left, right = pixels(page, "before"), pixels(page, "after")
     assert left != right
     move_scale(page, 0.5)
-    wait_for_sentence(page, "with Van Gogh at 0.5.")
     assert pixels(page, "before") == left
     assert pixels(page, "after") not in (left, right)
     page.focus("#scale input[type=range]")
     page.keyboard.press("Home")
     wait_for_sentence(page, "with Van Gogh at -1.")
     move_scale(page, 0)
-    wait_for_sentence(page, "with Van Gogh at 0.")
     assert pixels(page, "after") == left
 
 
 def test_bad_input_is_answered_by_a_sentence(page: Any) -> None:
-    draw(page, "  ")
-    wait_for_sentence(page, "a prompt needs a word")
+    draw(page, "  ", "a prompt needs a word")
     page.uncheck("#patches label:has-text('Van Gogh') input")
-    draw(page, "a house")
-    wait_for_sentence(page, "patches: choose at least one")
+    draw(page, "a house", "patches: choose at least one")
 
 
 def test_unsafe_pictures_stay_blurred_until_the_switch_is_set(page: Any) -> None:
-    draw(page, "a cat by the sea")
-    wait_for_sentence(page, "Right: the same with Van Gogh at 1.")
+    draw(page, "a cat by the sea", "Right: the same with Van Gogh at 1.")
     sharp = pixels(page, "before")
     page.check("#patches label:has-text('nudity') input")
     wait_for_sentence(page, "Blurred")
@@ -140,8 +128,7 @@ def test_unsafe_pictures_stay_blurred_until_the_switch_is_set(page: Any) -> None
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_nothing_overflows(page: Any, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
-    draw(page, "a house by Van Gogh, " + "w" * 200)
-    wait_for_sentence(page, "Right: the same with")
+    draw(page, "a house by Van Gogh, " + "w" * 200, "Right: the same with")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for side in ("before", "after"):
         box = page.locator(f"#{side} img").bounding_box()

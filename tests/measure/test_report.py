@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from recare_patch.core import Comparison
 from recare_patch.core.errors import OutputError
-from recare_patch.core.sheets import Comparison
 from recare_patch.measure.evidence import Check, CheckPoint, Evidence
 from recare_patch.measure.report import write_report
 from recare_patch.patch.folder import REPORT_NAME

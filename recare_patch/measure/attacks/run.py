@@ -29,11 +29,11 @@ from recare_patch.core import (
     ResumeError,
     claim_folder,
     file_sha256,
-    sheets,
     unknown_name,
     write_json,
     write_tensors,
 )
+from recare_patch.core import show as sheets
 from recare_patch.measure.attacks import (
     ATTACKS,
     Attack,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from recare_patch.careset.clip import Clip
-from recare_patch.core.progress import NullProgress
+from recare_patch.core import NullProgress
 from recare_patch.erasure.methods import ErasingContext, load_method
 from recare_patch.erasure.prepare import draw_target, find_companions, prepare
 from recare_patch.erasure.stages import Run

@@ -12,18 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recare_patch.core.crew import Crew
-from recare_patch.erasure.run import erase
+from recare_patch.core import Crew
+from recare_patch.erasure import erase
 from tests.models.test_architectures import small_recipe
-
-
-def _launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "-m", "recare_patch"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 def test_shares_are_whole_and_equal() -> None:
@@ -53,7 +44,16 @@ def test_two_processes_erase_as_one_does(tiny_sd: Path, tiny_clip: Path, tmp_pat
     )
     alone = erase(recipe, tmp_path / "alone", device="cpu")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    run = _launch(2, "erase", "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two"))
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"
+    command = [sys.executable, *launch.split(), "-m", "recare_patch", "erase"]
+    run = subprocess.run(
+        [*command, "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("Erased Van Gogh") == 1
     told = json.loads((tmp_path / "two" / "training.json").read_text())

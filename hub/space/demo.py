@@ -1,7 +1,7 @@
 """The demo: a page with the base's picture and the patched one side by side, at any scale.
 
 What is drawn and what is blurred is decided here without gradio, which is an extra and only lays out
-the page. ``recare-patch demo`` serves it on this machine; ``hub/space`` is the same page as a Space.
+the page. ``recare-patch demo`` serves it on this machine, ``app.py`` as a Space.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -37,39 +37,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEMO_EXTRA = 'pip install "recare-patch[demo]"'
 MIN_SCALE, MAX_SCALE = -1.0, 2.0
 LOOPBACK = "127.0.0.1"
 
-_REMEMBERED = 64
-_MAX_SEED = 2**32 - 1
-_MAX_STEPS = 100
-_MAX_GUIDANCE = 20.0
-
-
-# ------------------------------------------------------------------------ what is drawn
+_MAX_STEPS, _MAX_GUIDANCE = 100, 20.0
 
 
 class Scene(Settings):
-    """What decides the base's picture.
-
-    Attributes:
-        prompt: up to 1,000 characters.
-        seed: of the starting noise.
-        steps: of the base's own scheduler.
-        guidance_scale: at 1 or less there is no guidance.
-
-    Raises:
-        DemoError: a value is out of range or of another type; all faults in one sentence.
-    """
+    """What decides the base's picture."""
 
     error: ClassVar[type[DemoError]] = DemoError
     noun: ClassVar[str] = "this cannot be drawn"
 
     prompt: Prompt
-    seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] = 0
-    steps: Annotated[int, Field(ge=1, le=_MAX_STEPS)] = 20
-    guidance_scale: Annotated[float, Field(ge=0, le=_MAX_GUIDANCE)] = 5.0
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+    steps: int = Field(20, ge=1, le=_MAX_STEPS)
+    guidance_scale: float = Field(5.0, ge=0, le=_MAX_GUIDANCE)
+
+
+_FIELDS = ("prompt", "seed", "steps", "guidance_scale", "scale", "patches")
 
 
 def _chosen(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -79,15 +65,10 @@ def _chosen(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class View(Scene):
-    """What decides both pictures.
-
-    Attributes:
-        patches: names of those that are applied, at least one.
-        scale: of all of them; 0 is the base, 1 as trained, below 0 the opposite of erasing.
-    """
+    """What decides both pictures: names of patches, and their scale."""
 
     patches: Annotated[tuple[str, ...], AfterValidator(_chosen)]
-    scale: Annotated[float, Field(ge=MIN_SCALE, le=MAX_SCALE)] = 1.0
+    scale: float = Field(1.0, ge=MIN_SCALE, le=MAX_SCALE)
 
     @property
     def scene(self) -> Scene:
@@ -98,11 +79,7 @@ class View(Scene):
 class Comparison:
     """A base and patches that draw the same scenes; pictures are drawn once and remembered.
 
-    Safe to use from several threads: one draws, the others wait.
-
-    Attributes:
-        base: what draws.
-        patches: name → patch.
+    Safe to use from several threads: one draws, the others wait. Nothing else may change the base meanwhile.
 
     Example:
         >>> comparison = Comparison(load_base("atelier"), {"Van Gogh": patch})  # doctest: +SKIP
@@ -110,49 +87,29 @@ class Comparison:
         >>> before, after = comparison.before(view.scene), comparison.after(view)  # doctest: +SKIP
     """
 
-    def __init__(
-        self, base: BaseModel, patches: Mapping[str, Patch], *, remembered: int = _REMEMBERED
-    ) -> None:
-        """Put base and patches side by side.
-
-        Args:
-            base: what draws; nothing else may change it meanwhile.
-            patches: name → patch; :func:`load_patches` checks that they fit.
-            remembered: pictures kept in memory, the oldest go first.
-
-        Raises:
-            DemoError: there is no patch.
-        """
+    def __init__(self, base: BaseModel, patches: Mapping[str, Patch], *, remembered: int = 64) -> None:
         if not patches:
             raise DemoError("a comparison needs at least one patch, and none was given")
-        self.base = base
-        self.patches = dict(patches)
-        self._remembered = remembered
-        self._pictures: OrderedDict[tuple[Scene, tuple[str, ...], float], Image.Image] = OrderedDict()
+        self.base, self.patches = base, dict(patches)
         self._lock = threading.Lock()
+        # The oldest pictures go first.
+        self._draw = lru_cache(remembered)(self._drawn)
 
     def before(self, scene: Scene) -> Image.Image:
         """The base's picture."""
-        return self._draw(scene, (), 0.0)
+        with self._lock:
+            return self._draw(scene, (), 0.0)
 
     def after(self, view: View) -> Image.Image:
-        """The same under the view's patches.
-
-        Raises:
-            UnknownNameError: there is no patch of that name.
-            IncompatiblePatchError: a patch does not fit the base.
-        """
+        """The same under the view's patches."""
         self.check(view)
         # At 0 a patch adds exactly nothing.
         names = tuple(name for name in self.patches if name in view.patches) if view.scale else ()
-        return self._draw(view.scene, names, view.scale)
+        with self._lock:
+            return self._draw(view.scene, names, view.scale)
 
     def check(self, view: View) -> None:
-        """Refuse a view of patches that are not there.
-
-        Raises:
-            UnknownNameError: the sentence offers the nearest name.
-        """
+        """Refuse a view of patches that are not there, with the nearest name."""
         for name in view.patches:
             if name not in self.patches:
                 raise unknown_name("patch", name, self.patches)
@@ -162,52 +119,24 @@ class Comparison:
         told = [self.patches[name].metadata for name in names]
         return any(one is None or is_unsafe(one) for one in told)
 
-    def _draw(self, scene: Scene, names: tuple[str, ...], scale: float) -> Image.Image:
-        key = (scene, names, scale)
-        with self._lock:
-            found = self._pictures.pop(key, None)
-            if found is None:
-                with contextlib.ExitStack() as stack:
-                    for name in names:
-                        stack.enter_context(self.patches[name].apply(self.base.pipeline, scale))
-                    found = self.base.generate(
-                        [scene.prompt],
-                        [scene.seed],
-                        steps=scene.steps,
-                        guidance_scale=scene.guidance_scale,
-                        stage="demo",
-                    )[0]
-            self._pictures[key] = found
-            while len(self._pictures) > self._remembered:
-                self._pictures.popitem(last=False)
-        return found
+    def _drawn(self, scene: Scene, names: tuple[str, ...], scale: float) -> Image.Image:
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                stack.enter_context(self.patches[name].apply(self.base.pipeline, scale))
+            options = {"steps": scene.steps, "guidance_scale": scene.guidance_scale, "stage": "demo"}
+            return self.base.generate([scene.prompt], [scene.seed], **options)[0]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page shows.
-
-    Attributes:
-        before: the left picture; ``None`` where nothing could be drawn.
-        after: the right one; ``None`` while it is being drawn, too.
-        sentence: what is wrong, what is blurred, or what is to be seen.
-    """
+    """What the page shows: a picture is ``None`` while it is drawn, and where it cannot be."""
 
     before: Image.Image | None
     after: Image.Image | None
     sentence: str
 
 
-def show(
-    comparison: Comparison,
-    prompt: str,
-    seed: Any,
-    steps: Any,
-    guidance_scale: Any,
-    scale: Any,
-    patches: Sequence[str],
-    sharp: bool = False,
-) -> Iterator[Shown]:
+def show(comparison: Comparison, *fields: Any, sharp: bool = False) -> Iterator[Shown]:
     """The page's answers to its fields: first the left picture alone, then both.
 
     Where a chosen patch erases unsafe content the left picture is blurred, and so is the right one below
@@ -216,18 +145,11 @@ def show(
 
     Args:
         comparison: what draws.
-        prompt, seed, steps, guidance_scale, scale, patches: see :class:`View`.
+        fields: prompt, seed, steps, guidance scale, scale and patches of a :class:`View`.
         sharp: blur nothing.
     """
     try:
-        view = View(
-            prompt=prompt,
-            seed=seed,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            scale=scale,
-            patches=patches or (),
-        )
+        view = View(**dict(zip(_FIELDS, fields, strict=True)))
         comparison.check(view)
         unsafe = comparison.unsafe(view.patches) and not sharp
         before = comparison.before(view.scene)
@@ -236,7 +158,8 @@ def show(
         after = comparison.after(view)
         right = blurred(after) if unsafe and view.scale < 1 else after
     except RecarePatchError as fault:
-        yield Shown(None, None, _sentence(fault))
+        text = str(fault)
+        yield Shown(None, None, f"{text[:1].upper()}{text[1:]}.")
         return
     applied = " and ".join(view.patches)
     text = f"Seed {view.seed}. Left: {comparison.base.id}. Right: the same with {applied} at {view.scale:g}."
@@ -245,20 +168,8 @@ def show(
     yield Shown(left, right, text)
 
 
-def _sentence(fault: RecarePatchError) -> str:
-    text = str(fault)
-    return f"{text[:1].upper()}{text[1:]}."
-
-
-# ------------------------------------------------------------------------ where patches come from
-
-
 def find_patches(folder: str | Path = ".") -> list[Path]:
-    """Patch folders in a folder, itself among them, by name.
-
-    Raises:
-        PatchError: there is none; the sentence says how to make one.
-    """
+    """Patch folders in a folder, itself among them, by name; at least one."""
     place = Path(folder)
     inside = sorted(place.iterdir()) if place.is_dir() else []
     places = [place, *(one for one in inside if one.is_dir())]
@@ -274,14 +185,7 @@ def find_patches(folder: str | Path = ".") -> list[Path]:
 def load_patches(paths: Sequence[Path], base: BaseModel, *, skip_others: bool = False) -> dict[str, Patch]:
     """Patches by the names that the page gives them: their concepts, with the folder where two are alike.
 
-    Args:
-        paths: patch folders or files.
-        base: what they must fit.
-        skip_others: leave out what does not fit, with a warning, instead of refusing it.
-
-    Raises:
-        PatchError: one cannot be read, or none is left.
-        IncompatiblePatchError: one does not fit.
+    What does not fit the base is refused, or left out with a warning (``skip_others``).
     """
     found: list[tuple[Path, Patch]] = []
     for path in paths:
@@ -306,8 +210,6 @@ def load_patches(paths: Sequence[Path], base: BaseModel, *, skip_others: bool = 
     return names
 
 
-# ------------------------------------------------------------------------ the page
-
 _CSS = """
 #pictures .image-frame { width: min(100%, 512px); }
 #pictures img { width: 100% !important; object-fit: contain !important; }
@@ -317,15 +219,11 @@ footer { display: none !important; }
 
 
 def require_gradio() -> Any:
-    """The package gradio.
-
-    Raises:
-        DemoError: it is not installed; the sentence says how to.
-    """
+    """The package gradio, or the sentence that says how to install it."""
     try:
         import gradio
     except ImportError as fault:
-        raise DemoError(f"the demo needs the package gradio: {DEMO_EXTRA}") from fault
+        raise DemoError('the demo needs the package gradio: pip install "recare-patch[demo]"') from fault
     return gradio
 
 
@@ -339,18 +237,17 @@ def first_prompt(comparison: Comparison) -> str:
 
 
 def build_interface(comparison: Comparison) -> gradio.Blocks:
-    """The page; :func:`launch` serves it.
-
-    Raises:
-        DemoError: gradio is not installed.
-    """
+    """The page; :func:`launch` serves it."""
     gr = require_gradio()
     names = list(comparison.patches)
 
     def answer(*fields: Any) -> Iterator[tuple[Any, Any, str]]:
-        for shown in show(comparison, *fields):
+        for shown in show(comparison, *fields[:-1], sharp=fields[-1]):
             waiting = shown.before is not None and shown.after is None
             yield shown.before, gr.update() if waiting else shown.after, plain(shown.sentence)
+
+    def field(kind: Any, label: str, *values: Any, **options: Any) -> Any:
+        return kind(*values, label=label, elem_id=label.split()[0].lower(), **options)
 
     with gr.Blocks(title="recare-patch", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
@@ -360,65 +257,37 @@ def build_interface(comparison: Comparison) -> gradio.Blocks:
             "below 0 it does the opposite."
         )
         with gr.Row(equal_height=True):
-            prompt = gr.Textbox(
-                first_prompt(comparison),
-                label="Prompt",
-                max_lines=3,
-                scale=4,
-                min_width=280,
-                elem_id="prompt",
+            prompt = field(
+                gr.Textbox, "Prompt", first_prompt(comparison), max_lines=3, scale=4, min_width=280
             )
             button = gr.Button("Draw", variant="primary", scale=1, min_width=120, elem_id="draw")
         with gr.Row():
-            chosen = gr.CheckboxGroup(names, value=names[:1], label="Patches", scale=1, elem_id="patches")
-            scale = gr.Slider(
-                MIN_SCALE,
-                MAX_SCALE,
-                value=1.0,
-                step=0.05,
-                label="Scale",
-                scale=2,
-                min_width=280,
-                elem_id="scale",
-            )
+            chosen = field(gr.CheckboxGroup, "Patches", names, value=names[:1], scale=1)
+            ends = (MIN_SCALE, MAX_SCALE)
+            scale = field(gr.Slider, "Scale", *ends, value=1.0, step=0.05, scale=2, min_width=280)
         with gr.Row(elem_id="pictures"):
-            before, after = (
-                gr.Image(
-                    label=label,
-                    alt_text=text,
-                    format="png",
-                    interactive=False,
-                    buttons=["download", "fullscreen"],
-                    elem_id=label.lower(),
-                )
-                for label, text in (("Before", "without the patch"), ("After", "with the patch"))
-            )
+            plainly = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+            before = field(gr.Image, "Before", alt_text="without the patch", **plainly)
+            after = field(gr.Image, "After", alt_text="with the patch", **plainly)
         sentence = gr.Markdown(elem_id="sentence")
         sharp = gr.Checkbox(
-            False,
-            label="Show unsafe pictures unblurred",
-            visible=comparison.unsafe(names),
-            elem_id="sharp",
+            False, label="Show unsafe pictures unblurred", visible=comparison.unsafe(names), elem_id="sharp"
         )
         with gr.Accordion("Sampling", open=False), gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-            steps = gr.Slider(1, _MAX_STEPS, value=20, step=1, label="Steps", elem_id="steps")
-            guidance = gr.Slider(
-                0, _MAX_GUIDANCE, value=5.0, step=0.5, label="Guidance scale", elem_id="guidance"
-            )
-        fields = [prompt, seed, steps, guidance, scale, chosen, sharp]
-        outputs = [before, after, sentence]
+            seed = field(gr.Number, "Seed", 0, precision=0)
+            steps = field(gr.Slider, "Steps", 1, _MAX_STEPS, value=20, step=1)
+            guidance = field(gr.Slider, "Guidance scale", 0, _MAX_GUIDANCE, value=5.0, step=0.5)
         # One at a time: they share the model. What moves while a picture is drawn is drawn once, at its last
         # place.
-        common = {"inputs": fields, "outputs": outputs, "concurrency_id": "draw", "concurrency_limit": 1}
+        common = {
+            "inputs": [prompt, seed, steps, guidance, scale, chosen, sharp],
+            "outputs": [before, after, sentence],
+            "concurrency_id": "draw",
+            "concurrency_limit": 1,
+        }
         gr.on([button.click, prompt.submit], answer, api_name="compare", **common)
-        gr.on(
-            [scale.change, chosen.change, sharp.change],
-            answer,
-            trigger_mode="always_last",
-            api_visibility="private",
-            **common,
-        )
+        moved = [scale.change, chosen.change, sharp.change]
+        gr.on(moved, answer, trigger_mode="always_last", api_visibility="private", **common)
     return page
 
 
@@ -430,21 +299,10 @@ def launch(
     share: bool = False,
     wait: bool = True,
 ) -> str:
-    """Serve a page until it is interrupted.
+    """Serve a page, until it is interrupted where it is to ``wait``, and tell where.
 
-    Args:
-        page: of :func:`build_interface`.
-        host: the address to listen at; gradio's own choice by default, which is this machine alone unless
-            its environment variables say otherwise, as they do in a Space.
-        port: the first free one from 7860 by default.
-        share: let gradio's servers make it public for a while.
-        wait: return only when it ends.
-
-    Returns:
-        Where it is served.
-
-    Raises:
-        DemoError: the port cannot be had.
+    The host is gradio's own choice by default: this machine alone unless its environment variables say
+    otherwise, as they do in a Space. The port is the first free one from 7860.
     """
     gr = require_gradio()
     # Fonts of the system: the default theme asks Google for its own.
