@@ -14,6 +14,7 @@ from recare_patch.core import PatchError
 if TYPE_CHECKING:
     from recare_patch.combine import Moments
     from recare_patch.measure import FigureChange
+    from recare_patch.models import BaseModel
     from recare_patch.patch import Patch
 
 
@@ -99,7 +100,7 @@ def stack(
     chosen = [common.parse_patch(common.short_patch(text)) for text in patches]
     import torch
 
-    from recare_patch.combine import stacking as composing
+    from recare_patch.combine import stacking
     from recare_patch.patch import Patch, formats
 
     written = formats.check_formats(file_formats.split(","))
@@ -107,26 +108,28 @@ def stack(
     common.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    composing.check_stacking(loaded, method=method, rank=rank, density=density)
+    plan = stacking.plan_stack(loaded, method=method, rank=rank, density=density)
     if kept_weight is not None and method != "regmean":
         raise PatchError(f"--kept-weight is for --method regmean, and '{method}' takes none")
-    moments = _measured(loaded, out, base, clip, device, seed, kept_weight) if method == "regmean" else None
-    made = composing.stack(
-        loaded, method=method, rank=rank, density=density, seed=seed, dtype=dtype, moments=moments
-    )
-    met = composing.interference(loaded)
-    for warning in met.warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    file = composing.save_stack(made, out, file_formats=written)
+    model: BaseModel | str | None = base
+    moments = None
+    with stacking.new_folder(out) as folder:
+        if method == "regmean":
+            source = base or (plan.known.base if plan.known else "atelier")
+            model, moments = _measured(loaded, source, clip, device, seed, kept_weight)
+        made = plan.stack(seed=seed, dtype=dtype, moments=moments)
+        in_short, warnings = stacking.told_of(plan.interference())
+        for warning in warnings:
+            click.echo(f"Warning: {warning}", err=True)
+        size = stacking.write_stack(made, folder, written).stat().st_size
     assert made.metadata is not None and made.metadata.stacking is not None
     error = made.metadata.stacking.relative_error
     click.echo(
-        f"Stack: {out}  ({len(made.metadata.parts or ())} patches, rank {made.metadata.rank}, "
-        f"{file.stat().st_size:,} bytes)"
+        f"Stack: {out}  ({len(made.metadata.parts or ())} patches, rank {made.metadata.rank}, {size:,} bytes)"
     )
     click.echo(f"Differs from the sum of its parts by {error:.2g} of its norm.")
-    if met.in_short:
-        click.echo(met.in_short)
+    if in_short:
+        click.echo(in_short)
     if evidence:
         from recare_patch.measure import stack as stack_evidence
 
@@ -134,7 +137,7 @@ def stack(
             changes = stack_evidence.change_in_evidence(
                 [patch for patch, _ in loaded],
                 out,
-                base=base,
+                base=model,
                 pictures=pictures,
                 clip=clip,
                 device=device,
@@ -145,32 +148,26 @@ def stack(
 
 def _measured(
     loaded: Sequence[tuple[Patch, float]],
-    out: Path,
-    base: str | None,
+    base: str,
     clip: str | None,
     device: str,
     seed: int,
     kept_weight: float | None,
-) -> Moments:
-    """What the parts' layers read, for ``regmean``; faults of the call are told before anything is drawn."""
+) -> tuple[BaseModel, Moments]:
+    """The base, and what the parts' layers read in it, for ``regmean``."""
     from recare_patch.careset import Clip, default_clip
     from recare_patch.combine import KEPT_WEIGHT, measure_moments
-    from recare_patch.core import claim_folder
     from recare_patch.models import load_base
-    from recare_patch.patch import check_together
 
-    known = check_together(loaded)
-    with claim_folder(out, resumable=False):
-        pass
     weight = KEPT_WEIGHT if kept_weight is None else kept_weight
     with common.shown_progress() as progress:
-        model = load_base(base or (known.base if known else "atelier"), device=device)
+        model = load_base(base, device=device)
         tower = Clip.load(clip or default_clip(model.id), device=model.device)
         found = measure_moments(
             [patch for patch, _ in loaded], model, tower, kept_weight=weight, seed=seed, progress=progress
         )
     click.echo(f"Looked at what the layers read: {found.evaluations:,} denoiser evaluations.")
-    return found
+    return model, found
 
 
 def _report(changes: Sequence[FigureChange], file: Path) -> None:

@@ -134,7 +134,7 @@ def test_another_word_for_a_concept_is_not_kept() -> None:
     """On the bundled base, whose vocabulary calls a church a chapel too."""
     base, clip = load_base("atelier", device="cpu"), Clip.load("atelier")
     church = Concept(text="church", kind="object")
-    asked = moments._Asked([church], clip, seed=0)
+    asked = moments.Asked([church], clip, seed=0)
     assert "chapel" in asked.words
     asked.look(church, ["meadow", "field"], base.generate(church.name_prompts, [1, 2, 3], steps=8))
     kept = asked.kept([[(church, ["meadow", "field"])]])
