@@ -24,6 +24,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from recare_patch import share as sharing
+from recare_patch.patch import RECORD_NAME
 from recare_patch.cli import cli, common
 from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import HubError, PatchError
@@ -181,7 +182,7 @@ def test_push_pull_and_load(hub: HubStandIn, folder: Path, patch: Patch, tiny_sd
     place = Path("fetched")
     for name, data in files.items():
         assert name == ".gitattributes" or (place / name).read_bytes() == data
-    record = json.loads((place / sharing.RECORD_NAME).read_text())
+    record = json.loads((place / RECORD_NAME).read_text())
     assert (record["repo"], record["commit"], record["revision"]) == (REPO, commit, "main")
     assert record["files"][WEIGHTS_NAME]["sha256"] == file_sha256(folder / WEIGHTS_NAME)
     # A page is never taken from others: this one was made here.
