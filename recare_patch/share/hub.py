@@ -127,11 +127,17 @@ def listed_files(api: HfApi, repo: str, commit: str) -> dict[str, RepoFile]:
         return {one.path: one for one in found if hasattr(one, "blob_id")}
 
 
-def hashes(listed: RepoFile, file: Path) -> tuple[str, str]:
-    """A file's hash as the Hub lists it, and as it is here."""
+def is_listed(listed: RepoFile, file: Path) -> bool:
+    """Whether a file here is what the Hub lists."""
     if listed.lfs is not None:
-        return listed.lfs.sha256, file_sha256(file)
-    return listed.blob_id, git_hash(file)
+        return listed.lfs.sha256 == file_sha256(file)
+    return listed.blob_id == git_hash(file)
+
+
+def commit_of(api: HfApi, repo: str, revision: str | None) -> str:
+    """The commit that a branch or a tag means now; without one the newest of the main branch."""
+    with talking(repo):
+        return check_commit(api.model_info(repo, revision=revision, timeout=60).sha)
 
 
 def one_line(text: object) -> str:
@@ -149,15 +155,9 @@ def one_line(text: object) -> str:
 
 @contextlib.contextmanager
 def talking(about: str, place: object = "a file") -> Iterator[None]:
-    """Turn whatever goes wrong between here and the Hub into one sentence.
+    """Turn whatever goes wrong between here and the Hub into one sentence: ``HubError`` or ``OutputError``.
 
-    Args:
-        about: the repo, for messages.
-        place: where files are written, for messages.
-
-    Raises:
-        HubError: the client has failed.
-        OutputError: the disk has.
+    Messages call the repo ``about``, and what is written ``place``.
     """
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -254,12 +254,7 @@ def search(
         base: id or name of the base model.
         concept: what is erased, as one writes it.
         tags: that the patch must have, all of them.
-        owner: of the repo.
-        limit: at most so many.
-
-    Raises:
-        HubError: no connection.
-        ConceptError: the concept is empty or too long.
+        owner, limit: of the repo; at most so many.
     """
     from huggingface_hub.utils import get_session
 
@@ -341,12 +336,7 @@ lowest where the base's is not told. – was not measured.
 
 
 def row_of_folder(folder: str | Path) -> Row:
-    """The row of a patch on the disk; figures come from the evidence beside it.
-
-    Raises:
-        PatchError: there is no patch of this package.
-        EvidenceError: its evidence cannot be read, or is of another patch.
-    """
+    """The row of a patch on the disk; figures come from the evidence beside it."""
     place = Path(folder)
     about = Patch.load(place).metadata
     if about is None:

@@ -28,10 +28,10 @@ from recare_patch.patch import (
 from recare_patch.recipe import WEIGHTS_NAME
 from recare_patch.share.hub import (
     Address,
-    check_commit,
     client,
+    commit_of,
     endpoint,
-    hashes,
+    is_listed,
     listed_files,
     one_line,
     talking,
@@ -71,25 +71,21 @@ def pull(
 ) -> Pulled:
     """Fetch a patch from the Hub into a folder that is whole or absent.
 
-    The revision is resolved to a commit, and everything is taken from that. Only files that a patch
-    has are taken, by their known names: weights, kohya file, card, recipe, CARE-set, records, evidence and
-    preview; no pickle, no code, no page. Each is held against the hash that the Hub lists, then the files
-    against each other; a report is made here from the evidence. ``hub.json`` tells where it came from.
-
-    A call that was interrupted is finished by the next: files come through huggingface_hub's cache.
+    The revision is resolved to a commit. Only files that a patch has are taken, by their known names: no
+    pickle, no code, no page. Each is held against the hash that the Hub lists, then the files against each
+    other; a report is made here from the evidence. ``hub.json`` tells where it came from. A call that was
+    interrupted is finished by the next, from huggingface_hub's cache.
 
     Args:
         repo: OWNER/NAME, or OWNER/NAME@REVISION.
         out: the folder, absent or empty; by default the repo's name, here.
         revision: branch, tag or commit; by default the newest of the main branch.
-        base: a base model that the patch must fit.
-        device: for the base.
+        base, device: a base model that the patch must fit, and where it is held against it.
         progress: told of the files.
 
     Raises:
         HubError: no connection, no such repo or revision, no right to see it, or no patch in it.
-        PatchError: its files do not hold.
-        IncompatiblePatchError: it does not fit the base.
+        PatchError: its files do not hold, or do not fit the base.
         OutputError: the folder is there already, or cannot be written.
     """
     address = Address.parse(repo)
@@ -98,8 +94,7 @@ def pull(
     repo, wanted = address.repo, revision or address.revision
     folder = Path(out).expanduser() if out is not None else Path(repo.split("/")[1])
     api = client()
-    with talking(repo):
-        commit = check_commit(api.model_info(repo, revision=wanted, timeout=60).sha)
+    commit = commit_of(api, repo, wanted)
     if (there := _there(folder, repo, commit)) is not None:
         return replace(there, same_base=_fits(folder, base, device))
     if folder.is_symlink():
@@ -127,22 +122,12 @@ def pull(
 
 
 def fetched(text: str, progress: Progress | None = None) -> Path:
-    """The folder of a patch on the Hub, fetched into the user's cache if it is not there.
+    """The folder of "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION" in the user's cache; see :func:`pull`.
 
-    Args:
-        text: "hub:OWNER/NAME" or "hub:OWNER/NAME@REVISION". A whole commit that was fetched before is not
-            asked for again.
-        progress: told of the files.
-
-    Raises:
-        HubError, PatchError, OutputError: see :func:`pull`.
+    A whole commit that was fetched before is not asked for again.
     """
     address = Address.parse(text)
-    commit = address.commit
-    if commit is None:
-        with talking(address.repo):
-            info = client().model_info(address.repo, revision=address.revision, timeout=60)
-            commit = check_commit(info.sha)
+    commit = address.commit or commit_of(client(), address.repo, address.revision)
     folder = default_cache().parent / "hub" / address.repo.replace("/", "--") / commit
     if _there(folder, address.repo, commit) is None:
         # What no longer is what was fetched is no use, and it is only a copy.
@@ -213,13 +198,9 @@ def _take(api: HfApi, repo: str, commit: str, place: Path, listed: RepoFile, mos
         cached = Path(api.hf_hub_download(repo, name, revision=commit))
     (place / name).parent.mkdir(exist_ok=True)
     shutil.copyfile(cached, place / name)
-    told, found = hashes(listed, place / name)
-    if told != found:
+    if not is_listed(listed, place / name):
         cached.resolve().unlink(missing_ok=True)
-        raise HubError(
-            f"what came as {name} is not what {repo} lists: its hash is {found[:12]}…, not "
-            f"{one_line(told)[:12]}…; call again to fetch it anew"
-        )
+        raise HubError(f"what came as {name} is not what {repo} lists; call again to fetch it anew")
 
 
 def _check(place: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,6 @@ from recare_patch.patch import (
     previews_of,
     report_names,
     split_card,
-    text_names,
     write_kohya,
 )
 from recare_patch.recipe import WEIGHTS_NAME
@@ -50,7 +49,7 @@ from recare_patch.share.hub import (
     check_commit,
     check_repo,
     client,
-    hashes,
+    is_listed,
     listed_files,
     one_line,
     talking,
@@ -95,16 +94,15 @@ def push(
 ) -> Pushed:
     """Send a patch to the Hub as one commit.
 
-    The files are copied first, and the copy is what is checked and sent: weights in diffusers' and in
-    kohya's shape (made if it is missing), card, recipe, CARE-set, evidence, report, records and preview.
-    The folder itself stays as it is. A call that was killed is finished by the next: whatever the Hub
-    has already is not sent again.
+    The files are copied first, and the copy is what is checked and sent; a file for A1111 and ComfyUI is
+    made if it is missing. A call that was killed is finished by the next: whatever the Hub has already is
+    not sent again.
 
     Args:
-        folder: of the patch.
+        folder: of the patch; it stays as it is.
         repo: OWNER/NAME, or NAME alone for the login's own; by default made from what is erased.
         public: let everybody see it; a repo that is public already is refused without this.
-        license_id: of the patch, as the Hub calls it; by default that of the base, as far as it is known.
+        license_id: as the Hub calls it; by default that of the base, as far as it is known.
         new_card: write the card anew in place of the one in the folder.
         overwrite: take a repo that holds something else.
         dry_run: send nothing and ask nobody.
@@ -128,40 +126,47 @@ def push(
     with tempfile.TemporaryDirectory(prefix="recare-patch-") as temporary:
         place = Path(temporary)
         try:
-            patch, card, left = _pack(folder, place, license_id, new_card)
+            patch, left = _pack(folder, place, license_id, new_card)
         except RecarePatchError as fault:
             # The reader knows the folder, not its copy.
             raise type(fault)(str(fault).replace(str(place), str(folder))) from None
+        except OSError as fault:
+            told = (fault.strerror or str(fault)).lower()
+            raise PatchError(f"cannot copy {fault.filename or folder} to send it: {told}") from fault
         api, owner = client(), "OWNER"
         if not dry_run:
             with talking("this login"):
                 owner = _login(api)
         name = repo or output_name(patch)
         repo = check_repo(name if "/" in name else f"{owner}/{name}")
-        notes = _notes(place, patch, card)
         # Only now it is known where the patch will be.
+        card = (place / CARD_NAME).read_text(encoding="utf-8")
         card = card.replace(f"--patch {PLACE}", f"--patch {PREFIX}{repo}").replace(PLACE, repo)
         write_text(place / CARD_NAME, card)
-        files = tuple(SharedFile.of(place, name) for name in all_names(patch) if (place / name).is_file())
-        told = Pushed(repo, files, split_card(card)[0], left, notes, private=not public)
-        if dry_run:
-            return told
-        return _send(api, place, patch, card, told, overwrite, progress or NullProgress())
+        names = [name for name in all_names(patch) if (place / name).is_file()]
+        parcel = Pushed(
+            repo=repo,
+            files=tuple(SharedFile.of(place, name) for name in names),
+            front_matter=split_card(card)[0],
+            left_out=left,
+            notes=_notes(place, names, card),
+            private=not public,
+        )
+        return parcel if dry_run else _send(api, place, patch, parcel, overwrite, progress or NullProgress())
 
 
-def _pack(
-    folder: Path, place: Path, license_id: str | None, new_card: bool
-) -> tuple[Patch, str, tuple[str, ...]]:
-    """Copy what is shared of a patch, complete and check the copy; gives patch, card and what was left.
+def _pack(folder: Path, place: Path, license_id: str | None, new_card: bool) -> tuple[Patch, tuple[str, ...]]:
+    """Copy what is shared of a patch, complete and check the copy; gives the patch, and what was left.
 
     What is checked is what is sent: a file that changes meanwhile changes nothing. Links are followed,
     since they are the sender's own.
     """
-    _copy(folder, place, WEIGHTS_NAME)
+    shutil.copy2(folder / WEIGHTS_NAME, place / WEIGHTS_NAME)
     taken = [name for name in all_names(Patch.load(place / WEIGHTS_NAME)) if (folder / name).is_file()]
     for name in taken:
         if name != WEIGHTS_NAME and not (new_card and name == CARD_NAME):
-            _copy(folder, place, name)
+            (place / name).parent.mkdir(exist_ok=True)
+            shutil.copy2(folder / name, place / name)
     sound = check_integrity(place)
     if sound.failed:
         told = "; ".join(f"{one.about}: {one.told}" for one in sound.failed)
@@ -184,16 +189,8 @@ def _pack(
                 write_report(one.evidence, one.folder, previews_of(place), record)
     tops = {name.split("/")[0] for name in taken}
     left = tuple(sorted(one.name for one in folder.iterdir() if one.name not in tops))
-    return patch, _card(place, sound, record, license_id), left
-
-
-def _copy(folder: Path, place: Path, name: str) -> None:
-    try:
-        (place / name).parent.mkdir(exist_ok=True)
-        shutil.copy2(folder / name, place / name)
-    except OSError as fault:
-        reason = (fault.strerror or str(fault)).lower()
-        raise PatchError(f"cannot copy {folder / name} to send it: {reason}") from fault
+    write_text(place / CARD_NAME, _card(place, sound, record, license_id))
+    return patch, left
 
 
 def _card(place: Path, sound: Integrity, training: Mapping[str, Any], license_id: str | None) -> str:
@@ -218,23 +215,19 @@ def _unlicensed(front: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in front.items() if not key.startswith("license")}
 
 
-def _notes(place: Path, patch: Patch, card: str) -> tuple[str, ...]:
+def _notes(place: Path, names: Sequence[str], card: str) -> tuple[str, ...]:
     """Whether a licence is missing, or a file tells where things lie on this machine."""
     notes = []
     if split_card(card)[0].get("license") == "other":
         notes.append("the licence of the base is not known here: look it up and name it with --license")
-    texts = {
-        name: [(place / name).read_text(encoding="utf-8", errors="replace")]
-        for name in (*text_names(patch), *report_names(patch))
-        if (place / name).is_file() and name != CARD_NAME
-    }
-    texts |= {
-        file.name: list(read_safetensors_header(file).metadata.values())
-        for file in sorted(place.glob("*.safetensors"))
-    }
     home = str(Path.home())
-    found = [name for name, said in {CARD_NAME: [card], **texts}.items() if any(home in one for one in said)]
-    if found and len(home) >= 4:
+
+    def told(file: Path) -> bool:
+        if file.suffix == ".safetensors":
+            return any(home in text for text in read_safetensors_header(file).metadata.values())
+        return file.suffix != ".png" and home in file.read_text(encoding="utf-8", errors="replace")
+
+    if len(home) >= 4 and (found := [name for name in names if told(place / name)]):
         notes.append(f"your home folder is named in {', '.join(found)}, for whoever may see the repo to read")
     return tuple(notes)
 
@@ -253,23 +246,23 @@ def _login(api: HfApi) -> str:
 
 
 def _send(
-    api: HfApi, place: Path, patch: Patch, card: str, told: Pushed, overwrite: bool, progress: Progress
+    api: HfApi, place: Path, patch: Patch, parcel: Pushed, overwrite: bool, progress: Progress
 ) -> Pushed:
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import RepositoryNotFoundError
 
     assert patch.metadata is not None
-    repo, notes, public = told.repo, told.notes, not told.private
+    repo, notes, public = parcel.repo, parcel.notes, not parcel.private
     with talking(repo):
         try:
             info = api.model_info(repo, timeout=60)
         except RepositoryNotFoundError:
             try:
                 # The Hub reads the card before there is a repo, so that a bad one leaves none behind.
-                ModelCard(card, ignore_metadata_errors=True).validate()
+                ModelCard.load(place / CARD_NAME, ignore_metadata_errors=True).validate()
             except ValueError as fault:
                 raise HubError(f"the Hub refuses the card's front matter: {one_line(fault)}") from None
-            api.create_repo(repo, private=told.private)
+            api.create_repo(repo, private=parcel.private)
             info = api.model_info(repo, timeout=60)
     commit = check_commit(info.sha)
     there = listed_files(api, repo, commit)
@@ -280,10 +273,10 @@ def _send(
         _check_taken(info, repo, Identity.of(patch.metadata))
     if public and info.private:
         notes = (*notes, f"{repo} was private already and stays so: its settings page changes that")
-    kept = [one.name for one in told.files]
-    sent = [name for name in kept if name not in there or len({*hashes(there[name], place / name)}) > 1]
+    kept = [one.name for one in parcel.files]
+    sent = [name for name in kept if name not in there or not is_listed(there[name], place / name)]
     # Of an older version; what else its owner has put there is left alone.
-    removed = sorted(name for name in there if name in all_names(patch) and name not in kept)
+    removed = [name for name in sorted(there) if name in all_names(patch) and name not in kept]
     if sent or removed:
         progress.update("send", 0, len(sent), ", ".join(sent))
         with talking(repo):
@@ -299,7 +292,7 @@ def _send(
         commit = check_commit(made.oid)
         progress.update("send", len(sent), len(sent))
     return replace(
-        told,
+        parcel,
         notes=notes,
         private=bool(info.private),
         commit=commit,

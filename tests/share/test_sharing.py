@@ -24,17 +24,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from recare_patch import share as sharing
-from recare_patch.patch import RECORD_NAME
 from recare_patch.cli import cli, common
-from recare_patch.combine import stacking as composing
-from recare_patch.core.errors import HubError, PatchError
-from recare_patch.core.files import file_sha256, write_json
-from recare_patch.measure.card import EVIDENCE_START, model_index, with_evidence
-from recare_patch.measure.evidence import Evidence
-from recare_patch.patch.card import PLACE, card_text
-from recare_patch.patch.markdown import split_card
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe
+from recare_patch.combine import save_stack, stack
+from recare_patch.core import HubError, PatchError, file_sha256, write_json
+from recare_patch.measure import Evidence, with_evidence
+from recare_patch.measure.card import EVIDENCE_START, model_index
+from recare_patch.patch import PLACE, RECORD_NAME, Patch, card_text, split_card
+from recare_patch.recipe import WEIGHTS_NAME, Recipe
 from tests.measure.test_evidence import make_evidence
 from tests.patch.test_patch import trained
 from tests.share.hub_stand_in import READ_TOKEN, TOKEN, HubStandIn, Repo
@@ -78,16 +74,9 @@ def write_patch(folder: Path, patch: Patch, evidence: Evidence | None = None) ->
     Image.new("RGB", (32, 16), "navy").save(folder / "preview.png")
     card = card_text(about, training)
     if evidence is not None:
-        evidence = evidence.model_copy(
-            update={
-                "patch_sha256": file_sha256(weights),
-                "base": about.base,
-                "base_denoiser_sha256": about.base_denoiser_sha256,
-                "concept": about.concept,
-                "kind": about.kind,
-                "method": about.method,
-            }
-        )
+        same = ("base", "base_denoiser_sha256", "concept", "kind", "method")
+        changes = {"patch_sha256": file_sha256(weights)} | {key: getattr(about, key) for key in same}
+        evidence = evidence.model_copy(update=changes)
         evidence.save(folder)
         card = with_evidence(card, evidence)
     (folder / "README.md").write_text(card)
@@ -117,11 +106,10 @@ def there(hub: HubStandIn, folder: Path, shelf: dict[str, bytes]) -> Repo:
     """The patch on the Hub, pushed once for all tests that only fetch it."""
     if not shelf:
         sharing.push(folder)
-        shelf.update(hub.repos[REPO].commits[-1][1])
+        shelf.update(hub.repos[REPO].files)
         hub.seen.clear()
-    else:
-        hub.repos[REPO] = Repo(private=True)
-        hub.repos[REPO].commit(shelf)
+    hub.repos[REPO] = Repo(private=True)
+    hub.repos[REPO].commit(shelf)
     return hub.repos[REPO]
 
 
@@ -152,9 +140,6 @@ def as_another(patch: Patch, concept: str, kind: str) -> Patch:
     recipe = Recipe(concept={"text": concept, "kind": kind})  # type: ignore[arg-type]
     changes = {"concept": concept, "kind": kind, "recipe": recipe.to_yaml()}
     return Patch(patch.tensors, patch.metadata.model_copy(update=changes))
-
-
-# ---------------------------------------------------------------------- there and back
 
 
 def test_push_pull_and_load(hub: HubStandIn, folder: Path, patch: Patch, tiny_sd: Path) -> None:
@@ -211,17 +196,17 @@ def test_what_is_there_already_is_neither_sent_nor_fetched_again(hub: HubStandIn
     fresh = sound("push", folder, "--new-card")
     assert "Sent: README.md\n" in fresh.stdout
     assert "Removed: evidence.json\n" in fresh.stdout
-    assert "evidence.json" not in hub.repos[REPO].commits[-1][1]
+    assert "evidence.json" not in hub.repos[REPO].files
     # The folder here is of the old commit: it is left alone, and by its commit it is still there.
-    assert "holds other files" in refused("pull", REPO)
+    assert "already holds files" in refused("pull", REPO)
     old = hub.repos[REPO].commits[1][0]
     assert "here already" in sound("pull", f"{REPO}@{old}", "--out", "erase-van-gogh").stdout
 
 
 def test_a_stack_goes_there_and_back(hub: HubStandIn, folder: Path, patch: Patch, tmp_path: Path) -> None:
     other = write_patch(tmp_path / "tench-patch", as_another(patch, "tench", "object"))
-    made = composing.stack([(Patch.load(folder), 1.0), (Patch.load(other), 0.5)])
-    composing.save_stack(made, tmp_path / "both")
+    made = stack([(Patch.load(folder), 1.0), (Patch.load(other), 0.5)])
+    save_stack(made, tmp_path / "both")
     weights = file_sha256(tmp_path / "both" / WEIGHTS_NAME)
     about = made.metadata
     assert about is not None
@@ -261,9 +246,6 @@ def test_commands_take_a_patch_on_the_hub(hub: HubStandIn, folder: Path, there: 
     assert "there is no repo me/nothing" in refused("stack", "hub:me/nothing", "--out", "s")
 
 
-# ---------------------------------------------------------------------- what is sent
-
-
 def test_a_dry_run_shows_all_and_asks_nobody(
     hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,18 +265,18 @@ def test_a_dry_run_shows_all_and_asks_nobody(
 
 
 def _finished(hub: HubStandIn, folder: Path) -> None:
-    """A push after one that ended between two of its files: it sends the rest, and no file twice."""
-    # A repo without a patch, and one file that no commit names yet.
-    assert set(hub.repos[REPO].commits[-1][1]) == {".gitattributes"}
-    assert len(hub.blobs) == 1
+    """A push after one that ended between its files: it sends the rest, and no file twice."""
+    # A repo without a patch, and files that no commit names yet.
+    assert set(hub.repos[REPO].files) == {".gitattributes"}
     there = set(hub.blobs)
+    assert 1 <= len(there) < 3
     hub.fault = lambda method, path: None
     hub.seen.clear()
     sound("push", folder)
-    put = {one.path.rsplit("/", 1)[-1] for one in hub.requests("PUT")}
+    put = set(hub.requests("PUT"))
     assert put and not put & there
     assert not hub.requests("POST", "/repos/create")
-    assert WEIGHTS_NAME in hub.repos[REPO].commits[-1][1]
+    assert WEIGHTS_NAME in hub.repos[REPO].files
     sound("pull", REPO)
 
 
@@ -334,7 +316,7 @@ def test_what_is_checked_is_what_is_sent(hub: HubStandIn, folder: Path) -> None:
             (folder / WEIGHTS_NAME).write_bytes(b"something else")
 
     sharing.push(folder, progress=Meddler())
-    assert hub.repos[REPO].commits[-1][1][WEIGHTS_NAME] == data
+    assert hub.repos[REPO].files[WEIGHTS_NAME] == data
 
 
 def test_a_patch_that_does_not_hold_is_not_sent(hub: HubStandIn, folder: Path) -> None:
@@ -354,14 +336,14 @@ def test_the_card_is_kept_and_its_header_filled_up(
     card = folder / "README.md"
     card.write_text("---\nlicense: mit\ntags:\n- mine\nmy_key: 1\n---\n\n# My words\n")
     sound("push", folder, "me/kept")
-    front, body = split_card(hub.repos["me/kept"].commits[-1][1]["README.md"].decode())
+    front, body = split_card(hub.repos["me/kept"].files["README.md"].decode())
     assert "# My words" in body
     assert EVIDENCE_START in body
     assert (front["license"], front["my_key"], front["library_name"]) == ("mit", 1, "diffusers")
     assert front["tags"][0] == "mine"
     assert "recare-patch" in front["tags"]
     sound("push", folder, "me/kept", "--new-card", "--license", "openrail")
-    front, body = split_card(hub.repos["me/kept"].commits[-1][1]["README.md"].decode())
+    front, body = split_card(hub.repos["me/kept"].files["README.md"].decode())
     assert "# Van Gogh, erased from" in body
     assert front["license"] == "openrail"
     assert "license_name" not in front
@@ -385,13 +367,10 @@ def test_unsafe_pictures_stay_blurred(hub: HubStandIn, patch: Patch, tmp_path: P
     folder = write_patch(tmp_path / "nudity-patch", as_another(patch, "nudity", "nsfw"), evidence)
     (folder / "report.html").write_text("<img src='sharp'>")
     sharing.push(folder)
-    files = hub.repos["me/erase-nudity"].commits[-1][1]
+    files = hub.repos["me/erase-nudity"].files
     assert b"sharp'" not in files["report.html"]
     assert "not-for-all-audiences" in hub.repos["me/erase-nudity"].front["tags"]
     assert "widget" not in hub.repos["me/erase-nudity"].front
-
-
-# ---------------------------------------------------------------------- names and rights
 
 
 def test_a_name_that_is_taken(hub: HubStandIn, folder: Path, patch: Patch, tmp_path: Path) -> None:
@@ -402,7 +381,7 @@ def test_a_name_that_is_taken(hub: HubStandIn, folder: Path, patch: Patch, tmp_p
     assert len(hub.repos[REPO].commits) == 1
     sound("push", folder, "--overwrite")
     # What is not a patch's stays, and from now on the repo is this patch's.
-    assert hub.repos[REPO].commits[-1][1]["model.bin"] == b"x"
+    assert hub.repos[REPO].files["model.bin"] == b"x"
     other = write_patch(tmp_path / "other", as_another(patch, "tench", "object"))
     told = refused("push", other, REPO)
     assert "taken by another patch (concept:van-gogh, tiny-sd)" in told
@@ -491,7 +470,7 @@ def test_a_server_in_trouble(
 def test_a_repo_that_was_changed_meanwhile(hub: HubStandIn, folder: Path, there: Repo) -> None:
 
     def fault(method: str, path: str) -> None:
-        files = there.commits[-1][1]
+        files = there.files
         if "/preupload/" in path and "mine.txt" not in files:
             there.commit({**files, "mine.txt": b"x"})
 
@@ -499,19 +478,9 @@ def test_a_repo_that_was_changed_meanwhile(hub: HubStandIn, folder: Path, there:
     (folder / "recipe.yaml").unlink()
     (folder / "evidence.json").unlink()
     assert "was changed by somebody else" in refused("push", folder, "--new-card")
-    assert "mine.txt" in hub.repos[REPO].commits[-1][1]
+    assert "mine.txt" in hub.repos[REPO].files
     sound("push", folder, "--new-card")
-    assert "mine.txt" in hub.repos[REPO].commits[-1][1]
-
-
-# ---------------------------------------------------------------------- what is fetched
-
-
-def _altered(hub: HubStandIn, change: Callable[[dict[str, bytes]], None]) -> None:
-    """Commit the patch's files with a change, as its owner could."""
-    files = dict(hub.repos[REPO].commits[-1][1])
-    change(files)
-    hub.repos[REPO].commit(files)
+    assert "mine.txt" in hub.repos[REPO].files
 
 
 @pytest.mark.parametrize(
@@ -532,85 +501,56 @@ def test_only_files_of_a_patch_are_taken(hub: HubStandIn, there: Repo) -> None:
         "model.bin": b"\x80\x04", "run.py": b"import os", "other.safetensors": b"x", "hub.json": b"{}",
         "report.html": b"<script>", "van-gogh/evidence.json": b"{}", "sub/README.md": b"x",
     }  # fmt: skip
-    _altered(hub, lambda files: files.update(more))
+    there.commit({**there.files, **more})
     got = sharing.pull(REPO, "got")
     assert set(got.left) == set(more)
-    asked = {one.path.rsplit("/", 1)[-1] for one in hub.requests("GET", "/resolve/")}
-    assert not asked & {"model.bin", "run.py", "other.safetensors", "report.html", "hub.json"}
+    asked = hub.requests("GET", "/resolve/")
+    assert not set(asked) & {"model.bin", "run.py", "other.safetensors", "report.html", "hub.json"}
     assert "<script>" not in Path("got/report.html").read_text()
     assert {one.name for one in got.files} <= {one.name for one in Path("got").iterdir()}
     assert not any(one.is_symlink() for one in Path("got").rglob("*"))
 
 
-def _huge_header(files: dict[str, bytes]) -> None:
-    files[WEIGHTS_NAME] = struct.pack("<Q", 10**12) + files[WEIGHTS_NAME][8:]
-
-
-def _no_json(files: dict[str, bytes]) -> None:
-    files[WEIGHTS_NAME] = struct.pack("<Q", 8) + b"[[[[[[[[" + files[WEIGHTS_NAME][8:]
-
-
-def _cut(files: dict[str, bytes]) -> None:
-    files[WEIGHTS_NAME] = files[WEIGHTS_NAME][:-10]
-
-
-def _other_value(files: dict[str, bytes]) -> None:
-    data = bytearray(files[WEIGHTS_NAME])
-    data[-2] ^= 1
-    files[WEIGHTS_NAME] = bytes(data)
-
-
-def _other_kohya(files: dict[str, bytes]) -> None:
-    data = bytearray(files[KOHYA])
-    data[-2] ^= 1
-    files[KOHYA] = bytes(data)
-
-
-def _no_patch(files: dict[str, bytes]) -> None:
-    del files[WEIGHTS_NAME]
-    files["pytorch_lora_weights.bin"] = b"\x80\x04"
-
-
-def _boast(files: dict[str, bytes]) -> None:
-    card = files["README.md"].decode()
-    files["README.md"] = card.replace("value: 0.02", "value: 0.0").encode()
-
-
-def _link(files: dict[str, bytes]) -> None:
-    # A link in git is a file whose content is its target; the Hub serves that text.
-    files["preview.png"] = b"../../../../etc/passwd"
+def _flipped(data: bytes) -> bytes:
+    return data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("name", "change", "words"),
     [
-        (_huge_header, "is not a safetensors file"),
-        (_no_json, "is not a safetensors file"),
-        (_cut, "damaged"),
-        (_other_value, "hash: the weights have SHA-256"),
-        (_other_kohya, "kohya file"),
-        (_no_patch, "its pickle pytorch_lora_weights.bin is never opened"),
-        (_boast, "claims 0.0 for 'concept, plain prompts'"),
-        (_link, "no PNG picture"),
-        (lambda files: files.update({"recipe.yaml": b"a: [\n"}), "recipe.yaml is not the recipe"),
-        (lambda files: files.update({"evidence.json": b"{" * 10_000}), "not readable as JSON"),
-        (lambda files: files.update({"training.json": b"[]"}), "not readable as JSON"),
-        (lambda files: files.update({"README.md": b"\xff\xfe"}), "UTF-8"),
+        (WEIGHTS_NAME, lambda data: struct.pack("<Q", 10**12) + data[8:], "is not a safetensors file"),
+        (WEIGHTS_NAME, lambda data: struct.pack("<Q", 8) + b"[" * 8 + data[8:], "is not a safetensors file"),
+        (WEIGHTS_NAME, lambda data: data[:-10], "damaged"),
+        (WEIGHTS_NAME, _flipped, "hash: the weights have SHA-256"),
+        (KOHYA, _flipped, "kohya file"),
+        (WEIGHTS_NAME, lambda data: None, "its pickle pytorch_lora_weights.bin is never opened"),
+        (
+            "README.md",
+            lambda data: data.replace(b"value: 0.02", b"value: 0.0"),
+            "claims 0.0 for 'concept, plain prompts'",
+        ),
+        # A link in git is a file whose content is its target; the Hub serves that text.
+        ("preview.png", lambda data: b"../../../../etc/passwd", "no PNG picture"),
+        ("recipe.yaml", lambda data: b"a: [\n", "recipe.yaml is not the recipe"),
+        ("evidence.json", lambda data: b"{" * 10_000, "not readable as JSON"),
+        ("training.json", lambda data: b"[]", "not readable as JSON"),
+        ("README.md", lambda data: b"\xff\xfe", "UTF-8"),
     ],
 )
 def test_a_patch_that_does_not_hold_is_not_kept(
-    hub: HubStandIn, there: Repo, change: Callable[[dict[str, bytes]], None], words: str
+    hub: HubStandIn, there: Repo, name: str, change: Callable[[bytes], bytes | None], words: str
 ) -> None:
-    _altered(hub, change)
+    made = change(there.files[name])
+    files = {**there.files, name: made} if made is not None else {"pytorch_lora_weights.bin": b"\x80\x04"}
+    there.commit(files)
     told = refused("pull", REPO, "--out", "got")
     assert words in told
-    assert ".pull" not in told
-    assert not Path("got").exists()
-    assert not Path(".got.pull").exists()
+    assert ".part" not in told
+    assert {one.name for one in Path().iterdir()} <= {"hf-cache", "van-gogh-patch"}
 
 
 def test_files_that_are_not_what_was_listed(hub: HubStandIn, there: Repo) -> None:
-    size = len(hub.repos[REPO].commits[-1][1][WEIGHTS_NAME])
+    size = len(hub.repos[REPO].files[WEIGHTS_NAME])
     for name, data in ((WEIGHTS_NAME, b"x" * size), ("recipe.yaml", b"concept: x\n")):
         hub.repos[REPO].served = {name: data}
         assert f"what came as {name} is not what {REPO} lists" in refused("pull", REPO, "--out", "got")
@@ -628,14 +568,12 @@ def test_an_interrupted_fetch_goes_on(hub: HubStandIn, there: Repo) -> None:
     hub.fault = lambda method, path: (403, "no more") if path.endswith("evidence.json") else None
     assert "no right" in refused("pull", REPO)
     assert not Path("erase-van-gogh").exists()
-    fetched = {one.path for one in hub.requests("GET", "/resolve/")}
+    fetched = set(hub.requests("GET", "/resolve/"))
     hub.fault = lambda method, path: None
     hub.seen.clear()
     sound("pull", REPO)
-    again = {one.path for one in hub.requests("GET", "/resolve/")}
-    assert fetched and again
-    assert {one for one in fetched if not one.endswith("evidence.json")}.isdisjoint(again)
-    assert not Path(".erase-van-gogh.pull").exists()
+    again = set(hub.requests("GET", "/resolve/"))
+    assert fetched and again and (fetched - {"evidence.json"}).isdisjoint(again)
 
 
 def test_revisions_places_and_bases(hub: HubStandIn, there: Repo, tiny_sd_v: Path, tmp_path: Path) -> None:
@@ -646,16 +584,13 @@ def test_revisions_places_and_bases(hub: HubStandIn, there: Repo, tiny_sd_v: Pat
     assert "does not fit" in told
     Path("taken").mkdir()
     Path("taken/mine.txt").write_text("mine")
-    assert "holds other files" in refused("pull", REPO, "--out", "taken")
+    assert "already holds files" in refused("pull", REPO, "--out", "taken")
     Path("link").symlink_to(tmp_path / "elsewhere")
-    assert "a file or a link of that name" in refused("pull", REPO, "--out", "link")
+    assert "a link of that name" in refused("pull", REPO, "--out", "link")
     assert not Path("got").exists() and not (tmp_path / "elsewhere").exists()
     Path("empty").mkdir()
     sound("pull", REPO, "--out", "empty")
     assert Patch.load("empty").metadata is not None
-
-
-# ---------------------------------------------------------------------- finding
 
 
 def _publish(hub: HubStandIn, name: str, **front: Any) -> None:
@@ -716,9 +651,6 @@ def test_the_hub_s_errors_are_one_family(hub: HubStandIn, folder: Path) -> None:
     shutil.rmtree(folder)
     with pytest.raises(PatchError, match="there is no patch"):
         sharing.push(folder)
-
-
-# ---------------------------------------------------------------------- through a maintained server
 
 
 def _free_port() -> int:
