@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from recare_patch import __version__
 from recare_patch.core import HubError, PatchError, RecarePatchError, file_sha256, output_error
@@ -286,7 +286,7 @@ def _found(info: ModelInfo) -> Found:
         base=base,
         license=one_line(front.get("license") or ""),
         tags=tuple(tag for tag in tags if tag not in known and ":" not in tag),
-        metrics=tuple(_metrics(info.model_index)),
+        metrics=_metrics(info.model_index),
         downloads=int(info.downloads or 0),
         likes=int(info.likes or 0),
         modified=info.last_modified.date().isoformat() if info.last_modified else "",
@@ -294,33 +294,22 @@ def _found(info: ModelInfo) -> Found:
     )
 
 
-def _metrics(index: Any) -> Iterator[Metric]:
-    """Figures of a ``model-index``, which may be anything; what is not well-formed is passed over."""
+def _metrics(index: Any) -> tuple[Metric, ...]:
+    """Figures of a ``model-index``, which may be anything; none of one that is not well-formed."""
+    from huggingface_hub.repocard_data import model_index_to_eval_results
 
-    def inner(outer: Any, key: str) -> list[Any]:
-        found = outer.get(key) if isinstance(outer, dict) else None
-        return found if isinstance(found, list) else []
-
-    for entry in index if isinstance(index, list) else ():
-        for result in inner(entry, "results"):
-            for one in inner(result, "metrics"):
-                value = one.get("value") if isinstance(one, dict) else None
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    yield Metric(one_line(one.get("type")), one_line(one.get("name")), float(value))
+    try:
+        found = model_index_to_eval_results(index or [])[1]
+        return tuple(
+            Metric(one_line(one.metric_type), one_line(one.metric_name), float(one.metric_value))
+            for one in found
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return ()
 
 
-class Row(NamedTuple):
-    """A patch in an index: what is erased, from what, and how well; then its name and where it is."""
-
-    concept: str
-    base: str
-    method: str
-    size: str
-    shown: str
-    kept: str
-    patch: str
-    link: str
-
+Row = tuple[str, ...]
+"""A patch in an index: what the page's columns say; the patch's name, and where it is."""
 
 _NONE = "–"
 _PAGE = """\
@@ -351,14 +340,14 @@ def row_of_folder(folder: str | Path) -> Row:
         if lost := worst_kept(evidence):
             kept = f"{lost.name}: {lost.show(lost.patched)} (base {lost.show(lost.base)})"
     size = f"rank {about.rank}, {file.stat().st_size / 1e3:,.0f} kB"
-    return Row(about.concept, about.base, about.method, size, shown, kept, file.parent.name, place.as_posix())
+    return about.concept, about.base, about.method, size, shown, kept, file.parent.name, place.as_posix()
 
 
 def row_of_found(found: Found, endpoint: str) -> Row:
     """The row of a patch on the Hub at this endpoint; figures are those that its card claims."""
     gone = max((one.value for one in found.rates("concept-rate")), default=None)
     lost = min(found.rates("companion-shown", "neighbour-shown"), key=lambda one: one.value, default=None)
-    return Row(
+    return (
         ", ".join(found.concepts) or _NONE,
         found.base,
         next((tag for tag in found.tags if tag in METHODS or tag == "stack"), _NONE),

@@ -18,8 +18,8 @@ from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import IncompatiblePatchError, NoMatchingModuleError
 from recare_patch.measure.checks.tuning import changed, merge_into
-from recare_patch.models import lora as adapters
 from recare_patch.models import BaseModel, stored_weights_hash
+from recare_patch.models import lora as adapters
 from recare_patch.models.loading import load_base
 from recare_patch.patch import formats
 from recare_patch.patch.patch import Patch, PatchMetadata

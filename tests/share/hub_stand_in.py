@@ -186,6 +186,11 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                 case ["api", "models", owner, name, "tree", revision]:
                     repo, _, files = self._at(f"{owner}/{name}", revision)
                     return [*(_entry(path, data) for path, data in files.items()), *repo.listed]
+                case ["api", "models", owner, name, "paths-info", revision]:
+                    # What mirrors ask; the client itself lists the tree.
+                    files, asked = self._at(f"{owner}/{name}", revision)[2], self.body.decode()
+                    paths = json.loads(asked)["paths"] if asked[0] == "{" else parse_qs(asked)["paths"]
+                    return [_entry(path, files[path]) for path in paths if path in files]
                 case ["api", "models", owner, name, "preupload", revision]:
                     return self._preupload(self._at(f"{owner}/{name}", revision, write=True)[2])
                 case ["api", "models", owner, name, "commit", revision]:
