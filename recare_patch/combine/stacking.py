@@ -309,16 +309,17 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         OutputError: ``out`` holds files, is a file, or cannot be written to.
     """
     folder = Path(out).expanduser()
-    made = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            what = "it already holds files" if folder.is_dir() else "it is a file, not a folder"
+        place = folder.resolve()
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            what = "it already holds files" if place.is_dir() else "it is a file, not a folder"
             raise OutputError(f"cannot write into {folder}: {what}; choose another --out")
+        made = place.with_name(f".{place.name}.{os.getpid()}.part")
         made.mkdir(parents=True)
         try:
             yield made
             # Takes the place of an empty folder, and fails where somebody filled it meanwhile.
-            os.replace(made, folder)
+            os.replace(made, place)
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise

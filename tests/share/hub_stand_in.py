@@ -67,7 +67,7 @@ class HubStandIn:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.seen: list[Seen] = []
-        self.fault: Callable[[str, str], tuple[int, str] | None] = lambda method, path: None
+        self.fault: Callable[[str, str], tuple[Any, ...] | None] = lambda method, path: None
         self.hanging, self.let_go = threading.Event(), threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True

@@ -455,19 +455,17 @@ def test_no_connection(folder: Path, hub: HubStandIn, monkeypatch: pytest.Monkey
     assert "HF_HUB_OFFLINE" in refused("pull", REPO)
 
 
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        ((500, "on fire"), "out of order (status 500 (on fire))"),
+def test_a_server_that_refuses(hub: HubStandIn) -> None:
+    for answer, words in (
+        ((403, "no", "GatedRepo"), f"{REPO} is gated: ask for access on its page, {hub.endpoint}/{REPO}"),
+        ((404, "gone"), f"the Hub has no {REPO}, or this login may not see it (gone)"),
+        ((409, "no"), "is taken (no)"),
+        ((418, "a teapot"), "status 418 (a teapot)"),
         ((429, "too many"), "asks for a pause"),
-        ((418, "a teapot"), "status 418"),
-    ],
-)
-def test_a_server_in_trouble(
-    hub: HubStandIn, folder: Path, answer: tuple[int, str], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.fault = lambda method, path: answer
-    assert words in refused("pull", REPO)
+        ((500, "on fire"), "out of order (status 500 (on fire))"),
+    ):
+        hub.fault = lambda method, path, answer=answer: answer  # type: ignore[misc]
+        assert words in refused("pull", REPO)
 
 
 def test_a_repo_that_was_changed_meanwhile(hub: HubStandIn, folder: Path, there: Repo) -> None:
