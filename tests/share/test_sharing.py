@@ -39,6 +39,14 @@ KOHYA = "erase-van-gogh.safetensors"
 REPO = "me/erase-van-gogh"
 
 
+def point_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
     """A stand-in of the Hub that huggingface_hub takes for the Hub, logged in to as "me"."""
@@ -48,9 +56,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]
     # As on the command line, which says so before the client is imported.
     disable_progress_bars()
     with HubStandIn().running() as found:
-        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
-        template = f"{found.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        point_to(found.endpoint, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
@@ -352,8 +358,7 @@ def test_the_card_is_kept_and_its_header_filled_up(
     assert "license_name" not in front
     assert "is no licence" in refused("push", folder, "me/kept", "--license", "Apache 2.0!")
     # The Hub reads the card before it makes a repo: none is left behind.
-    told = refused("push", folder, "me/bad", "--license", "no-such-license")
-    assert "must be one of a long list" in told
+    assert "one of a long list" in refused("push", folder, "me/bad", "--license", "no-such-license")
     assert "me/bad" not in hub.repos
     # Nobody knows the licence of a folder, and a path tells where its owner lives.
     monkeypatch.setenv("HOME", str(folder.parent))
@@ -379,15 +384,13 @@ def test_unsafe_pictures_stay_blurred(hub: HubStandIn, patch: Patch, tmp_path: P
 def test_a_name_that_is_taken(hub: HubStandIn, folder: Path, patch: Patch, tmp_path: Path) -> None:
     hub.repos[REPO] = Repo(private=True)
     hub.repos[REPO].commit({"README.md": b"---\ntags:\n- something\n---\n", "model.bin": b"x"})
-    told = refused("push", folder)
-    assert "taken by something that is no patch" in told
+    assert "taken by something that is no patch" in refused("push", folder)
     assert len(hub.repos[REPO].commits) == 1
     sound("push", folder, "--overwrite")
     # What is not a patch's stays, and from now on the repo is this patch's.
     assert hub.repos[REPO].files["model.bin"] == b"x"
     other = write_patch(tmp_path / "other", as_another(patch, "tench", "object"))
-    told = refused("push", other, REPO)
-    assert "taken by another patch (concept:van-gogh, tiny-sd)" in told
+    assert "taken by another patch (concept:van-gogh, tiny-sd)" in refused("push", other, REPO)
     hub.repos[REPO].private = False
     assert "can be seen by everybody" in refused("push", folder)
     sound("push", folder, "--public")
@@ -399,10 +402,7 @@ def test_a_name_that_is_taken(hub: HubStandIn, folder: Path, patch: Patch, tmp_p
 
 
 def test_logins_and_rights(
-    hub: HubStandIn,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     assert "no right to do that with you/there" in refused("push", folder, "you/there")
@@ -413,8 +413,7 @@ def test_logins_and_rights(
     hub.repos["you/shut"].commit({})
     assert "there is no repo you/shut" in refused("pull", "you/shut")
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
-    told = refused("push", folder)
-    assert "the token of reader may only read" in told
+    assert "the token of reader may only read" in refused("push", folder)
     monkeypatch.setenv("HF_TOKEN", "hf_ATokenThatNobodyKnows")
     assert "does not accept this login" in refused("push", folder)
     # A server that says the token aloud.
@@ -581,8 +580,7 @@ def test_revisions_places_and_bases(hub: HubStandIn, there: Repo, tiny_sd_v: Pat
     assert "has no such revision" in refused("pull", REPO, "--revision", "v9")
     assert "two revisions" in refused("pull", f"{REPO}@main", "--revision", "main")
     assert "is no revision" in refused("pull", f"{REPO}@a b")
-    told = refused("pull", REPO, "--out", "got", "--base", tiny_sd_v)
-    assert "does not fit" in told
+    assert "does not fit" in refused("pull", REPO, "--out", "got", "--base", tiny_sd_v)
     Path("taken").mkdir()
     Path("taken/mine.txt").write_text("mine")
     assert "already holds files" in refused("pull", REPO, "--out", "taken")
@@ -654,19 +652,15 @@ def test_the_hub_s_errors_are_one_family(hub: HubStandIn, folder: Path) -> None:
         sharing.push(folder)
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @contextlib.contextmanager
 def _olah(place: Path, upstream: str) -> Iterator[str]:
     """Olah, a maintained pull-through server of the Hub; in an environment of its own, named by OLAH_CLI."""
     program = os.environ.get("OLAH_CLI") or shutil.which("olah-cli")
     if program is None:
         pytest.skip("olah is not installed: pip install olah in an environment of its own, and set OLAH_CLI")
-    port, netloc = _free_port(), upstream.removeprefix("http://")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port, netloc = free.getsockname()[1], upstream.removeprefix("http://")
     command = [program, "--host", "127.0.0.1", "--port", str(port), "--repos-path", str(place / "repos")]
     command += ["--hf-scheme", "http", "--hf-netloc", netloc, "--hf-lfs-netloc", netloc]
     command += ["--mirror-netloc", f"127.0.0.1:{port}", "--log-path", str(place / "logs")]
@@ -686,21 +680,12 @@ def _olah(place: Path, upstream: str) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_pull_through_a_maintained_server(
-    hub: HubStandIn,
-    folder: Path,
-    patch: Patch,
-    tiny_sd: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    hub: HubStandIn, folder: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
-
     sound("push", folder, "--public")
     commit, files = hub.repos[REPO].commits[-1]
     with _olah(tmp_path / "olah", hub.endpoint) as endpoint:
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        point_to(endpoint, monkeypatch)
         got = sharing.pull(REPO, "got", base=tiny_sd)
         assert (got.commit, got.same_base) == (commit, True)
         assert all(files[one.name] == Path("got", one.name).read_bytes() for one in got.files)
