@@ -3,8 +3,8 @@
 ``W' = W + Σ wᵢ Bᵢ Aᵢ``, summed in fp32 and rounded to the dtype that the file has. A merged folder is
 an ordinary diffusers pipeline: nobody who loads it can leave the patch out. Each weights file is
 copied and only the changed tensors are written over, at their places in it: names, shards, index and
-dtypes stay, and no more than one layer is in memory. (diffusers' ``fuse_lora`` and ``save_pretrained``
-hold the whole pipeline, round in between, and drop what they do not know.)
+dtypes stay, and no more than one layer is in memory. (diffusers' ``fuse_lora`` rounds the update on its
+own where weights are fp16; loaded in fp32 it gives these values, with the whole pipeline in memory twice.)
 """
 
 from __future__ import annotations
