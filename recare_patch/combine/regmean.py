@@ -80,11 +80,9 @@ def measure_moments(
 
     Args:
         patches: those that will be stacked; each must say what it erases.
-        base: the base that they were made for.
-        clip: whose vocabulary says what else there is.
+        base, clip: what they were made for, and whose vocabulary says what else there is.
         kept_weight: ``k``: more keeps better and erases less.
-        seed: of the first picture and of the choice of words.
-        progress: told after every batch.
+        seed, progress: of the first picture and of the choice of words; told after every batch.
 
     Raises:
         PatchError: a patch does not say what it erases.
