@@ -200,7 +200,7 @@ def _known(fault: BaseException, about: str) -> str | None:
         if kind.__name__ in _FAULTS:
             return _FAULTS[kind.__name__].format(**words)
     if isinstance(fault, HfHubHTTPError):
-        said, status = one_line(fault.server_message or ""), fault.response.status_code
+        said, status = one_line(fault.server_message or ""), getattr(fault.response, "status_code", 0)
         told = _STATUSES.get(min(status, 500), "the Hub refuses that for {about}: status {status}{why}")
         return told.format(**words, status=status, why=f" ({said})" if said else "")
     if isinstance(fault, ValueError) and "metadata in README.md" in str(fault):
