@@ -48,7 +48,6 @@ _FAULTS = {
     "GatedRepoError": "{about} is gated: ask for access on its page, {hub}/{about}",
     "RepositoryNotFoundError": "there is no repo {about}, or this login may not see it; {login} changes it",
     "RevisionNotFoundError": "{about} has no such revision",
-    "RemoteEntryNotFoundError": "{about} lists a file and does not have it",
 }
 _STATUSES = {
     401: "the Hub does not accept this login{why}; {login} changes it",
@@ -193,13 +192,15 @@ def _in_words(fault: Exception, about: str, place: object) -> RecarePatchError:
 
 def _known(fault: BaseException, about: str) -> str | None:
     """The sentence for a fault that the client has a class for."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     words = {"about": about, "hub": endpoint(), "login": LOGIN}
     for kind in type(fault).__mro__:
         if kind.__name__ in _FAULTS:
             return _FAULTS[kind.__name__].format(**words)
     if isinstance(fault, HfHubHTTPError):
+        if isinstance(fault, EntryNotFoundError):
+            return f"{about} lists a file and does not have it"
         said, status = one_line(fault.server_message or ""), getattr(fault.response, "status_code", 0)
         told = _STATUSES.get(min(status, 500), "the Hub refuses that for {about}: status {status}{why}")
         return told.format(**words, status=status, why=f" ({said})" if said else "")

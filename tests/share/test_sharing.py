@@ -467,6 +467,12 @@ def test_a_server_that_refuses(hub: HubStandIn) -> None:
         assert words in refused("pull", REPO)
 
 
+def test_a_listed_file_that_is_not_there(hub: HubStandIn, there: Repo) -> None:
+    hub.fault = lambda method, path: (404, "no", "EntryNotFound") if path.endswith("recipe.yaml") else None
+    assert f"{REPO} lists a file and does not have it" in refused("pull", REPO)
+    assert not Path("erase-van-gogh").exists()
+
+
 def test_a_repo_that_was_changed_meanwhile(hub: HubStandIn, folder: Path, there: Repo) -> None:
 
     def fault(method: str, path: str) -> None:
