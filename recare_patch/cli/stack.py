@@ -14,6 +14,7 @@ from recare_patch.core import PatchError
 
 if TYPE_CHECKING:
     from recare_patch.combine import Moments
+    from recare_patch.models import BaseModel
     from recare_patch.patch import Patch
 
 
@@ -82,64 +83,50 @@ def stack(
     written = check_formats(file_formats.split(","))
     cli.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
-    combine.check_stacking(loaded, method=method, rank=rank, density=density)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    plan = combine.plan_stack(loaded, method=method, rank=rank, density=density)
     if kept_weight is not None and method != "regmean":
         raise PatchError(f"--kept-weight is for --method regmean, and '{method}' takes none")
     moments = None
-    if method == "regmean":
-        moments = _measured(loaded, out, kept_weight, places, seed)
-    made = combine.stack(
-        loaded,
-        method=method,
-        rank=rank,
-        density=density,
-        seed=seed,
-        dtype=torch.float16 if precision == "fp16" else torch.float32,
-        moments=moments,
-    )
-    met = combine.interference(loaded)
-    for warning in met.warnings:
-        echo(f"Warning: {warning}", err=True)
-    file = combine.save_stack(made, out, file_formats=written)
+    with combine.new_folder(out) as folder:
+        if method == "regmean":
+            known = plan.known.base if plan.known else "atelier"
+            places["base"], moments = _measured(loaded, places, known, kept_weight, seed)
+        made = plan.stack(seed=seed, dtype=dtype, moments=moments)
+        in_short, warnings = combine.told_of(plan.interference())
+        for warning in warnings:
+            echo(f"Warning: {warning}", err=True)
+        size = combine.write_stack(made, folder, written).stat().st_size
     assert made.metadata is not None and made.metadata.stacking is not None
-    echo(
-        f"Stack: {out}  ({len(made.metadata.parts or ())} patches, rank {made.metadata.rank}, "
-        f"{file.stat().st_size:,} bytes)"
-    )
-    error = made.metadata.stacking.relative_error
-    echo(f"Differs from the sum of its parts by {error:.2g} of its norm.")
-    if met.in_short:
-        echo(met.in_short)
+    about = made.metadata
+    echo(f"Stack: {out}  ({len(about.parts or ())} patches, rank {about.rank}, {size:,} bytes)")
+    echo(f"Differs from the sum of its parts by {made.metadata.stacking.relative_error:.2g} of its norm.")
+    if in_short:
+        echo(in_short)
     if evidence:
         _tell_change([patch for patch, _ in loaded], out, pictures, places)
 
 
 def _measured(
     loaded: Sequence[tuple[Patch, float]],
-    out: Path,
-    kept_weight: float | None,
     places: Mapping[str, Any],
+    known: str,
+    kept_weight: float | None,
     seed: int,
-) -> Moments:
-    """What the parts' layers read, for ``regmean``; faults of the call are told before anything is drawn."""
+) -> tuple[BaseModel, Moments]:
+    """The base, and what the parts' layers read in it, for ``regmean``."""
     from recare_patch.careset import Clip, default_clip
     from recare_patch.combine import KEPT_WEIGHT, measure_moments
-    from recare_patch.core import claim_folder
     from recare_patch.models import load_base
-    from recare_patch.patch import check_together
 
-    known = check_together(loaded)
-    with claim_folder(out, resumable=False):
-        pass
     weight = KEPT_WEIGHT if kept_weight is None else kept_weight
-    base = places["base"] or (known.base if known else "atelier")
     with cli.shown_progress() as progress:
-        model = load_base(base, device=places["device"])
+        model = load_base(places["base"] or known, device=places["device"])
         tower = Clip.load(places["clip"] or default_clip(model.id), device=model.device)
         patches = [patch for patch, _ in loaded]
         found = measure_moments(patches, model, tower, kept_weight=weight, seed=seed, progress=progress)
     echo(f"Looked at what the layers read: {found.evaluations:,} denoiser evaluations.")
-    return found
+    return model, found
 
 
 def _tell_change(patches: Sequence[Patch], out: Path, pictures: int, places: Mapping[str, Any]) -> None:

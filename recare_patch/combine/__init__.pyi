@@ -4,7 +4,9 @@ from .merging import unmerge as unmerge
 from .regmean import KEPT_WEIGHT as KEPT_WEIGHT
 from .regmean import Moments as Moments
 from .regmean import measure_moments as measure_moments
-from .stacking import check_stacking as check_stacking
-from .stacking import interference as interference
+from .stacking import new_folder as new_folder
+from .stacking import plan_stack as plan_stack
 from .stacking import save_stack as save_stack
 from .stacking import stack as stack
+from .stacking import told_of as told_of
+from .stacking import write_stack as write_stack

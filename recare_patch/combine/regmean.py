@@ -17,8 +17,8 @@ noise.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -35,47 +35,27 @@ from recare_patch.recipe import Concept, names_concept
 KEPT_WEIGHT = 1.0
 """How much the kept prompts count against one concept's."""
 
-RIDGE = 1e-3
-"""Added to the diagonal, as a share of its mean: inputs seldom fill their space."""
-
+RIDGE = 1e-3  # Added to the diagonal, as a share of its mean: inputs seldom fill their space.
+# How prompts are drawn: enough for the states that a layer meets from noise to picture.
 STEPS, GUIDANCE_SCALE, BATCH_SIZE = 8, 5.0, 8
-"""How prompts are drawn: enough for the states that a layer meets from noise to picture."""
+_BESIDE = 16  # Words that a concept's name is joined to, beyond those that its patch guards.
+_VOCABULARY = 48  # Words of CLIP's vocabulary that stand for everything else that must stay.
+_EMPTY = 4  # Pictures without a prompt: guidance starts from what is drawn then.
 
-_BESIDE = 16
-"""Words that a concept's name is joined to, beyond those that its patch guards."""
-
-_VOCABULARY = 48
-"""Words of CLIP's vocabulary that stand for everything else that must stay."""
-
-_EMPTY = 4
-"""Pictures without a prompt: guidance starts from what is drawn then."""
+_Guarded = tuple[Concept, Sequence[str]]  # A concept, and the words that guarded it.
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What the layers of several patches read.
+    """What the layers of several patches read, fp32 on the CPU."""
 
-    Attributes:
-        read: for each patch, layer → ``Aᵢ Gᵢ`` ``[rank, in]``, fp32.
-        total: layer → ``Σⱼ Gⱼ + k G₀`` ``[in, in]``, fp32.
-        kept_weight: ``k``.
-        evaluations: of the denoiser, that measuring took.
-    """
-
-    read: tuple[Mapping[str, Tensor], ...]
-    total: Mapping[str, Tensor]
-    kept_weight: float
-    evaluations: int
+    read: tuple[Mapping[str, Tensor], ...]  # For each patch, layer → Aᵢ Gᵢ [rank, in].
+    total: Mapping[str, Tensor]  # Layer → Σⱼ Gⱼ + k G₀ [in, in].
+    kept_weight: float  # k
+    evaluations: int  # Of the denoiser, that measuring took.
 
     def solve(self, module: str) -> dict[int, Tensor]:
-        """The parts' new ``Aᵢ``: ``Aᵢ Gᵢ (total + ridge)⁻¹``, ``[rank, in]``, fp64.
-
-        Args:
-            module: a layer that some of them change.
-
-        Returns:
-            By the part's place among those that were measured.
-        """
+        """A layer's new ``Aᵢ`` by the patch's place: ``Aᵢ Gᵢ (total + ridge)⁻¹ [rank, in]``, fp64."""
         total = self.total[module].double()
         ridge = RIDGE * total.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         steadied = total + ridge * torch.eye(len(total), dtype=torch.float64)
@@ -100,14 +80,9 @@ def measure_moments(
 
     Args:
         patches: those that will be stacked; each must say what it erases.
-        base: the base that they were made for.
-        clip: whose vocabulary says what else there is.
+        base, clip: what they were made for, and whose vocabulary says what else there is.
         kept_weight: ``k``: more keeps better and erases less.
-        seed: of the first picture and of the choice of words.
-        progress: told after every batch.
-
-    Returns:
-        The figures, on the CPU.
+        seed, progress: of the first picture and of the choice of words; told after every batch.
 
     Raises:
         PatchError: a patch does not say what it erases.
@@ -116,39 +91,33 @@ def measure_moments(
     for patch in patches:
         patch.check_base(base)
     concepts = [_concepts(patch) for patch in patches]
-    asked = _Asked([one for own in concepts for one, _ in own], clip, seed)
+    asked = Asked([one for own in concepts for one, _ in own], clip, seed)
     modules = tuple(dict.fromkeys(module for patch in patches for module in patch.modules))
-    layers = {module: _layer(base, module) for module in modules}
-    before = base.counter.total
+    before, first = base.counter.total, seed
     total: dict[str, Tensor] = {}
     read: list[dict[str, Tensor]] = []
-    first = seed
-    for number in range(len(patches) + 1):
-        # Last come those that must stay: which these are is seen in the concepts' pictures.
-        prompts = asked.of_concepts(concepts[number]) if number < len(patches) else asked.kept(concepts)
-        found, latents = _second_moments(base, layers, prompts, first, progress)
+
+    def look(prompts: list[str], weight: float) -> tuple[dict[str, Tensor], Tensor]:
+        nonlocal first
+        found, latents = _second_moments(base, modules, prompts, first, progress)
         first += len(prompts)
-        weight = kept_weight if number == len(patches) else 1.0
         for module, own in found.items():
             total[module] = total[module] + weight * own if module in total else weight * own
-        if number < len(patches):
-            patch = patches[number]
-            read.append({m: patch.factors(m)[0].float().flatten(1) @ found[m] for m in patch.modules})
-            for concept, guarded in concepts[number]:
-                shown = [prompts.index(one) for one in concept.name_prompts]
-                asked.look(concept, guarded, base.decode_latents(latents[shown]))
+        return found, latents
+
+    for patch, own in zip(patches, concepts, strict=True):
+        prompts = asked.of_concepts(own)
+        found, latents = look(prompts, 1.0)
+        read.append({m: patch.factors(m)[0].float().flatten(1) @ found[m] for m in patch.modules})
+        for concept, guarded in own:
+            shown = [prompts.index(one) for one in concept.name_prompts]
+            asked.look(concept, guarded, base.decode_latents(latents[shown]))
+    # Last come those that must stay: which these are is seen in the concepts' pictures.
+    look(asked.kept(concepts), kept_weight)
     return Moments(tuple(read), total, kept_weight, base.counter.total - before)
 
 
-# ------------------------------------------------------------------------ prompts
-
-
-def _concepts(patch: Patch) -> list[tuple[Concept, tuple[str, ...]]]:
-    """Each concept that a patch erases, and the words that guarded it.
-
-    Raises:
-        PatchError: it does not say.
-    """
+def _concepts(patch: Patch) -> list[_Guarded]:
     erased = patch.metadata.erased if patch.metadata is not None else ()
     if not erased or any(one.kind is None for one in erased):
         raise PatchError(
@@ -158,7 +127,7 @@ def _concepts(patch: Patch) -> list[tuple[Concept, tuple[str, ...]]]:
     return [(one.as_concept(), one.care_words) for one in erased]
 
 
-class _Asked:
+class Asked:
     """The prompts: of concepts, and of what must stay."""
 
     def __init__(self, erased: Sequence[Concept], clip: Clip, seed: int) -> None:
@@ -169,10 +138,9 @@ class _Asked:
         self.words = [words[k] for k in order]
 
     def _free(self, words: Sequence[str]) -> list[str]:
-        """Words that name no concept which is erased."""
         return [word for word in words if not any(names_concept(word, one) for one in self.erased)]
 
-    def of_concepts(self, own: Sequence[tuple[Concept, Sequence[str]]]) -> list[str]:
+    def of_concepts(self, own: Sequence[_Guarded]) -> list[str]:
         """Prompts that name a patch's concepts, by themselves and beside other words."""
         found = []
         for concept, guarded in own:
@@ -185,11 +153,6 @@ class _Asked:
 
         They resemble the pictures about as much as the concept's name does: more than half way from the
         best guarded word, as :mod:`prepare` has it.
-
-        Args:
-            concept: which.
-            guarded: its companions.
-            images: what the base draws by its name.
         """
         shown = self.clip.image_features(list(images)).mean(0)
         words, companions = self.words[: 2 * _VOCABULARY], self._free(guarded)
@@ -198,70 +161,43 @@ class _Asked:
         beside = (self.clip.text_features(companions) @ shown).max() if companions else resembled.median()
         self.named |= {words[k] for k in (resembled > (itself + beside) / 2).nonzero().flatten().tolist()}
 
-    def kept(self, concepts: Sequence[Sequence[tuple[Concept, Sequence[str]]]]) -> list[str]:
+    def kept(self, concepts: Sequence[Sequence[_Guarded]]) -> list[str]:
         """Prompts that must not change: companions, everything else, and none at all."""
         companions = self._free([word for own in concepts for _, words in own for word in words])
         others = [word for word in self.words[: 2 * _VOCABULARY] if word not in self.named]
-        forms = ("A photo of {}", "A painting of {}")
         words = dict.fromkeys([*companions, *others[:_VOCABULARY]])
+        forms = ("A photo of {}", "A painting of {}")
         return [*(form.format(word) for word in words for form in forms), *[""] * _EMPTY]
 
 
-# ------------------------------------------------------------------------ inputs
-
-
-def _layer(base: BaseModel, module: str) -> nn.Module:
-    part, name = split_name(module)
-    return base.components[part].get_submodule(name)
-
-
 def _second_moments(
-    base: BaseModel,
-    layers: Mapping[str, nn.Module],
-    prompts: Sequence[str],
-    seed: int,
-    progress: Progress | None,
+    base: BaseModel, modules: Sequence[str], prompts: list[str], seed: int, progress: Progress | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Layer → mean of ``x xᵀ`` over what it read for the prompts, ``[in, in]``, fp32, on the CPU.
-
-    Returns:
-        These, and the latents that were drawn.
-    """
+    """Layer → mean of ``x xᵀ [in, in]`` over what it read for the prompts; and the latents drawn."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    seeds = list(range(seed, seed + len(prompts)))
-    with _watched(base, layers, sums, counts), torch.no_grad():
+    with ExitStack() as watching, torch.no_grad():
+        for module in modules:
+            part, name = split_name(module)
+            # Guidance draws without the prompt first, in the same batch of the denoiser.
+            guided = part == base.denoiser_name
+
+            def add(
+                layer: nn.Module, args: tuple[Tensor, ...], module: str = module, guided: bool = guided
+            ) -> None:
+                rows = _columns(layer, args[0][len(args[0]) // 2 :] if guided else args[0])
+                found = rows.T @ rows
+                sums[module] = sums[module] + found if module in sums else found
+                counts[module] = counts.get(module, 0) + len(rows)
+
+            layer = base.components[part].get_submodule(name)
+            watching.callback(layer.register_forward_pre_hook(add).remove)
         embeds = base.encode_prompts(prompts)
+        seeds = list(range(seed, seed + len(prompts)))
         latents = base.sample_latents(
             embeds, seeds, STEPS, GUIDANCE_SCALE, BATCH_SIZE, progress=progress, stage="what layers read"
         )
     return {module: (one / counts[module]).cpu() for module, one in sums.items()}, latents
-
-
-@contextlib.contextmanager
-def _watched(
-    base: BaseModel, layers: Mapping[str, nn.Module], sums: dict[str, Tensor], counts: dict[str, int]
-) -> Iterator[None]:
-    """Layers add what they read to the sums, as long as this lasts."""
-
-    def watching(module: str) -> object:
-        # Guidance draws without the prompt first, in the same batch of the denoiser.
-        guided = split_name(module)[0] == base.denoiser_name
-
-        def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = _columns(layer, args[0][len(args[0]) // 2 :] if guided else args[0])
-            found = rows.T @ rows
-            sums[module] = sums[module] + found if module in sums else found
-            counts[module] = counts.get(module, 0) + len(rows)
-
-        return add
-
-    handles = [layer.register_forward_pre_hook(watching(name)) for name, layer in layers.items()]  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _columns(layer: nn.Module, inputs: Tensor) -> Tensor:

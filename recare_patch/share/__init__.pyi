@@ -1,9 +1,10 @@
+from .hub import PREFIX as PREFIX
+from .hub import Found as Found
 from .hub import endpoint as endpoint
-from .indexing import index_text as index_text
-from .indexing import row_of_folder as row_of_folder
-from .indexing import row_of_found as row_of_found
+from .hub import index_text as index_text
+from .hub import row_of_folder as row_of_folder
+from .hub import row_of_found as row_of_found
+from .hub import search as search
 from .pulling import fetched as fetched
 from .pulling import pull as pull
 from .pushing import push as push
-from .searching import Found as Found
-from .searching import search as search

@@ -19,30 +19,33 @@ from diffusers.loaders import single_file_utils
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from recare_patch.combine import merging
-from recare_patch.combine import stacking as composing
-from recare_patch.core.errors import BaseModelError, IncompatiblePatchError, OutputError
-from recare_patch.core.files import TensorInfo, read_safetensors_header
+from recare_patch.combine import merge, save_stack, stack, unmerge
+from recare_patch.combine.merging import RECORD_KEY, RECORD_NAME, MergeRecord
+from recare_patch.core import (
+    BaseModelError,
+    IncompatiblePatchError,
+    OutputError,
+    TensorInfo,
+    read_safetensors_header,
+)
 from recare_patch.models import Layout, read_layout
-from recare_patch.patch.original_layout import entries, has_known_sizes, write_single_file
-from recare_patch.patch.patch import Patch
+from recare_patch.patch import Patch, has_known_sizes, write_single_file
+from recare_patch.patch.original_layout import entries
 from tests.patch.test_patch import trained
 from tests.tiny import make_tiny_sd
 
 
-def saved(base: Path, folder: Path, seed: int = 0, **options: Any) -> Patch:
-    trained(base, seed=seed, **options)[1].save(folder)
-    return Patch.load(folder)
+@pytest.fixture(scope="module")
+def patches(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Patch, Patch]:
+    folder = tmp_path_factory.mktemp("patch")
+    trained(tiny_sd)[1].save(folder / "first")
+    trained(tiny_sd, seed=3, layers="all")[1].save(folder / "second")
+    return Patch.load(folder / "first"), Patch.load(folder / "second")
 
 
 @pytest.fixture(scope="module")
-def first(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Patch:
-    return saved(tiny_sd, tmp_path_factory.mktemp("patch") / "first")
-
-
-@pytest.fixture(scope="module")
-def second(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Patch:
-    return saved(tiny_sd, tmp_path_factory.mktemp("patch") / "second", seed=3, layers="all")
+def first(patches: tuple[Patch, Patch]) -> Patch:
+    return patches[0]
 
 
 def as_half(folder: Path, out: Path) -> Path:
@@ -51,203 +54,180 @@ def as_half(folder: Path, out: Path) -> Path:
     return out
 
 
-class TestRecord:
-    def test_merging_again_keeps_what_was_merged_before(
-        self, first: Patch, second: Patch, tiny_sd: Path, tmp_path: Path
-    ) -> None:
-        one = merging.merge([(first, 1.0)], tiny_sd, tmp_path / "one")
-        stacked = composing.stack([(second, 0.5), (first, -0.25)])
-        composing.save_stack(stacked, tmp_path / "stack")
-        stack = Patch.load(tmp_path / "stack")
-        two = merging.merge([(stack, 2.0)], tmp_path / "one", tmp_path / "two")
-        assert merging.MergeRecord.load(tmp_path / "two") == two
-        assert (two.base, two.base_denoiser_sha256) == (one.base, one.base_denoiser_sha256)
-        assert [(part.sha256, part.scale) for part in two.patches] == [
-            (first.sha256(), 1.0),
-            (stack.sha256(), 2.0),
-        ]
-        assert [(part.sha256, part.scale) for part in two.parts] == [
-            (first.sha256(), 1.0),
-            (second.sha256(), 1.0),
-            (first.sha256(), -0.5),
-        ]
-        with pytest.raises(IncompatiblePatchError, match="holds more patches than were given"):
-            merging.unmerge(tmp_path / "two", [stack], tmp_path / "back")
-        back = merging.unmerge(tmp_path / "two", [stack, first], tmp_path / "back", base=tiny_sd)
-        assert back.max_difference is not None and back.max_difference < 1e-5
-        assert not (tmp_path / "back" / merging.RECORD_NAME).exists()
-
-    def test_the_patch_that_was_loaded_is_recorded_not_what_lies_there_since(
-        self, first: Patch, tiny_sd: Path, tmp_path: Path
-    ) -> None:
-        first.save(tmp_path / "patch")
-        patch = Patch.load(tmp_path / "patch")
-        told = patch.sha256()
-        trained(tiny_sd, seed=5)[1].save(tmp_path / "patch")
-        assert patch.sha256() == told != Patch.load(tmp_path / "patch").sha256()
-        record = merging.merge([(patch, 1.0)], tiny_sd, tmp_path / "merged")
-        assert record.patches[0].sha256 == told
-        with pytest.raises(IncompatiblePatchError, match="was not merged into"):
-            merging.unmerge(tmp_path / "merged", [Patch.load(tmp_path / "patch")], tmp_path / "out")
-
-    def test_a_folder_that_was_changed_since(self, first: Patch, tiny_sd: Path, tmp_path: Path) -> None:
-        merging.merge([(first, 1.0)], tiny_sd, tmp_path / "one")
-        (file,) = (tmp_path / "one" / "unet").glob("*.safetensors")
-        weights = load_file(file)
-        weights["conv_in.bias"] += 1
-        save_file(weights, file, {"format": "pt"})
-        for run in (
-            lambda: merging.merge([(first, 1.0)], tmp_path / "one", tmp_path / "two"),
-            lambda: merging.unmerge(tmp_path / "one", [first], tmp_path / "two"),
-        ):
-            with pytest.raises(BaseModelError, match="was changed after the merge"):
-                run()
-        assert not (tmp_path / "two").exists()
-
-    @pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
-    def test_how_close_it_comes_back_is_told(
-        self, first: Patch, tiny_sd: Path, tmp_path: Path, half: bool
-    ) -> None:
-        base = as_half(tiny_sd, tmp_path / "half") if half else tiny_sd
-        made = merging.merge([(first, 1.0)], base, tmp_path / "merged")
-        back = merging.unmerge(tmp_path / "merged", [first], tmp_path / "back")
-        assert back.max_difference is None
-        assert back.expected_difference == made.rounding
-        measured = merging.unmerge(tmp_path / "merged", [first], tmp_path / "again", base=base)
-        assert measured.max_difference == pytest.approx(made.rounding, abs=1e-9)
-        # Half a unit in the last place of a weight of a few units, in each format.
-        assert made.rounding is not None
-        assert made.rounding < (4e-3 if half else 1e-6)
-        assert half is (made.rounding > 1e-5)
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(one, theirs[key]) for key, one in ours.items())
 
 
-def configs(unet: Any, vae: Any, width: int) -> Layout:
-    made = {
-        "unet": dict(unet.config) | {"cross_attention_dim": width},
-        "vae": dict(vae.config),
-        "text_encoder": {},
+def test_merging_again_keeps_what_was_merged_before(
+    patches: tuple[Patch, Patch], tiny_sd: Path, tmp_path: Path
+) -> None:
+    first, second = patches
+    one = merge([(first, 1.0)], tiny_sd, tmp_path / "one")
+    with pytest.raises(OutputError, match="already holds files"):
+        merge([(first, 1.0)], tiny_sd, tmp_path / "one")
+    save_stack(stack([(second, 0.5), (first, -0.25)]), tmp_path / "stack")
+    both = Patch.load(tmp_path / "stack")
+    two = merge([(both, 2.0)], tmp_path / "one", tmp_path / "two")
+    assert MergeRecord.load(tmp_path / "two") == two
+    assert (two.base, two.base_denoiser_sha256) == (one.base, one.base_denoiser_sha256)
+    hashes = {first.sha256(): "first", second.sha256(): "second", both.sha256(): "both"}
+    told = [[(hashes[part.sha256], part.scale) for part in parts] for parts in (two.patches, two.parts)]
+    assert told == [[("first", 1.0), ("both", 2.0)], [("first", 1.0), ("second", 1.0), ("first", -0.5)]]
+    with pytest.raises(IncompatiblePatchError, match="holds more patches than were given"):
+        unmerge(tmp_path / "two", [both], tmp_path / "back")
+    back = unmerge(tmp_path / "two", [both, first], tmp_path / "back", base=tiny_sd)
+    assert back.max_difference is not None and back.max_difference < 1e-5
+    assert not (tmp_path / "back" / RECORD_NAME).exists()
+
+
+def test_the_patch_that_was_loaded_is_recorded_not_what_lies_there_since(
+    first: Patch, tiny_sd: Path, tmp_path: Path
+) -> None:
+    first.save(tmp_path / "patch")
+    patch = Patch.load(tmp_path / "patch")
+    told = patch.sha256()
+    trained(tiny_sd, seed=5)[1].save(tmp_path / "patch")
+    assert patch.sha256() == told != Patch.load(tmp_path / "patch").sha256()
+    assert merge([(patch, 1.0)], tiny_sd, tmp_path / "merged").patches[0].sha256 == told
+    with pytest.raises(IncompatiblePatchError, match="was not merged into"):
+        unmerge(tmp_path / "merged", [Patch.load(tmp_path / "patch")], tmp_path / "out")
+
+
+def test_a_folder_that_was_changed_since(first: Patch, tiny_sd: Path, tmp_path: Path) -> None:
+    merge([(first, 1.0)], tiny_sd, tmp_path / "one")
+    (file,) = (tmp_path / "one" / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_in.bias"] += 1
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(BaseModelError, match="was changed after the merge"):
+        merge([(first, 1.0)], tmp_path / "one", tmp_path / "two")
+    with pytest.raises(BaseModelError, match="was changed after the merge"):
+        unmerge(tmp_path / "one", [first], tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+def test_how_close_it_comes_back_is_told(first: Patch, tiny_sd: Path, tmp_path: Path, half: bool) -> None:
+    base = as_half(tiny_sd, tmp_path / "half") if half else tiny_sd
+    made = merge([(first, 1.0)], base, tmp_path / "merged")
+    back = unmerge(tmp_path / "merged", [first], tmp_path / "back")
+    assert (back.max_difference, back.expected_difference) == (None, made.rounding)
+    measured = unmerge(tmp_path / "merged", [first], tmp_path / "again", base=base)
+    assert measured.max_difference == pytest.approx(made.rounding, abs=1e-9)
+    # Half a unit in the last place of a weight of a few units, in each format.
+    assert made.rounding is not None and made.rounding < (4e-3 if half else 1e-6)
+    assert half is (made.rounding > 1e-5)
+
+
+@pytest.mark.parametrize("width", [768, 1024], ids=["1.5", "2.1"])
+def test_real_sizes_there_and_back(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of the real UNet and autoencoder, made without weights."""
+    linear = width == 1024
+    heads: Any = (5, 10, 20, 20) if linear else 8
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            cross_attention_dim=width, attention_head_dim=heads, use_linear_projection=linear
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+        )
+    states = {"unet": unet.state_dict(), "vae": vae.state_dict(), "text_encoder": {}}
+    configs = {"unet": {**unet.config, "cross_attention_dim": width}, "vae": dict(vae.config)}
+    layout = Layout(Path(), "'real'", {}, {**configs, "text_encoder": {}})
+    monkeypatch.setattr(Layout, "require", lambda self, component: self.configs[component])
+    infos = {
+        part: {key: TensorInfo("F32", tuple(one.shape), 4 * one.numel()) for key, one in state.items()}
+        for part, state in states.items()
     }
-    return Layout(Path(), "'real'", {}, made)
+    found = entries(layout, infos)
+    checkpoint = {
+        one.name: states[one.component][one.keys[0]][(...,) + (None,) * 2 * one.convolution] for one in found
+    }
+    # As many as the published checkpoints hold.
+    assert sum(name.startswith("model.diffusion_model.") for name in checkpoint) == 686
+    assert sum(name.startswith("first_stage_model.") for name in checkpoint) == 248
+    assert checkpoint["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
+    back = single_file_utils.convert_ldm_unet_checkpoint(dict(checkpoint), dict(unet.config))
+    assert all(back[one.keys[0]] is checkpoint[one.name] for one in found if one.component == "unet")
+    decoded = single_file_utils.convert_ldm_vae_checkpoint(dict(checkpoint), dict(vae.config))
+    for part, converted in (("unet", back), ("vae", decoded)):
+        shapes = {key: one.shape for key, one in converted.items()}
+        assert shapes == {key: one.shape for key, one in states[part].items()}
 
 
-class TestOriginalNames:
-    @pytest.mark.parametrize("width", [768, 1024], ids=["1.5", "2.1"])
-    def test_real_sizes_there_and_back(self, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Every tensor of the real UNet and autoencoder, made without weights."""
-        linear = width == 1024
-        heads: Any = (5, 10, 20, 20) if linear else 8
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(
-                cross_attention_dim=width, attention_head_dim=heads, use_linear_projection=linear
-            )
-            vae = AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                latent_channels=4,
-            )
-        states = {"unet": unet.state_dict(), "vae": vae.state_dict(), "text_encoder": {}}
-        layout = configs(unet, vae, width)
-        monkeypatch.setattr(Layout, "require", lambda self, component: self.configs[component])
-        infos = {
-            part: {key: TensorInfo("F32", tuple(one.shape), 4 * one.numel()) for key, one in state.items()}
-            for part, state in states.items()
-        }
-        found = entries(layout, infos)
-        checkpoint = {
-            one.name: states[one.component][one.keys[0]][(...,) + (None,) * 2 * one.convolution]
-            for one in found
-        }
-        # As many as the published checkpoints hold.
-        assert sum(name.startswith("model.diffusion_model.") for name in checkpoint) == 686
-        assert sum(name.startswith("first_stage_model.") for name in checkpoint) == 248
-        assert checkpoint["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
-        back = single_file_utils.convert_ldm_unet_checkpoint(dict(checkpoint), dict(unet.config))
-        assert {key: one.shape for key, one in back.items()} == {
-            key: one.shape for key, one in states["unet"].items()
-        }
-        assert all(back[one.keys[0]] is checkpoint[one.name] for one in found if one.component == "unet")
-        back = single_file_utils.convert_ldm_vae_checkpoint(dict(checkpoint), dict(vae.config))
-        assert {key: one.shape for key, one in back.items()} == {
-            key: one.shape for key, one in states["vae"].items()
-        }
-
-    @pytest.mark.parametrize("kind", ["like 1.x", "like 2.x", "odd"])
-    def test_diffusers_reads_the_file_as_the_folder(self, kind: str, tiny_sd: Path, tmp_path: Path) -> None:
-        base = tiny_sd
-        if kind == "like 2.x":
-            base = make_tiny_sd(tmp_path / "two", width=1024, linear_projection=True)
-        elif kind == "odd":
-            base = make_tiny_sd(tmp_path / "odd", latent_size=12, width=48, linear_projection=True)
-        half = as_half(base, tmp_path / "half")
-        layout = read_layout(half, "'half'")
-        assert not has_known_sizes(layout)
-        file = write_single_file(layout, tmp_path / "one.safetensors", {"format": "pt"})
-        assert {one.dtype for one in read_safetensors_header(file).tensors.values()} == {"F16"}
-        text = "transformer.resblocks" if kind == "like 2.x" else "transformer.text_model.encoder"
-        assert any(text in key for key in load_file(file))
-        found = StableDiffusionPipeline.from_single_file(
-            str(file), config=str(half), dtype=torch.float16, local_files_only=True
-        )
-        wanted = StableDiffusionPipeline.from_pretrained(half, dtype=torch.float16)
-        for part in ("unet", "vae", "text_encoder"):
-            ours, theirs = getattr(found, part).state_dict(), getattr(wanted, part).state_dict()
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+@pytest.mark.parametrize("kind", ["like 1.x", "like 2.x", "odd"])
+def test_diffusers_reads_the_file_as_the_folder(kind: str, tiny_sd: Path, tmp_path: Path) -> None:
+    base = tiny_sd
+    if kind == "like 2.x":
+        base = make_tiny_sd(tmp_path / "two", width=1024, linear_projection=True)
+    elif kind == "odd":
+        base = make_tiny_sd(tmp_path / "odd", latent_size=12, width=48, linear_projection=True)
+    half = as_half(base, tmp_path / "half")
+    layout = read_layout(half, "'half'")
+    assert not has_known_sizes(layout)
+    file = write_single_file(layout, tmp_path / "one.safetensors", {"format": "pt"})
+    assert {one.dtype for one in read_safetensors_header(file).tensors.values()} == {"F16"}
+    text = "transformer.resblocks" if kind == "like 2.x" else "transformer.text_model.encoder"
+    assert any(text in key for key in load_file(file))
+    found = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(half), dtype=torch.float16, local_files_only=True
+    )
+    wanted = StableDiffusionPipeline.from_pretrained(half, dtype=torch.float16)
+    for part in ("unet", "vae", "text_encoder"):
+        assert same(getattr(found, part).state_dict(), getattr(wanted, part).state_dict())
 
 
-class TestSingleFile:
-    def test_of_a_merge(
-        self, first: Patch, tiny_sd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        file = tmp_path / "files" / "merged.safetensors"
-        with caplog.at_level(logging.WARNING):
-            record = merging.merge([(first, 0.5)], tiny_sd, tmp_path / "merged", single_file=file)
-        assert "A1111 and ComfyUI cannot read its single file" in caplog.text
-        with safe_open(file, "pt") as handle:
-            header = handle.metadata()
-        assert json.loads(header[merging.RECORD_KEY]) == record.model_dump(mode="json", exclude_none=True)
-        assert header["modelspec.architecture"] == "stable-diffusion-v1"
-        pipe = StableDiffusionPipeline.from_single_file(
-            str(file), config=str(tmp_path / "merged"), local_files_only=True
-        )
-        merged = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(tensor, merged[key]) for key, tensor in pipe.unet.state_dict().items())
+def test_the_single_file_of_a_merge(
+    first: Patch, tiny_sd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "files" / "merged.safetensors"
+    with caplog.at_level(logging.WARNING):
+        record = merge([(first, 0.5)], tiny_sd, tmp_path / "merged", single_file=file)
+    assert "A1111 and ComfyUI cannot read its single file" in caplog.text
+    with safe_open(file, "pt") as handle:
+        header = handle.metadata()
+    assert json.loads(header[RECORD_KEY]) == record.model_dump(mode="json", exclude_none=True)
+    assert header["modelspec.architecture"] == "stable-diffusion-v1"
+    pipe = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(tmp_path / "merged"), local_files_only=True
+    )
+    merged = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert same(pipe.unet.state_dict(), merged)
 
-    def test_shards_and_old_names(self, first: Patch, tiny_sd: Path, tmp_path: Path) -> None:
-        """A sharded UNet, and an autoencoder and a text encoder as older libraries wrote them."""
-        plain = StableDiffusionPipeline.from_pretrained(tiny_sd)
-        plain.save_pretrained(tmp_path / "base")
-        for old in (tmp_path / "base" / "unet").glob("*.safetensors"):
-            old.unlink()
-        plain.unet.save_pretrained(tmp_path / "base" / "unet", max_shard_size="100KB")
-        assert len(list((tmp_path / "base" / "unet").glob("*.safetensors"))) > 1
-        text = tmp_path / "base" / "text_encoder" / "model.safetensors"
-        states = {
-            f"text_model.{key.removeprefix('text_model.')}": one for key, one in load_file(text).items()
-        }
-        states["text_model.embeddings.position_ids"] = torch.arange(77)[None]
-        save_file(states, text, {"format": "pt"})
-        for base, name in ((tiny_sd, "a"), (tmp_path / "base", "b")):
-            merging.merge([(first, 1.0)], base, tmp_path / name, single_file=tmp_path / f"{name}.safetensors")
-        one, other = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
-        assert one.keys() == other.keys()
-        assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
-    def test_what_cannot_be_written(self, first: Patch, tiny_sd: Path, tmp_path: Path) -> None:
-        def merge(file: Path, base: Path = tiny_sd) -> None:
-            merging.merge([(first, 1.0)], base, tmp_path / "out", single_file=file)
+def test_shards_and_old_names(first: Patch, tiny_sd: Path, tmp_path: Path) -> None:
+    """A sharded UNet, and an autoencoder and a text encoder as older libraries wrote them."""
+    plain = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    plain.save_pretrained(tmp_path / "base")
+    for old in (tmp_path / "base" / "unet").glob("*.safetensors"):
+        old.unlink()
+    plain.unet.save_pretrained(tmp_path / "base" / "unet", max_shard_size="100KB")
+    assert len(list((tmp_path / "base" / "unet").glob("*.safetensors"))) > 1
+    text = tmp_path / "base" / "text_encoder" / "model.safetensors"
+    states = {f"text_model.{key.removeprefix('text_model.')}": one for key, one in load_file(text).items()}
+    save_file(states | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, text, {"format": "pt"})
+    for base, name in ((tiny_sd, "a"), (tmp_path / "base", "b")):
+        merge([(first, 1.0)], base, tmp_path / name, single_file=tmp_path / f"{name}.safetensors")
+    assert same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
 
-        (tmp_path / "there.safetensors").write_text("")
-        with pytest.raises(OutputError, match="is there already"):
-            merge(tmp_path / "there.safetensors")
-        with pytest.raises(OutputError, match="checkpoint in one file"):
-            merge(tmp_path / "x.ckpt")
-        StableDiffusionPipeline.from_pretrained(tiny_sd).save_pretrained(tmp_path / "odd")
-        (file,) = (tmp_path / "odd" / "vae").glob("*.safetensors")
-        save_file(load_file(file) | {"shift_net.weight": torch.ones(1)}, file, {"format": "pt"})
-        with pytest.raises(BaseModelError, match=r"no place for 'shift_net.weight' of its vae") as caught:
-            merge(tmp_path / "x.safetensors", tmp_path / "odd")
+
+def test_what_cannot_be_written(first: Patch, tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "there.safetensors").write_text("")
+    StableDiffusionPipeline.from_pretrained(tiny_sd).save_pretrained(tmp_path / "odd")
+    (vae,) = (tmp_path / "odd" / "vae").glob("*.safetensors")
+    save_file(load_file(vae) | {"shift_net.weight": torch.ones(1)}, vae, {"format": "pt"})
+    for error, words, name, base in (
+        (OutputError, "is there already", "there.safetensors", tiny_sd),
+        (OutputError, "checkpoint in one file", "x.ckpt", tiny_sd),
+        (BaseModelError, "no place for 'shift_net.weight' of its vae", "x.safetensors", tmp_path / "odd"),
+    ):
+        with pytest.raises(error, match=words) as caught:
+            merge([(first, 1.0)], base, tmp_path / "out", single_file=tmp_path / name)
         assert "\n" not in str(caught.value)
-        assert not (tmp_path / "out").exists() and not (tmp_path / "x.safetensors").exists()
+    with pytest.raises(OutputError, match="lies in the folder that is read"):
+        merge([(first, 1.0)], tmp_path / "odd", tmp_path / "odd" / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "x.safetensors").exists()
