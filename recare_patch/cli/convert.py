@@ -46,25 +46,24 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
     """
     import torch
 
-    from recare_patch.patch import formats
+    from recare_patch.patch import from_any, output_name, target_file, write_kohya
     from recare_patch.recipe import WEIGHTS_NAME
 
     common.quiet_libraries()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     if base is None:
-        weights = formats.read_lora(source)
+        weights = from_any(source)
     else:
         from recare_patch.models import base_layers, load_base
 
         model = load_base(base, device="cpu")
-        weights = formats.read_lora(source, [name for name, _ in base_layers(model.denoiser)])
+        weights = from_any(source, [name for name, _ in base_layers(model.denoiser)])
         with common.shown_progress():
-            weights.to_patch().check_base(model)
-    stem = f"{formats.output_name(weights)}.safetensors" if shape == "kohya" else WEIGHTS_NAME
-    file = formats.target_file(out, stem)
+            weights.check_base(model)
+    stem = f"{output_name(weights)}.safetensors" if shape == "kohya" else WEIGHTS_NAME
+    file = target_file(out, stem)
     if file.exists() and not force:
         raise OutputError(f"{file} is there already; choose another --out or add --force")
-    write = formats.write_kohya if shape == "kohya" else formats.write_diffusers
-    write(weights, file, dtype=dtype)
+    write_kohya(weights, file, dtype=dtype) if shape == "kohya" else weights.write(file, dtype)
     parts = ", ".join(name.replace("_", " ") for name in weights.components)
-    click.echo(f"{file}: {shape} from {weights.format}, {len(weights.tensors) // 2} modules ({parts})")
+    click.echo(f"{file}: {shape} from {weights.format}, {len(weights.modules)} modules ({parts})")

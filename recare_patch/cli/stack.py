@@ -100,9 +100,9 @@ def stack(
     import torch
 
     from recare_patch.combine import stacking as composing
-    from recare_patch.patch import Patch, formats
+    from recare_patch.patch import Patch, check_formats
 
-    written = formats.check_formats(file_formats.split(","))
+    written = check_formats(file_formats.split(","))
 
     common.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]

@@ -25,14 +25,17 @@ import recare_patch
 from recare_patch.combine.regmean import Moments
 from recare_patch.core import LOCK_NAME, PatchError, claim_folder, file_sha256, unknown_name, write_text
 from recare_patch.patch import (
+    FORMATS,
     STACK_NAME,
     Patch,
     PatchMetadata,
     PatchPart,
     Stacking,
     card_text,
+    check_formats,
     check_together,
-    formats,
+    has_kohya_names,
+    write_kohya,
 )
 
 logger = logging.getLogger(__name__)
@@ -308,7 +311,7 @@ def _metadata(
     )
 
 
-def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] = formats.FORMATS) -> Path:
+def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] = FORMATS) -> Path:
     """Write a stack's folder: ``stack.yaml``, a card and, last, the weights in the dtype they have.
 
     Args:
@@ -328,7 +331,7 @@ def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] 
     about = patch.metadata
     if about is None or not about.parts or about.stacking is None:
         raise PatchError(f"{patch.name} is no stack: stack patches before they are saved as one")
-    chosen = formats.check_formats(file_formats)
+    chosen = check_formats(file_formats)
     folder = Path(folder)
     with claim_folder(folder, resumable=False), _emptied_on_failure(folder):
         # Written apart and moved at the end, since its hash goes into a file that comes before it.
@@ -343,8 +346,8 @@ def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] 
         }
         write_text(folder / STACK_NAME, yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100))
         write_text(folder / "README.md", card_text(about, {}, previews=()))
-        if "kohya" in chosen and formats.has_kohya_names(patch):
-            formats.write_kohya(patch, folder, dtype=patch.dtype)
+        if "kohya" in chosen and has_kohya_names(patch):
+            write_kohya(patch, folder, dtype=patch.dtype)
         # The weights come last: a folder that has them is a whole patch.
         file = weights.replace(folder / weights.name)
         weights.parent.rmdir()

@@ -49,7 +49,17 @@ from recare_patch.erasure.stages import Run, Target, first_seed
 from recare_patch.erasure.states import TargetImageStates, noised
 from recare_patch.models import PLACEHOLDER, BaseModel, PromptEmbeds, full_name, load_base
 from recare_patch.models import lora as adapters
-from recare_patch.patch import Erased, Patch, PatchMetadata, card_text, check_together, formats
+from recare_patch.patch import (
+    FORMATS,
+    Erased,
+    Patch,
+    PatchMetadata,
+    card_text,
+    check_formats,
+    check_together,
+    has_kohya_names,
+    write_kohya,
+)
 from recare_patch.patch import gate as gating
 from recare_patch.recipe import Concept, Recipe, find_recipe_for, load_recipe, preset_overrides, scheduled
 
@@ -393,7 +403,7 @@ def erase(
     device: str = "auto",
     care_set: CareSet | None = None,
     save_target_images: bool = False,
-    file_formats: Sequence[str] = formats.FORMATS,
+    file_formats: Sequence[str] = FORMATS,
     preview: bool = True,
     base: BaseModel | None = None,
     clip: Clip | None = None,
@@ -418,7 +428,7 @@ def erase(
     """
     out = Path(out)
     progress = progress or NullProgress()
-    chosen = formats.check_formats(file_formats)
+    chosen = check_formats(file_formats)
     method = load_method(recipe.method)
     check_files(recipe, method.needs, care_set)
     crew = Crew.found()
@@ -564,8 +574,8 @@ def _finish(
         sheets.save_sheet(preview, out / "preview.png")
     previews = ["preview.png"] if preview is not None else []
     write_text(out / "README.md", card_text(patch.metadata, cost, previews=previews))
-    if "kohya" in file_formats and formats.has_kohya_names(patch):
-        formats.write_kohya(patch, out)
+    if "kohya" in file_formats and has_kohya_names(patch):
+        write_kohya(patch, out)
     weights.replace(out / weights.name)
     return cost
 
@@ -588,7 +598,7 @@ def erase_concept(
     device: str = "auto",
     care_set: CareSet | None = None,
     save_target_images: bool = False,
-    file_formats: Sequence[str] = formats.FORMATS,
+    file_formats: Sequence[str] = FORMATS,
 ) -> EraseResult:
     """Erase a concept by its name: the recipe is looked up, or made from defaults.
 

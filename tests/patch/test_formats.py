@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from recare_patch.core.errors import IncompatiblePatchError, OutputError, PatchError
 from recare_patch.core.files import read_safetensors_header
-from recare_patch.patch import formats
+from recare_patch.patch import kohya as formats
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.recipe import WEIGHTS_NAME
 from tests.patch.test_patch import _difference, _draw, trained
@@ -161,7 +161,7 @@ def _kohya(
     }
 
 
-def _same(first: Patch | formats.LoraWeights, second: Patch | formats.LoraWeights) -> None:
+def _same(first: Patch | Patch, second: Patch | Patch) -> None:
     assert first.tensors.keys() == second.tensors.keys()
     for key, tensor in first.tensors.items():
         assert tensor.dtype == second.tensors[key].dtype
@@ -313,7 +313,7 @@ class TestRoundTrip:
     def test_diffusers_file_is_the_patch_file(self, patch: Patch, tmp_path: Path) -> None:
         patch.save(tmp_path / "patch")
         kohya = formats.write_kohya(Patch.load(tmp_path / "patch"), tmp_path / "k.safetensors")
-        again = formats.write_diffusers(formats.read_lora(kohya), tmp_path / "again")
+        again = formats.write_diffusers(formats.from_any(kohya), tmp_path / "again")
         assert again.name == WEIGHTS_NAME
         _same(Patch.load(tmp_path / "again"), Patch.load(tmp_path / "patch"))
         headers = [read_safetensors_header(tmp_path / one / WEIGHTS_NAME) for one in ("again", "patch")]
@@ -362,7 +362,7 @@ class TestRoundTrip:
         ):
             tensors |= {f"{name}.lora_A.weight": a.clone(), f"{name}.lora_B.weight": b.clone()}
         save_file(tensors, tmp_path / "d.safetensors")
-        read = formats.read_lora(tmp_path / "d.safetensors")
+        read = formats.from_any(tmp_path / "d.safetensors")
         assert read.components == ("text_encoder", "text_encoder_2", "unet")
         written, header = formats.to_kohya(read, dtype=torch.float32)
         text = {key.split(".")[0] for key in written if key.startswith("lora_te")}
@@ -376,7 +376,7 @@ class TestRoundTrip:
             assert any(re.match(pattern, name) for pattern in A1111_TEXT)
             assert name.split("_", 7)[-1] in COMFY_CLIP
         save_file(written, tmp_path / "k.safetensors", header)
-        back = formats.read_lora(tmp_path / "k.safetensors")
+        back = formats.from_any(tmp_path / "k.safetensors")
         assert {key: t.tolist() for key, t in back.tensors.items()} == {
             key: t.tolist() for key, t in read.tensors.items()
         }
@@ -390,7 +390,7 @@ class TestRoundTrip:
         a, b = _pair()
         name = "text_encoder.text_model.encoder.layers.0.mlp.fc2"
         save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, tmp_path / "d.safetensors")
-        written, _ = formats.to_kohya(formats.read_lora(tmp_path / "d.safetensors"))
+        written, _ = formats.to_kohya(formats.from_any(tmp_path / "d.safetensors"))
         assert {key.split(".")[0] for key in written} == {"lora_te_text_model_encoder_layers_0_mlp_fc2"}
 
 
@@ -481,7 +481,7 @@ class TestWhatIsRead:
     def test_shapes(self, tmp_path: Path, down: str, up: str, shape: str, name: str) -> None:
         a, b = _pair()
         save_file({down: a, up: b}, tmp_path / "x.safetensors")
-        read = formats.read_lora(tmp_path / "x.safetensors")
+        read = formats.from_any(tmp_path / "x.safetensors")
         assert read.format == shape
         assert set(read.tensors) == {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
         assert torch.equal(read.tensors[f"{name}.lora_A.weight"], a)
@@ -553,7 +553,7 @@ class TestWhatIsRead:
     def test_grammar_knows_every_module(self, tiny_sd: Path) -> None:
         unet = UNet2DConditionModel.from_pretrained(tiny_sd / "unet")
         names = [n for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-        assert [formats._unet_module(name.replace(".", "_")) for name in names] == names
+        assert [formats.unet_module(name.replace(".", "_")) for name in names] == names
 
     @pytest.mark.parametrize("config", [SD_15, SDXL], ids=["SD 1.5", "SDXL"])
     def test_every_module_of_the_real_ones(self, config: dict[str, object]) -> None:
@@ -564,10 +564,10 @@ class TestWhatIsRead:
         assert len(names) > 250
         for name in names:
             short = name.replace(".", "_")
-            assert formats._unet_module(short) == name
+            assert formats.unet_module(short) == name
             assert comfy_takes(f"lora_unet_{short}") or name.startswith("add_embedding")
-            assert formats._from_sgm(short) == short
-            assert formats._from_sgm(_checkpoint_name(name)) == short, name
+            assert formats.from_sgm(short) == short
+            assert formats.from_sgm(_checkpoint_name(name)) == short, name
 
     def test_not_of_the_base(self, tmp_path: Path) -> None:
         save_file(_kohya(), tmp_path / "x.safetensors")
@@ -619,7 +619,7 @@ class TestBadFiles:
         tensors, message = BAD[case]
         save_file(tensors, tmp_path / "x.safetensors")
         with pytest.raises(PatchError, match=re.escape(message)) as caught:
-            formats.read_lora(tmp_path / "x.safetensors")
+            formats.from_any(tmp_path / "x.safetensors")
         assert "\n" not in str(caught.value)
 
     def test_truncated(self, patch: Patch, tmp_path: Path) -> None:
@@ -628,7 +628,7 @@ class TestBadFiles:
         for length in (0, 4, 8, 100, len(whole) - 1):
             file.write_bytes(whole[:length])
             with pytest.raises(PatchError):
-                formats.read_lora(file)
+                formats.from_any(file)
 
     def test_damaged_anywhere(self, patch: Patch, tmp_path: Path) -> None:
         """One byte or a run of them changed: an error of ours, or a file that is still sound."""
@@ -644,7 +644,7 @@ class TestBadFiles:
                 damaged[place + offset] = rng.randrange(256)
             file.write_bytes(damaged)
             try:
-                formats.read_lora(file)
+                formats.from_any(file)
             except PatchError as fault:
                 refused += 1
                 assert "\n" not in str(fault)
@@ -653,19 +653,19 @@ class TestBadFiles:
     def test_pickles(self, tmp_path: Path) -> None:
         (tmp_path / "lora.pt").write_bytes(pickle.dumps({}))
         with pytest.raises(PatchError, match="is a pickle"):
-            formats.read_lora(tmp_path / "lora.pt")
+            formats.from_any(tmp_path / "lora.pt")
         with pytest.raises(PatchError, match="holds a pickle"):
-            formats.read_lora(tmp_path)
+            formats.from_any(tmp_path)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(PatchError, match="there is no LoRA file"):
-            formats.read_lora(tmp_path / "x")
+            formats.from_any(tmp_path / "x")
         with pytest.raises(PatchError, match="no safetensors file"):
-            formats.read_lora(tmp_path)
+            formats.from_any(tmp_path)
         for name in "ab":
             save_file(_kohya(), tmp_path / f"{name}.safetensors")
         with pytest.raises(PatchError, match="several LoRA files"):
-            formats.read_lora(tmp_path)
+            formats.from_any(tmp_path)
 
     @pytest.mark.parametrize(
         "header",
@@ -682,7 +682,7 @@ class TestBadFiles:
     def test_malformed_entries(self, header: dict[str, str], tmp_path: Path) -> None:
         save_file(_kohya(), tmp_path / "x.safetensors", header)
         with pytest.raises(PatchError, match="malformed header entry"):
-            formats.read_lora(tmp_path / "x.safetensors")
+            formats.from_any(tmp_path / "x.safetensors")
 
     @pytest.mark.parametrize(
         "config",
@@ -702,7 +702,7 @@ class TestBadFiles:
         save_file(dict(zip(keys, (a, b), strict=True)), tmp_path / "adapter_model.safetensors")
         (tmp_path / "adapter_config.json").write_text(config)
         with pytest.raises(PatchError):
-            formats.read_lora(tmp_path)
+            formats.from_any(tmp_path)
 
 
 def test_a_transformer_has_no_kohya_name(tmp_path: Path) -> None:

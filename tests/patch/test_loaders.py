@@ -28,8 +28,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from recare_patch.patch import formats
-from recare_patch.patch.original_layout import _unet_name
+from recare_patch.patch import kohya as formats
+from recare_patch.patch.original_layout import unet_name as _unet_name
 from recare_patch.patch.patch import Patch
 
 UNETS: dict[str, dict[str, Any]] = {

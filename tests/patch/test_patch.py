@@ -21,7 +21,8 @@ from recare_patch.models import lora as adapters
 from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch import patch as patch_module
-from recare_patch.patch.patch import Patch, PatchMetadata, apply_all
+from recare_patch.patch.apply import apply_all
+from recare_patch.patch.patch import Patch, PatchMetadata
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, load_recipe
 
 PROMPTS, SEEDS = ["a painting in the style of van gogh", "a photo of a cat"], [5, 6]

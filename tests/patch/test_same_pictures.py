@@ -13,7 +13,7 @@ from PIL import Image
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
 from recare_patch.models.loading import base_folder
-from recare_patch.patch import formats
+from recare_patch.patch import kohya as formats
 from recare_patch.patch.patch import Patch
 from tests.patch.test_patch import _difference, trained
 

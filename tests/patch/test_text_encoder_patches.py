@@ -21,7 +21,7 @@ from recare_patch.measure.checks.tuning import changed, merge_into
 from recare_patch.models import lora as adapters
 from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
-from recare_patch.patch import formats
+from recare_patch.patch import kohya as formats
 from recare_patch.patch.patch import Patch, PatchMetadata
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe
 from tests.patch.test_patch import PROMPTS, SEEDS, _assert_same_state, _difference, _draw, _state, trained

@@ -1,0 +1,580 @@
+"""Other tools' LoRA files: read in any of the common shapes, written as A1111 and ComfyUI expect them.
+
+Three shapes are about. *diffusers* names whole modules, ``unet.<module>.lora_A.weight`` today and
+``….lora.down.weight`` or ``….processor.to_q_lora.down.weight`` in older files, and keeps no alpha
+among its tensors. *PEFT* prefixes ``base_model.model.`` and keeps alpha in a file beside the
+weights. *kohya* joins a module's name by underscores, ``lora_unet_<module>.lora_down.weight``, and
+keeps an ``.alpha`` for each. Inside the package there is one shape, the patch's: whole names, the
+scale ``alpha / rank`` multiplied into ``B``.
+
+diffusers' own converters do neither. Its reader (``lora_state_dict``) does not know the original names
+of Stable Diffusion 1.x nor diffusers' names of SDXL's ``add_embedding``, and turns a name that it does not
+know into another; its writer (``convert_state_dict_to_kohya``) writes alphas as whole numbers.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recare_patch import __version__
+from recare_patch.core import (
+    IncompatiblePatchError,
+    PatchError,
+    SafetensorsHeader,
+    file_sha256,
+    nearest,
+    read_safetensors_header,
+    write_tensors,
+)
+from recare_patch.models import COMPONENTS, TRANSFORMER, full_name, split_name
+from recare_patch.patch.folder import target_file, weights_file
+from recare_patch.patch.metadata import PatchMetadata
+from recare_patch.patch.patch import (
+    SCALES_KEY,
+    Patch,
+    check_finite,
+    checked_pair,
+    concept_name,
+    load_numbers,
+)
+from recare_patch.recipe import KINDS
+
+logger = logging.getLogger(__name__)
+
+RANKS_KEY = "recare_patch_ranks"
+"""Header entry of our kohya files: the ranks before padding, JSON, kohya name → rank."""
+
+MODULES_KEY = "recare_patch_modules"
+"""Header entry of our kohya files: names that underscores make unreadable, JSON, kohya name → key."""
+
+_PEFT_CONFIG = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
+
+_KOHYA_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_KOHYA_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+_SIDES = {"A": "A", "down": "A", "B": "B", "up": "B", None: "alpha"}
+_DOTTED_KEYS = (
+    re.compile(r"(?P<name>.+)\.lora_(?P<side>A|B|down|up)(?:\.(?!weight)\w+)?\.weight"),
+    re.compile(r"(?P<name>.+?)(?P<kind>_lora|\.lora|\.lora_linear_layer)\.(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<name>.+?)(?P<kind>_lora|\.lora|\.lora_linear_layer)?\.alpha"),
+)
+_OTHER_KINDS = {
+    "hada_": "a LoHa",
+    "lokr_": "a LoKr",
+    "dora_scale": "a DoRA",
+    "lora_magnitude_vector": "a DoRA",
+    "lora_mid": "a LoRA with a third, middle factor",
+    "oft_": "an OFT",
+    ".diff": "a file of whole weights",
+    "w_norm": "a file of whole weights",
+    ".a1.weight": "a GLoRA",
+    "on_input": "an IA3",
+    "emb_params": "a textual inversion",
+}
+_UNET_WORDS = """down_blocks mid_block up_blocks transformer_blocks attentions resnets downsamplers upsamplers
+    attn1 attn2 attn to_q to_k to_v to_out add_k_proj add_v_proj add_q_proj to_add_out ff net proj proj_in
+    proj_out conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj time_embedding add_embedding
+    class_embedding linear_1 linear_2 encoder_hid_proj norm norm1 norm2 norm3"""
+# Longest first, so that "to_out_0" reads as to_out.0 and not as to . out . 0.
+_UNET_WORD = re.compile(rf"(?:{'|'.join(sorted(_UNET_WORDS.split(), key=len, reverse=True))}|\d+)(?=_|$)")
+_TEXT_NAME = re.compile(
+    r"(text_projection)|text_model_encoder_layers_(\d+)_(?:self_attn_([qkv]|out)_proj|mlp_(fc[12]))"
+)
+_SGM_BLOCK = re.compile(r"(?P<side>input|output)_blocks_(?P<block>\d{1,3})_(?P<inner>[012])_(?P<rest>.+)")
+_SGM_MIDDLE = re.compile(r"middle_block_(?P<inner>[012])_(?P<rest>.+)")
+ORIGINAL_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+ORIGINAL_UNET = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+}
+"""diffusers' names of a UNet's layers, and inside its resnets → those of the original checkpoints."""
+
+_SGM_RESNET = {theirs.replace(".", "_"): ours for ours, theirs in ORIGINAL_RESNET.items()}
+_SGM_SINGLE = {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs in ORIGINAL_UNET.items()} | {
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+
+
+def from_any(path: str | Path, modules: Iterable[str] | None = None) -> Patch:
+    """Read a LoRA of any common shape as a patch: diffusers' of any age, PEFT's, kohya's.
+
+    A module without an alpha is taken to have alpha = rank, as every loader takes it.
+
+    Args:
+        path: a safetensors file, or a folder that holds one.
+        modules: names of the denoiser's modules, to resolve kohya's against; without them the grammar of
+            diffusers' UNets does it.
+
+    Raises:
+        PatchError: it is missing, a pickle, damaged, of another kind (LoHa, LoKr, DoRA, …), of mixed
+            shape, or its tensors are not complete, finite pairs.
+        IncompatiblePatchError: a name fits none of ``modules``.
+    """
+    file, source = weights_file(Path(path).expanduser(), of_any_tool=True), str(path)
+    header = read_safetensors_header(file)
+    shape = _shape_of(header, source)
+    stored = load_numbers(file, header, source)
+    check_finite(stored, source)
+    resolve = _resolver(modules, header.metadata, source)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in stored.items():
+        name, part = _kohya_key(key, resolve, source) if shape == "kohya" else _dotted_key(key, source)
+        if part in parts.setdefault(name, {}):
+            what = "alpha" if part == "alpha" else f"lora_{part}"
+            raise PatchError(f"{source} holds the {what} of '{name}' twice, under two names")
+        parts[name][part] = tensor
+    scale = _scale_beside(file, header, shape, source)
+    ranks = _stored_ranks(header.metadata, source) if shape == "kohya" else {}
+    tensors = _bake(parts, scale, ranks, source)
+    told = PatchMetadata.from_header(header.metadata, source)
+    return Patch(tensors, told, source, file_sha256(file), shape, {} if told else header.metadata)
+
+
+def _shape_of(header: SafetensorsHeader, source: str) -> str:
+    """Tell the shape by the keys, before any tensor is read; other kinds are named and refused."""
+    seen: dict[str, str] = {}
+    for key in header.tensors:
+        for mark, kind in _OTHER_KINDS.items():
+            if mark in key:
+                raise PatchError(f"{source} is {kind}, by its tensor '{key}': only plain LoRAs are read")
+        peft = "peft" if key.startswith(_PEFT_PREFIX) else "diffusers"
+        seen.setdefault("kohya" if key.startswith("lora_") else peft, key)
+    if len(seen) > 1:
+        listed = " and ".join(f"{shape} ('{key}')" for shape, key in sorted(seen.items()))
+        raise PatchError(f"{source} mixes the shapes of several tools: {listed}")
+    return next(iter(seen), "diffusers")
+
+
+def _unknown(key: str, source: str) -> PatchError:
+    return PatchError(f"{source} has a tensor '{key}' that belongs to no LoRA of a Stable Diffusion model")
+
+
+def _kohya_key(key: str, resolve: Callable[[str], str], source: str) -> tuple[str, str]:
+    """``<component>.<module>`` and the part of a kohya key."""
+    name, _, part = key.partition(".")
+    if part not in _KOHYA_PARTS or not name.startswith(tuple(_KOHYA_PREFIXES)):
+        raise _unknown(key, source)
+    return resolve(name), _KOHYA_PARTS[part]
+
+
+def _dotted_key(key: str, source: str) -> tuple[str, str]:
+    """``<component>.<module>`` and the part of a diffusers or PEFT key."""
+    found = next((match.groupdict() for form in _DOTTED_KEYS if (match := form.fullmatch(key))), None)
+    if found is None:
+        raise _unknown(key, source)
+    name = found["name"].removeprefix(_PEFT_PREFIX)
+    component, _, module = name.partition(".")
+    if component in ("text_encoder_3", "diffusion_model"):
+        raise PatchError(
+            f"{source} has a tensor '{key}' of a '{component}': LoRAs for a UNet and its text encoders "
+            "are read"
+        )
+    if component not in COMPONENTS:
+        text = name.startswith(("text_model.", "encoder.layers."))
+        component, module = ("text_encoder" if text else "unet"), name
+    old = found.get("kind") == "_lora"
+    if component == "unet":
+        if old or ".processor." in module:
+            module = module.replace(".processor.", ".")
+            module += ".0" if module.endswith(".to_out") else ""
+    elif old:
+        module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
+    if not module:
+        raise _unknown(key, source)
+    return full_name(component, module), _SIDES[found.get("side")]
+
+
+def _bake(
+    parts: Mapping[str, Mapping[str, Tensor]],
+    scale: Callable[[str, int], float],
+    ranks: Mapping[str, int],
+    source: str,
+) -> dict[str, Tensor]:
+    """Check pairs and multiply their scales in, in float32 where there is a scale other than 1."""
+    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
+    for name, part in parts.items():
+        a, b = checked_pair(part, name, source)
+        rank, alpha = a.shape[0], part.get("alpha")
+        if alpha is not None and alpha.numel() != 1:
+            raise PatchError(
+                f"{source} has an alpha of shape {tuple(alpha.shape)} for '{name}': it must be one number"
+            )
+        kept = ranks.get(_kohya_name(name, sdxl=False), rank)
+        if kept > rank:
+            raise PatchError(
+                f"{source} has a malformed header entry '{RANKS_KEY}': '{name}' has rank {rank}, not {kept}"
+            )
+        times = float(alpha.item()) / rank if alpha is not None else scale(name, rank)
+        pairs[name] = a[:kept].contiguous(), b[:, :kept].contiguous(), times
+    # One dtype throughout: a scale such as 1/3 would be rounded twice in half precision.
+    plain = all(times == 1 for _, _, times in pairs.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b, times) in pairs.items():
+        tensors[f"{name}.lora_A.weight"] = a if plain else a.float()
+        tensors[f"{name}.lora_B.weight"] = b if plain else b.float() * times
+    return tensors
+
+
+def _scale_beside(
+    file: Path, header: SafetensorsHeader, shape: str, source: str
+) -> Callable[[str, int], float]:
+    """The scale of a module that has no alpha among the tensors: from PEFT's settings, or 1."""
+    if shape == "peft":
+        try:
+            return stored_scale((file.parent / _PEFT_CONFIG).read_bytes(), _PEFT_CONFIG, source)
+        except FileNotFoundError:
+            logger.warning("%s has no %s beside it: alpha is taken to be the rank", source, _PEFT_CONFIG)
+        except OSError as fault:
+            raise PatchError(f"cannot read {_PEFT_CONFIG} of {source}: {fault.strerror}") from fault
+    text = header.metadata.get(SCALES_KEY, "{}") if shape == "diffusers" else "{}"
+    return stored_scale(text, f"header entry '{SCALES_KEY}'", source)
+
+
+def stored_scale(text: str | bytes, where: str, source: str) -> Callable[[str, int], float]:
+    """The scale of a module, by its full name and rank, as PEFT's settings have it.
+
+    Raises:
+        PatchError: they are malformed, or those of a DoRA.
+    """
+    try:
+        config = json.loads(text)
+        if not any(key.startswith(tuple(f"{name}." for name in COMPONENTS)) for key in config):
+            config = {f"{name}.{key}": value for name in COMPONENTS for key, value in config.items()}
+        return _scale_of(config, where, source)
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        raise PatchError(f"{source} has a malformed {where}") from None
+
+
+def _scale_of(config: dict[str, Any], where: str, source: str) -> Callable[[str, int], float]:
+    if any(config.get(f"{component}.use_dora") for component in COMPONENTS):
+        raise PatchError(f"{source} is a DoRA, by its {where}: only plain LoRAs are read")
+    alphas = {name: config.get(f"{name}.lora_alpha") for name in COMPONENTS}
+    patterns = {name: dict(config.get(f"{name}.alpha_pattern") or {}) for name in COMPONENTS}
+    for value in [*alphas.values(), *(v for one in patterns.values() for v in one.values())]:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value)):
+            raise PatchError(f"{source} has an alpha {value!r} in its {where}: it must be a finite number")
+    if not all(re.fullmatch(r"\^?[\w.\\]+\$?", key) for one in patterns.values() for key in one):
+        raise PatchError(f"{source} has alphas by pattern in its {where}, and only plain names are read")
+
+    def scale(name: str, rank: int) -> float:
+        component, module = split_name(name)
+        alpha = alphas[component]
+        for pattern, value in patterns[component].items():
+            plain = pattern.strip("^$").replace("\\", "")
+            if module == plain or module.endswith(f".{plain}"):
+                alpha = value
+                break
+        if alpha is None:
+            return 1.0
+        return float(alpha) / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank)
+
+    return scale
+
+
+def has_kohya_names(patch: Patch) -> bool:
+    """Whether kohya's format can hold it: it names the layers of UNets and their text encoders."""
+    return TRANSFORMER not in patch.components
+
+
+def _kohya_name(name: str, *, sdxl: bool) -> str:
+    """``unet.mid_block.x`` → ``lora_unet_mid_block_x``."""
+    component, module = split_name(name)
+    first = "lora_te1" if sdxl else "lora_te"
+    prefix = {"unet": "lora_unet", "text_encoder": first}.get(component, "lora_te2")
+    return f"{prefix}_{module.replace('.', '_')}"
+
+
+def _resolver(modules: Iterable[str] | None, header: Mapping[str, str], source: str) -> Callable[[str], str]:
+    """How kohya's names of one file become ``<component>.<module>``."""
+    table: dict[str, list[str]] = {}
+    for full in modules or ():
+        table.setdefault(full.replace(".", "_"), []).append(full)
+    recorded = _stored_names(header, source)
+
+    def resolve(name: str) -> str:
+        if name in recorded:
+            return recorded[name]
+        prefix = next(one for one in _KOHYA_PREFIXES if name.startswith(one))
+        component, rest = _KOHYA_PREFIXES[prefix], name.removeprefix(prefix)
+        if component != "unet":
+            module = _text_module(rest)
+        elif modules is None:
+            module = unet_module(rest)
+        else:
+            rest = from_sgm(rest)
+            found = table.get(rest, [])
+            if len(found) != 1:
+                why = "fits several" if found else "fits no"
+                guess = None if found else nearest(rest, table)
+                hint = f"; the nearest is '{table[guess][0]}'" if guess else ""
+                raise IncompatiblePatchError(f"{source} has a '{name}' that {why} modules of the base{hint}")
+            module = found[0]
+        if module is None:
+            raise PatchError(
+                f"{source} has a '{name}' that names no module of a Stable Diffusion model; if it is for "
+                "another base, name that with --base"
+            )
+        return f"{component}.{module}"
+
+    return resolve
+
+
+def unet_module(name: str) -> str | None:
+    """``mid_block_attentions_0_proj_in`` → ``mid_block.attentions.0.proj_in``, by diffusers' vocabulary."""
+    name, words, position = from_sgm(name), list[str](), 0
+    while position < len(name):
+        match = _UNET_WORD.match(name, position)
+        if match is None:
+            return None
+        words.append(match.group())
+        position = match.end() + 1
+    sound = bool(words) and not words[0].isdigit() and "_".join(words) == name
+    return ".".join(words) if sound else None
+
+
+def _text_module(name: str) -> str | None:
+    match = _TEXT_NAME.fullmatch(name)
+    if match is None or match[1]:
+        return match and match[1]
+    last = f"self_attn.{match[3]}_proj" if match[3] else f"mlp.{match[4]}"
+    return f"text_model.encoder.layers.{match[2]}.{last}"
+
+
+def from_sgm(name: str) -> str:
+    """The original checkpoints' block names, which kohya keeps for SDXL, as diffusers' (2 layers a block)."""
+    match = _SGM_MIDDLE.fullmatch(name) or _SGM_BLOCK.fullmatch(name)
+    if match is None:
+        return _SGM_SINGLE.get(name, name)
+    inner, rest = int(match["inner"]), match["rest"]
+    last = _SGM_RESNET.get(rest, rest)
+    if match.re is _SGM_MIDDLE:
+        # Resnet, attention, resnet.
+        return f"mid_block_{'attentions_0' if inner == 1 else f'resnets_{inner // 2}'}_{last}"
+    side = "down" if match["side"] == "input" else "up"
+    # Before the first layer of the way down there is conv_in.
+    block, layer = divmod(int(match["block"]) - (side == "down"), 3)
+    if rest == {"down": "op", "up": "conv"}[side]:
+        return f"{side}_blocks_{block}_{side}samplers_0_conv"
+    return f"{side}_blocks_{block}_{'attentions' if inner == 1 else 'resnets'}_{layer}_{last}"
+
+
+def _json_table(header: Mapping[str, str], key: str, kind: type, source: str) -> dict[str, Any]:
+    try:
+        table = json.loads(header.get(key, "{}"))
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict) or not all(type(value) is kind for value in table.values()):
+        raise PatchError(f"{source} has a malformed header entry '{key}'")
+    return table
+
+
+def _stored_names(header: Mapping[str, str], source: str) -> dict[str, str]:
+    """Names that our own file says itself; each must be what its underscored form stands for."""
+    table = _json_table(header, MODULES_KEY, str, source)
+    for short, full in table.items():
+        names = [_kohya_name(full, sdxl=sdxl) for sdxl in (False, True)]
+        if split_name(full)[0] not in COMPONENTS or short not in names:
+            raise PatchError(f"{source} has a malformed header entry '{MODULES_KEY}'")
+    return table
+
+
+def _stored_ranks(header: Mapping[str, str], source: str) -> dict[str, int]:
+    table = _json_table(header, RANKS_KEY, int, source)
+    if any(rank < 1 for rank in table.values()):
+        raise PatchError(f"{source} has a malformed header entry '{RANKS_KEY}'")
+    # Kept by the plain prefix, as _bake asks for them.
+    return {name.replace("lora_te1_", "lora_te_"): rank for name, rank in table.items()}
+
+
+def to_kohya(
+    patch: Patch, *, dtype: torch.dtype = torch.float16, date: datetime.date | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a kohya file.
+
+    All modules get one alpha, equal to their one rank, so that every loader finds the scale 1:
+    diffusers drops alphas that differ from module to module. Lower ranks are filled up with zeros.
+
+    Args:
+        patch: what to write.
+        dtype: of the factors; alphas are float32.
+        date: of making, today (UTC) by default.
+
+    Returns:
+        Tensors and header entries: kohya's ``ss_*``, the hashes ``sshs_*``, ModelSpec 1.0.1, and our
+        own, from which the way back restores everything.
+
+    Raises:
+        PatchError: a value does not fit into the dtype, two modules share one name in kohya's spelling,
+            or it changes a transformer.
+    """
+    if not has_kohya_names(patch):
+        raise PatchError(
+            f"{patch.source} changes a transformer, and kohya files are written for UNets and their text "
+            "encoders"
+        )
+    base, architecture, pixels = _version_of(patch)
+    rank = max(patch.ranks.values())
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    unreadable: dict[str, str] = {}
+    resolve = _resolver(None, {}, patch.source)
+    for full in patch.modules:
+        short = _kohya_name(full, sdxl=base.startswith("sdxl"))
+        if f"{short}.alpha" in tensors:
+            raise PatchError(f"{patch.source} has two modules that kohya's spelling calls '{short}'")
+        a, b = patch.factors(full)
+        if a.shape[0] != rank:
+            ranks[short] = a.shape[0]
+        tensors[f"{short}.lora_down.weight"] = _padded(a, rank, 0).to(dtype)
+        tensors[f"{short}.lora_up.weight"] = _padded(b, rank, 1).to(dtype)
+        tensors[f"{short}.alpha"] = torch.tensor(float(rank))
+        try:
+            readable = resolve(short) == full
+        except PatchError:
+            readable = False
+        if not readable:
+            unreadable[short] = full
+    check_finite(tensors, f"{patch.source} as {str(dtype).removeprefix('torch.')}")
+    # What another tool said of its training stays; what describes the tensors is said anew.
+    training = {key: text for key, text in patch.foreign.items() if key.startswith(("ss_", "modelspec."))}
+    header = {"format": "pt", **training} | {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(float(rank)),
+        "ss_base_model_version": base,
+        "ss_v2": str(base.startswith("sd_v2")),
+        "ss_output_name": output_name(patch),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": output_name(patch),
+        "modelspec.date": (date or datetime.datetime.now(datetime.UTC).date()).isoformat(),
+    }
+    if pixels is not None:
+        header["modelspec.resolution"] = f"{pixels}x{pixels}"
+    if patch.metadata is not None:
+        header |= _told(patch.metadata)
+    header |= {key: json.dumps(one) for key, one in ((RANKS_KEY, ranks), (MODULES_KEY, unreadable)) if one}
+    return tensors, header | _hashes(tensors, header)
+
+
+def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:
+    shape = list(factor.shape)
+    shape[axis] = rank - shape[axis]
+    return torch.cat([factor, factor.new_zeros(shape)], dim=axis) if shape[axis] else factor
+
+
+def _version_of(patch: Patch) -> tuple[str, str, int | None]:
+    """Which Stable Diffusion it is for, as kohya and ModelSpec call it, and its pictures' width.
+
+    Told by the width of the prompts that it reads or changes.
+    """
+
+    def widths(module: str) -> set[int]:
+        return {patch.mapping(one)[0][0] for one in patch.modules if re.fullmatch(module, one)}
+
+    v_prediction = patch.metadata is not None and patch.metadata.prediction_type == "v_prediction"
+    suffix = "_v" if v_prediction else ""
+    found = widths(r"unet\..*attn2\.to_[kv]")
+    # Without cross-attention, SDXL still shows by blocks of several transformers or by its second encoder.
+    deep = any(".transformer_blocks.1." in one or one.startswith("text_encoder_2.") for one in patch.modules)
+    if 2048 in found or (not found and deep):
+        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 1024
+    found = found or widths(r"text_encoder\..*self_attn\.[qkv]_proj")
+    if 1024 in found:
+        kind, pixels = ("768-v", 768) if v_prediction else ("512", 512)
+        return f"sd_v2{suffix}", f"stable-diffusion-v2-{kind}", pixels
+    return f"sd_v1{suffix}", "stable-diffusion-v1", 512 if 768 in found else None
+
+
+def output_name(patch: Patch) -> str:
+    """A file's stem for it: "erase-van-gogh", or the name of the file that it came from."""
+    if patch.metadata is not None:
+        return concept_name(patch.metadata.concept)
+    stem = Path(patch.source).name.removesuffix(".safetensors")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:100] or "lora"
+
+
+def _told(made: PatchMetadata) -> dict[str, str]:
+    """What a patch of ours says of itself, to other tools and to this package."""
+    # A stack of several kinds has none that could be named.
+    kind = made.kind if made.kind in KINDS else "concepts" if made.parts else "concept"
+    what = f"Erases the {kind} '{made.concept}' from {made.base}, by {made.method}"
+    return {
+        "ss_training_comment": f"{what}; made by recare-patch {__version__}",
+        "ss_sd_model_name": made.base,
+        "ss_seed": str(made.seed),
+        "modelspec.title": f"Erase {made.concept}",
+        "modelspec.description": f"{what}. To be used at strength 1.",
+        "modelspec.tags": f"concept-erasure, {kind}",
+        "modelspec.prediction_type": "v" if made.prediction_type == "v_prediction" else "epsilon",
+    } | made.to_header()
+
+
+def _hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
+    """The hashes by which model lists recognise a file, as kohya's trainer precalculates them.
+
+    The model hash is the SHA-256 of all bytes after the header. The legacy hash is that of 64 KiB
+    from the first MiB on, of a file whose header has the ``ss_*`` entries alone; smaller files all
+    have the same one, so there it is left out.
+    """
+    from safetensors.torch import save
+
+    training = {key: text for key, text in header.items() if key.startswith("ss_")}
+    data = save(dict(tensors), training)
+    body = hashlib.sha256(memoryview(data)[8 + struct.unpack("<Q", data[:8])[0] :]).hexdigest()
+    found = {"sshs_model_hash": body, "modelspec.hash_sha256": f"0x{body}"}
+    if len(data) > _LEGACY_START:
+        old = hashlib.sha256(data[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]).hexdigest()
+        found["sshs_legacy_hash"] = old[:8]
+    return found
+
+
+def write_kohya(
+    patch: Patch, path: str | Path, *, dtype: torch.dtype = torch.float16, date: datetime.date | None = None
+) -> Path:
+    """Write a kohya file for A1111 and ComfyUI, whole or not at all.
+
+    Args:
+        patch: what to write.
+        path: the file, or a folder, in which it is named by :func:`output_name`.
+        dtype, date: see :func:`to_kohya`.
+
+    Returns:
+        The file.
+
+    Raises:
+        PatchError: see :func:`to_kohya`.
+        OutputError: it cannot be written.
+    """
+    file = target_file(path, f"{output_name(patch)}.safetensors")
+    tensors, header = to_kohya(patch, dtype=dtype, date=date)
+    write_tensors(file, tensors, header)
+    return file
