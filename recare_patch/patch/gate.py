@@ -2,10 +2,9 @@
 
 After the Facilitated Transport of Lyu et al. ("One-dimensional Adapter to Rule Them All", arXiv
 2312.16145), where an adapter's strength is the larger of two likenesses of prompt and concept: that of
-their text features, and the share of the concept's tokens that the prompt holds. Here the first is
-measured on a scale between two sets of prompts, because the cosine of two texts that share nothing is
-far from 0 and differs between text encoders. Features are those of the pipeline's own text encoder,
-read without any LoRA.
+their text features, and the share of the concept's tokens that the prompt holds. Here the first lies
+between two sets of prompts, because the cosine of two texts that share nothing is far from 0 and differs
+between text encoders. Features are those of the pipeline's own text encoder, read without any LoRA.
 
 A gate reads the prompt and nothing else. Whoever wants the concept writes around it, or hands over
 embeddings: a gate is there for pictures that have nothing to do with the concept, not for security.
@@ -48,11 +47,10 @@ _BATCH = 128
 class Gate:
     """How much a prompt has to do with a concept, 0 to 1.
 
-    Two sets of prompts span the scale. Prompts of the concept: its names, and itself beside each
-    reference word. Prompts that are not: the reference words alone, beside each other and in the
-    concept's place. Reference words are the companions that the patch guards and 64 others, spread over
-    the more frequent words of the tokenizer. With ``μ₁``, ``μ₀`` the means of their unit features and
-    ``f`` that of a prompt::
+    Prompts of the concept are its names, and itself beside each reference word; others are the reference
+    words alone, beside each other and in the concept's place. Reference words are the companions that the
+    patch guards and 64 others, spread over the tokenizer's frequent words. With ``μ₁``, ``μ₀`` the means of
+    both sets' unit features and ``f`` that of a prompt::
 
         relatedness = max(⟨f − μ₀, μ₁ − μ₀⟩ / ‖μ₁ − μ₀‖², share of a name's tokens that the prompt holds)
         gate = clamp((relatedness − CLOSED) / (OPEN − CLOSED), 0, 1)
@@ -70,12 +68,7 @@ class Gate:
     """
 
     def __init__(self, pipe: Any, concepts: Sequence[Concept], *, care_words: Sequence[str] = ()) -> None:
-        """Measure where the concepts lie.
-
-        Args:
-            pipe: a diffusers pipeline with a CLIP text encoder; its weights are not changed.
-            concepts: what opens the gate.
-            care_words: words that must not, such as a CARE-set's.
+        """Measure where the concepts lie by a pipeline's CLIP text encoder; ``care_words`` must not open it.
 
         Raises:
             IncompatiblePatchError: the pipeline does not read prompts as Stable Diffusion does.
@@ -92,11 +85,8 @@ class Gate:
             raise PatchError("a gate needs at least one concept, and none was given")
         self._tokenizer: Any = tokenizer
         self._encoder = encoder
-        plain = [
-            word
-            for word in _frequent_words(tokenizer)
-            if not any(names_concept(word, concept) for concept in concepts)
-        ]
+        frequent = _frequent_words(tokenizer)
+        plain = [word for word in frequent if not any(names_concept(word, concept) for concept in concepts)]
         if len(plain) > _WORDS:
             plain = [plain[k * len(plain) // _WORDS] for k in range(_WORDS)]
         self.words = tuple(dict.fromkeys([*care_words, *plain]))
@@ -108,7 +98,12 @@ class Gate:
         self.concepts = tuple(concepts)
         # Where each concept lies: the origin, the way from there over its squared length, both [width].
         self._ways = [self._way(concept) for concept in concepts]
-        names = [name for concept in concepts for name in _names(concept)]
+        # What a prompt may call a concept: its text, and words that name it without being part of that.
+        names = [
+            name
+            for one in concepts
+            for name in (one.text, *(word for word in one.words if word not in one.text.casefold()))
+        ]
         self._names = [name for name in self._ids(names) if name]
 
     @classmethod
@@ -157,13 +152,8 @@ class Gate:
         plain = []
         for word, other in zip(self.words, [*self.words[1:], self.words[0]], strict=True):
             beside = concept.model_copy(update={"text": other}).composed_prompt(word)
-            plain += [
-                concept.retain_prompt(word),
-                concept.anchor_prompt(word),
-                concept.target_prompt_for(word),
-                f"A photo of {word}",
-                beside,
-            ]
+            plain += [concept.retain_prompt(word), concept.anchor_prompt(word)]
+            plain += [concept.target_prompt_for(word), f"A photo of {word}", beside]
         origin = self._features(plain).mean(0)
         way = self._features(named).mean(0) - origin
         return origin, way / (way @ way)
@@ -199,12 +189,6 @@ class Gate:
         return torch.cat(rows)
 
 
-def _names(concept: Concept) -> list[str]:
-    """What a prompt may call the concept: its text, and words that name it without being part of that."""
-    own = concept.text.casefold()
-    return [concept.text, *(word for word in concept.words if word not in own)]
-
-
 def _frequent_words(tokenizer: Any) -> list[str]:
     """Whole words of a byte-pair vocabulary, the most frequent first: its tokens are numbered so."""
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
@@ -219,9 +203,8 @@ class GatedPatch:
     """A patch in a pipeline at a strength of its own for each prompt.
 
     Every picture of a batch is drawn at ``applied.scale`` times its prompt's gate, in both halves of
-    classifier-free guidance. Where the patch changes a text encoder, prompt and negative prompt are
-    encoded each at its own gate. Embeddings that the pipeline did not make itself while gated, such as
-    those with learnt vectors in them, are drawn at the full scale.
+    classifier-free guidance. A changed text encoder encodes prompt and negative prompt each at its own gate.
+    Embeddings that the pipeline did not make itself while gated are drawn at the full scale.
 
     Attributes:
         applied: the patch in the pipeline; its ``set_scale`` and ``scale`` mean the scale at an open gate.
@@ -385,19 +368,12 @@ def gated(
 ) -> GatedPatch:
     """Put a patch into a diffusers pipeline, to be as strong as each prompt has to do with its concept.
 
-    Only calls of the pipeline itself are gated: it is not in the patch's file, and plain diffusers
-    applies the patch at one scale to every prompt.
+    The gate is not in the patch's file: plain diffusers applies the patch at one scale to every prompt.
 
     Args:
-        patch: what to apply.
-        pipe: a diffusers pipeline that fits the patch and has a CLIP text encoder.
+        patch, pipe, adapter_name: see :meth:`Patch.apply`; the pipeline has a CLIP text encoder.
         scale: at an open gate.
-        adapter_name: how the pipeline calls it; made from the concept by default.
-        gate: what gives each prompt its share of the scale, ``[prompts]``; :meth:`Gate.of` the patch by
-            default.
-
-    Returns:
-        A handle with ``remove()``, usable as a context manager that removes the patch at its end.
+        gate: gives each prompt its share of the scale, ``[prompts]``; :meth:`Gate.of` the patch by default.
 
     Raises:
         PatchError, IncompatiblePatchError: as :meth:`Patch.apply` and :meth:`Gate.of`; the pipeline is then

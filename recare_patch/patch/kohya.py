@@ -1,15 +1,13 @@
 """Other tools' LoRA files: read in any of the common shapes, written as A1111 and ComfyUI expect them.
 
-Three shapes are about. *diffusers* names whole modules, ``unet.<module>.lora_A.weight`` today and
-``….lora.down.weight`` or ``….processor.to_q_lora.down.weight`` in older files, and keeps no alpha
-among its tensors. *PEFT* prefixes ``base_model.model.`` and keeps alpha in a file beside the
-weights. *kohya* joins a module's name by underscores, ``lora_unet_<module>.lora_down.weight``, and
-keeps an ``.alpha`` for each. Inside the package there is one shape, the patch's: whole names, the
-scale ``alpha / rank`` multiplied into ``B``.
+*diffusers* names whole modules, ``unet.<module>.lora_A.weight`` today and ``….lora.down.weight`` or
+``….processor.to_q_lora.down.weight`` in older files, and keeps no alpha among its tensors. *PEFT* prefixes
+``base_model.model.`` and keeps alpha in a file beside the weights. *kohya* joins a module's name by
+underscores, ``lora_unet_<module>.lora_down.weight``, and keeps an ``.alpha`` for each.
 
-diffusers' own converters do neither. Its reader (``lora_state_dict``) does not know the original names
-of Stable Diffusion 1.x nor diffusers' names of SDXL's ``add_embedding``, and turns a name that it does not
-know into another; its writer (``convert_state_dict_to_kohya``) writes alphas as whole numbers.
+diffusers' own converters serve neither way: the reader (``lora_state_dict``) lacks Stable Diffusion 1.x's
+original names and SDXL's ``add_embedding``, and makes something up for a name that it does not know; the
+writer (``convert_state_dict_to_kohya``) writes alphas as whole numbers.
 """
 
 from __future__ import annotations
@@ -63,15 +61,11 @@ _PEFT_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
-_KOHYA_PREFIXES = {
-    "lora_unet_": "unet",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-}
-_KOHYA_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+_KOHYA_KEY = re.compile(r"(?P<name>lora_(?:unet|te[12]?)_[^.]*)\.(?:lora_(?P<side>down|up)\.weight|alpha)")
+_KOHYA_NAME = re.compile(r"lora_(unet|te[12]?)_(.*)")
+_KOHYA_COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 _SIDES = {"A": "A", "down": "A", "B": "B", "up": "B", None: "alpha"}
-_DOTTED_KEYS = (
+_KEYS = (
     re.compile(r"(?P<name>.+)\.lora_(?P<side>A|B|down|up)(?:\.(?!weight)\w+)?\.weight"),
     re.compile(r"(?P<name>.+?)(?P<kind>_lora|\.lora|\.lora_linear_layer)\.(?P<side>down|up)\.weight"),
     re.compile(r"(?P<name>.+?)(?P<kind>_lora|\.lora|\.lora_linear_layer)?\.alpha"),
@@ -141,19 +135,58 @@ def from_any(path: str | Path, modules: Iterable[str] | None = None) -> Patch:
     shape = _shape_of(header, source)
     stored = load_numbers(file, header, source)
     check_finite(stored, source)
-    resolve = _resolver(modules, header.metadata, source)
+    parts, kept = _sorted(stored, shape, header.metadata, modules, source)
+    pairs = {name: checked_pair(part, name, source) for name, part in parts.items()}
+    scales = _scales_beside(file, header, shape, {name: len(a) for name, (a, _) in pairs.items()}, source)
+    for name, part in parts.items():
+        if "alpha" in part:
+            if part["alpha"].numel() != 1:
+                told = tuple(part["alpha"].shape)
+                raise PatchError(f"{source} has an alpha of shape {told} for '{name}': it must be one number")
+            scales[name] = float(part["alpha"].item()) / len(part["A"])
+    # One dtype throughout: a scale such as 1/3 would be rounded twice in half precision.
+    plain = all(scale == 1 for scale in scales.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in pairs.items():
+        rank = kept.get(name, len(a))
+        if rank > len(a):
+            raise PatchError(
+                f"{source} has a malformed header entry '{RANKS_KEY}': '{name}' has rank {len(a)}, not {rank}"
+            )
+        a, b = a[:rank].contiguous(), b[:, :rank].contiguous()
+        tensors[f"{name}.lora_A.weight"] = a if plain else a.float()
+        tensors[f"{name}.lora_B.weight"] = b if plain else b.float() * scales[name]
+    metadata = PatchMetadata.from_header(header.metadata, source)
+    return Patch(tensors, metadata, source, file_sha256(file), shape, {} if metadata else header.metadata)
+
+
+def _sorted(
+    stored: Mapping[str, Tensor],
+    shape: str,
+    header: Mapping[str, str],
+    modules: Iterable[str] | None,
+    source: str,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    """Whole name → side or "alpha" → tensor, and the ranks before padding where our own file tells them."""
+    resolve = _resolver(modules, header, source)
+    ranks = _table(header, RANKS_KEY, lambda _, rank: type(rank) is int and rank > 0, source)
     parts: dict[str, dict[str, Tensor]] = {}
+    kept: dict[str, int] = {}
     for key, tensor in stored.items():
-        name, part = _kohya_key(key, resolve, source) if shape == "kohya" else _dotted_key(key, source)
-        if part in parts.setdefault(name, {}):
-            what = "alpha" if part == "alpha" else f"lora_{part}"
-            raise PatchError(f"{source} holds the {what} of '{name}' twice, under two names")
-        parts[name][part] = tensor
-    scale = _scale_beside(file, header, shape, source)
-    ranks = _stored_ranks(header.metadata, source) if shape == "kohya" else {}
-    tensors = _bake(parts, scale, ranks, source)
-    told = PatchMetadata.from_header(header.metadata, source)
-    return Patch(tensors, told, source, file_sha256(file), shape, {} if told else header.metadata)
+        forms = (_KOHYA_KEY,) if shape == "kohya" else _KEYS
+        found = next((match.groupdict() for form in forms if (match := form.fullmatch(key))), None)
+        name = found and (resolve(found["name"]) if shape == "kohya" else _whole_name(key, found, source))
+        if not found or not name:
+            raise PatchError(
+                f"{source} has a tensor '{key}' that belongs to no LoRA of a Stable Diffusion model"
+            )
+        side = _SIDES[found.get("side")]
+        if side in parts.setdefault(name, {}):
+            raise PatchError(f"{source} holds the {side} of '{name}' twice, under two names")
+        parts[name][side] = tensor
+        if shape == "kohya" and found["name"] in ranks:
+            kept[name] = ranks[found["name"]]
+    return parts, kept
 
 
 def _shape_of(header: SafetensorsHeader, source: str) -> str:
@@ -171,23 +204,8 @@ def _shape_of(header: SafetensorsHeader, source: str) -> str:
     return next(iter(seen), "diffusers")
 
 
-def _unknown(key: str, source: str) -> PatchError:
-    return PatchError(f"{source} has a tensor '{key}' that belongs to no LoRA of a Stable Diffusion model")
-
-
-def _kohya_key(key: str, resolve: Callable[[str], str], source: str) -> tuple[str, str]:
-    """``<component>.<module>`` and the part of a kohya key."""
-    name, _, part = key.partition(".")
-    if part not in _KOHYA_PARTS or not name.startswith(tuple(_KOHYA_PREFIXES)):
-        raise _unknown(key, source)
-    return resolve(name), _KOHYA_PARTS[part]
-
-
-def _dotted_key(key: str, source: str) -> tuple[str, str]:
-    """``<component>.<module>`` and the part of a diffusers or PEFT key."""
-    found = next((match.groupdict() for form in _DOTTED_KEYS if (match := form.fullmatch(key))), None)
-    if found is None:
-        raise _unknown(key, source)
+def _whole_name(key: str, found: Mapping[str, str], source: str) -> str | None:
+    """``<component>.<module>`` of a diffusers or PEFT key."""
     name = found["name"].removeprefix(_PEFT_PREFIX)
     component, _, module = name.partition(".")
     if component in ("text_encoder_3", "diffusion_model"):
@@ -205,97 +223,57 @@ def _dotted_key(key: str, source: str) -> tuple[str, str]:
             module += ".0" if module.endswith(".to_out") else ""
     elif old:
         module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
-    if not module:
-        raise _unknown(key, source)
-    return full_name(component, module), _SIDES[found.get("side")]
+    return full_name(component, module) if module else None
 
 
-def _bake(
-    parts: Mapping[str, Mapping[str, Tensor]],
-    scale: Callable[[str, int], float],
-    ranks: Mapping[str, int],
-    source: str,
-) -> dict[str, Tensor]:
-    """Check pairs and multiply their scales in, in float32 where there is a scale other than 1."""
-    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for name, part in parts.items():
-        a, b = checked_pair(part, name, source)
-        rank, alpha = a.shape[0], part.get("alpha")
-        if alpha is not None and alpha.numel() != 1:
-            raise PatchError(
-                f"{source} has an alpha of shape {tuple(alpha.shape)} for '{name}': it must be one number"
-            )
-        kept = ranks.get(_kohya_name(name, sdxl=False), rank)
-        if kept > rank:
-            raise PatchError(
-                f"{source} has a malformed header entry '{RANKS_KEY}': '{name}' has rank {rank}, not {kept}"
-            )
-        times = float(alpha.item()) / rank if alpha is not None else scale(name, rank)
-        pairs[name] = a[:kept].contiguous(), b[:, :kept].contiguous(), times
-    # One dtype throughout: a scale such as 1/3 would be rounded twice in half precision.
-    plain = all(times == 1 for _, _, times in pairs.values())
-    tensors: dict[str, Tensor] = {}
-    for name, (a, b, times) in pairs.items():
-        tensors[f"{name}.lora_A.weight"] = a if plain else a.float()
-        tensors[f"{name}.lora_B.weight"] = b if plain else b.float() * times
-    return tensors
+def _scales_beside(
+    file: Path, header: SafetensorsHeader, shape: str, ranks: Mapping[str, int], source: str
+) -> dict[str, float]:
+    """The scales of modules that have no alpha among the tensors: from PEFT's settings, or 1."""
+    text: str | bytes = "{}"
+    where = f"header entry '{SCALES_KEY}'" if shape == "diffusers" else _PEFT_CONFIG
+    try:
+        if shape == "peft":
+            text = (file.parent / _PEFT_CONFIG).read_bytes()
+        elif shape == "diffusers":
+            text = header.metadata.get(SCALES_KEY, text)
+    except FileNotFoundError:
+        logger.warning("%s has no %s beside it: alpha is taken to be the rank", source, _PEFT_CONFIG)
+    except OSError as fault:
+        raise PatchError(f"cannot read {_PEFT_CONFIG} of {source}: {fault.strerror}") from fault
+    return stored_scales(text, where, ranks, source)
 
 
-def _scale_beside(
-    file: Path, header: SafetensorsHeader, shape: str, source: str
-) -> Callable[[str, int], float]:
-    """The scale of a module that has no alpha among the tensors: from PEFT's settings, or 1."""
-    if shape == "peft":
-        try:
-            return stored_scale((file.parent / _PEFT_CONFIG).read_bytes(), _PEFT_CONFIG, source)
-        except FileNotFoundError:
-            logger.warning("%s has no %s beside it: alpha is taken to be the rank", source, _PEFT_CONFIG)
-        except OSError as fault:
-            raise PatchError(f"cannot read {_PEFT_CONFIG} of {source}: {fault.strerror}") from fault
-    text = header.metadata.get(SCALES_KEY, "{}") if shape == "diffusers" else "{}"
-    return stored_scale(text, f"header entry '{SCALES_KEY}'", source)
-
-
-def stored_scale(text: str | bytes, where: str, source: str) -> Callable[[str, int], float]:
-    """The scale of a module, by its full name and rank, as PEFT's settings have it.
+def stored_scales(text: str | bytes, where: str, ranks: Mapping[str, int], source: str) -> dict[str, float]:
+    """The scales of modules of these ranks, as PEFT's settings have them.
 
     Raises:
         PatchError: they are malformed, or those of a DoRA.
     """
     try:
         config = json.loads(text)
-        if not any(key.startswith(tuple(f"{name}." for name in COMPONENTS)) for key in config):
-            config = {f"{name}.{key}": value for name in COMPONENTS for key, value in config.items()}
-        return _scale_of(config, where, source)
+        if any(key.rpartition(".")[2] == "use_dora" and value for key, value in config.items()):
+            raise PatchError(f"{source} is a DoRA, by its {where}: only plain LoRAs are read")
+        return {name: _scale(config, name, rank) for name, rank in ranks.items()}
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         raise PatchError(f"{source} has a malformed {where}") from None
 
 
-def _scale_of(config: dict[str, Any], where: str, source: str) -> Callable[[str, int], float]:
-    if any(config.get(f"{component}.use_dora") for component in COMPONENTS):
-        raise PatchError(f"{source} is a DoRA, by its {where}: only plain LoRAs are read")
-    alphas = {name: config.get(f"{name}.lora_alpha") for name in COMPONENTS}
-    patterns = {name: dict(config.get(f"{name}.alpha_pattern") or {}) for name in COMPONENTS}
-    for value in [*alphas.values(), *(v for one in patterns.values() for v in one.values())]:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
-            raise PatchError(f"{source} has an alpha {value!r} in its {where}: it must be a finite number")
-    if not all(re.fullmatch(r"\^?[\w.\\]+\$?", key) for one in patterns.values() for key in one):
-        raise PatchError(f"{source} has alphas by pattern in its {where}, and only plain names are read")
-
-    def scale(name: str, rank: int) -> float:
-        component, module = split_name(name)
-        alpha = alphas[component]
-        for pattern, value in patterns[component].items():
-            plain = pattern.strip("^$").replace("\\", "")
-            if module == plain or module.endswith(f".{plain}"):
-                alpha = value
-                break
-        if alpha is None:
-            return 1.0
-        return float(alpha) / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank)
-
-    return scale
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    component, module = split_name(name)
+    # diffusers writes the component before each setting, PEFT does not.
+    own = {key.removeprefix(f"{component}."): value for key, value in config.items()}
+    alpha = own.get("lora_alpha")
+    for pattern, value in reversed((own.get("alpha_pattern") or {}).items()):
+        if not re.fullmatch(r"\^?[\w.\\]+\$?", pattern):
+            raise ValueError("only plain names are read")
+        if f".{module}".endswith("." + pattern.strip("^$").replace("\\", "")):
+            alpha = value
+    if alpha is None:
+        return 1.0
+    if isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise ValueError("an alpha is a finite number")
+    return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)
 
 
 def has_kohya_names(patch: Patch) -> bool:
@@ -316,13 +294,13 @@ def _resolver(modules: Iterable[str] | None, header: Mapping[str, str], source: 
     table: dict[str, list[str]] = {}
     for full in modules or ():
         table.setdefault(full.replace(".", "_"), []).append(full)
-    recorded = _stored_names(header, source)
+    recorded = _table(header, MODULES_KEY, _stands_for, source)
 
     def resolve(name: str) -> str:
         if name in recorded:
             return recorded[name]
-        prefix = next(one for one in _KOHYA_PREFIXES if name.startswith(one))
-        component, rest = _KOHYA_PREFIXES[prefix], name.removeprefix(prefix)
+        prefix, rest = _KOHYA_NAME.fullmatch(name).groups()  # type: ignore[union-attr]
+        component = _KOHYA_COMPONENTS[prefix]
         if component != "unet":
             module = _text_module(rest)
         elif modules is None:
@@ -385,32 +363,24 @@ def from_sgm(name: str) -> str:
     return f"{side}_blocks_{block}_{'attentions' if inner == 1 else 'resnets'}_{layer}_{last}"
 
 
-def _json_table(header: Mapping[str, str], key: str, kind: type, source: str) -> dict[str, Any]:
+def _table(
+    header: Mapping[str, str], key: str, sound: Callable[[str, Any], bool], source: str
+) -> dict[str, Any]:
+    """A header entry of our own files: JSON, kohya name → what is sound for it."""
     try:
-        table = json.loads(header.get(key, "{}"))
-    except (ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict) or not all(type(value) is kind for value in table.values()):
-        raise PatchError(f"{source} has a malformed header entry '{key}'")
-    return table
+        table: dict[str, Any] = json.loads(header.get(key, "{}"))
+        if all(sound(*entry) for entry in table.items()):
+            return table
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise PatchError(f"{source} has a malformed header entry '{key}'")
 
 
-def _stored_names(header: Mapping[str, str], source: str) -> dict[str, str]:
-    """Names that our own file says itself; each must be what its underscored form stands for."""
-    table = _json_table(header, MODULES_KEY, str, source)
-    for short, full in table.items():
-        names = [_kohya_name(full, sdxl=sdxl) for sdxl in (False, True)]
-        if split_name(full)[0] not in COMPONENTS or short not in names:
-            raise PatchError(f"{source} has a malformed header entry '{MODULES_KEY}'")
-    return table
-
-
-def _stored_ranks(header: Mapping[str, str], source: str) -> dict[str, int]:
-    table = _json_table(header, RANKS_KEY, int, source)
-    if any(rank < 1 for rank in table.values()):
-        raise PatchError(f"{source} has a malformed header entry '{RANKS_KEY}'")
-    # Kept by the plain prefix, as _bake asks for them.
-    return {name.replace("lora_te1_", "lora_te_"): rank for name, rank in table.items()}
+def _stands_for(short: str, full: object) -> bool:
+    """Whether kohya's spelling makes one name out of the other."""
+    if not isinstance(full, str) or split_name(full)[0] not in COMPONENTS:
+        return False
+    return short in [_kohya_name(full, sdxl=sdxl) for sdxl in (False, True)]
 
 
 def to_kohya(
@@ -427,8 +397,7 @@ def to_kohya(
         date: of making, today (UTC) by default.
 
     Returns:
-        Tensors and header entries: kohya's ``ss_*``, the hashes ``sshs_*``, ModelSpec 1.0.1, and our
-        own, from which the way back restores everything.
+        Tensors, and kohya's header entries, ModelSpec's and our own, from which the way back restores all.
 
     Raises:
         PatchError: a value does not fit into the dtype, two modules share one name in kohya's spelling,
@@ -541,9 +510,8 @@ def _told(made: PatchMetadata) -> dict[str, str]:
 def _hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
     """The hashes by which model lists recognise a file, as kohya's trainer precalculates them.
 
-    The model hash is the SHA-256 of all bytes after the header. The legacy hash is that of 64 KiB
-    from the first MiB on, of a file whose header has the ``ss_*`` entries alone; smaller files all
-    have the same one, so there it is left out.
+    One of all bytes after the header, and one of 64 KiB from the first MiB on, of a file whose header has the
+    ``ss_*`` entries alone; smaller files all have the same one, so there it is left out.
     """
     from safetensors.torch import save
 
@@ -563,15 +531,10 @@ def write_kohya(
     """Write a kohya file for A1111 and ComfyUI, whole or not at all.
 
     Args:
-        patch: what to write.
+        patch, dtype, date: see :func:`to_kohya`, also for what it raises.
         path: the file, or a folder, in which it is named by :func:`output_name`.
-        dtype, date: see :func:`to_kohya`.
-
-    Returns:
-        The file.
 
     Raises:
-        PatchError: see :func:`to_kohya`.
         OutputError: it cannot be written.
     """
     file = target_file(path, f"{output_name(patch)}.safetensors")

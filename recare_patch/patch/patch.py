@@ -277,10 +277,11 @@ class Patch:
         tensors = load_numbers(file, header, source)
         made = cls(tensors, PatchMetadata.from_header(header.metadata, source), source, file_sha256(file))
         if made.metadata is None and SCALES_KEY in header.metadata:
-            from recare_patch.patch.kohya import stored_scale
+            from recare_patch.patch.kohya import stored_scales
 
-            scale = stored_scale(header.metadata[SCALES_KEY], f"header entry '{SCALES_KEY}'", source)
-            if any(scale(module, rank) != 1 for module, rank in made.ranks.items()):
+            where = f"header entry '{SCALES_KEY}'"
+            scales = stored_scales(header.metadata[SCALES_KEY], where, made.ranks, source)
+            if any(scale != 1 for scale in scales.values()):
                 raise PatchError(
                     f"{source} keeps a scale of its own in the header entry '{SCALES_KEY}', and a patch has "
                     "its scale in the tensors"
