@@ -56,10 +56,12 @@ def plain(folder: Path) -> StableDiffusionPipeline:
 
 
 def draw(
-    pipeline: Any, prompts: Sequence[str] = PROMPTS, steps: int = 3, **options: Any
+    pipeline: Any, prompts: Sequence[str] | None = PROMPTS, steps: int = 3, **options: Any
 ) -> list[Image.Image]:
-    """A picture of each prompt, as ``base.generate`` draws it at :data:`SEEDS`."""
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    """A picture of each prompt at its seed of :data:`SEEDS`, and the following ones, as a base draws them."""
+    given = prompts if prompts is not None else options["prompt_embeds"]
+    count = len(given) * options.get("num_images_per_prompt", 1)
+    generators = [torch.Generator().manual_seed(SEEDS[0] + k) for k in range(count)]
     options = {"guidance_scale": 5.0, "generator": generators} | options
     images: list[Image.Image] = pipeline(prompts, num_inference_steps=steps, **options).images
     return images

@@ -1,8 +1,8 @@
 """Other tools' LoRA files: what is written comes back, and every shape is read or refused in one sentence.
 
-What A1111 and ComfyUI find under the names that are written is in ``test_loaders.py``. The hashes are those of
-``precalculate_safetensors_hashes`` and ``addnet_hash_legacy`` in kohya-ss/sd-scripts, the versions those of
-``NetworkOnDisk.detect_version`` in A1111.
+What A1111 and ComfyUI find under the names that are written is in ``test_loaders.py``. The hashes are those
+of ``precalculate_safetensors_hashes`` and ``addnet_hash_legacy`` in kohya-ss/sd-scripts, the versions those
+of ``NetworkOnDisk.detect_version`` in A1111.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class TestRoundTrip:
 
     def test_text_encoders(self, tmp_path: Path) -> None:
         names = {
-            "text_encoder.encoder.layers.0.self_attn.q_proj": "te1_text_model_encoder_layers_0_self_attn_q_proj",
+            "text_encoder.encoder.layers.0.mlp.fc2": "te1_text_model_encoder_layers_0_mlp_fc2",
             "text_encoder_2.text_model.encoder.layers.9.mlp.fc1": "te2_text_model_encoder_layers_9_mlp_fc1",
             "text_encoder_2.text_projection": "te2_text_projection",
             PROJ_IN: "unet_mid_block_attentions_0_proj_in",
@@ -268,14 +268,13 @@ class TestWhatIsRead:
     )
     def test_peft_settings(self, tmp_path: Path, config: dict[str, object], scale: float) -> None:
         """In PEFT's file beside the weights, and as diffusers keeps them in the header."""
-        a, b = pair()
         ours = factors(NAME)
         peft = {key.replace("unet.", "base_model.model."): tensor for key, tensor in ours.items()}
         file_of(tmp_path / "adapter_model.safetensors", peft)
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         note = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
         for place in (tmp_path, file_of(tmp_path / "d.safetensors", ours, note)):
-            assert torch.allclose(from_any(place).factors(NAME)[1], b * scale)
+            assert torch.allclose(from_any(place).factors(NAME)[1], pair()[1] * scale)
         with pytest.raises(PatchError, match="scale of its own"):
             Patch.load(tmp_path / "d.safetensors")
 
