@@ -36,7 +36,6 @@ from .gate import Gate as Gate
 from .gate import gated as gated
 from .generate import GeneratedPair as GeneratedPair
 from .generate import generate_pictures as generate_pictures
-from .kohya import from_any as from_any
 from .kohya import has_kohya_names as has_kohya_names
 from .kohya import output_name as output_name
 from .kohya import write_kohya as write_kohya
@@ -54,3 +53,4 @@ from .original_layout import plan as plan
 from .original_layout import write_single_file as write_single_file
 from .patch import Patch as Patch
 from .patch import concepts_of as concepts_of
+from .reading import from_any as from_any

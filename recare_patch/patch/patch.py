@@ -277,7 +277,7 @@ class Patch:
         tensors = load_numbers(file, header, source)
         made = cls(tensors, PatchMetadata.from_header(header.metadata, source), source, file_sha256(file))
         if made.metadata is None and SCALES_KEY in header.metadata:
-            from recare_patch.patch.kohya import stored_scales
+            from recare_patch.patch.reading import stored_scales
 
             where = f"header entry '{SCALES_KEY}'"
             scales = stored_scales(header.metadata[SCALES_KEY], where, made.ranks, source)

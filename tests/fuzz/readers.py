@@ -29,10 +29,11 @@ from recare_patch.measure.suites import Suite, load_suite, suites_folder
 from recare_patch.measure.verify import check_integrity
 from recare_patch.patch.card import card_text
 from recare_patch.patch.folder import EVIDENCE_NAME
-from recare_patch.patch.kohya import from_any, to_kohya, write_kohya
+from recare_patch.patch.kohya import to_kohya, write_kohya
 from recare_patch.patch.markdown import CARD_NAME
 from recare_patch.patch.metadata import Erased, PatchMetadata
 from recare_patch.patch.patch import Patch, concepts_of
+from recare_patch.patch.reading import from_any
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder
 from tests.measure.test_evidence import make_evidence

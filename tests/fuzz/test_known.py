@@ -17,8 +17,8 @@ from recare_patch.erasure.prepare import read_words
 from recare_patch.measure.attacks import AttackError, load_attack
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures
 from recare_patch.measure.suites import Suite
-from recare_patch.patch.kohya import from_any
 from recare_patch.patch.patch import Patch
+from recare_patch.patch.reading import from_any
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, parse_assignment
 from tests.fuzz.readers import a_patch, attack_file
 

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 
 from recare_patch.core.errors import IncompatiblePatchError, OutputError, PatchError
 from recare_patch.core.files import read_safetensors_header
-from recare_patch.patch.kohya import MODULES_KEY, RANKS_KEY, from_any, has_kohya_names, to_kohya, write_kohya
+from recare_patch.patch.kohya import MODULES_KEY, RANKS_KEY, has_kohya_names, to_kohya, write_kohya
 from recare_patch.patch.patch import Patch
+from recare_patch.patch.reading import from_any
 from recare_patch.recipe.recipe import WEIGHTS_NAME
 from tests.patch.making import difference, draw, factors, file_of, pair, plain, same, trained
 
