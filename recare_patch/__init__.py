@@ -32,7 +32,7 @@ _HOMES = {
     "Patch": "recare_patch.patch.patch:Patch",
     "RecarePatchError": "recare_patch.core.errors:RecarePatchError",
     "Recipe": "recare_patch.recipe.recipe:Recipe",
-    "apply_all": "recare_patch.patch.patch:apply_all",
+    "apply_all": "recare_patch.patch.apply:apply_all",
     "build_care_set": "recare_patch.careset:build_care_set",
     "erase": "recare_patch.erasure.run:erase",
     "erase_concept": "recare_patch.erasure.run:erase_concept",

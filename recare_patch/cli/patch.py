@@ -165,26 +165,28 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
     """
     import torch
 
-    from recare_patch.patch import output_name, read_lora, target_file, write_diffusers, write_kohya
+    from recare_patch.patch import from_any, output_name, target_file, write_kohya
 
     cli.quiet_libraries()
     if base is None:
-        weights = read_lora(source)
+        weights = from_any(source)
     else:
         from recare_patch.models import base_layers, load_base
 
         model = load_base(base, device="cpu")
-        weights = read_lora(source, [name for name, _ in base_layers(model.denoiser)])
+        weights = from_any(source, [name for name, _ in base_layers(model.denoiser)])
         with cli.shown_progress():
-            weights.to_patch().check_base(model)
+            weights.check_base(model)
     file = target_file(out, f"{output_name(weights)}.safetensors" if shape == "kohya" else WEIGHTS_NAME)
     if file.exists() and not force:
         raise OutputError(f"{file} is there already; choose another --out or add --force")
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    write = write_kohya if shape == "kohya" else write_diffusers
-    write(weights, file, dtype=dtypes[precision])
+    if shape == "kohya":
+        write_kohya(weights, file, dtype=dtypes[precision])
+    else:
+        weights.write(file, dtypes[precision])
     parts = ", ".join(name.replace("_", " ") for name in weights.components)
-    echo(f"{file}: {shape} from {weights.format}, {len(weights.tensors) // 2} modules ({parts})")
+    echo(f"{file}: {shape} from {weights.format}, {len(weights.modules)} modules ({parts})")
 
 
 @command()

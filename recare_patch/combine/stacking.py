@@ -26,14 +26,17 @@ from torch.nn import functional as F
 import recare_patch
 from recare_patch.core import OutputError, PatchError, file_sha256, output_error, unknown_name, write_text
 from recare_patch.patch import (
+    FORMATS,
     STACK_NAME,
     Patch,
     PatchMetadata,
     PatchPart,
     Stacking,
     card_text,
+    check_formats,
     check_together,
-    formats,
+    has_kohya_names,
+    write_kohya,
 )
 
 if TYPE_CHECKING:
@@ -267,7 +270,7 @@ def parts_of(patches: Weighted) -> tuple[PatchPart, ...]:
     )
 
 
-def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] = formats.FORMATS) -> Path:
+def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] = FORMATS) -> Path:
     """Write a stack's folder whole or not at all; it is absent or empty. Returns the weights file.
 
     Raises:
@@ -279,12 +282,12 @@ def save_stack(patch: Patch, folder: str | Path, *, file_formats: Sequence[str] 
     return Path(folder).expanduser() / file.name
 
 
-def write_stack(patch: Patch, folder: Path, file_formats: Sequence[str] = formats.FORMATS) -> Path:
+def write_stack(patch: Patch, folder: Path, file_formats: Sequence[str] = FORMATS) -> Path:
     """Write a stack's weights in the dtype they have, its card and ``stack.yaml``; see :func:`save_stack`."""
     about = patch.metadata
     if about is None or not about.parts or about.stacking is None:
         raise PatchError(f"{patch.name} is no stack: stack patches before they are saved as one")
-    chosen = formats.check_formats(file_formats)
+    chosen = check_formats(file_formats)
     file = patch.save(folder, patch.dtype)
     told = {
         "sha256": file_sha256(file),
@@ -296,8 +299,8 @@ def write_stack(patch: Patch, folder: Path, file_formats: Sequence[str] = format
     }
     write_text(folder / STACK_NAME, yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100))
     write_text(folder / "README.md", card_text(about, {}, previews=()))
-    if "kohya" in chosen and formats.has_kohya_names(patch):
-        formats.write_kohya(patch, folder, dtype=patch.dtype)
+    if "kohya" in chosen and has_kohya_names(patch):
+        write_kohya(patch, folder, dtype=patch.dtype)
     return file
 
 

@@ -35,6 +35,7 @@ from recare_patch.erasure.methods import Method
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch
 from recare_patch.models import BaseModel, device_name, load_base, lora, versions
 from recare_patch.patch import (
+    FORMATS,
     Erased,
     Patch,
     PatchMetadata,
@@ -86,7 +87,7 @@ def erase_concept(
     progress: Progress | None = None,
     care_set: CareSet | None = None,
     save_target_images: bool = False,
-    file_formats: Sequence[str] = ("diffusers", "kohya"),
+    file_formats: Sequence[str] = FORMATS,
     **words: Any,
 ) -> EraseResult:
     """Erase a concept by its name: the recipe is looked up, or made from defaults.
@@ -139,7 +140,7 @@ def erase(
     device: str = "auto",
     care_set: CareSet | None = None,
     save_target_images: bool = False,
-    file_formats: Sequence[str] = ("diffusers", "kohya"),
+    file_formats: Sequence[str] = FORMATS,
     preview: bool = True,
     base: BaseModel | None = None,
     clip: Clip | None = None,

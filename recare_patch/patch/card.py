@@ -11,10 +11,10 @@ from string import Template
 from typing import Any
 
 from recare_patch.core import PatchError
-from recare_patch.patch.formats import concept_name
 from recare_patch.patch.front_matter import front_matter, hub_id, sample_prompt
 from recare_patch.patch.markdown import plain, yaml_text
-from recare_patch.patch.patch import PatchMetadata
+from recare_patch.patch.metadata import PatchMetadata
+from recare_patch.patch.patch import concept_name
 from recare_patch.recipe import METHODS, WEIGHTS_NAME, method_info
 
 UNMEASURED = (

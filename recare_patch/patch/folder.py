@@ -1,43 +1,105 @@
-"""What a shared patch consists of: known files, and nothing else."""
+"""The files of a patch: what they are called and which one holds the weights; read without torch."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from recare_patch.core import file_sha256
-from recare_patch.patch.formats import output_name
-from recare_patch.patch.markdown import CARD_NAME
-from recare_patch.patch.patch import Patch, concepts_of
+from recare_patch.core import OutputError, PatchError, file_sha256, unknown_name
 from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
+if TYPE_CHECKING:
+    from recare_patch.patch.patch import Patch
+
+PEFT_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
 STACK_NAME = "stack.yaml"
 """What a stack was made of, beside its weights."""
 REPORT_NAME = "report.html"
-"""The file beside ``evidence.json``."""
 EVIDENCE_NAME = "evidence.json"
-"""The file beside the weights."""
-
 RECORD_NAME = "hub.json"
-"""Where a fetched patch came from, beside its weights."""
-
+"""Where a fetched patch came from."""
 PREVIEW_NAME = "preview.png"
 TRAINING_NAME = "training.json"
 
+FORMATS = ("diffusers", "kohya")
+"""What can be written; PEFT's shape is read as well."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
 _TEXTS = (CARD_NAME, "recipe.yaml", STACK_NAME, "care_set.json", TRAINING_NAME, EVIDENCE_NAME)
-_BLOCK = 1 << 20
+
+
+def weights_file(path: Path, *, of_any_tool: bool = False) -> Path:
+    """The weights file of a patch's folder, or ``path`` where it is no folder.
+
+    Args:
+        path: folder or file.
+        of_any_tool: take PEFT's file, or the only safetensors file in the folder, as well.
+
+    Raises:
+        PatchError: there is none, or several.
+    """
+    if not path.is_dir():
+        if not path.exists():
+            raise PatchError(f"there is no {'LoRA file' if of_any_tool else 'patch'} at {path}")
+        return path
+    for name in (WEIGHTS_NAME, PEFT_NAME) if of_any_tool else (WEIGHTS_NAME,):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(path.glob("*.safetensors")) if of_any_tool else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(one.name for one in found)
+        raise PatchError(f"{path} holds several LoRA files ({names}): name one of them")
+    pickled = sorted(one.name for one in path.iterdir() if one.suffix in PICKLES)
+    if pickled:
+        raise PatchError(
+            f"{path} holds a pickle ({pickled[0]}), which can run code when it is opened: "
+            "only safetensors is read"
+        )
+    wanted = "a safetensors file" if of_any_tool else WEIGHTS_NAME
+    raise PatchError(f"{path} is no patch: {wanted} is not in it")
+
+
+def target_file(path: str | Path, name: str) -> Path:
+    """``path`` where it names a safetensors file, else ``name`` in that folder.
+
+    Raises:
+        OutputError: ``path`` names a file of another kind.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES and not path.is_dir():
+        raise OutputError(f"cannot write {path}: LoRA files are written as .safetensors")
+    return path if path.suffix == ".safetensors" and not path.is_dir() else path / name
+
+
+def check_formats(names: Iterable[str]) -> tuple[str, ...]:
+    """The formats of a patch folder, checked.
+
+    Raises:
+        UnknownNameError: for another name.
+        PatchError: "diffusers" is not among them: that file is the patch, of which the others are made.
+    """
+    chosen = tuple(dict.fromkeys(name.strip().casefold() for name in names))
+    for name in chosen:
+        if name not in FORMATS:
+            raise unknown_name("format", name, FORMATS)
+    if "diffusers" not in chosen:
+        raise PatchError(
+            f"a patch folder always has the diffusers file, got '{', '.join(chosen)}': give diffusers or "
+            f"{','.join(FORMATS)}"
+        )
+    return chosen
 
 
 @dataclass(frozen=True)
 class SharedFile:
-    """A file of a shared patch.
-
-    Attributes:
-        name: its path within the folder and within the repo.
-        bytes: its size.
-        sha256: of its content.
-    """
+    """A file of a shared patch; its name is its path within the folder and within the repo."""
 
     name: str
     bytes: int
@@ -56,6 +118,8 @@ class SharedFile:
 
 def kohya_name(patch: Patch) -> str:
     """The weights' file for A1111 and ComfyUI."""
+    from recare_patch.patch.kohya import output_name
+
     return f"{output_name(patch)}.safetensors"
 
 
@@ -77,16 +141,13 @@ def all_names(patch: Patch) -> tuple[str, ...]:
 def _of_concepts(patch: Patch, name: str) -> tuple[str, ...]:
     if patch.metadata is None or not patch.metadata.by_concept:
         return ()
-    return tuple(dict.fromkeys(f"{slug_of(concept)}/{name}" for concept in concepts_of(patch)))
+    return tuple(dict.fromkeys(f"{slug_of(one.concept)}/{name}" for one in patch.metadata.erased))
 
 
 def git_hash(path: Path) -> str:
     """The id under which git, and so the Hub, lists a file that it does not keep elsewhere."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def previews_of(folder: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recare_patch.patch.patch import PatchMetadata
+from recare_patch.patch.metadata import PatchMetadata
 from recare_patch.recipe import KINDS, slug_of
 
 TAG = "recare-patch"

@@ -2,10 +2,9 @@
 
 After the Facilitated Transport of Lyu et al. ("One-dimensional Adapter to Rule Them All", arXiv
 2312.16145), where an adapter's strength is the larger of two likenesses of prompt and concept: that of
-their text features, and the share of the concept's tokens that the prompt holds. Here the first is
-measured on a scale between two sets of prompts, because the cosine of two texts that share nothing is
-far from 0 and differs between text encoders. Features are those of the pipeline's own text encoder,
-read without any LoRA.
+their text features, and the share of the concept's tokens that the prompt holds. Here the first lies
+between two sets of prompts, because the cosine of two texts that share nothing is far from 0 and differs
+between text encoders. Features are those of the pipeline's own text encoder, read without any LoRA.
 
 A gate reads the prompt and nothing else. Whoever wants the concept writes around it, or hands over
 embeddings: a gate is there for pictures that have nothing to do with the concept, not for security.
@@ -17,7 +16,6 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +25,8 @@ from torch.nn import functional as F
 from recare_patch.careset import FUNCTION_WORDS, MEDIUM_WORDS
 from recare_patch.core import IncompatiblePatchError, PatchError
 from recare_patch.models import TEXT_ENCODERS, named_tuner_layers, networks, off
-from recare_patch.patch.patch import AppliedPatch, Patch
+from recare_patch.patch.apply import AppliedPatch
+from recare_patch.patch.patch import Patch
 from recare_patch.recipe import Concept, names_concept
 
 logger = logging.getLogger(__name__)
@@ -45,32 +44,13 @@ _FEWEST_WORDS = 8
 _BATCH = 128
 
 
-# ------------------------------------------------------------------------ the gate
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Where one concept lies in a text encoder's features.
-
-    Attributes:
-        origin: mean feature of the prompts that have nothing to do with it, ``[width]``.
-        direction: from there to the mean of the prompts that name it, divided by its squared length.
-        names: the token ids of each of its names.
-    """
-
-    origin: Tensor
-    direction: Tensor
-    names: tuple[frozenset[int], ...]
-
-
 class Gate:
     """How much a prompt has to do with a concept, 0 to 1.
 
-    Two sets of prompts span the scale. Prompts of the concept: its names, and itself beside each
-    reference word. Prompts that are not: the reference words alone, beside each other and in the
-    concept's place. Reference words are the companions that the patch guards and :data:`_WORDS`
-    others, spread over the more frequent words of the tokenizer. With ``μ₁``, ``μ₀`` the means of
-    their unit features and ``f`` that of a prompt::
+    Prompts of the concept are its names, and itself beside each reference word; others are the reference
+    words alone, beside each other and in the concept's place. Reference words are the companions that the
+    patch guards and 64 others, spread over the tokenizer's frequent words. With ``μ₁``, ``μ₀`` the means of
+    both sets' unit features and ``f`` that of a prompt::
 
         relatedness = max(⟨f − μ₀, μ₁ − μ₀⟩ / ‖μ₁ − μ₀‖², share of a name's tokens that the prompt holds)
         gate = clamp((relatedness − CLOSED) / (OPEN − CLOSED), 0, 1)
@@ -88,34 +68,43 @@ class Gate:
     """
 
     def __init__(self, pipe: Any, concepts: Sequence[Concept], *, care_words: Sequence[str] = ()) -> None:
-        """Measure where the concepts lie.
-
-        Args:
-            pipe: a diffusers pipeline with a CLIP text encoder; its weights are not changed.
-            concepts: what opens the gate.
-            care_words: words that must not, such as a CARE-set's.
+        """Measure where the concepts lie by a pipeline's CLIP text encoder; ``care_words`` must not open it.
 
         Raises:
             IncompatiblePatchError: the pipeline does not read prompts as Stable Diffusion does.
             PatchError: there is no concept.
         """
-        self._tokenizer, self._encoder = _text_parts(pipe)
+        tokenizer, encoder = getattr(pipe, "tokenizer", None), getattr(pipe, "text_encoder", None)
+        whole = hasattr(tokenizer, "get_vocab") and hasattr(pipe, "encode_prompt")
+        if not whole or not isinstance(encoder, nn.Module):
+            raise IncompatiblePatchError(
+                f"a {type(pipe).__name__} has no tokenizer, text encoder and encode_prompt, and a gate needs "
+                "them"
+            )
         if not concepts:
             raise PatchError("a gate needs at least one concept, and none was given")
-        self._special = frozenset(self._tokenizer.all_special_ids)
-        plain = [
-            word
-            for word in _frequent_words(self._tokenizer)
-            if not any(names_concept(word, concept) for concept in concepts)
-        ]
-        self.words = tuple(dict.fromkeys([*care_words, *_spread(plain, _WORDS)]))
+        self._tokenizer: Any = tokenizer
+        self._encoder = encoder
+        frequent = _frequent_words(tokenizer)
+        plain = [word for word in frequent if not any(names_concept(word, concept) for concept in concepts)]
+        if len(plain) > _WORDS:
+            plain = [plain[k * len(plain) // _WORDS] for k in range(_WORDS)]
+        self.words = tuple(dict.fromkeys([*care_words, *plain]))
         if len(self.words) < _FEWEST_WORDS:
             raise IncompatiblePatchError(
                 f"a gate needs at least {_FEWEST_WORDS} words to compare with, and the tokenizer of this "
                 f"{type(pipe).__name__} has {len(self.words)}"
             )
         self.concepts = tuple(concepts)
-        self._measured = [self._measure(concept) for concept in concepts]
+        # Where each concept lies: the origin, the way from there over its squared length, both [width].
+        self._ways = [self._way(concept) for concept in concepts]
+        # What a prompt may call a concept: its text, and words that name it without being part of that.
+        names = [
+            name
+            for one in concepts
+            for name in (one.text, *(word for word in one.words if word not in one.text.casefold()))
+        ]
+        self._names = [name for name in self._ids(names) if name]
 
     @classmethod
     def of(cls, patch: Patch, pipe: Any) -> Gate:
@@ -146,41 +135,34 @@ class Gate:
             fp32 ``[prompts]`` on the CPU: about 0 for unrelated prompts and 1 for the concept's own.
         """
         features = self._features(prompts)
-        return torch.stack([(features - one.origin) @ one.direction for one in self._measured]).amax(0)
+        return torch.stack([(features - origin) @ way for origin, way in self._ways]).amax(0)
 
     def relatedness(self, prompts: Sequence[str]) -> Tensor:
         """The larger of :meth:`likeness` and the share of a name's tokens, ``[prompts]``."""
-        ids = [frozenset(row) - self._special for row in self._ids(prompts)]
-        names = [name for one in self._measured for name in one.names]
-        shares = [max(len(row & name) / len(name) for name in names) for row in ids]
+        rows = self._ids(prompts)
+        shares = [max(len(row & name) / len(name) for name in self._names) for row in rows]
         return torch.maximum(self.likeness(prompts), torch.tensor(shares))
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """The share of a patch's scale that each prompt gets: fp32 ``[prompts]``, 0 to 1, on the CPU."""
         return ((self.relatedness(prompts) - CLOSED) / (OPEN - CLOSED)).clamp(0, 1)
 
-    # ------------------------------------------------------------------ how it is measured
-
-    def _measure(self, concept: Concept) -> _Measured:
+    def _way(self, concept: Concept) -> tuple[Tensor, Tensor]:
         named = [*concept.name_prompts, *(concept.composed_prompt(word) for word in self.words)]
         plain = []
         for word, other in zip(self.words, [*self.words[1:], self.words[0]], strict=True):
             beside = concept.model_copy(update={"text": other}).composed_prompt(word)
-            plain += [
-                concept.retain_prompt(word),
-                concept.anchor_prompt(word),
-                concept.target_prompt_for(word),
-                f"A photo of {word}",
-                beside,
-            ]
+            plain += [concept.retain_prompt(word), concept.anchor_prompt(word)]
+            plain += [concept.target_prompt_for(word), f"A photo of {word}", beside]
         origin = self._features(plain).mean(0)
         way = self._features(named).mean(0) - origin
-        names = [frozenset(row) - self._special for row in self._ids(_names(concept))]
-        return _Measured(origin, way / (way @ way), tuple(name for name in names if name))
+        return origin, way / (way @ way)
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        found: list[list[int]] = self._tokenizer(list(texts), truncation=True)["input_ids"]
-        return found
+    def _ids(self, texts: Sequence[str]) -> list[frozenset[int]]:
+        special = frozenset(self._tokenizer.all_special_ids)
+        return [
+            frozenset(row) - special for row in self._tokenizer(list(texts), truncation=True)["input_ids"]
+        ]
 
     @torch.no_grad()
     def _features(self, texts: Sequence[str]) -> Tensor:
@@ -207,23 +189,6 @@ class Gate:
         return torch.cat(rows)
 
 
-def _text_parts(pipe: Any) -> tuple[Any, nn.Module]:
-    """Tokenizer and text encoder of a pipeline that encodes prompts by a method of its own."""
-    tokenizer, encoder = getattr(pipe, "tokenizer", None), getattr(pipe, "text_encoder", None)
-    vocabulary = getattr(tokenizer, "get_vocab", None)
-    if vocabulary is None or not isinstance(encoder, nn.Module) or not hasattr(pipe, "encode_prompt"):
-        raise IncompatiblePatchError(
-            f"a {type(pipe).__name__} has no tokenizer, text encoder and encode_prompt, and a gate needs them"
-        )
-    return tokenizer, encoder
-
-
-def _names(concept: Concept) -> list[str]:
-    """What a prompt may call the concept: its text, and words that name it without being part of that."""
-    own = concept.text.casefold()
-    return [concept.text, *(word for word in concept.words if word not in own)]
-
-
 def _frequent_words(tokenizer: Any) -> list[str]:
     """Whole words of a byte-pair vocabulary, the most frequent first: its tokens are numbered so."""
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
@@ -234,21 +199,12 @@ def _frequent_words(tokenizer: Any) -> list[str]:
     ][:_FREQUENT]
 
 
-def _spread(words: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` words at even distances."""
-    return [words[k * len(words) // count] for k in range(count)] if len(words) > count else list(words)
-
-
-# ------------------------------------------------------------------------ applied by it
-
-
 class GatedPatch:
     """A patch in a pipeline at a strength of its own for each prompt.
 
     Every picture of a batch is drawn at ``applied.scale`` times its prompt's gate, in both halves of
-    classifier-free guidance. Where the patch changes a text encoder, prompt and negative prompt are
-    encoded each at its own gate. Embeddings that the pipeline did not make itself while gated, such as
-    those with learnt vectors in them, are drawn at the full scale.
+    classifier-free guidance. A changed text encoder encodes prompt and negative prompt each at its own gate.
+    Embeddings that the pipeline did not make itself while gated are drawn at the full scale.
 
     Attributes:
         applied: the patch in the pipeline; its ``set_scale`` and ``scale`` mean the scale at an open gate.
@@ -257,14 +213,8 @@ class GatedPatch:
     """
 
     def __init__(self, applied: AppliedPatch, gate: Callable[[Sequence[str]], Tensor]) -> None:
-        """Gate a patch that is in a pipeline already.
-
-        Args:
-            applied: the patch; ``remove()`` takes it out as well.
-            gate: a :class:`Gate`, or whatever else gives each prompt its share of the scale.
-        """
-        self.applied = applied
-        self.gate = gate
+        """Gate a patch that is in a pipeline already; ``remove()`` takes it out as well."""
+        self.applied, self.gate = applied, gate
         self.values: dict[str, float] = {}
         self._drawn: dict[bytes, float] = {}
         self._hooks: list[Any] = []
@@ -279,14 +229,18 @@ class GatedPatch:
                 if applied.adapter_name in layer.lora_B:
                     up = layer.lora_B[applied.adapter_name]
                     self._hooks.append(up.register_forward_hook(factors.scale))
-        _listen(applied.pipe, self)
+        _Listener.of(applied.pipe).gates.append(self)
 
     def remove(self) -> None:
         """Take gate and patch out; the pipeline is then what it was. Removing twice does nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        _ignore(self.applied.pipe, self)
+        listener = vars(self.applied.pipe).get("encode_prompt")
+        if isinstance(listener, _Listener) and self in listener.gates:
+            listener.gates.remove(self)
+            if not listener.gates:
+                del self.applied.pipe.encode_prompt
         self.applied.remove()
 
     def __enter__(self) -> GatedPatch:
@@ -300,28 +254,29 @@ class GatedPatch:
         asked = [[one] if isinstance(one, str) else list(one) for one in texts if one is not None]
         return torch.stack([self.gate(one) for one in asked if len(one) == len(asked[0])]).amax(0)
 
-    def _judge(self, call: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """The gates of prompts and negative prompts; None where embeddings are given in their place."""
+    def judge(self, call: Mapping[str, Any]) -> list[Tensor]:
+        """The gates of prompts and of negative prompts; none where embeddings are given in their place."""
         prompt = call.get("prompt")
         texts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         if not texts or call.get("prompt_embeds") is not None:
-            return None
+            return []
         own = self._ask([texts, call.get("prompt_2"), call.get("prompt_3")])
         against = [call.get(name) for name in ("negative_prompt", "negative_prompt_2", "negative_prompt_3")]
         for text, value in zip(texts, own.tolist(), strict=True):
             if text and text not in self.values:
                 self.values[text] = value
                 logger.info("%s at %.2f of its scale for '%s'", self.applied.patch.name, value, text)
-        return own, self._ask(against if any(against) else [""])
+        return [own, self._ask(against if any(against) else [""])]
 
-    def _before(self, judged: tuple[Tensor, Tensor] | None) -> None:
+    def before(self, judged: list[Tensor]) -> None:
+        """Tell the text encoders, which are called for the prompts and then for the negative ones."""
         for factors in self._of_texts:
-            # A text encoder is called for the prompts, then for the negative ones.
-            factors.coming = list(judged or ())
+            factors.coming = list(judged)
 
-    def _after(self, call: Mapping[str, Any], judged: tuple[Tensor, Tensor] | None, embeds: Tensor) -> None:
+    def after(self, call: Mapping[str, Any], judged: list[Tensor], embeds: Tensor) -> None:
+        """Tell the denoiser what was encoded at which gate."""
         keys = [_digest(row) for row in embeds]
-        if judged is not None:
+        if judged:
             each = judged[0].repeat_interleave(call.get("num_images_per_prompt") or 1)
             self._drawn |= dict(zip(keys, each.tolist(), strict=True))
         rows = torch.tensor([self._drawn.get(key, 1.0) for key in keys])
@@ -372,43 +327,35 @@ class _Listener:
 
     def __init__(self, pipe: Any) -> None:
         self._encode = pipe.encode_prompt
-        self._signature = inspect.signature(self._encode)
         self.gates: list[GatedPatch] = []
         self._judging = False
+
+    @classmethod
+    def of(cls, pipe: Any) -> _Listener:
+        """The pipeline's, set up where it has none."""
+        found = vars(pipe).get("encode_prompt")
+        if not isinstance(found, _Listener):
+            found = pipe.encode_prompt = cls(pipe)
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._judging:
             # A gate that encodes through the pipeline asks for itself.
             return self._encode(*args, **kwargs)
-        call = self._signature.bind(*args, **kwargs)
-        call.apply_defaults()
+        bound = inspect.signature(self._encode).bind(*args, **kwargs)
+        bound.apply_defaults()
         # All judge before any is told: judging calls the text encoder, too.
         self._judging = True
         try:
-            judged = [gate._judge(call.arguments) for gate in self.gates]
+            judged = [gate.judge(bound.arguments) for gate in self.gates]
         finally:
             self._judging = False
         for gate, own in zip(self.gates, judged, strict=True):
-            gate._before(own)
+            gate.before(own)
         encoded = self._encode(*args, **kwargs)
         for gate, own in zip(self.gates, judged, strict=True):
-            gate._after(call.arguments, own, encoded[0])
+            gate.after(bound.arguments, own, encoded[0])
         return encoded
-
-
-def _listen(pipe: Any, gate: GatedPatch) -> None:
-    listener = vars(pipe).get("encode_prompt")
-    if not isinstance(listener, _Listener):
-        listener = pipe.encode_prompt = _Listener(pipe)
-    listener.gates.append(gate)
-
-
-def _ignore(pipe: Any, gate: GatedPatch) -> None:
-    listener = vars(pipe).get("encode_prompt")
-    if isinstance(listener, _Listener) and gate in listener.gates:
-        listener.gates.remove(gate)
-        if not listener.gates:
-            del pipe.encode_prompt
 
 
 def gated(
@@ -421,19 +368,12 @@ def gated(
 ) -> GatedPatch:
     """Put a patch into a diffusers pipeline, to be as strong as each prompt has to do with its concept.
 
-    Only calls of the pipeline itself are gated: it is not in the patch's file, and plain diffusers
-    applies the patch at one scale to every prompt.
+    The gate is not in the patch's file: plain diffusers applies the patch at one scale to every prompt.
 
     Args:
-        patch: what to apply.
-        pipe: a diffusers pipeline that fits the patch and has a CLIP text encoder.
+        patch, pipe, adapter_name: see :meth:`Patch.apply`; the pipeline has a CLIP text encoder.
         scale: at an open gate.
-        adapter_name: how the pipeline calls it; made from the concept by default.
-        gate: what gives each prompt its share of the scale, ``[prompts]``; :meth:`Gate.of` the patch by
-            default.
-
-    Returns:
-        A handle with ``remove()``, usable as a context manager that removes the patch at its end.
+        gate: gives each prompt its share of the scale, ``[prompts]``; :meth:`Gate.of` the patch by default.
 
     Raises:
         PatchError, IncompatiblePatchError: as :meth:`Patch.apply` and :meth:`Gate.of`; the pipeline is then

@@ -11,20 +11,14 @@ from PIL import Image
 
 from recare_patch.core import Progress
 from recare_patch.models import load_base
-from recare_patch.patch import gate as gating
-from recare_patch.patch.patch import Patch, check_together
+from recare_patch.patch.apply import check_together
+from recare_patch.patch.gate import gated as put_in_gated
+from recare_patch.patch.patch import Patch
 
 
 @dataclass
 class GeneratedPair:
-    """The same prompt and seed before and after a patch.
-
-    Attributes:
-        prompt: what was asked for.
-        seed: of the starting noise.
-        before: the base model's picture.
-        after: the patched model's picture; the base's own where no patch was given.
-    """
+    """The same prompt and seed before and after a patch; without one, ``after`` is the base's own picture."""
 
     prompt: str
     seed: int
@@ -51,7 +45,9 @@ def generate_pictures(
         patches: patch folders with their scales.
         prompts, seeds: each prompt is drawn at each seed.
         steps, guidance_scale: of the sampler.
-        gated: let each patch's scale follow the prompt; see :mod:`gate`.
+        gated: let each patch's scale follow the prompt; see :class:`Gate`.
+        device: where to draw.
+        progress: hears of the steps.
     """
     loaded = [(Patch.load(path), scale) for path, scale in patches]
     if loaded:
@@ -59,14 +55,15 @@ def generate_pictures(
     model = load_base(base, device=device)
     texts = [prompt for prompt in prompts for _ in seeds]
     numbers = [seed for _ in prompts for seed in seeds]
-    before = model.generate(texts, numbers, steps=steps, guidance_scale=guidance_scale, progress=progress)
-    after = before
+
+    def draw() -> list[Image.Image]:
+        return model.generate(texts, numbers, steps=steps, guidance_scale=guidance_scale, progress=progress)
+
+    before = after = draw()
     if loaded:
-        put_in = gating.gated if gated else Patch.apply
+        put_in = put_in_gated if gated else Patch.apply
         with contextlib.ExitStack() as stack:
             for patch, scale in loaded:
                 stack.enter_context(put_in(patch, model.pipeline, scale))
-            after = model.generate(
-                texts, numbers, steps=steps, guidance_scale=guidance_scale, progress=progress
-            )
+            after = draw()
     return [GeneratedPair(*row) for row in zip(texts, numbers, before, after, strict=True)]

@@ -27,37 +27,19 @@ from recare_patch.core import (
     write_streamed,
 )
 from recare_patch.models import Layout
+from recare_patch.patch.kohya import ORIGINAL_RESNET, ORIGINAL_UNET
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 
-_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
-_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 _SD2_WIDTH = 1024
 _SIZES = {
     "unet": {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2},
     "vae": {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
 }
-
-_UNET_WHOLE = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_UNET_BLOCK = re.compile(
-    r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.(?P<kind>resnets|attentions)\.(?P<layer>\d+)\.(?P<rest>.+)"
-)
-_UNET_SAMPLER = re.compile(r"(?P<side>down|up)_blocks\.(?P<block>\d+)\.(?:down|up)samplers\.0\.conv")
-_UNET_MIDDLE = re.compile(r"mid_block\.(?P<kind>resnets|attentions)\.(?P<layer>\d+)\.(?P<rest>.+)")
+_UNET_WHOLE = ORIGINAL_UNET | {"conv_norm_out": "out.0"}
+_UNET_RESNET = ORIGINAL_RESNET | {"norm1": "in_layers.0", "norm2": "out_layers.0"}
+_UNET_LAYER = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions)\.(\d+)\.(.+)")
+_UNET_SAMPLER = re.compile(r"(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv")
 
 _VAE_WHOLE = {"conv_norm_out": "norm_out", "conv_in": "conv_in", "conv_out": "conv_out"}
 _VAE_ATTENTION = {
@@ -72,13 +54,13 @@ _VAE_ATTENTION = {
     "value": "v",
     "proj_attn": "proj_out",
 }
-_VAE_BLOCK = re.compile(r"(?:down|up)_blocks\.(?P<block>\d+)\.resnets\.(?P<layer>\d+)\.(?P<rest>\w+)")
-_VAE_SAMPLER = re.compile(r"(?P<way>down|up)_blocks\.(?P<block>\d+)\.(?:down|up)samplers\.0\.conv")
-_VAE_MIDDLE = re.compile(r"mid_block\.(?:resnets\.(?P<resnet>\d+)|attentions\.0)\.(?P<rest>[\w.]+)")
-
-_CLIP_LAYER = re.compile(
-    r"text_model\.encoder\.layers\.(?P<layer>\d+)\.(?P<part>[\w.]+)\.(?P<what>weight|bias)"
+_VAE_BLOCK = re.compile(
+    r"(?:down|up)_blocks\.(\d+)\.(?:resnets\.(?P<layer>\d+)\.(?P<last>\w+)|(?P<way>down|up)samplers\.0\.conv)"
 )
+_VAE_MIDDLE = re.compile(r"mid_block\.(?:resnets\.(?P<resnet>\d+)|attentions\.0)\.(?P<last>[\w.]+)")
+
+_CLIP_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
+_CLIP_KNOWN = ("text_model.embeddings.", "text_model.encoder.", "text_model.final_layer_norm.")
 _OPEN_CLIP_PARTS = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -92,7 +74,6 @@ _OPEN_CLIP_WHOLE = {
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
 }
-_JOINED = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -123,15 +104,12 @@ def has_known_sizes(layout: Layout) -> bool:
 
 
 def entries(layout: Layout, tensors: Mapping[str, Mapping[str, TensorInfo]]) -> list[Entry]:
-    """The tensors of a pipeline's checkpoint file.
-
-    Args:
-        layout: the pipeline.
-        tensors: component → its tensors' names and shapes.
+    """The tensors of a pipeline's checkpoint file, from each component's tensors by name.
 
     Raises:
         BaseModelError: the original names have no place for a tensor, since the model is of another kind.
     """
+    unfit = f"base {layout.name} cannot be written as a single file:"
     found: list[Entry] = []
     joined: dict[str, dict[str, str]] = {}
     for component in COMPONENTS:
@@ -140,15 +118,15 @@ def entries(layout: Layout, tensors: Mapping[str, Mapping[str, TensorInfo]]) -> 
             if key.endswith("position_ids"):
                 # A buffer that counts up: newer versions of transformers do not store it either.
                 continue
+            part = ""
             if component == "text_encoder":
                 name, part = _text_name(key, layout)
             else:
-                name = (_unet_name if component == "unet" else _vae_name)(key, config)
-                part = ""
+                name = (unet_name if component == "unet" else _vae_name)(key, config)
             if name is None:
                 raise BaseModelError(
-                    f"base {layout.name} cannot be written as a single file: the original names of Stable "
-                    f"Diffusion 1.x and 2.x have no place for '{key}' of its {component.replace('_', ' ')}"
+                    f"{unfit} the original names of Stable Diffusion 1.x and 2.x have no place for '{key}' "
+                    f"of its {component.replace('_', ' ')}"
                 )
             if part:
                 joined.setdefault(name, {})[part] = key
@@ -156,84 +134,63 @@ def entries(layout: Layout, tensors: Mapping[str, Mapping[str, TensorInfo]]) -> 
             kernel = component == "vae" and ".attn_1." in name and len(info.shape) == 2
             found.append(Entry(name, component, (key,), kernel))
     for name, parts in joined.items():
-        if set(parts) != set(_JOINED):
-            raise BaseModelError(
-                f"base {layout.name} cannot be written as a single file: its text encoder lacks a part of "
-                f"'{name}'"
-            )
-        found.append(Entry(name, "text_encoder", tuple(parts[one] for one in _JOINED)))
+        if set(parts) != set("qkv"):
+            raise BaseModelError(f"{unfit} its text encoder lacks a part of '{name}'")
+        found.append(Entry(name, "text_encoder", tuple(parts[one] for one in "qkv")))
     return found
 
 
-def _unet_name(key: str, config: Mapping[str, Any]) -> str | None:
+def unet_name(key: str, config: Mapping[str, Any]) -> str | None:
+    """What the original checkpoints call a tensor of a UNet."""
     name, _, what = key.rpartition(".")
     layers = config.get("layers_per_block", 2)
     if not isinstance(layers, int):
         return None
-    each = layers + 1
-    if name in _UNET_WHOLE:
-        inner: str | None = _UNET_WHOLE[name]
-    elif match := _UNET_BLOCK.fullmatch(name):
-        number = each * int(match["block"]) + int(match["layer"])
-        place = f"input_blocks.{number + 1}" if match["side"] == "down" else f"output_blocks.{number}"
-        inner = _inside(place, match["kind"], match["rest"])
-    elif match := _UNET_MIDDLE.fullmatch(name):
-        layer = int(match["layer"])
-        # Resnet, attention, resnet: the middle one is written like a second part of a block.
-        place = f"middle_block.{2 * layer if match['kind'] == 'resnets' else 2 * layer + 1}"
-        inner = _inside(place, match["kind"], match["rest"], middle=True)
-    elif match := _UNET_SAMPLER.fullmatch(name):
-        last = each * (int(match["block"]) + 1)
-        if match["side"] == "down":
-            inner = f"input_blocks.{last}.0.op"
+    inner = _UNET_WHOLE.get(name)
+    if match := _UNET_LAYER.fullmatch(name):
+        side, block, kind, layer, rest = match.groups()
+        attends = int(kind == "attentions")
+        last = rest if attends else _UNET_RESNET.get(rest)
+        if side is None:
+            # Resnet, attention, resnet: the middle one is written like a second part of a block.
+            place = f"middle_block.{2 * int(layer) + attends}"
         else:
-            # It comes after the block's last attention, where the block has any.
-            types = config.get("up_block_types") or ()
-            attends = (
-                "CrossAttn" in str(types[int(match["block"])]) if int(match["block"]) < len(types) else 0
-            )
-            inner = f"output_blocks.{last - 1}.{2 if attends else 1}.conv"
-    else:
-        inner = None
-    return f"{_PREFIXES['unet']}{inner}.{what}" if inner else None
-
-
-def _inside(place: str, kind: str, rest: str, *, middle: bool = False) -> str | None:
-    if kind == "attentions":
-        return f"{place}.{rest}" if middle else f"{place}.1.{rest}"
-    part = _UNET_RESNET.get(rest)
-    if part is None:
-        return None
-    return f"{place}.{part}" if middle else f"{place}.0.{part}"
+            number = (layers + 1) * int(block) + int(layer) + (side == "down")
+            place = f"{'input' if side == 'down' else 'output'}_blocks.{number}.{attends}"
+        inner = f"{place}.{last}" if last else None
+    elif match := _UNET_SAMPLER.fullmatch(name):
+        block = int(match[2])
+        end = (layers + 1) * (block + 1)
+        # On the way up it comes after the block's last attention, where the block has any.
+        types = config.get("up_block_types") or ()
+        after = 2 if block < len(types) and "CrossAttn" in str(types[block]) else 1
+        inner = f"input_blocks.{end}.0.op" if match[1] == "down" else f"output_blocks.{end - 1}.{after}.conv"
+    return f"model.diffusion_model.{inner}.{what}" if inner else None
 
 
 def _vae_name(key: str, config: Mapping[str, Any]) -> str | None:
     name, _, what = key.rpartition(".")
     if name in ("quant_conv", "post_quant_conv"):
-        return f"{_PREFIXES['vae']}{key}"
+        return f"first_stage_model.{key}"
     side, _, rest = name.partition(".")
-    blocks = config.get("up_block_types") or config.get("block_out_channels") or ()
     if side not in ("encoder", "decoder"):
         return None
-    inner: str | None = None
-    if rest in _VAE_WHOLE:
-        inner = _VAE_WHOLE[rest]
-    elif match := _VAE_BLOCK.fullmatch(rest):
-        last = {"conv_shortcut": "nin_shortcut"}.get(match["rest"], match["rest"])
-        inner = f"{_vae_block(side, int(match['block']), len(blocks))}.block.{match['layer']}.{last}"
-    elif match := _VAE_SAMPLER.fullmatch(rest):
-        inner = f"{_vae_block(side, int(match['block']), len(blocks))}.{match['way']}sample.conv"
+    inner = _VAE_WHOLE.get(rest)
+    if match := _VAE_BLOCK.fullmatch(rest):
+        block, last = int(match[1]), match["last"]
+        last = "nin_shortcut" if last == "conv_shortcut" else last
+        # The original decoder counts its blocks from the picture's side.
+        blocks = len(config.get("up_block_types") or config.get("block_out_channels") or ())
+        place = f"down.{block}" if side == "encoder" else f"up.{blocks - 1 - block}"
+        inner = (
+            f"{place}.{match['way']}sample.conv" if last is None else f"{place}.block.{match['layer']}.{last}"
+        )
     elif match := _VAE_MIDDLE.fullmatch(rest):
         if match["resnet"] is not None:
-            inner = f"mid.block_{int(match['resnet']) + 1}.{match['rest']}"
-        elif match["rest"] in _VAE_ATTENTION:
-            inner = f"mid.attn_1.{_VAE_ATTENTION[match['rest']]}"
-    return f"{_PREFIXES['vae']}{side}.{inner}.{what}" if inner else None
-
-
-def _vae_block(side: str, block: int, blocks: int) -> str:
-    """The original decoder counts its blocks from the picture's side."""
-    return f"down.{block}" if side == "encoder" else f"up.{blocks - 1 - block}"
+            inner = f"mid.block_{int(match['resnet']) + 1}.{match['last']}"
+        elif match["last"] in _VAE_ATTENTION:
+            inner = f"mid.attn_1.{_VAE_ATTENTION[match['last']]}"
+    return f"first_stage_model.{side}.{inner}.{what}" if inner else None
 
 
 def _text_name(key: str, layout: Layout) -> tuple[str | None, str]:
@@ -241,23 +198,18 @@ def _text_name(key: str, layout: Layout) -> tuple[str | None, str]:
     # Transformers 5 saves the encoder's parts without their common name.
     key = key if key.startswith("text_model.") else f"text_model.{key}"
     if layout.configs["unet"].get("cross_attention_dim") != _SD2_WIDTH:
-        known = key.startswith(
-            ("text_model.embeddings.", "text_model.encoder.", "text_model.final_layer_norm.")
-        )
-        return (f"{_CLIP}{key}", "") if known else (None, "")
+        return (f"cond_stage_model.transformer.{key}" if key.startswith(_CLIP_KNOWN) else None), ""
     if key in _OPEN_CLIP_WHOLE:
-        return f"{_OPEN_CLIP}{_OPEN_CLIP_WHOLE[key]}", ""
+        return f"cond_stage_model.model.{_OPEN_CLIP_WHOLE[key]}", ""
     match = _CLIP_LAYER.fullmatch(key)
     if match is None:
         return None, ""
-    place = f"{_OPEN_CLIP}transformer.resblocks.{match['layer']}"
-    if match["part"] in _OPEN_CLIP_PARTS:
-        return f"{place}.{_OPEN_CLIP_PARTS[match['part']]}.{match['what']}", ""
-    third = re.fullmatch(r"self_attn\.([qkv])_proj", match["part"])
-    return (f"{place}.attn.in_proj_{match['what']}", third[1]) if third else (None, "")
-
-
-# ------------------------------------------------------------------------ writing
+    layer, part, what = match.groups()
+    place = f"cond_stage_model.model.transformer.resblocks.{layer}"
+    if part in _OPEN_CLIP_PARTS:
+        return f"{place}.{_OPEN_CLIP_PARTS[part]}.{what}", ""
+    third = re.fullmatch(r"self_attn\.([qkv])_proj", part)
+    return (f"{place}.attn.in_proj_{what}", third[1]) if third else (None, "")
 
 
 def plan(layout: Layout) -> list[Entry]:
@@ -271,27 +223,16 @@ def plan(layout: Layout) -> list[Entry]:
 
 def _files(layout: Layout, component: str) -> list[Path]:
     layout.require(component)
-    return next(iter(layout.weight_sets(component).values()))
+    return next(iter(layout.weight_sets(component).values()), [])
 
 
 def _infos(layout: Layout, component: str) -> dict[str, TensorInfo]:
-    return {
-        key: info
-        for file in _files(layout, component)
-        for key, info in read_safetensors_header(file).tensors.items()
-    }
+    headers = [read_safetensors_header(file).tensors for file in _files(layout, component)]
+    return {key: info for tensors in headers for key, info in tensors.items()}
 
 
 def write_single_file(layout: Layout, file: Path, header: Mapping[str, str]) -> Path:
-    """Write a pipeline as one checkpoint file, whole or not at all; dtypes stay.
-
-    Args:
-        layout: the pipeline.
-        file: where to.
-        header: entries of the file's header.
-
-    Returns:
-        The file.
+    """Write a pipeline as one checkpoint file with these header entries, whole or not at all; dtypes stay.
 
     Raises:
         BaseModelError: see :func:`entries`; or its weights cannot be read.
@@ -299,16 +240,14 @@ def write_single_file(layout: Layout, file: Path, header: Mapping[str, str]) -> 
     """
     from safetensors import SafetensorError, safe_open
 
+    infos = {component: _infos(layout, component) for component in COMPONENTS}
+    stored: dict[tuple[str, str], Any] = {}
     with contextlib.ExitStack() as stack:
-        stored: dict[str, dict[str, Any]] = {}
-        infos: dict[str, dict[str, TensorInfo]] = {}
         try:
             for component in COMPONENTS:
-                stored[component] = {}
-                infos[component] = _infos(layout, component)
                 for path in _files(layout, component):
                     handle = stack.enter_context(safe_open(path, "pt"))
-                    stored[component] |= dict.fromkeys(handle.keys(), handle)
+                    stored |= {(component, key): handle for key in handle.keys()}  # noqa: SIM118 - it is no dict
         except SafetensorError as fault:
             raise BaseModelError(
                 f"base {layout.name} has damaged weights: {str(fault).splitlines()[0].lower()}"
@@ -321,17 +260,14 @@ def write_single_file(layout: Layout, file: Path, header: Mapping[str, str]) -> 
                     f"base {layout.name} cannot be written as a single file: the parts of '{entry.name}' "
                     "have several dtypes"
                 )
-            shape: tuple[int, ...] = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-            handles = stored[entry.component]
-            shape = (*shape, 1, 1) if entry.convolution else shape
+            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:], *(1, 1) * entry.convolution)
             return StreamedTensor(
                 entry.name,
                 TensorInfo(parts[0].dtype, shape, sum(part.bytes for part in parts)),
-                lambda: _bytes([handles[key].get_tensor(key) for key in entry.keys]),
+                lambda: _bytes(stored[entry.component, key].get_tensor(key) for key in entry.keys),
             )
 
-        found = entries(layout, infos)
-        write_streamed(file, [streamed(entry) for entry in found], header)
+        write_streamed(file, [streamed(entry) for entry in entries(layout, infos)], header)
     return file
 
 

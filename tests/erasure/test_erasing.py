@@ -25,8 +25,8 @@ from recare_patch.core.errors import (
 )
 from recare_patch.erasure.run import RUN_FOLDER, erase, generate_pictures, resolve_recipe
 from recare_patch.models.loading import load_base
-from recare_patch.patch.formats import from_any
 from recare_patch.patch.patch import Patch
+from recare_patch.patch.reading import from_any
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import Recipe, load_recipe
 

@@ -123,16 +123,12 @@ def mutated_safetensors(rng: random.Random, data: bytes) -> bytes:
         try:
             ours[key] = as_json(mutated_value(rng, json.loads(ours[key]))).decode()
         except ValueError:
-            ours[key] = mutated_bytes(rng, ours[key].encode(), [ours[key].encode()]).decode(
-                "utf-8", "replace"
-            )
+            text = ours[key].encode()
+            ours[key] = mutated_bytes(rng, text, [text]).decode("utf-8", "replace")
     elif rng.random() < 0.3:
         place = rng.randrange(max(1, len(body) - 8))
-        body = (
-            body[:place]
-            + rng.choice((b"\x00\x7c", b"\xff\xff\xff\xff", b"\x00\x00\xc0\x7f"))
-            + body[place + 4 :]
-        )
+        odd = rng.choice((b"\x00\x7c", b"\xff\xff\xff\xff", b"\x00\x00\xc0\x7f"))
+        body = body[:place] + odd + body[place + 4 :]
     else:
         header = mutated_value(rng, header)
     text = as_json(header)

@@ -27,11 +27,13 @@ from recare_patch.measure.run import read_prompts
 from recare_patch.measure.subject import subject_of
 from recare_patch.measure.suites import Suite, load_suite, suites_folder
 from recare_patch.measure.verify import check_integrity
-from recare_patch.patch import formats
 from recare_patch.patch.card import card_text
 from recare_patch.patch.folder import EVIDENCE_NAME
+from recare_patch.patch.kohya import to_kohya, write_kohya
 from recare_patch.patch.markdown import CARD_NAME
-from recare_patch.patch.patch import Erased, Patch, PatchMetadata, concepts_of
+from recare_patch.patch.metadata import Erased, PatchMetadata
+from recare_patch.patch.patch import Patch, concepts_of
+from recare_patch.patch.reading import from_any
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder
 from tests.measure.test_evidence import make_evidence
@@ -58,12 +60,11 @@ class Reader:
     place: str = "file"
 
 
-def _pair(name: str, rank: int = 2, *, half: bool = True) -> dict[str, torch.Tensor]:
+def _pair(name: str, rank: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(len(name))
-    dtype = torch.float16 if half else torch.float32
     return {
-        f"{name}.lora_A.weight": torch.randn(rank, 6, generator=generator).to(dtype),
-        f"{name}.lora_B.weight": torch.randn(5, rank, generator=generator).to(dtype),
+        f"{name}.lora_A.weight": torch.randn(rank, 6, generator=generator).half(),
+        f"{name}.lora_B.weight": torch.randn(5, rank, generator=generator).half(),
     }
 
 
@@ -73,21 +74,11 @@ def _care_set() -> CareSet:
 
 def _metadata(**changes: Any) -> PatchMetadata:
     values: dict[str, Any] = {
-        "versions": {"torch": "2"},
-        "base": "atelier",
-        "base_family": "stable-diffusion",
-        "base_denoiser_sha256": "b" * 64,
-        "prediction_type": "epsilon",
-        "concept": "Van Gogh",
-        "kind": "style",
-        "method": "recare",
-        "layers": "cross-attention",
-        "rank": 2,
-        "alpha": 2.0,
-        "seed": 0,
-        "recipe": RECIPE.to_yaml(),
-        "care_set": _care_set().to_json(),
-    }
+        "base": "atelier", "base_family": "stable-diffusion", "base_denoiser_sha256": "b" * 64,
+        "prediction_type": "epsilon", "concept": "Van Gogh", "kind": "style", "method": "recare",
+        "layers": "cross-attention", "rank": 2, "alpha": 2.0, "seed": 0, "versions": {"torch": "2"},
+        "recipe": RECIPE.to_yaml(), "care_set": _care_set().to_json(),
+    }  # fmt: skip
     return PatchMetadata(**(values | changes))
 
 
@@ -118,33 +109,20 @@ def _as_file(patch: Patch) -> bytes:
 
 
 def _kohya(patch: Patch) -> bytes:
-    tensors, header = formats.to_kohya(patch)
+    tensors, header = to_kohya(patch)
     return save(tensors, header)
 
 
 def _foreign() -> tuple[bytes, ...]:
-    name = "base_model.model.mid_block.attentions.0.proj_in"
-    old = "unet.mid_block.attentions.0.processor"
+    old = _pair("unet.mid_block.attentions.0.processor").items()
     text = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
-    settings = {
-        "lora_adapter_metadata": json.dumps(
-            {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"x": 1}}
-        )
-    }
+    settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"x": 1}}
     return (
-        save(_pair(name)),
-        save(
-            {
-                key.replace("lora_A", "to_q_lora.down").replace("lora_B", "to_q_lora.up"): t
-                for key, t in _pair(old).items()
-            }
-        ),
-        save(_pair(text) | _pair("unet.conv_in"), settings),
+        save(_pair("base_model.model.mid_block.attentions.0.proj_in")),
+        save({k.replace("lora_A", "to_q_lora.down").replace("lora_B", "to_q_lora.up"): t for k, t in old}),
+        save(_pair(text) | _pair("unet.conv_in"), {"lora_adapter_metadata": json.dumps(settings)}),
         save({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}),
     )
-
-
-# ------------------------------------------------------------------------ reading and using
 
 
 def _patch(file: Path) -> None:
@@ -155,13 +133,13 @@ def _patch(file: Path) -> None:
         for concept in concepts_of(patch):
             subject_of(patch, concept)
         card_text(patch.metadata, {})
-    formats.to_kohya(patch)
+    to_kohya(patch)
 
 
 def _lora(file: Path) -> None:
-    patch = formats.from_any(file)
-    formats.to_kohya(patch)
-    formats.from_any(file, ["conv_in", "mid_block.attentions.0.proj_in"])
+    patch = from_any(file)
+    to_kohya(patch)
+    from_any(file, ["conv_in", "mid_block.attentions.0.proj_in"])
 
 
 def _inspect(file: Path) -> None:
@@ -220,25 +198,14 @@ def _attack(file: Path) -> None:
 
 def attack_file() -> bytes:
     """A saved attack without tensors."""
+    about = {"concept": "Van Gogh", "patch_sha256": "a" * 64}
     trial = {"prompt": "a cat", "attacked": "a cat", "seed": 3}
-    return json.dumps(
-        {
-            "version": 1,
-            "about": {"concept": "Van Gogh", "patch_sha256": "a" * 64},
-            "attack": "ring-a-bell",
-            "successes": 0,
-            "trials": 1,
-            "interval": [0.0, 0.8],
-            "without": 0,
-            "evaluations": 10,
-            "seconds": 1.5,
-            "budget": {"steps": 3},
-            "details": [trial],
-            "prompts": ["a cat"],
-            "base": 0.9,
-            "tensors": [],
-        }
-    ).encode()
+    note = {
+        "version": 1, "about": about, "attack": "ring-a-bell", "successes": 0, "trials": 1,
+        "interval": [0.0, 0.8], "without": 0, "evaluations": 10, "seconds": 1.5, "budget": {"steps": 3},
+        "details": [trial], "prompts": ["a cat"], "base": 0.9, "tensors": [],
+    }  # fmt: skip
+    return json.dumps(note).encode()
 
 
 def _merge_record() -> bytes:
@@ -281,7 +248,7 @@ def readers() -> list[Reader]:
         Reader("merge record", "json", (_merge_record(),), lambda file: merging.MergeRecord.load(file.parent),
                merging.RECORD_NAME),
         Reader("peft settings", "json", (b'{"r": 2, "lora_alpha": 4, "alpha_pattern": {"x": 1}}',),
-               lambda file: formats.from_any(file.parent), "adapter_config.json"),
+               lambda file: from_any(file.parent), "adapter_config.json"),
         Reader("assignment", "text", (assignments,), _assignments),
     ]  # fmt: skip
 
@@ -312,7 +279,7 @@ def a_folder(place: Path) -> Path:
     _care_set().save(place / "care_set.json")
     card = with_evidence(card_text(patch.metadata, {}), evidence)
     write_bytes(place / CARD_NAME, card.encode())
-    formats.write_kohya(Patch.load(place), place)
+    write_kohya(Patch.load(place), place)
     composing.save_stack(a_stack(), place / "stack")
     of_stack = make_evidence(
         patch_sha256=Patch.load(place / "stack").sha256(), concept="Monet", method="stack", attacks=()

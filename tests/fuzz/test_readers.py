@@ -77,6 +77,12 @@ def test_sound_files_are_read(name: str, watch: Watch, tmp_path: Path) -> None:
     assert watch.refused - refused <= allowed
 
 
+def _mutated(rng: random.Random, seed: bytes, kind: str, number: int, others: list[bytes]) -> bytes:
+    if number % 2 or kind == "text":
+        return mutated_bytes(rng, seed, others)
+    return mutated_safetensors(rng, seed) if kind == "safetensors" else mutated_document(rng, seed, kind)
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_mutated_files(name: str, watch: Watch, tmp_path: Path) -> None:
     reader = READERS[name]
@@ -86,12 +92,7 @@ def test_mutated_files(name: str, watch: Watch, tmp_path: Path) -> None:
     others = [seed for other in READERS.values() for seed in other.seeds]
     for number in range(MUTATIONS):
         seed = rng.choice(reader.seeds)
-        if number % 2 or reader.kind == "text":
-            data = mutated_bytes(rng, seed, others if number % 5 == 0 else list(reader.seeds))
-        elif reader.kind == "safetensors":
-            data = mutated_safetensors(rng, seed)
-        else:
-            data = mutated_document(rng, seed, reader.kind)
+        data = _mutated(rng, seed, reader.kind, number, others if number % 5 == 0 else list(reader.seeds))
         file.write_bytes(data)
         watch.attempt(name, data, lambda: reader.read(file))
 
@@ -110,18 +111,13 @@ def test_invented_files(name: str, watch: Watch, tmp_path: Path) -> None:
     file = tmp_path / reader.place
     known = _keys(reader)
 
+    documents = st.dictionaries(st.sampled_from(known), JSON)
+    checks = list(HealthCheck)
+
     @settings(
-        max_examples=INVENTED,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
+        max_examples=INVENTED, deadline=None, derandomize=True, database=None, suppress_health_check=checks
     )
-    @given(
-        st.one_of(
-            st.binary(max_size=300), st.text(max_size=300), st.dictionaries(st.sampled_from(known), JSON)
-        )
-    )
+    @given(st.one_of(st.binary(max_size=300), st.text(max_size=300), documents))
     def run(found: Any) -> None:
         if isinstance(found, bytes):
             data = found
@@ -158,12 +154,7 @@ def test_a_folder_with_one_bad_file(changed: str, watch: Watch, tmp_path: Path) 
     rng = random.Random(changed)
     seed, kind = (sound / changed).read_bytes(), FOLDER_FILES[changed]
     for number in range(OF_A_FOLDER):
-        if number % 2 or kind == "text":
-            data = mutated_bytes(rng, seed, [seed])
-        elif kind == "safetensors":
-            data = mutated_safetensors(rng, seed)
-        else:
-            data = mutated_document(rng, seed, kind)
+        data = _mutated(rng, seed, kind, number, [seed])
         (place / changed).write_bytes(data)
         watch.attempt(f"folder, {changed}", data, lambda: read_folder(place))
 
@@ -179,29 +170,19 @@ def _write_large(file: Path, inner: bytes, length: int) -> None:
         handle.write(b"}")
 
 
-def _file_with(header: bytes, file: Path) -> Path:
-    with open(file, "wb") as handle:
-        handle.write(struct.pack("<Q", len(header)))
-        handle.write(header)
-    return file
-
-
 @pytest.mark.parametrize("name", ["patch", "lora", "inspect"])
 def test_a_large_header(name: str, watch: Watch, tmp_path: Path) -> None:
     """As large as it may be and larger, and made to take the most memory for its length."""
     file = tmp_path / "x.safetensors"
     entry = b'{"dtype":"F16","shape":[],"data_offsets":[0,0]}'
-    for inner, length in (
-        (b"{}", 15_900_000),
-        (b"[[]]", 15_900_000),
-        (entry, 15_900_000),
-        (b"{}", 99_000_000),
-    ):
+    most = 15_900_000
+    for inner, length in ((b"{}", most), (b"[[]]", most), (entry, most), (b"{}", 99_000_000)):
         _write_large(file, inner, length)
         watch.attempt(name, inner, lambda: READERS[name].read(file))
     empty = {"dtype": "F16", "shape": [0, 0], "data_offsets": [0, 0]}
     many = {f"unet.m{k}.lora_{side}.weight": empty for k in range(20_000) for side in "AB"}
-    _file_with(as_json(many), file)
+    header = as_json(many)
+    file.write_bytes(struct.pack("<Q", len(header)) + header)
     watch.attempt(name, b"many tensors", lambda: READERS[name].read(file))
 
 

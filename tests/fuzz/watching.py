@@ -26,14 +26,7 @@ class Hang(BaseException):
 
 @dataclass
 class Watch:
-    """What was tried, and how it went.
-
-    Attributes:
-        inputs: number of inputs.
-        refused: how many ended in one sentence.
-        slowest: seconds, and which reader.
-        peak: bytes that the process grew by at most.
-    """
+    """How many inputs were tried, how many ended in one sentence, and the slowest, in seconds by a reader."""
 
     inputs: int = 0
     refused: int = 0
@@ -92,9 +85,8 @@ def little_memory() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(
-        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-    )
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
         yield
     finally:

@@ -141,7 +141,7 @@ def test_another_kohya_file_does_not_pass(
     (file,) = stack.glob("erase-*.safetensors")
     file.unlink()
     other = composing.stack([(parts[0], 0.5), (parts[1], 1.0)], dtype=torch.float16)
-    from recare_patch.patch.formats import write_kohya
+    from recare_patch.patch.kohya import write_kohya
 
     write_kohya(other, file)
     (fault,) = verifying.verify(stack, tiny_sd, figures=["none"], device="cpu").failed

@@ -10,24 +10,22 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.suites import suite
 from recare_patch import load_base
 from recare_patch.cli import cli
-from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import IncompatiblePatchError, PatchError
-from recare_patch.models import BaseModel
-from recare_patch.models import lora as adapters
+from recare_patch.models.embeds import BaseModel
 from recare_patch.patch.gate import CLOSED, OPEN, Gate, gated
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.concept import Concept
-from tests.patch.test_patch import _assert_same_state, _state, trained
+from tests.patch import making
+from tests.patch.making import difference, state, trained
 
 VAN_GOGH = Concept(text="Van Gogh", kind="style")
-PROMPTS, SEEDS = ["a cat", "a dog by the sea", "a house by van gogh"], [3, 4, 5]
+PROMPTS, SEEDS = ["a cat", "a dog by the sea", "a house by van gogh"], [5, 6, 7]
 STRENGTHS = dict(zip(PROMPTS, (0.0, 0.5, 1.0), strict=True))
 
 
@@ -35,45 +33,8 @@ def by_table(prompts: Sequence[str]) -> Tensor:
     return torch.tensor([STRENGTHS.get(prompt, 0.0) for prompt in prompts])
 
 
-def difference(first: Sequence[Image.Image], second: Sequence[Image.Image]) -> list[int]:
-    return [
-        int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
-        for a, b in zip(first, second, strict=True)
-    ]
-
-
-@pytest.fixture(scope="module")
-def made(tiny_sd: Path) -> Patch:
-    return trained(tiny_sd)[1]
-
-
-@pytest.fixture(scope="module")
-def of_text(made: Patch, tiny_sd: Path) -> Patch:
-    """A strong random patch of the text encoder, for another concept."""
-    base = load_base(tiny_sd, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    encoder = base.components["text_encoder"]
-    with torch.no_grad():
-        for one in adapters.attach(encoder, layers="text-encoder", rank=2, alpha=6.0, generator=generator):
-            one.add_(0.3 * torch.randn(one.shape, generator=generator))
-    assert made.metadata is not None
-    told = made.metadata.model_copy(update={"concept": "Monet"})
-    return Patch.from_adapter(base, "recare", 2, 6.0, told)
-
-
-@pytest.fixture
-def pipe(tiny_sd: Path) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def draw(pipe: Any, **options: Any) -> list[Image.Image]:
-    options = {"prompt": PROMPTS, "guidance_scale": 5.0} | options
-    count = len(SEEDS) * options.get("num_images_per_prompt", 1)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    images: list[Image.Image] = pipe(**options, num_inference_steps=2, generator=generators).images
-    return images
+def draw(pipe: Any, prompts: Sequence[str] | None = PROMPTS, **options: Any) -> list[Image.Image]:
+    return making.draw(pipe, prompts, steps=2, **options)
 
 
 class TestGate:
@@ -83,17 +44,13 @@ class TestGate:
         return load_base("atelier", device="cpu")
 
     @pytest.mark.parametrize(
-        ("name", "concept"),
-        [
-            ("van gogh", VAN_GOGH),
-            ("tench", Concept(text="tench", kind="object")),
-            ("nude", Concept(text="nudity", kind="nsfw")),
-        ],
+        ("name", "text", "kind"),
+        [("van gogh", "Van Gogh", "style"), ("tench", "tench", "object"), ("nude", "nudity", "nsfw")],
     )
     def test_it_tells_the_choosing_prompts_apart(
-        self, atelier: BaseModel, name: str, concept: Concept
+        self, atelier: BaseModel, name: str, text: str, kind: Any
     ) -> None:
-        gate = Gate(atelier.pipeline, [concept])
+        gate = Gate(atelier.pipeline, [Concept(text=text, kind=kind)])
         for figure in suite(name, "choose"):
             found = gate([prompt for prompt, _ in figure.items])
             assert found.tolist() == [float(figure.group == "concept")] * len(found), figure.name
@@ -104,12 +61,10 @@ class TestGate:
         assert gate.likeness([long]) < gate.relatedness([long]) == 1
         assert gate.relatedness(["a street in Gogh, a boat on it"]) >= 0.5
 
-    def test_likeness_is_the_share_of_the_way_between_the_two_means(
-        self, pipe: StableDiffusionPipeline
-    ) -> None:
+    def test_likeness_is_the_share_of_the_way_between_the_two_means(self, pipe: Any) -> None:
         gate = Gate(pipe, [VAN_GOGH], care_words=["stars", "night"])
-        assert gate.words[:2] == ("stars", "night")
-        assert not {"van", "gogh", "the", "painting"} & set(gate.words)
+        words = gate.words
+        assert words[:2] == ("stars", "night") and not {"van", "gogh", "the", "painting"} & set(words)
 
         def mean(prompts: Sequence[str]) -> np.ndarray:
             tokens = pipe.tokenizer(list(prompts), padding="max_length", return_tensors="pt")
@@ -118,139 +73,126 @@ class TestGate:
             unit: np.ndarray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).mean(0)
             return unit
 
-        words = gate.words
-        named = [
-            *VAN_GOGH.name_prompts,
-            *(f"A painting of {word} in the style of Van Gogh" for word in words),
-        ]
-        plain = [
-            form.format(word, other)
-            for word, other in zip(words, (*words[1:], words[0]), strict=True)
-            for form in (
-                "A painting of {0}",
-                "A {0}",
-                "A painting in the style of {0}",
-                "A photo of {0}",
-                "A painting of {0} in the style of {1}",
-            )
-        ]
+        beside = "A painting of {0} in the style of {1}"
+        named = [*VAN_GOGH.name_prompts, *(beside.format(word, "Van Gogh") for word in words)]
+        forms = ("A painting of {0}", "A {0}", "A painting in the style of {0}", "A photo of {0}", beside)
+        others = zip(words, (*words[1:], words[0]), strict=True)
+        plain = [form.format(*both) for both in others for form in forms]
         origin, way = mean(plain), mean(named) - mean(plain)
         expected = [(mean([prompt]) - origin) @ way / (way @ way) for prompt in PROMPTS]
         assert gate.likeness(PROMPTS).numpy() == pytest.approx(expected, abs=1e-4)
         assert gate.likeness(named).mean() == pytest.approx(1, abs=1e-4)
         assert gate.likeness(plain).mean() == pytest.approx(0, abs=1e-4)
 
-    def test_it_is_a_ramp(self, pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_is_a_ramp(self, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         gate = Gate(pipe, [VAN_GOGH])
         values = [-1.0, CLOSED, (CLOSED + OPEN) / 2, OPEN, 2.0]
         monkeypatch.setattr(gate, "relatedness", lambda prompts: torch.tensor(values))
         assert gate([""] * 5).tolist() == pytest.approx([0, 0, 0.5, 1, 1])
 
-    def test_a_lora_in_the_text_encoder_does_not_move_it(self, of_text: Patch, pipe: Any) -> None:
+    def test_a_lora_in_the_text_encoder_does_not_move_it(self, text_patch: Patch, pipe: Any) -> None:
         gate = Gate(pipe, [VAN_GOGH])
         before = gate.likeness(PROMPTS)
-        with of_text.apply(pipe):
+        with text_patch.apply(pipe):
             assert torch.equal(gate.likeness(PROMPTS), before)
             assert torch.equal(Gate(pipe, [VAN_GOGH]).likeness(PROMPTS), before)
 
-    def test_a_stack_opens_for_each_part(self, made: Patch, of_text: Patch, pipe: Any) -> None:
-        both = composing.stack([(made, 1.0), (of_text, 1.0)])
+    def test_a_stack_opens_for_each_part(self, patch: Patch, both: Patch, pipe: Any) -> None:
         gate = Gate.of(both, pipe)
         assert [concept.text for concept in gate.concepts] == ["Van Gogh", "Monet"]
         assert gate(["a house by van gogh", "a painting in the style of monet"]).tolist() == [1, 1]
-        assert Gate.of(made, pipe)(["monet"]) < 1
+        assert Gate.of(patch, pipe)(["monet"]) < 1
 
-    def test_what_cannot_be_gated_is_refused_and_nothing_is_touched(self, made: Patch, pipe: Any) -> None:
-        before = _state(pipe)
+    def test_what_cannot_be_gated_is_refused_and_nothing_is_touched(self, patch: Patch, pipe: Any) -> None:
+        before = state(pipe)
         with pytest.raises(PatchError, match="does not say what it erases"):
-            gated(Patch(made.tensors), pipe)
+            gated(Patch(patch.tensors), pipe)
         with pytest.raises(PatchError, match="at least one concept"):
             Gate(pipe, [])
         with pytest.raises(PatchError, match="finite"):
-            gated(made, pipe, float("nan"))
+            gated(patch, pipe, float("nan"))
         pipe.tokenizer = None
         with pytest.raises(IncompatiblePatchError, match="no tokenizer"):
-            gated(made, pipe)
-        assert "encode_prompt" not in vars(pipe)
-        _assert_same_state(_state(pipe), before)
+            gated(patch, pipe)
+        assert state(pipe) == before
 
 
 class TestApplied:
     """Every picture of a batch is the one that the patch would draw at that picture's own scale."""
 
     @pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"num_images_per_prompt": 2}])
-    def test_rows_of_a_batch(self, made: Patch, pipe: Any, options: dict[str, Any]) -> None:
-        scaled: dict[float, list[Image.Image]] = {0.0: draw(pipe, **options)}
+    def test_rows_of_a_batch(self, patch: Patch, pipe: Any, options: dict[str, Any]) -> None:
+        scaled = {0.0: draw(pipe, **options)}
         for scale in (0.5, 1.0):
-            with made.apply(pipe, scale):
+            with patch.apply(pipe, scale):
                 scaled[scale] = draw(pipe, **options)
-        with gated(made, pipe, gate=by_table) as handle:
+        with gated(patch, pipe, gate=by_table) as handle:
             found = draw(pipe, **options)
         each = options.get("num_images_per_prompt", 1)
         for row, image in enumerate(found):
             scale = STRENGTHS[PROMPTS[row // each]]
-            assert difference([image], [scaled[scale][row]])[0] <= (0 if scale == 0 else 1)
-        assert difference(scaled[0.0], scaled[1.0]) != [0] * len(found)
+            assert difference([image], [scaled[scale][row]]) <= (0 if scale == 0 else 1)
+        assert difference(scaled[0.0], scaled[1.0]) > 0
         assert handle.values == STRENGTHS
 
-    def test_through_a_base_model(self, made: Patch, tiny_sd: Path) -> None:
-        base = load_base(tiny_sd, device="cpu")
+    @pytest.mark.parametrize("base_name", ["tiny_sd", "tiny_sdxl"])
+    def test_through_a_base_model(self, base_name: str, request: pytest.FixtureRequest) -> None:
+        folder = request.getfixturevalue(base_name)
+        made, base = trained(folder)[1], load_base(folder, device="cpu")
         before = base.generate(PROMPTS, SEEDS, steps=2)
         with made.apply(base.pipeline):
             after = base.generate(PROMPTS, SEEDS, steps=2)
+        assert Gate.of(made, base.pipeline)(["A painting in the style of Van Gogh"]) == 1
         with gated(made, base.pipeline, gate=by_table):
             found = base.generate(PROMPTS, SEEDS, steps=2)
-        assert difference(found[:1], before[:1]) == [0]
-        assert max(difference(found[2:], after[2:])) <= 1
-        assert base.generate(PROMPTS, SEEDS, steps=2)[2].tobytes() == before[2].tobytes()
+        assert difference(found[:1], before[:1]) == 0 and difference(found[2:], after[2:]) <= 1
+        assert difference(base.generate(PROMPTS, SEEDS, steps=2), before) == 0
 
     def test_embeddings_that_it_has_not_seen_made_are_drawn_at_the_full_scale(
-        self, made: Patch, pipe: Any
+        self, patch: Patch, pipe: Any
     ) -> None:
         own, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
         before = draw(pipe)
-        with made.apply(pipe):
-            full = draw(pipe, prompt=None, prompt_embeds=own)
-        with gated(made, pipe, gate=lambda prompts: torch.zeros(len(prompts))):
-            unseen = draw(pipe, prompt=None, prompt_embeds=own)
+        with patch.apply(pipe):
+            full = draw(pipe, None, prompt_embeds=own)
+        with gated(patch, pipe, gate=lambda prompts: torch.zeros(len(prompts))):
+            unseen = draw(pipe, None, prompt_embeds=own)
             seen, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
-            kept = draw(pipe, prompt=None, prompt_embeds=seen)
-        assert max(difference(unseen, full)) <= 1
-        assert difference(kept, before) == [0, 0, 0]
+            kept = draw(pipe, None, prompt_embeds=seen)
+        assert difference(unseen, full) <= 1 and difference(kept, before) == 0
 
-    def test_a_change_of_scale_multiplies(self, made: Patch, pipe: Any) -> None:
-        with made.apply(pipe, 0.25):
+    def test_a_change_of_scale_multiplies(self, patch: Patch, pipe: Any) -> None:
+        with patch.apply(pipe, 0.25):
             quarter = draw(pipe)
-        with gated(made, pipe, gate=by_table) as handle:
+        with gated(patch, pipe, gate=by_table) as handle:
             handle.applied.set_scale(0.5)
-            assert difference([draw(pipe)[1]], [quarter[1]])[0] <= 1
+            assert difference([draw(pipe)[1]], [quarter[1]]) <= 1
 
     @pytest.mark.parametrize("first", [0, 1])
-    def test_two_gates_come_out_in_any_order(self, made: Patch, pipe: Any, first: int) -> None:
-        before, pictures = _state(pipe), draw(pipe)
-        handles = [gated(made, pipe, gate=by_table), gated(made, pipe, adapter_name="again", gate=by_table)]
-        assert difference(draw(pipe)[:1], pictures[:1]) == [0]
+    def test_two_gates_come_out_in_any_order(self, patch: Patch, pipe: Any, first: int) -> None:
+        before, pictures = state(pipe), draw(pipe)
+        handles = [gated(patch, pipe, gate=by_table), gated(patch, pipe, adapter_name="again", gate=by_table)]
+        assert difference(draw(pipe)[:1], pictures[:1]) == 0
         handles[first].remove()
-        assert difference(draw(pipe)[:1], pictures[:1]) == [0]
+        assert difference(draw(pipe)[:1], pictures[:1]) == 0
         handles[1 - first].remove()
         handles[0].remove()
-        assert "encode_prompt" not in vars(pipe)
-        assert difference(draw(pipe), pictures) == [0, 0, 0]
-        _assert_same_state(_state(pipe), before)
+        assert difference(draw(pipe), pictures) == 0 and state(pipe) == before
 
-    def test_a_patch_of_the_text_encoder(self, of_text: Patch, pipe: Any) -> None:
+    def test_a_patch_of_the_text_encoder(self, text_patch: Patch, pipe: Any) -> None:
         def encode() -> tuple[Tensor, Tensor]:
+            against = ["a house by van gogh"] * 3
             found: tuple[Tensor, Tensor] = pipe.encode_prompt(
-                PROMPTS, "cpu", 1, True, negative_prompt=["a house by van gogh"] * 3
+                PROMPTS, "cpu", 1, True, negative_prompt=against
             )
             return found
 
         plain = encode()
-        with of_text.apply(pipe, 0.5):
+        with text_patch.apply(pipe, 0.5):
             half = encode()
-        with of_text.apply(pipe):
+        with text_patch.apply(pipe):
             whole = encode()
-        with gated(of_text, pipe, gate=by_table):
+        with gated(text_patch, pipe, gate=by_table):
             found, against = encode()
         assert torch.equal(found[0], plain[0][0])
         assert torch.allclose(found[1], half[0][1], atol=1e-5)
@@ -259,35 +201,20 @@ class TestApplied:
         assert torch.allclose(against, whole[1], atol=1e-5)
         assert not torch.allclose(plain[1], whole[1], atol=1e-2)
 
-    def test_with_two_text_encoders(self, tiny_sdxl: Path) -> None:
-        base, patch = trained(tiny_sdxl)
-        base = load_base(tiny_sdxl, device="cpu")
-        before = base.generate(PROMPTS, SEEDS, steps=2)
-        with patch.apply(base.pipeline):
-            after = base.generate(PROMPTS, SEEDS, steps=2)
-        assert Gate.of(patch, base.pipeline)(["A painting in the style of Van Gogh"]) == 1
-        with gated(patch, base.pipeline, gate=by_table):
-            found = base.generate(PROMPTS, SEEDS, steps=2)
-        assert difference(found[:1], before[:1]) == [0]
-        assert max(difference(found[2:], after[2:])) <= 1
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, patch: Patch) -> Callable[..., Any]:
+    monkeypatch.chdir(tmp_path)
+    patch.save("patch")
+    return lambda *words: CliRunner().invoke(cli, ["generate", *(str(word) for word in words)])
 
 
-class TestCommand:
-    @pytest.fixture
-    def run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: Patch) -> Callable[..., Any]:
-        monkeypatch.chdir(tmp_path)
-        made.save("patch")
-        return lambda *words: CliRunner().invoke(cli, ["generate", *(str(word) for word in words)])
-
-    def test_generate_gated(self, run: Callable[..., Any], tiny_sd: Path, tmp_path: Path) -> None:
-        words = ["--gated", "--patch", "patch", "--base", tiny_sd, "--count", 1, "--steps", 2]
-        result = run(*words, "--prompt", "a cat", "--prompt", "van gogh", "--save-images", "all")
-        assert result.exit_code == 0, result.output
-        assert "'Van Gogh' at 1.00 of its scale for 'van gogh'" in result.stderr
-        pictures = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()}
-        assert pictures["01-seed0-before.png"] != pictures["01-seed0-after.png"]
-
-    def test_it_needs_a_patch(self, run: Callable[..., Any]) -> None:
-        result = run("--gated", "--prompt", "a cat")
-        assert result.exit_code == 2
-        assert "no --patch is given" in result.stderr
+def test_generate_gated(run: Callable[..., Any], tiny_sd: Path, tmp_path: Path) -> None:
+    words = ["--gated", "--patch", "patch", "--base", tiny_sd, "--count", 1, "--steps", 2]
+    result = run(*words, "--prompt", "a cat", "--prompt", "van gogh", "--save-images", "all")
+    assert result.exit_code == 0, result.output
+    assert "'Van Gogh' at 1.00 of its scale for 'van gogh'" in result.stderr
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()}
+    assert pictures["01-seed0-before.png"] != pictures["01-seed0-after.png"]
+    result = run("--gated", "--prompt", "a cat")
+    assert result.exit_code == 2 and "no --patch is given" in result.stderr

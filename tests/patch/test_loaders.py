@@ -14,7 +14,7 @@ Their rules are facts of their sources, told here in tables of our own:
   encoders by ``LORA_CLIP_MAP``. The scale is ``alpha / rank``.
 
 What the weights of a real model are called is taken from ``recare_patch.patch.original_layout``,
-which diffusers' own converter bears out in ``tests/test_merging.py``.
+which diffusers' own converter bears out in ``tests/combine/test_merging.py``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from recare_patch.patch import formats
-from recare_patch.patch.original_layout import _unet_name
+from recare_patch.patch.kohya import to_kohya, write_kohya
+from recare_patch.patch.original_layout import unet_name
 from recare_patch.patch.patch import Patch
+from recare_patch.patch.reading import from_any
 
 UNETS: dict[str, dict[str, Any]] = {
     "SD 1.5": {"cross_attention_dim": 768, "attention_head_dim": 8},
@@ -62,16 +63,10 @@ A1111_MISSES = {
 RESNET = {
     "conv1": "in_layers_2",
     "conv2": "out_layers_3",
-    "norm1": "in_layers_0",
-    "norm2": "out_layers_0",
     "time_emb_proj": "emb_layers_1",
     "conv_shortcut": "skip_connection",
 }
-TEXT_PARTS = (
-    *(f"self_attn.{one}_proj" for one in ("q", "k", "v", "out")),
-    "mlp.fc1",
-    "mlp.fc2",
-)
+TEXT_PARTS = (*(f"self_attn.{one}_proj" for one in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 ENCODERS = {
     # Model → (component, layers, where A1111 has them, prefix of ComfyUI's weights).
     "SD 1.5": [("text_encoder", 12, "transformer_text_model_encoder_layers", "clip_l")],
@@ -83,23 +78,27 @@ ENCODERS = {
 }
 
 
+Real = tuple[str, dict[str, str]]
+
+
 @pytest.fixture(scope="module", params=UNETS)
-def real(request: pytest.FixtureRequest) -> tuple[str, UNet2DConditionModel, dict[str, str]]:
+def real(request: pytest.FixtureRequest) -> Real:
     """A real UNet made without weights: layer's name → its name in the original checkpoint, underscored."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNETS[request.param])
-    names = [n for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     original = {}
-    for name in names:
+    for name, module in unet.named_modules():
+        if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            continue
         if name.startswith("add_embedding."):
             found = f"label_emb.0.{2 * (int(name[-1]) - 1)}"
         else:
-            whole = _unet_name(f"{name}.weight", dict(unet.config))
+            whole = unet_name(f"{name}.weight", dict(unet.config))
             assert whole is not None, name
             found = whole.removeprefix("model.diffusion_model.").removesuffix(".weight")
         original[name] = found.replace(".", "_")
-    assert len(set(original.values())) == len(names) > 250
-    return request.param, unet, original
+    assert len(set(original.values())) == len(original) > 250
+    return request.param, original
 
 
 def made_of(names: list[str]) -> Patch:
@@ -109,12 +108,9 @@ def made_of(names: list[str]) -> Patch:
 
 def kohya_names(patch: Patch) -> dict[str, str]:
     """Layer's full name → what it is called in our kohya file."""
-    written, _ = formats.to_kohya(patch)
+    written, _ = to_kohya(patch)
     short = list(dict.fromkeys(key.split(".")[0] for key in written))
     return dict(zip(patch.modules, short, strict=True))
-
-
-# ------------------------------------------------------------------------ A1111
 
 
 def a1111_unet(name: str, modules: set[str]) -> str | None:
@@ -166,8 +162,8 @@ def a1111_text(name: str, modules: set[str], *, sd2: bool) -> str | None:
     return next((one for one in tries if one in modules), None)
 
 
-def test_a1111_finds_the_unets_layers(real: tuple[str, UNet2DConditionModel, dict[str, str]]) -> None:
-    model, _, original = real
+def test_a1111_finds_the_unets_layers(real: Real) -> None:
+    model, original = real
     names = kohya_names(made_of([f"unet.{name}" for name in original]))
     modules = set(original.values())
     found = {name: a1111_unet(names[f"unet.{name}"], modules) for name in original}
@@ -208,9 +204,6 @@ def test_a1111_finds_the_text_encoders_layers(model: str) -> None:
     assert found == expected
 
 
-# ------------------------------------------------------------------------ ComfyUI
-
-
 def comfy_unet(original: dict[str, str]) -> dict[str, str]:
     """Every name that ComfyUI knows for a UNet's layers → the layer's original name."""
     listed = {
@@ -242,8 +235,8 @@ def comfy_unet(original: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def test_comfyui_finds_the_unets_layers(real: tuple[str, UNet2DConditionModel, dict[str, str]]) -> None:
-    _, _, original = real
+def test_comfyui_finds_the_unets_layers(real: Real) -> None:
+    _, original = real
     names = kohya_names(made_of([f"unet.{name}" for name in original]))
     known = comfy_unet(original)
     assert {name: known.get(names[f"unet.{name}"]) for name in original} == original
@@ -267,21 +260,16 @@ def test_comfyui_finds_the_text_encoders_layers(model: str) -> None:
     assert {name: known.get(names[name]) for name in full} == expected
 
 
-# ------------------------------------------------------------------------ the other way, and the scale
-
-
-def test_names_of_both_tools_are_read(
-    real: tuple[str, UNet2DConditionModel, dict[str, str]], tmp_path: Path
-) -> None:
+def test_names_of_both_tools_are_read(real: Real, tmp_path: Path) -> None:
     """diffusers' names in kohya's spelling, and the original ones, are the same layers."""
-    _, _, original = real
+    _, original = real
     for prefix_of in (lambda name: name.replace(".", "_"), lambda name: original[name]):
         tensors = {}
         for name in original:
             short = f"lora_unet_{prefix_of(name)}"
             tensors |= {f"{short}.lora_{side}.weight": torch.ones(1, 1) for side in ("down", "up")}
         save_file(tensors, tmp_path / "x.safetensors")
-        read = formats.from_any(tmp_path / "x.safetensors")
+        read = from_any(tmp_path / "x.safetensors")
         assert set(read.modules) == {f"unet.{name}" for name in original}
 
 
@@ -298,9 +286,9 @@ def test_the_scale_is_the_same_everywhere(alpha: torch.Tensor, tmp_path: Path) -
         tmp_path / "x.safetensors",
     )
     wanted = up @ down * (4 / 8)
-    patch = formats.from_any(tmp_path / "x.safetensors")
+    patch = from_any(tmp_path / "x.safetensors")
     assert torch.allclose(patch.update("unet.mid_block.attentions.0.proj_in"), wanted, atol=1e-6)
-    again = load_file(formats.write_kohya(patch, tmp_path / "y.safetensors", dtype=torch.float32))
+    again = load_file(write_kohya(patch, tmp_path / "y.safetensors", dtype=torch.float32))
     rank = again[f"{short}.lora_down.weight"].shape[0]
     scale = again[f"{short}.alpha"].item() / rank
     assert again[f"{short}.alpha"].is_floating_point() and scale == 1

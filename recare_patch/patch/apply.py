@@ -1,0 +1,273 @@
+"""Patches in use: what can be used together, and a patch in a pipeline, taken out without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import numbers
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from recare_patch.core import IncompatiblePatchError, PatchError
+from recare_patch.models import (
+    DENOISERS,
+    TEXT_ENCODERS,
+    in_words,
+    kept_requires_grad,
+    named_tuner_layers,
+    networks,
+    remove_adapter,
+    settle_adapter,
+    tuner_layers,
+)
+from recare_patch.patch.metadata import PatchMetadata
+from recare_patch.patch.patch import Patch, concept_name, in_figures
+
+logger = logging.getLogger(__name__)
+
+
+class AppliedPatch:
+    """A patch in a pipeline; as a context manager it takes the patch out at its end.
+
+    diffusers loads the patch, network by network. Its ``load_lora_weights`` would warn of every network
+    that gets nothing, and its ``set_adapters`` puts every other LoRA back to the weight 1.
+
+    Attributes:
+        patch: what was applied.
+        pipe: where.
+        adapter_name: how the pipeline calls it.
+        scale: its strength.
+    """
+
+    def __init__(self, patch: Patch, pipe: Any, scale: float = 1.0, adapter_name: str | None = None) -> None:
+        """See :meth:`Patch.apply`."""
+        parts = networks(pipe)
+        for part in patch.components:
+            loader = f"load_lora_into_{'text_encoder' if part in TEXT_ENCODERS else part}"
+            if part not in parts or not hasattr(pipe, loader):
+                raise IncompatiblePatchError(
+                    f"patch {patch.name} does not fit a {type(pipe).__name__}: it has no {in_words(part)} "
+                    "that takes LoRAs"
+                )
+        _check_strength(scale, "a patch")
+        patch.check_shapes(parts, f"this {type(pipe).__name__}")
+        self.patch, self.pipe = patch, pipe
+        self.adapter_name = _adapter_name(patch, parts, adapter_name)
+        self._networks = {part: parts[part] for part in patch.components}
+        self._was_off: list[tuple[Any, list[str]]] = []
+        with contextlib.ExitStack() as kept:
+            for network in self._networks.values():
+                kept.enter_context(_kept_flags(network))
+            before = {part: _states(network) for part, network in self._networks.items()}
+            try:
+                for part, network in self._networks.items():
+                    self._load(part, network)
+            except Exception as fault:
+                for part, network in self._networks.items():
+                    remove_adapter(network, self.adapter_name)
+                    _restore(before[part])
+                reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+                raise IncompatiblePatchError(
+                    f"patch {patch.name} could not be loaded into this {type(pipe).__name__}: {reason}"
+                ) from fault
+            for part, network in self._networks.items():
+                self._switch_on(network, before[part])
+        self.set_scale(scale)
+
+    def _load(self, part: str, network: nn.Module) -> None:
+        others = [one for name, one in networks(self.pipe).items() if name != part]
+        # diffusers takes a pipeline for offloaded, and offloads it anew, where one of its networks is.
+        alone = hasattr(network, "_hf_hook") and not any(hasattr(one, "_hf_hook") for one in others)
+        tensors = {key: one for key, one in self.patch.tensors.items() if key.startswith(f"{part}.")}
+        common = {"adapter_name": self.adapter_name, "_pipeline": None if alone else self.pipe}
+        # The text encoder's loader draws a start before it loads: keep the global generator's state.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            if part in TEXT_ENCODERS:
+                self.pipe.load_lora_into_text_encoder(tensors, None, network, prefix=part, **common)
+            else:
+                loader: Any = network
+                loader.load_lora_adapter(tensors, prefix=part, low_cpu_mem_usage=True, **common)
+        if alone:
+            # The values went where the network's own are kept: nowhere, for now.
+            settle_adapter(network, self.adapter_name)
+            with torch.no_grad():
+                for name, layer in self._layers({part: network}):
+                    for side, factor in zip(
+                        (layer.lora_A, layer.lora_B), self.patch.factors(name), strict=True
+                    ):
+                        side[self.adapter_name].weight.copy_(factor)
+
+    def _layers(self, parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+        return ((name, one) for name, one in named_tuner_layers(parts) if self.adapter_name in one.lora_A)
+
+    def _switch_on(self, network: nn.Module, before: list[tuple[Any, list[str], bool]]) -> None:
+        """Let the patch be heard beside what is on, and nothing else."""
+        name = self.adapter_name
+        known = {id(layer): (active, off) for layer, active, off in before}
+        # Every layer lists all active adapters, also those it does not hold: diffusers asks the first.
+        active_elsewhere = next((active for _, active, off in before if not off), [])
+        for _, layer in tuner_layers(network):
+            active, was_off = known.get(id(layer), (active_elsewhere, False))
+            if was_off:
+                # LoRAs that the user had switched off stay silent while the patch is on.
+                self._was_off.append((layer, active))
+                active = []
+            layer.set_adapter([*active, name], inference_mode=True)
+            if name in layer.lora_A:
+                layer.enable_adapters(True)
+                layer.lora_A[name].requires_grad_(False)
+                layer.lora_B[name].requires_grad_(False)
+
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline still holds the patch."""
+        return any(True for _ in self._layers(self._networks))
+
+    def set_scale(self, scale: float) -> None:
+        """Change the patch's strength.
+
+        Raises:
+            PatchError: the scale is no finite number.
+        """
+        _check_strength(scale, "a patch")
+        for _, layer in self._layers(self._networks):
+            layer.set_scale(self.adapter_name, float(scale))
+        self.scale = float(scale)
+
+    def remove(self) -> None:
+        """Take the patch out; the pipeline is then what it was. Removing twice does nothing."""
+        for network in self._networks.values():
+            remove_adapter(network, self.adapter_name)
+            with kept_requires_grad(network):
+                present = {id(layer) for _, layer in tuner_layers(network)}
+                _restore([(layer, active, True) for layer, active in self._was_off if id(layer) in present])
+        self._was_off = []
+
+    def __enter__(self) -> AppliedPatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _adapter_name(patch: Patch, parts: Mapping[str, nn.Module], wanted: str | None) -> str:
+    taken = {name for network in parts.values() for name in getattr(network, "peft_config", {})}
+    if wanted is not None:
+        if wanted in taken:
+            raise PatchError(f"the pipeline already holds an adapter named '{wanted}'")
+        if not isinstance(wanted, str) or not wanted or "." in wanted:
+            raise PatchError(f"'{wanted}' cannot name an adapter: it must be text without dots")
+        return wanted
+    stem = concept_name(patch.metadata.concept if patch.metadata else Path(patch.source).stem)
+    number, name = 2, stem
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    return name
+
+
+def _check_strength(scale: object, whose: str) -> None:
+    """Refuse a scale that is no finite number, whatever it is instead."""
+    number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    # Not isfinite: it stumbles over whole numbers that no float holds.
+    if not (number and -sys.float_info.max <= scale <= sys.float_info.max):  # type: ignore[operator]
+        given = f"{scale!r:.40}" if isinstance(scale, str | float | None) else f"a {type(scale).__name__}"
+        raise PatchError(f"the scale of {whose} must be a finite number, got {given}")
+
+
+@contextlib.contextmanager
+def _kept_flags(network: nn.Module) -> Iterator[None]:
+    """Loading switches gradients, and puts a text encoder into evaluation mode: put all back as it was."""
+    modes = {id(module): module.training for module in network.modules()}
+    try:
+        with kept_requires_grad(network):
+            yield
+    finally:
+        for module in network.modules():
+            module.training = modes.get(id(module), network.training)
+
+
+def _states(network: nn.Module) -> list[tuple[Any, list[str], bool]]:
+    return [(one, list(one.active_adapters), bool(one.disable_adapters)) for _, one in tuner_layers(network)]
+
+
+def _restore(before: list[tuple[Any, list[str], bool]]) -> None:
+    for layer, active, off in before:
+        layer.set_adapter(active)
+        layer.enable_adapters(not off)
+
+
+@contextlib.contextmanager
+def apply_all(pipe: Any, patches: Sequence[tuple[Patch, float]]) -> Iterator[tuple[AppliedPatch, ...]]:
+    """Put several patches, each with its scale, into a pipeline at once, and take them out at the end.
+
+    Raises:
+        PatchError, IncompatiblePatchError: as :func:`check_together`, before the pipeline is touched, and
+            as :meth:`Patch.apply`, with the pipeline as it was.
+    """
+    if patches:
+        check_together(patches)
+    with contextlib.ExitStack() as applied:
+        yield tuple(applied.enter_context(patch.apply(pipe, scale)) for patch, scale in patches)
+
+
+def check_together(patches: Sequence[tuple[Patch, float]]) -> PatchMetadata | None:
+    """Refuse patches that cannot be used as one: of different bases or shapes, or with odd scales.
+
+    Only networks that both change are compared: a patch for a text encoder belongs to every base that
+    has this encoder, whatever denoiser it was made with.
+
+    Returns:
+        What the patches say of the base they were made for, the first of them for a start; ``None`` if
+        none does.
+
+    Raises:
+        PatchError: there are none, or a scale is not finite.
+        IncompatiblePatchError: two were made for different base models.
+    """
+    if not patches:
+        raise PatchError("no patch was given, and at least one is needed")
+    for patch, scale in patches:
+        _check_strength(scale, f"patch {patch.name}")
+    told: dict[str, PatchMetadata] = {}
+    shapes: dict[str, Patch] = {}
+    for patch, _ in patches:
+        if patch.metadata is None:
+            logger.warning(
+                "%s does not say what base it was made for: whether it belongs to these weights is unknown",
+                patch.name,
+            )
+        else:
+            for part in patch.components:
+                _check_same_base(told.setdefault(part, patch.metadata), patch.metadata, part)
+        for module in patch.modules:
+            other = shapes.setdefault(module, patch)
+            one, two = other.mapping(module), patch.mapping(module)
+            if one != two:
+                raise IncompatiblePatchError(
+                    f"patches {other.name} and {patch.name} do not fit each other: module '{module}' maps "
+                    f"{in_figures(one)} in one, and {in_figures(two)} in the other"
+                )
+    if not told:
+        return None
+    # Of the patches that change the denoiser where there are any: the others ask for no certain one.
+    found = next((told[part] for part in DENOISERS if part in told), next(iter(told.values())))
+    hashes = {part: one.component_hash(part) for part, one in told.items() if part in TEXT_ENCODERS}
+    encoders = {part: digest for part, digest in hashes.items() if digest}
+    return found.model_copy(update={"base_text_encoders_sha256": encoders or None})
+
+
+def _check_same_base(one: PatchMetadata, other: PatchMetadata, part: str) -> None:
+    if one.component_hash(part) == other.component_hash(part):
+        return
+    second = f"other weights called '{other.base}'" if one.base == other.base else f"'{other.base}'"
+    raise IncompatiblePatchError(
+        f"patch '{one.concept}' was made for base '{one.base}' and patch '{other.concept}' for {second}: "
+        "patches of one base only can be used as one"
+    )

@@ -1,0 +1,213 @@
+"""Other tools' LoRA files, read in any of the common shapes.
+
+*diffusers* names whole modules, ``unet.<module>.lora_A.weight`` today and ``….lora.down.weight`` or
+``….processor.to_q_lora.down.weight`` in older files, and keeps no alpha among its tensors. *PEFT* prefixes
+``base_model.model.`` and keeps alpha in a file beside the weights. *kohya*: see ``kohya.py``. diffusers' own
+reader (``lora_state_dict``) lacks Stable Diffusion 1.x's original names and SDXL's ``add_embedding``, and
+makes something up for a name that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from recare_patch.core import PatchError, SafetensorsHeader, file_sha256, read_safetensors_header
+from recare_patch.models import COMPONENTS, full_name, split_name
+from recare_patch.patch.folder import weights_file
+from recare_patch.patch.kohya import RANKS_KEY, resolver, table_in
+from recare_patch.patch.metadata import PatchMetadata
+from recare_patch.patch.patch import SCALES_KEY, Patch, check_finite, checked_pair, load_numbers
+
+logger = logging.getLogger(__name__)
+
+_PEFT_CONFIG = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+_KOHYA_KEY = re.compile(r"(?P<name>lora_(?:unet|te[12]?)_[^.]*)\.(?:lora_(?P<side>down|up)\.weight|alpha)")
+_SIDES = {"A": "A", "down": "A", "B": "B", "up": "B", None: "alpha"}
+_KEYS = (
+    re.compile(r"(?P<name>.+)\.lora_(?P<side>A|B|down|up)(?:\.(?!weight)\w+)?\.weight"),
+    re.compile(r"(?P<name>.+?)(?P<kind>_lora|\.lora|\.lora_linear_layer)\.(?P<side>down|up)\.weight"),
+    re.compile(r"(?P<name>.+?)(?P<kind>_lora|\.lora|\.lora_linear_layer)?\.alpha"),
+)
+_OTHER_KINDS = {
+    "hada_": "a LoHa",
+    "lokr_": "a LoKr",
+    "dora_scale": "a DoRA",
+    "lora_magnitude_vector": "a DoRA",
+    "lora_mid": "a LoRA with a third, middle factor",
+    "oft_": "an OFT",
+    ".diff": "a file of whole weights",
+    "w_norm": "a file of whole weights",
+    ".a1.weight": "a GLoRA",
+    "on_input": "an IA3",
+    "emb_params": "a textual inversion",
+}
+
+
+def from_any(path: str | Path, modules: Iterable[str] | None = None) -> Patch:
+    """Read a LoRA of any common shape as a patch: diffusers' of any age, PEFT's, kohya's.
+
+    A module without an alpha is taken to have alpha = rank, as every loader takes it.
+
+    Args:
+        path: a safetensors file, or a folder that holds one.
+        modules: names of the denoiser's modules, to resolve kohya's against; without them the grammar of
+            diffusers' UNets does it.
+
+    Raises:
+        PatchError: it is missing, a pickle, damaged, of another kind (LoHa, LoKr, DoRA, …), of mixed
+            shape, or its tensors are not complete, finite pairs.
+        IncompatiblePatchError: a name fits none of ``modules``.
+    """
+    file, source = weights_file(Path(path).expanduser(), of_any_tool=True), str(path)
+    header = read_safetensors_header(file)
+    shape = _shape_of(header, source)
+    stored = load_numbers(file, header, source)
+    check_finite(stored, source)
+    parts, kept = _sorted(stored, shape, header.metadata, modules, source)
+    pairs = {name: checked_pair(part, name, source) for name, part in parts.items()}
+    scales = _scales_beside(file, header, shape, {name: len(a) for name, (a, _) in pairs.items()}, source)
+    for name, part in parts.items():
+        if "alpha" in part:
+            if part["alpha"].numel() != 1:
+                told = tuple(part["alpha"].shape)
+                raise PatchError(f"{source} has an alpha of shape {told} for '{name}': it must be one number")
+            scales[name] = float(part["alpha"].item()) / len(part["A"])
+    # One dtype throughout: a scale such as 1/3 would be rounded twice in half precision.
+    plain = all(scale == 1 for scale in scales.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in pairs.items():
+        rank = kept.get(name, len(a))
+        if rank > len(a):
+            raise PatchError(
+                f"{source} has a malformed header entry '{RANKS_KEY}': '{name}' has rank {len(a)}, not {rank}"
+            )
+        a, b = a[:rank].contiguous(), b[:, :rank].contiguous()
+        tensors[f"{name}.lora_A.weight"] = a if plain else a.float()
+        tensors[f"{name}.lora_B.weight"] = b if plain else b.float() * scales[name]
+    metadata = PatchMetadata.from_header(header.metadata, source)
+    return Patch(tensors, metadata, source, file_sha256(file), shape, {} if metadata else header.metadata)
+
+
+def _sorted(
+    stored: Mapping[str, Tensor],
+    shape: str,
+    header: Mapping[str, str],
+    modules: Iterable[str] | None,
+    source: str,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    """Whole name → side or "alpha" → tensor, and the ranks before padding where our own file tells them."""
+    resolve = resolver(modules, header, source)
+    ranks = table_in(header, RANKS_KEY, lambda _, rank: type(rank) is int and rank > 0, source)
+    parts: dict[str, dict[str, Tensor]] = {}
+    kept: dict[str, int] = {}
+    for key, tensor in stored.items():
+        forms = (_KOHYA_KEY,) if shape == "kohya" else _KEYS
+        found = next((match.groupdict() for form in forms if (match := form.fullmatch(key))), None)
+        name = found and (resolve(found["name"]) if shape == "kohya" else _whole_name(key, found, source))
+        if not found or not name:
+            raise PatchError(
+                f"{source} has a tensor '{key}' that belongs to no LoRA of a Stable Diffusion model"
+            )
+        side = _SIDES[found.get("side")]
+        if side in parts.setdefault(name, {}):
+            raise PatchError(f"{source} holds the {side} of '{name}' twice, under two names")
+        parts[name][side] = tensor
+        if shape == "kohya" and found["name"] in ranks:
+            kept[name] = ranks[found["name"]]
+    return parts, kept
+
+
+def _shape_of(header: SafetensorsHeader, source: str) -> str:
+    """Tell the shape by the keys, before any tensor is read; other kinds are named and refused."""
+    seen: dict[str, str] = {}
+    for key in header.tensors:
+        for mark, kind in _OTHER_KINDS.items():
+            if mark in key:
+                raise PatchError(f"{source} is {kind}, by its tensor '{key}': only plain LoRAs are read")
+        peft = "peft" if key.startswith(_PEFT_PREFIX) else "diffusers"
+        seen.setdefault("kohya" if key.startswith("lora_") else peft, key)
+    if len(seen) > 1:
+        listed = " and ".join(f"{shape} ('{key}')" for shape, key in sorted(seen.items()))
+        raise PatchError(f"{source} mixes the shapes of several tools: {listed}")
+    return next(iter(seen), "diffusers")
+
+
+def _whole_name(key: str, found: Mapping[str, str], source: str) -> str | None:
+    """``<component>.<module>`` of a diffusers or PEFT key."""
+    name = found["name"].removeprefix(_PEFT_PREFIX)
+    component, _, module = name.partition(".")
+    if component in ("text_encoder_3", "diffusion_model"):
+        raise PatchError(
+            f"{source} has a tensor '{key}' of a '{component}': LoRAs for a UNet and its text encoders "
+            "are read"
+        )
+    if component not in COMPONENTS:
+        text = name.startswith(("text_model.", "encoder.layers."))
+        component, module = ("text_encoder" if text else "unet"), name
+    old = found.get("kind") == "_lora"
+    if component == "unet":
+        if old or ".processor." in module:
+            module = module.replace(".processor.", ".")
+            module += ".0" if module.endswith(".to_out") else ""
+    elif old:
+        module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
+    return full_name(component, module) if module else None
+
+
+def _scales_beside(
+    file: Path, header: SafetensorsHeader, shape: str, ranks: Mapping[str, int], source: str
+) -> dict[str, float]:
+    """The scales of modules that have no alpha among the tensors: from PEFT's settings, or 1."""
+    text: str | bytes = "{}"
+    where = f"header entry '{SCALES_KEY}'" if shape == "diffusers" else _PEFT_CONFIG
+    try:
+        if shape == "peft":
+            text = (file.parent / _PEFT_CONFIG).read_bytes()
+        elif shape == "diffusers":
+            text = header.metadata.get(SCALES_KEY, text)
+    except FileNotFoundError:
+        logger.warning("%s has no %s beside it: alpha is taken to be the rank", source, _PEFT_CONFIG)
+    except OSError as fault:
+        raise PatchError(f"cannot read {_PEFT_CONFIG} of {source}: {fault.strerror}") from fault
+    return stored_scales(text, where, ranks, source)
+
+
+def stored_scales(text: str | bytes, where: str, ranks: Mapping[str, int], source: str) -> dict[str, float]:
+    """The scales of modules of these ranks, as PEFT's settings have them.
+
+    Raises:
+        PatchError: they are malformed, or those of a DoRA.
+    """
+    try:
+        config = json.loads(text)
+        if any(key.rpartition(".")[2] == "use_dora" and value for key, value in config.items()):
+            raise PatchError(f"{source} is a DoRA, by its {where}: only plain LoRAs are read")
+        return {name: _scale(config, name, rank) for name, rank in ranks.items()}
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        raise PatchError(f"{source} has a malformed {where}") from None
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    component, module = split_name(name)
+    # diffusers writes the component before each setting, PEFT does not.
+    own = {key.removeprefix(f"{component}."): value for key, value in config.items()}
+    alpha = own.get("lora_alpha")
+    for pattern, value in reversed((own.get("alpha_pattern") or {}).items()):
+        if not re.fullmatch(r"\^?[\w.\\]+\$?", pattern):
+            raise ValueError("only plain names are read")
+        if f".{module}".endswith("." + pattern.strip("^$").replace("\\", "")):
+            alpha = value
+    if alpha is None:
+        return 1.0
+    if isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise ValueError("an alpha is a finite number")
+    return float(alpha) / (math.sqrt(rank) if own.get("use_rslora") else rank)

@@ -1,0 +1,193 @@
+"""A patch in a pipeline: as strong as asked beside what is on, and taken out without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+from recare_patch.combine.stacking import stack
+from recare_patch.core.errors import IncompatiblePatchError, PatchError
+from recare_patch.patch.apply import apply_all
+from recare_patch.patch.patch import Patch
+from tests.patch.making import difference, draw, plain, state, trained
+from tests.tiny import make_tiny_sd
+
+
+@pytest.mark.parametrize("kind", ["patch", "text_patch", "both"])
+def test_it_leaves_no_trace(kind: str, pipe: Any, request: pytest.FixtureRequest) -> None:
+    patch = request.getfixturevalue(kind)
+    pipe.text_encoder.train()
+    flags = {name: p.requires_grad for name, p in pipe.unet.named_parameters()}
+    before, pictures = state(pipe), draw(pipe)
+    with patch.apply(pipe) as applied:
+        assert applied.active and difference(draw(pipe), pictures) > 20
+        found = {n.replace(".base_layer", ""): p.requires_grad for n, p in pipe.unet.named_parameters()}
+        assert {name: flag for name, flag in found.items() if ".lora_" not in name} == flags
+        assert not any(flag for name, flag in found.items() if ".lora_" in name)
+        applied.set_scale(0.0)
+        assert difference(draw(pipe), pictures) == 0
+    assert not applied.active and state(pipe) == before
+    assert difference(draw(pipe), pictures) == 0
+    applied.remove()
+    with pytest.raises(RuntimeError, match="inside"), patch.apply(pipe):
+        raise RuntimeError("inside")
+    assert state(pipe) == before and difference(draw(pipe), pictures) == 0
+
+
+def test_scale(patch: Patch, pipe: Any, tiny_sd: Path) -> None:
+    with patch.apply(pipe, scale=0.0) as applied:
+        applied.set_scale(0.4)
+        ours = draw(pipe)
+        for bad in (float("nan"), float("inf"), "0.4", None, True, 10**400):
+            with pytest.raises(PatchError, match="finite"):
+                applied.set_scale(bad)  # type: ignore[arg-type]
+            with pytest.raises(PatchError, match="finite"):
+                patch.apply(pipe, scale=bad)  # type: ignore[arg-type]
+    pipe.load_lora_weights(dict(patch.tensors), adapter_name="x")
+    pipe.set_adapters(["x"], [0.4])
+    assert difference(ours, draw(pipe)) <= 1
+
+
+class TestBesideOthers:
+    def test_loaded_adapters_stay_on_at_their_weights(self, patch: Patch, pipe: Any, tiny_sd: Path) -> None:
+        _, first = trained(tiny_sd, layers="attention", rank=4, alpha=1.0, seed=1)
+        _, second = trained(tiny_sd, layers="cross-attention-kv", rank=1, alpha=1.0, seed=2)
+        pipe.load_lora_weights(dict(first.tensors), adapter_name="first")
+        pipe.load_lora_weights(dict(second.tensors), adapter_name="second")
+        pipe.set_adapters(["first"], [0.7])
+        before, pictures = state(pipe), draw(pipe)
+        with patch.apply(pipe, scale=0.5):
+            ours = draw(pipe)
+            assert sorted(pipe.get_active_adapters()) == ["erase-van-gogh", "first"]
+        assert state(pipe) == before and difference(draw(pipe), pictures) == 0
+        pipe.load_lora_weights(dict(patch.tensors), adapter_name="patch")
+        pipe.set_adapters(["first", "patch"], [0.7, 0.5])
+        assert difference(ours, draw(pipe)) <= 1 and difference(ours, pictures) > 20
+
+    def test_in_the_text_encoder(self, text_patch: Patch, pipe: Any, tiny_sd: Path) -> None:
+        _, other = trained(tiny_sd, layers="text-encoder", seed=4)
+        pipe.load_lora_weights(dict(other.tensors), adapter_name="other")
+        before, pictures = state(pipe), draw(pipe)
+        with text_patch.apply(pipe):
+            ours = draw(pipe)
+        assert state(pipe) == before and difference(draw(pipe), pictures) == 0
+        pipe.load_lora_weights(dict(text_patch.tensors), adapter_name="patch")
+        pipe.set_adapters(["other", "patch"])
+        assert difference(ours, draw(pipe)) <= 1
+
+    def test_adapters_that_were_switched_off_stay_silent(
+        self, patch: Patch, pipe: Any, tiny_sd: Path
+    ) -> None:
+        with patch.apply(pipe):
+            alone = draw(pipe)
+        _, other = trained(tiny_sd, layers="attention", seed=1)
+        pipe.load_lora_weights(dict(other.tensors), adapter_name="other")
+        with_other = draw(pipe)
+        pipe.disable_lora()
+        before, pictures = state(pipe), draw(pipe)
+        with patch.apply(pipe):
+            assert difference(draw(pipe), alone) <= 1
+        assert state(pipe) == before and difference(draw(pipe), pictures) == 0
+        pipe.enable_lora()
+        assert difference(draw(pipe), with_other) == 0
+
+    def test_two_patches_leave_in_any_order(self, patch: Patch, pipe: Any, tiny_sd: Path) -> None:
+        _, other = trained(tiny_sd, layers="self-attention", seed=3)
+        before = state(pipe)
+        with other.apply(pipe):
+            only_other = draw(pipe)
+        first, second = patch.apply(pipe), other.apply(pipe)
+        assert (first.adapter_name, second.adapter_name) == ("erase-van-gogh", "erase-van-gogh-2")
+        first.remove()
+        assert difference(draw(pipe), only_other) <= 1
+        second.remove()
+        assert state(pipe) == before
+
+    def test_several_at_once(
+        self, patch: Patch, text_patch: Patch, pipe: Any, tiny_sd: Path, tiny_sd_v: Path
+    ) -> None:
+        _, mine = trained(tiny_sd, layers="attention", rank=4, alpha=1.0, seed=1)
+        pipe.load_lora_weights(dict(mine.tensors), adapter_name="mine")
+        before = state(pipe)
+        with patch.apply(pipe, 0.5), text_patch.apply(pipe, -1.0):
+            one_by_one = draw(pipe)
+        with apply_all(pipe, [(patch, 0.5), (text_patch, -1.0)]) as applied:
+            assert [one.scale for one in applied] == [0.5, -1.0]
+            assert difference(draw(pipe), one_by_one) == 0
+        assert state(pipe) == before
+        foreign = trained(tiny_sd_v)[1]
+        for wrong, told in ((foreign, 1.0), "one base only"), ((patch, float("nan")), "finite"):
+            with (
+                pytest.raises((PatchError, IncompatiblePatchError), match=told),
+                apply_all(pipe, [(patch, 1.0), wrong]),
+            ):
+                raise AssertionError("nothing is applied")
+            assert state(pipe) == before
+
+    def test_only_what_both_change_must_be_of_one_base(
+        self, text_patch: Patch, tiny_sd_v: Path, tmp_path: Path
+    ) -> None:
+        _, other = trained(make_tiny_sd(tmp_path / "tiny-other", seed=7))
+        together = stack([(text_patch, 1.0), (other, 1.0)]).metadata
+        assert together is not None and other.metadata is not None
+        assert together.base_denoiser_sha256 == other.metadata.base_denoiser_sha256
+        assert together.base == other.metadata.base
+        with pytest.raises(IncompatiblePatchError, match="of one base only"):
+            stack([(text_patch, 1.0), (trained(tiny_sd_v, layers="text-encoder")[1], 1.0)])
+
+
+def test_names(patch: Patch, pipe: Any) -> None:
+    with patch.apply(pipe, adapter_name="mine"):
+        with pytest.raises(PatchError, match="already holds an adapter named 'mine'"):
+            patch.apply(pipe, adapter_name="mine")
+        for unusable in ("a.b", "", 3):
+            with pytest.raises(PatchError, match="without dots"):
+                patch.apply(pipe, adapter_name=unusable)  # type: ignore[arg-type]
+    with Patch(patch.tensors, source="a/other.safetensors").apply(pipe) as applied:
+        assert applied.adapter_name == "erase-other"
+    # Concepts whose names PyTorch's module dictionaries reserve.
+    assert patch.metadata is not None
+    for text in ("type", "keys", "東京"):
+        odd = Patch(patch.tensors, patch.metadata.model_copy(update={"concept": text}))
+        with odd.apply(pipe):
+            pass
+
+
+@pytest.mark.parametrize("other", ["tiny_sd_v", "wider"])
+def test_another_base_is_refused_untouched(
+    other: str, patch: Patch, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    wider = other == "wider"
+    foreign = plain(make_tiny_sd(tmp_path / "w", width=64) if wider else request.getfixturevalue(other))
+    renamed = {key.replace("mid_block.", "middle."): tensor for key, tensor in patch.tensors.items()}
+    before = state(foreign)
+    for made, told in (
+        (patch, r"made for base 'tiny-sd'.*maps 32 to"),
+        (Patch(renamed, patch.metadata), r"4 of its 16 modules are not in it, first 'unet.middle"),
+    ):
+        with pytest.raises(IncompatiblePatchError, match=told) as caught:
+            made.apply(foreign)
+        assert "\n" not in str(caught.value) and state(foreign) == before
+    with pytest.raises(IncompatiblePatchError, match="a str"):
+        patch.apply("pipe")
+
+
+@pytest.mark.parametrize("fails", ["unet", "text_encoder"])
+def test_a_failure_while_loading_is_undone(
+    fails: str, both: Patch, pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a fault\nof many lines")
+
+    before, pictures = state(pipe), draw(pipe)
+    if fails == "unet":
+        monkeypatch.setattr(peft, "set_peft_model_state_dict", fail)
+    else:
+        monkeypatch.setattr(type(pipe.text_encoder), "load_adapter", fail)
+    with pytest.raises(IncompatiblePatchError, match="a fault") as caught:
+        both.apply(pipe)
+    assert "\n" not in str(caught.value)
+    assert state(pipe) == before and difference(draw(pipe), pictures) == 0
