@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -27,7 +26,7 @@ def methods(name: str | None, as_json: bool) -> None:
     figures = measured()
     if as_json:
         facts = {
-            key: {**asdict(info), "defaults": dict(info.defaults), "measured": figures.get(key, {})}
+            key: {**info.as_data(key), "measured": figures.get(key, {})}
             for key, info in chosen.items()
         }
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))

@@ -10,7 +10,7 @@ from click.testing import Result
 
 from recare_patch.patch.patch import Patch
 from tests.cli.conftest import Stage
-from tests.contracts.test_methods import SMALL
+from tests.erasure.making import SMALL
 
 Invoke = Callable[..., Result]
 
