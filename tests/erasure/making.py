@@ -88,3 +88,21 @@ def disturb(base: BaseModel, size: float = 0.3) -> None:
             for parameter in network.parameters():
                 if parameter.requires_grad:
                     parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+
+
+class Killed(BaseException):
+    """A run that ends in the middle."""
+
+
+class Killer:
+    """Ends a run at the n-th report of its progress."""
+
+    def __init__(self, at: float) -> None:
+        self.left, self.seen = at, 0
+
+    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
+        if stage == "preview":
+            return
+        self.seen += 1
+        if self.seen == self.left:
+            raise Killed
