@@ -34,8 +34,10 @@ def command(
     (about / "entry_points.txt").write_text("[recare_patch.methods]\nthrow-away = throwaway:ThrowAway\n")
     paths = [str(site), str(Path(__file__).parents[2])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    run = ["--concept", "Van Gogh", "--method", "throw-away", "--base", tiny_sd, "--clip", tiny_clip]
-    run += [part for key, value in SHORT.items() for part in ("--set", f"{key}={value}")]
+    run = ["--concept", "Van Gogh", "--base", tiny_sd, "--set", "method=throw-away"]
+    run += [
+        part for key, value in (*SHORT.items(), ("clip", tiny_clip)) for part in ("--set", f"{key}={value}")
+    ]
 
     def start(*words: object) -> subprocess.Popen[str]:
         line = [words[0], *(run if words[0] in ("plan", "erase") else ()), *words[1:]]
@@ -75,7 +77,8 @@ def test_it_is_listed_and_its_options_are_checked(tell: Callable[..., str]) -> N
 def test_its_runs_are_planned_killed_and_resumed(
     tell: Callable[..., str], command: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    options = ("--kind", "style", "--set", "throw_away.strength=2")
+    strong = ("--set", "throw_away.strength=2")
+    options = ("--kind", "style", *strong)
     tell("erase", *options, "--out", tmp_path / "whole")
     process = command("erase", *options, "--out", tmp_path / "killed")
     deadline = time.monotonic() + 180
@@ -86,12 +89,14 @@ def test_its_runs_are_planned_killed_and_resumed(
     process.communicate()
     assert not (tmp_path / "killed" / "pytorch_lora_weights.safetensors").exists()
     tell("erase", *options, "--out", tmp_path / "killed", "--resume")
-    whole, resumed = (load_file(tmp_path / one / "pytorch_lora_weights.safetensors") for one in ("whole", "killed"))
+    whole, resumed = (
+        load_file(tmp_path / one / "pytorch_lora_weights.safetensors") for one in ("whole", "killed")
+    )
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
     cost = json.loads((tmp_path / "whole" / "training.json").read_text())
     assert cost["stages"]["erase"]["evaluations"] == 60 * 2 * 4 and len(cost["losses"]["erase"]) == 60
-    planned = [line.split() for line in tell("plan", *options, "--tflops", 1).splitlines()]
+    planned = [line.split() for line in tell("plan", *strong, "--tflops", 1).splitlines()]
     assert ["erase", "480"] in [words[:2] for words in planned]
     recipe, card = ((tmp_path / "whole" / name).read_text() for name in ("recipe.yaml", "README.md"))
     assert "throw_away:\n  strength: 2.0\n" in recipe

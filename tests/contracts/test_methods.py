@@ -183,7 +183,12 @@ class TestLosses:
         return load_base(request.getfixturevalue(request.param), device="cpu")
 
     def make(
-        self, name: str, base: BaseModel, retained: RetainedPrompts | None = None, rows: Any = None, **changes: Any
+        self,
+        name: str,
+        base: BaseModel,
+        retained: RetainedPrompts | None = None,
+        rows: Any = None,
+        **changes: Any,
     ) -> Any:
         """A method of two names and two anchors, without a search, and a fresh adapter."""
         none = torch.empty((0, *base.latent_shape))

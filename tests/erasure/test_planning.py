@@ -42,7 +42,12 @@ LARGE = Footprint(
     [
         (
             "recare",
-            {"erase.states": "shared-rollout", "erase.retain_batch_size": None, "erase.steps": 21, "also": [TENCH]},
+            {
+                "erase.states": "shared-rollout",
+                "erase.retain_batch_size": None,
+                "erase.steps": 21,
+                "also": [TENCH],
+            },
         ),
         ("esd", {"target_images.guidance_scale": 1.0, "also": [TENCH]}),
         ("esd", {"erase.states": "shared-rollout", "replace_with": "Monet"}),
@@ -146,7 +151,9 @@ def test_the_command(tiny_sd: Path, tiny_sdxl: Path) -> None:
 
     told = tell("--base", tiny_sdxl, "--vram", 6, "--tflops", "0.5", "--set", "erase.steps=10")
     assert "Levers: encoders off device, vae off device\n" in told
-    assert {("target", "images"), ("all",)} <= {tuple(line.split()[:n]) for line in told.splitlines() for n in (1, 2)}
+    assert {("target", "images"), ("all",)} <= {
+        tuple(line.split()[:n]) for line in told.splitlines() for n in (1, 2)
+    }
     assert "estimates, at 0.5 TFLOP/s (as given)" in told
     plain = ("--base", tiny_sd, "--tflops", 1)
     assert "Evaluations are exact" in tell(*plain)

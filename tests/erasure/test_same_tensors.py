@@ -35,7 +35,8 @@ def _machine() -> dict[str, str]:
 
 
 pytestmark = pytest.mark.skipif(
-    _machine() != RECORDED["machine"], reason=f"tensors were recorded on {RECORDED['machine']}, not {_machine()}"
+    _machine() != RECORDED["machine"],
+    reason=f"tensors were recorded on {RECORDED['machine']}, not {_machine()}",
 )
 
 
