@@ -1,8 +1,8 @@
 """Small runs end with the very tensors that they ended with before the package was rebuilt.
 
-``same_tensors.json`` holds each run's command line and the SHA-256 of its files' tensors, recorded at the last
-commit before. Floating-point sums depend on the machine, so elsewhere these tests say why they are skipped. Who
-changes a result on purpose records anew, and says so in the change log.
+``same_tensors.json`` holds each run's command line and the SHA-256 of its files' tensors, recorded before.
+Floating-point sums depend on the machine, so elsewhere these tests say why they are skipped. Who changes a
+result on purpose records anew, and says so in the change log.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _machine() -> dict[str, str]:
 
 pytestmark = pytest.mark.skipif(
     _machine() != RECORDED["machine"],
-    reason=f"tensors were recorded on {RECORDED['machine']}, not {_machine()}",
+    reason=f"recorded on {RECORDED['machine']}, this is {_machine()}",
 )
 
 

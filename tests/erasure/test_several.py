@@ -199,7 +199,7 @@ class TestAttribute:
         (
             "recare",
             {"also": [{"text": "van gogh", "kind": "style"}]},
-            "the concept 'van gogh' is there twice",
+            "'van gogh' is there twice",
         ),
         ("recare", {"also": [TENCH], "replace_with": "Monet"}, "write a recipe for each concept"),
         ("recare", {"replace_with": "Monet", **STARS_FROM_VAN_GOGH}, "do not go together"),

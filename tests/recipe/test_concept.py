@@ -16,7 +16,7 @@ from recare_patch.recipe import KINDS, Concept, Kind, same_concept
             "Van Gogh",
             "style",
             "A painting in the style of Van Gogh",
-            "A painting of sea in the style of Van Gogh",
+            "A painting of sea in the style of X",
         ),
         ("tench", "object", "A photo of a tench", "A photo of a tench and sea"),
         ("apple", "object", "A photo of an apple", "A photo of an apple and sea"),
@@ -31,7 +31,7 @@ def test_prompts(text: str, kind: Kind, prompt: str, composed: str) -> None:
     concept = Concept(text=text, kind=kind)
     assert concept.target_prompt == concept.name_prompts[0] == prompt
     assert len(set(concept.name_prompts)) == len(concept.name_prompts)
-    assert concept.composed_prompt("sea") == composed
+    assert concept.composed_prompt("sea") == composed.replace("X", text)
     assert concept.anchor_prompt("sea") == "A sea"
     assert concept.retain_prompt("sea") == ("A painting of sea" if kind == "style" else "A photo of sea")
 

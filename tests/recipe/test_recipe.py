@@ -44,6 +44,9 @@ def recipe() -> Recipe:
     return Recipe(concept=VAN_GOGH)
 
 
+PART = '[{"name": "x", "sha256": "y", "scale": 1}]'
+
+
 def _patch_file(path: Path, metadata: dict[str, str]) -> Path:
     """A safetensors file of no tensors, written without any library."""
     header = json.dumps({"__metadata__": metadata}).encode()
@@ -131,7 +134,7 @@ def test_all_faults_come_at_once_with_their_places() -> None:
         ("[" * 5000, "not readable YAML"),
         (HEAD + "version: 2", "version: input should be 1, got 2"),
         (HEAD + "precision: fp8", "unknown precision 'fp8'"),
-        (HEAD + "method: recar", "unknown method 'recar', did you mean 'recare'"),
+        (HEAD + "method: recar", "unknown method 'recar': .* did you mean 'recare'"),
         (HEAD + "method: 3", "unknown method '3'"),
         (HEAD + "erase: {composed: maybe}", "erase.composed must be true or false"),
         (HEAD + "erase: 3", "erase must be a mapping"),
@@ -142,15 +145,15 @@ def test_all_faults_come_at_once_with_their_places() -> None:
         (HEAD + "esd: {eta: 1}", "esd is not a key"),
         (
             HEAD + "s_grace: {rounds: 1}",
-            "s_grace is that of method 's-grace', and method 'recare' has no use for",
+            "s_grace is that of method 's-grace', and method 'recare' has",
         ),
         (
             HEAD + "method: s-grace\nadapter: {layers: all}",
-            "method 's-grace' trains text-encoder: adapter.layers",
+            "'s-grace' trains text-encoder: adapter.layers",
         ),
         (
             HEAD + "method: forget-me-not\nmemory: {compile: true}",
-            "compiled ones are closed: no memory.compile",
+            "closed: no memory.compile",
         ),
         (HEAD + "memory: {offload: true}", "offload needs checkpointing"),
         (HEAD + "memory: {resolution: big}", "'big' is no size of pictures"),
@@ -227,7 +230,7 @@ def test_keys_are_the_leaves_of_a_recipe(recipe: Recipe) -> None:
     assert {"erase.guidance_minus", "concept.text", "uce.ridge"} <= set(keys) and not {"erase", "own"} & set(
         keys
     )
-    assert len(set(keys)) == len(keys)
+    assert len(set(keys)) == len(keys) and "own" not in keys
     for key in keys:
         assert not isinstance(_at(recipe, key), Settings) or key == "subject"
 
@@ -304,7 +307,7 @@ def test_recipes_from_files_and_patches(tmp_path: Path, recipe: Recipe) -> None:
         ("a.safetensors", {"format": "pt"}, RecipeError, "carries no recipe"),
         (
             "b.safetensors",
-            {PARTS_KEY: '[{"name": "x", "sha256": "y", "scale": 1}]'},
+            {PARTS_KEY: PART},
             RecipeError,
             "stack of 1 patches",
         ),
@@ -313,7 +316,7 @@ def test_recipes_from_files_and_patches(tmp_path: Path, recipe: Recipe) -> None:
             "d.safetensors",
             {METADATA_KEY: "seed: 1"},
             RecipeError,
-            r"the recipe in .*d.safetensors: concept is miss",
+            r"recipe in .*d.safetensors: concept",
         ),
         ("e.safetensors", b"PK\x03\x04aaaaaaaaaa", PatchError, "is a pickle"),
         ("f.yaml", b"\xff\xfe\x00", RecipeError, "not UTF-8"),
