@@ -33,12 +33,12 @@ def test_the_patch_is_the_closed_form(
 ) -> None:
     """At full rank nothing is left out; below, what is left out is what the run says. Nothing is trained."""
     uce = method("uce")
-    weights: dict[str, Any] = {name: layer.weight for name, layer in base_layers(base.denoiser)}
+    layers: dict[str, Any] = dict(base_layers(base.denoiser))
     for rank in (32, 3):
         result = run(small("uce", **{"adapter.rank": rank, "adapter.alpha": 2.0 * rank}), str(rank))
         missed = total = 0.0
         for name in uce.modules:
-            wanted = (_closed_form(uce, weights[name]) - weights[name].double()).float()
+            wanted = (_closed_form(uce, layers[name].weight) - layers[name].weight.double()).float()
             found = result.patch.update(f"unet.{name}")
             missed += (found - wanted).square().sum().item()
             total += wanted.square().sum().item()
