@@ -28,13 +28,7 @@ from recare_patch.models import BaseModel
 from recare_patch.recipe import STATES as NAMES
 from recare_patch.recipe import Recipe
 
-ONE_STEP: dict[str, Any] = {
-    "stage": "t",
-    "steps": 1,
-    "learning_rate": 1e-3,
-    "seed": 0,
-    "optimizer": "adamw",
-}
+ONE_STEP: dict[str, Any] = {"stage": "t", "steps": 1, "learning_rate": 1e-3, "seed": 0, "optimizer": "adamw"}
 
 
 def _run(optimizer: str, total: int, checkpoint: Checkpoint | None = None, stopped: int | None = None) -> Any:
@@ -220,10 +214,7 @@ def test_an_inversion_on_low_noise_alone(base: BaseModel, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_round_starts_from_the_name_before(
-    small: Callable[..., Recipe],
-    run: Callable[..., EraseResult],
-    monkeypatch: pytest.MonkeyPatch,
-    warm: bool,
+    small: Callable[..., Recipe], run: Callable[..., EraseResult], monkeypatch: pytest.MonkeyPatch, warm: bool
 ) -> None:
     found: list[Tensor] = []
 

@@ -35,8 +35,7 @@ def _machine() -> dict[str, str]:
 
 
 pytestmark = pytest.mark.skipif(
-    _machine() != RECORDED["machine"],
-    reason=f"recorded on {RECORDED['machine']}, this is {_machine()}",
+    _machine() != RECORDED["machine"], reason=f"recorded on {RECORDED['machine']}, this is {_machine()}"
 )
 
 

@@ -196,11 +196,7 @@ class TestAttribute:
 @pytest.mark.parametrize(
     ("method", "changes", "sentence"),
     [
-        (
-            "recare",
-            {"also": [{"text": "van gogh", "kind": "style"}]},
-            "'van gogh' is there twice",
-        ),
+        ("recare", {"also": [{"text": "van gogh", "kind": "style"}]}, "'van gogh' is there twice"),
         ("recare", {"also": [TENCH], "replace_with": "Monet"}, "write a recipe for each concept"),
         ("recare", {"replace_with": "Monet", **STARS_FROM_VAN_GOGH}, "do not go together"),
         ("recare", {"replace_with": ""}, "at least 1"),

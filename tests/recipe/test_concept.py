@@ -12,12 +12,7 @@ from recare_patch.recipe import KINDS, Concept, Kind, same_concept
 @pytest.mark.parametrize(
     ("text", "kind", "prompt", "composed"),
     [
-        (
-            "Van Gogh",
-            "style",
-            "A painting in the style of Van Gogh",
-            "A painting of sea in the style of X",
-        ),
+        ("Van Gogh", "style", "A painting in the style of Van Gogh", "A painting of sea in the style of X"),
         ("tench", "object", "A photo of a tench", "A photo of a tench and sea"),
         ("apple", "object", "A photo of an apple", "A photo of an apple and sea"),
         ("the moon", "object", "A photo of the moon", "A photo of the moon and sea"),

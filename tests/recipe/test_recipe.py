@@ -36,6 +36,7 @@ from recare_patch.recipe import (
 )
 
 VAN_GOGH = Concept(text="Van Gogh", kind="style")
+TENCH = {"text": "tench", "kind": "object"}
 HEAD = "concept: {text: tench, kind: object}\n"
 
 
@@ -143,18 +144,9 @@ def test_all_faults_come_at_once_with_their_places() -> None:
         (HEAD + "own: {rounds: 1}", "own is not a key"),
         (HEAD + "s_grace: 3", "s_grace must be a mapping of keys to values, got 3"),
         (HEAD + "esd: {eta: 1}", "esd is not a key"),
-        (
-            HEAD + "s_grace: {rounds: 1}",
-            "s_grace is that of method 's-grace', and method 'recare' has",
-        ),
-        (
-            HEAD + "method: s-grace\nadapter: {layers: all}",
-            "'s-grace' trains text-encoder: adapter.layers",
-        ),
-        (
-            HEAD + "method: forget-me-not\nmemory: {compile: true}",
-            "closed: no memory.compile",
-        ),
+        (HEAD + "s_grace: {rounds: 1}", "s_grace is that of method 's-grace', and method 'recare' has"),
+        (HEAD + "method: s-grace\nadapter: {layers: all}", "'s-grace' trains text-encoder: adapter.layers"),
+        (HEAD + "method: forget-me-not\nmemory: {compile: true}", "closed: no memory.compile"),
         (HEAD + "memory: {offload: true}", "offload needs checkpointing"),
         (HEAD + "memory: {resolution: big}", "'big' is no size of pictures"),
     ],
@@ -162,11 +154,6 @@ def test_all_faults_come_at_once_with_their_places() -> None:
 def test_what_is_no_recipe(text: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         Recipe.from_yaml(text)
-
-
-def test_a_recipe_does_not_change(recipe: Recipe) -> None:
-    with pytest.raises(ValidationError):
-        recipe.seed = 1  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------ its method
@@ -191,6 +178,8 @@ def test_what_is_said_goes_before_a_methods_defaults() -> None:
     said = Recipe.from_yaml(HEAD + "method: s-grace\nerase: {steps: 7}\ns_grace: {rounds: 1}")
     assert isinstance(said.own, SGraceOptions)
     assert (said.erase.steps, said.erase.batch_size, said.own.rounds, said.own.attack_steps) == (7, 8, 1, 10)
+    with pytest.raises(ValidationError):
+        said.seed = 1  # type: ignore[misc]
 
 
 def test_another_method_starts_from_its_own_defaults(recipe: Recipe) -> None:
@@ -210,15 +199,10 @@ def test_another_method_starts_from_its_own_defaults(recipe: Recipe) -> None:
 
 def test_overrides(recipe: Recipe) -> None:
     changed = recipe.with_overrides(
-        {
-            "erase.steps": "50",
-            "adapter": {"rank": 4},
-            "clip": None,
-            "subject": {"text": "a", "kind": "object"},
-        }
+        {"erase.steps": "50", "adapter": {"rank": 4}, "clip": None, "also": [TENCH]}
     )
     assert (changed.erase.steps, changed.adapter.rank, changed.adapter.alpha) == (50, 4, 8.0)
-    assert recipe.erase.steps == EraseOptions().steps and changed.slug == "van-gogh-from-a"
+    assert recipe.erase.steps == EraseOptions().steps and changed.slug == "van-gogh-tench"
     with pytest.raises(RecipeError) as caught:
         recipe.with_overrides({"erase.step": 1, "seed": -1, "seed.x": 2, "a.b.c": 3, "method": "recar"})
     assert "erase.step is not a key, did you mean 'erase.steps'?" in str(caught.value)
@@ -227,9 +211,7 @@ def test_overrides(recipe: Recipe) -> None:
 
 def test_keys_are_the_leaves_of_a_recipe(recipe: Recipe) -> None:
     keys = recipe_keys()
-    assert {"erase.guidance_minus", "concept.text", "uce.ridge"} <= set(keys) and not {"erase", "own"} & set(
-        keys
-    )
+    assert {"erase.guidance_minus", "concept.text", "uce.ridge"} <= set(keys)
     assert len(set(keys)) == len(keys) and "own" not in keys
     for key in keys:
         assert not isinstance(_at(recipe, key), Settings) or key == "subject"
@@ -305,19 +287,9 @@ def test_recipes_from_files_and_patches(tmp_path: Path, recipe: Recipe) -> None:
     ("name", "content", "error", "sentence"),
     [
         ("a.safetensors", {"format": "pt"}, RecipeError, "carries no recipe"),
-        (
-            "b.safetensors",
-            {PARTS_KEY: PART},
-            RecipeError,
-            "stack of 1 patches",
-        ),
+        ("b.safetensors", {PARTS_KEY: PART}, RecipeError, "stack of 1 patches"),
         ("c.safetensors", {PARTS_KEY: '[{"name": 1}]'}, RecipeError, "has a malformed header entry"),
-        (
-            "d.safetensors",
-            {METADATA_KEY: "seed: 1"},
-            RecipeError,
-            r"recipe in .*d.safetensors: concept",
-        ),
+        ("d.safetensors", {METADATA_KEY: "seed: 1"}, RecipeError, r"recipe in .*d.safetensors: concept"),
         ("e.safetensors", b"PK\x03\x04aaaaaaaaaa", PatchError, "is a pickle"),
         ("f.yaml", b"\xff\xfe\x00", RecipeError, "not UTF-8"),
         ("g.yaml", b"seed: 1", RecipeError, r"g.yaml: concept is missing"),
@@ -358,11 +330,9 @@ def test_words_stand_for_a_recipe(tmp_path: Path, recipe: Recipe) -> None:
 
     assert [words(one).concept.kind for one in ("van GOGH", "Tench", "nudity")] == ["style", "object", "nsfw"]
     known = words("", recipe="tench", preset="quick", overrides={"erase.steps": 9})
-    assert (known.concept.text, known.erase.steps, known.search.rounds, asked) == ("tench", 9, 0, [])
-    assert words("cat", kind="object", base="b", clip="c").model_dump(include={"base", "clip"}) == {
-        "base": "b",
-        "clip": "c",
-    }
+    assert (known.concept.text, known.erase.steps, known.search.rounds) == ("tench", 9, 0)
+    cat = words("cat", kind="object", base="b", clip="c")
+    assert (cat.base, cat.clip, asked) == ("b", "c", [])
     several = words("Mira Vale", also=["Tench", "Otto Bly"])
     assert [one.kind for one in several.concepts] == ["identity", "object", "identity"]
     assert asked == [("Mira Vale", "atelier", None), ("Otto Bly", "atelier", None)]
