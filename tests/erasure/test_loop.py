@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recare_patch.core import NullProgress, RecipeError, ResumeError, UnknownNameError
-from recare_patch.erasure import EraseResult, noised, step_generator
+from recare_patch.erasure import EraseResult, step_generator
 from recare_patch.erasure.loop import (
     HELD_OUT,
     STATES,
@@ -56,16 +56,12 @@ def _run(optimizer: str, total: int, checkpoint: Checkpoint | None = None, stopp
 @pytest.mark.parametrize("stopped", [3, 6, 11])
 def test_resume_is_bit_exact(tmp_path: Path, optimizer: str, stopped: int) -> None:
     whole, losses = _run(optimizer, 12)
+    assert len(losses) == 12 and losses[-1] < losses[0]
     checkpoint = Checkpoint(tmp_path / "c.safetensors")
     _run(optimizer, 12, checkpoint, stopped)
     resumed, again = _run(optimizer, 12, checkpoint)
     assert again == losses
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
-
-
-def test_every_loss_is_kept_and_falls() -> None:
-    _, losses = _run("adamw", 40)
-    assert len(losses) == 40 and losses[-1] < 0.9 * losses[0]
 
 
 def test_damaged_and_foreign_checkpoints_are_one_sentence(tmp_path: Path) -> None:
@@ -142,12 +138,6 @@ def test_target_images_cost_no_evaluation_and_a_shared_rollout_is_cheaper(base: 
     # 19 steps, both halves, two rows, once in 20 training steps.
     assert cost["target-images"] == 0 and cost["shared-rollout"] == 19 * 2 * 2
     assert cost["rollout"] > 5 * cost["shared-rollout"]
-
-
-def test_noised_matches_the_scheduler(base: BaseModel) -> None:
-    clean = torch.randn((4, *base.latent_shape), generator=torch.Generator().manual_seed(0))
-    states, timesteps, noise = noised(base, clean, torch.Generator().manual_seed(2))
-    assert torch.allclose(states, base.pipeline.scheduler.add_noise(clean, noise, timesteps), atol=1e-6)
 
 
 class _Killed(NullProgress):

@@ -87,7 +87,7 @@ def test_a_resumed_run_meets_the_same_ones(
     small: Callable[..., Recipe], run: Callable[..., EraseResult], space: str, also: list[Any]
 ) -> None:
     changes = {"count": 2, "vectors": 3, "batch_size": 2, "steps": 1, "life": 9, "space": space}
-    recipe = small(also=also, adversary=changes, **{"search.rounds": 0, "erase.steps": 22})
+    recipe = small(also=also, adversary=changes, **{"search.rounds": 0})
     counting = Killer(float("inf"))
     whole = run(recipe, "whole", progress=counting)
     with pytest.raises(Killed):
@@ -95,5 +95,3 @@ def test_a_resumed_run_meets_the_same_ones(
     resumed = run(recipe, resume=True)
     assert all(torch.equal(one, resumed.patch.tensors[key]) for key, one in whole.patch.tensors.items())
     assert resumed.cost["losses"] == whole.cost["losses"]
-    plain = run(small(also=also, **{"search.rounds": 0, "erase.steps": 22}), "plain")
-    assert plain.cost["losses"] != whole.cost["losses"]
