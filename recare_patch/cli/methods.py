@@ -25,10 +25,7 @@ def methods(name: str | None, as_json: bool) -> None:
     chosen = {key: method_info(key) for key in (METHODS if name is None else [name.casefold()])}
     figures = measured()
     if as_json:
-        facts = {
-            key: {**info.as_data(key), "measured": figures.get(key, {})}
-            for key, info in chosen.items()
-        }
+        facts = {key: {**info.as_data(key), "measured": figures.get(key, {})} for key, info in chosen.items()}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     for number, (key, info) in enumerate(chosen.items()):
