@@ -51,16 +51,7 @@ def methods(name: str | None, as_json: bool) -> None:
     chosen = {key: method_info(key) for key in (METHODS if name is None else [name.casefold()])}
     figures = measured()
     if as_json:
-        facts = {
-            key: {
-                **{name: value for name, value in vars(info).items() if name not in ("paper", "options")},
-                "source": info.paper.short,
-                "options": sorted(info.options.model_fields) if info.options else [],
-                "defaults": dict(info.defaults),
-                "measured": figures.get(key, {}),
-            }
-            for key, info in chosen.items()
-        }
+        facts = {key: {**info.as_data(key), "measured": figures.get(key, {})} for key, info in chosen.items()}
         echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     for number, (key, info) in enumerate(chosen.items()):

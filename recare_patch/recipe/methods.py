@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recare_patch.core import Registry, Settings
@@ -108,3 +108,9 @@ class MethodInfo:
     continues: bool = True
     compiles: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_data(self, name: str) -> dict[str, Any]:
+        """All of it as plain data; ``name`` is the method's, and its section of a recipe is called like it."""
+        section = name.replace("-", "_") if self.options else None
+        own = {"target": METHODS.targets[name], "source": self.paper.short, "options": section}
+        return {**asdict(self), **own, "defaults": dict(self.defaults)}

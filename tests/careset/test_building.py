@@ -23,7 +23,7 @@ from recare_patch.careset import (
     plot_care_set,
     score_concept,
 )
-from recare_patch.core.errors import CareSetError, ConceptError
+from recare_patch.core import CareSetError, ConceptError
 from recare_patch.recipe import CareSetOptions, Concept
 
 TENCH = Concept(text="tench", kind="object")

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recare_patch.careset import CareSet, CareToken
-from recare_patch.core.errors import CareSetError
+from recare_patch.core import CareSetError
 from recare_patch.recipe import Concept, names_concept
 
 VAN_GOGH = Concept(text="Van Gogh", kind="style")

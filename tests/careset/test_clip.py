@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from recare_patch.careset.clip import FUNCTION_WORDS, MEDIUM_WORDS, Clip, default_clip
-from recare_patch.core.errors import ClipError
+from recare_patch.core import ClipError
 from tests.tiny import WORDS
 
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 from safetensors.torch import load_file
 
-from recare_patch.recipe.recipe import WEIGHTS_NAME
+from recare_patch.recipe import WEIGHTS_NAME
 
 SMALL = {
     "target_images.count": 3,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recare_patch.core.errors import BaseModelError, UnknownNameError
+from recare_patch.core import BaseModelError, UnknownNameError
 from recare_patch.models import (
     BaseModel,
     EvaluationCounter,

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from recare_patch.core import files
-from recare_patch.core.errors import ConceptError, OutputError, PatchError
+from recare_patch.core import ConceptError, OutputError, PatchError, files
 
 
 def names(folder: Path) -> list[str]:
@@ -160,7 +159,7 @@ def test_a_killed_owner_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> N
         """
         import sys, time
         from pathlib import Path
-        from recare_patch.core.files import claim_folder
+        from recare_patch.core import claim_folder
         with claim_folder(sys.argv[1]):
             (Path(sys.argv[1]) / "whole.txt").write_text("")
             (Path(sys.argv[1]) / ".half.txt.123.part").write_text("")

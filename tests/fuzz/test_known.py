@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from recare_patch.core.errors import PatchError, RecarePatchError, nearest
-from recare_patch.core.files import read_safetensors_header
+from recare_patch.core import PatchError, RecarePatchError, nearest, read_safetensors_header
 from recare_patch.erasure.prepare import read_words
 from recare_patch.measure.attacks import AttackError, load_attack
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures
 from recare_patch.measure.suites import Suite
-from recare_patch.patch.patch import Patch
+from recare_patch.patch import Patch
 from recare_patch.patch.reading import from_any
-from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, parse_assignment
+from recare_patch.recipe import WEIGHTS_NAME, Recipe, parse_assignment
 from tests.fuzz.readers import a_patch, attack_file
 
 DEEP = "[" * 100_000

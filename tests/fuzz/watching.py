@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recare_patch.core.errors import RecarePatchError
+from recare_patch.core import RecarePatchError
 
 SECONDS = 20.0
 """Of computing for one input; sound ones take milliseconds. A busy machine does not count."""

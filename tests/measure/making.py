@@ -10,9 +10,8 @@ import torch
 from recare_patch.careset import CareSet
 from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.patch.patch import Patch, PatchMetadata
-from recare_patch.recipe.concept import Concept
-from recare_patch.recipe.recipe import Recipe
+from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.recipe import Concept, Recipe
 
 SUITE: dict[str, Any] = {
     "name": "tiny",

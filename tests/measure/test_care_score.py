@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.core.errors import CareSetError
+from recare_patch.core import CareSetError
 from recare_patch.measure.care_score import care_hits, care_score
 from recare_patch.measure.labels import COCO_CLASSES, DISTRACTORS
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from recare_patch.careset.clip import Clip
-from recare_patch.core.errors import ClipError, EvaluationError, UnknownNameError
+from recare_patch.core import ClipError, EvaluationError, UnknownNameError
 from recare_patch.measure.judges import DETECTORS, can_tell, load_detector
 
 

@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 
 import recare_patch.measure.run as evaluating
 from recare_patch.careset.clip import Clip
-from recare_patch.core.errors import (
+from recare_patch.core import (
     EvaluationError,
     EvidenceError,
     IncompatiblePatchError,
     PatchError,
     RecarePatchError,
     UnknownNameError,
+    file_sha256,
 )
-from recare_patch.core.files import file_sha256
 from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.run import (
@@ -44,10 +44,9 @@ from recare_patch.measure.run import (
 )
 from recare_patch.measure.suites import Suite, load_suite
 from recare_patch.measure.verify import verify
-from recare_patch.models import BaseModel
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.recipe import WEIGHTS_NAME
+from recare_patch.models import BaseModel, load_base
+from recare_patch.patch import Patch
+from recare_patch.recipe import WEIGHTS_NAME
 from tests.measure.making import SUITE, make_patch
 
 NAMES = (

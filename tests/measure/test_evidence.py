@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from recare_patch.core.errors import EvidenceError, RecarePatchError, UnknownNameError
-from recare_patch.core.files import file_sha256
+from recare_patch.core import EvidenceError, RecarePatchError, UnknownNameError, file_sha256
 from recare_patch.measure.evidence import (
     AttackFigure,
     Check,
@@ -21,7 +20,7 @@ from recare_patch.measure.evidence import (
     evidence_schema,
     schema_text,
 )
-from recare_patch.patch.folder import EVIDENCE_NAME
+from recare_patch.patch import EVIDENCE_NAME
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "evidence.schema.json"
 

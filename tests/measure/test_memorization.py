@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from recare_patch.core.errors import EvaluationError
+from recare_patch.core import EvaluationError
 from recare_patch.measure.memorization import Recovery, memorization_score, recover, text_feature
 from recare_patch.measure.pictures import PictureCache, Studio
-from recare_patch.models import PLACEHOLDER, BaseModel
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.concept import Concept
+from recare_patch.models import PLACEHOLDER, BaseModel, load_base
+from recare_patch.patch import Patch
+from recare_patch.recipe import Concept
 from tests.measure.making import make_patch
 
 CONCEPT = Concept(text="Van Gogh", kind="style")

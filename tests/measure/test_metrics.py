@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from recare_patch.careset.clip import Clip
-from recare_patch.core.errors import EvaluationError
+from recare_patch.core import EvaluationError
 from recare_patch.measure.care_score import care_score
 from recare_patch.measure.intervals import wilson_interval
 from recare_patch.measure.meters import Care, Kept, Shown

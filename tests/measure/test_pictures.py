@@ -10,18 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from recare_patch.core import EvaluationError, UnknownNameError
 from recare_patch.core.crew import process_device, processes
-from recare_patch.core.errors import EvaluationError, UnknownNameError
 from recare_patch.measure.pictures import (
     PictureCache,
     Studio,
     default_cache,
     tensors_hash,
 )
-from recare_patch.models import PLACEHOLDER, BaseModel
+from recare_patch.models import PLACEHOLDER, BaseModel, load_base
 from recare_patch.models import lora as adapters
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch
+from recare_patch.patch import Patch
 from recare_patch.recipe.samplers import SCHEDULERS
 from tests.measure.making import make_patch
 

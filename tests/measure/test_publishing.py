@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from recare_patch.core.errors import EvidenceError, PatchError
+from recare_patch.core import EvidenceError, PatchError
 from recare_patch.measure.card import (
     EVIDENCE_END,
     EVIDENCE_START,
@@ -18,11 +18,9 @@ from recare_patch.measure.card import (
     with_evidence,
 )
 from recare_patch.measure.evidence import Check, CheckPoint
+from recare_patch.patch import Identity, PatchMetadata, identity_in, is_unsafe
 from recare_patch.patch.card import MEASURED, PLACE, UNMEASURED, card_text
-from recare_patch.patch.front_matter import Identity, identity_in, is_unsafe
-from recare_patch.patch.patch import PatchMetadata
-from recare_patch.recipe.methods import METHODS
-from recare_patch.recipe.recipe import Recipe
+from recare_patch.recipe import METHODS, Recipe
 from tests.measure.test_evidence import make_evidence, make_figure
 
 TRAINING = {

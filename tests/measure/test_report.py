@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from recare_patch.core import Comparison
-from recare_patch.core.errors import OutputError
+from recare_patch.core import Comparison, OutputError
 from recare_patch.measure.evidence import Check, CheckPoint, Evidence
 from recare_patch.measure.report import write_report
-from recare_patch.patch.folder import REPORT_NAME
-from recare_patch.recipe.recipe import WEIGHTS_NAME
+from recare_patch.patch import REPORT_NAME
+from recare_patch.recipe import WEIGHTS_NAME
 from tests.measure.test_evidence import make_evidence, make_figure
 
 VOID = {"meta", "link", "img", "input", "br", "hr"}

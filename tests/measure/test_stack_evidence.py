@@ -14,7 +14,7 @@ import torch
 from click.testing import Result
 
 from recare_patch.combine import stacking as composing
-from recare_patch.core.errors import EvaluationError
+from recare_patch.core import EvaluationError
 from recare_patch.measure import stack as stack_evidence
 from recare_patch.measure import verify as verifying
 from recare_patch.measure.attacks.run import attack_options, attack_patch
@@ -23,9 +23,8 @@ from recare_patch.measure.run import evaluate, resolve_suite
 from recare_patch.measure.stack import CHANGE_NAME, FigureChange, change_in_evidence
 from recare_patch.measure.subject import subject_of
 from recare_patch.measure.suites import Suite
-from recare_patch.models import BaseModel
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch, concepts_of
+from recare_patch.models import BaseModel, load_base
+from recare_patch.patch import Patch, concepts_of
 from tests.cli.conftest import invoke
 from tests.measure.making import SUITE, make_patch
 
@@ -141,7 +140,7 @@ def test_another_kohya_file_does_not_pass(
     (file,) = stack.glob("erase-*.safetensors")
     file.unlink()
     other = composing.stack([(parts[0], 0.5), (parts[1], 1.0)], dtype=torch.float16)
-    from recare_patch.patch.kohya import write_kohya
+    from recare_patch.patch import write_kohya
 
     write_kohya(other, file)
     (fault,) = verifying.verify(stack, tiny_sd, figures=["none"], device="cpu").failed

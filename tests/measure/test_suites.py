@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks.suites import CONCEPTS, FIRST_SEED
 from benchmarks.suites import suite as benchmark_suite
-from recare_patch.core.errors import EvaluationError, UnknownNameError
+from recare_patch.core import EvaluationError, UnknownNameError
 from recare_patch.measure.judges import can_tell, load_detector
 from recare_patch.measure.suites import (
     ConceptBench,
@@ -22,8 +22,7 @@ from recare_patch.measure.suites import (
     load_suite,
     suites_folder,
 )
-from recare_patch.recipe.concept import Concept
-from recare_patch.recipe.recipe import Recipe, load_recipe
+from recare_patch.recipe import Concept, Recipe, load_recipe
 from tests.measure.making import SUITE
 
 ALL = list_suites()

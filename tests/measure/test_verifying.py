@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from recare_patch.core.errors import BaseModelError, EvidenceError, PatchError, UnknownNameError
-from recare_patch.core.files import file_sha256
+from recare_patch.core import BaseModelError, EvidenceError, PatchError, UnknownNameError, file_sha256
 from recare_patch.erasure.run import erase
 from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.card import EVIDENCE_END, with_evidence
@@ -21,10 +20,8 @@ from recare_patch.measure.run import evaluate
 from recare_patch.measure.suites import Suite, load_suite
 from recare_patch.measure.verify import Plan, Verification, _check_suite, compare, verify
 from recare_patch.models import BaseModel
-from recare_patch.patch.folder import EVIDENCE_NAME
-from recare_patch.patch.markdown import CARD_NAME
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe
+from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch
+from recare_patch.recipe import WEIGHTS_NAME, Recipe
 from tests.measure.test_evidence import make_evidence, make_figure
 from tests.tiny import make_tiny_sd
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recare_patch.core.errors import NoMatchingModuleError, PatchError, UnknownNameError
+from recare_patch.core import NoMatchingModuleError, PatchError, UnknownNameError
 from recare_patch.models import BaseModel, load_base
 from recare_patch.models import lora as adapters
 

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 
 from recare_patch.erasure.run import erase
-from recare_patch.models.loading import load_base
+from recare_patch.models import load_base
 from recare_patch.models.stable_diffusion_xl import size_buckets
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.concept import Concept
-from recare_patch.recipe.recipe import Recipe
+from recare_patch.patch import Patch
+from recare_patch.recipe import Concept, Recipe
 
 SMALL = {
     "target_images.count": 4,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from recare_patch.core.errors import BaseModelError, RecipeError
+from recare_patch.core import BaseModelError, RecipeError
 from recare_patch.erasure import erase
 from recare_patch.models import BaseModel, load_base
 from recare_patch.models import lora as adapters

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recare_patch.core.errors import BaseModelError
+from recare_patch.core import BaseModelError
 from recare_patch.models import load_base, read_layout
 from recare_patch.patch import write_single_file
 

@@ -8,7 +8,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from recare_patch.combine.stacking import stack
-from recare_patch.patch.patch import Patch
+from recare_patch.patch import Patch
 from tests.patch.making import plain, trained
 
 

@@ -13,11 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from recare_patch.careset import CareSet
+from recare_patch.models import BaseModel, load_base
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch, PatchMetadata
-from recare_patch.recipe.recipe import Recipe
+from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.recipe import Recipe
 
 PROMPTS, SEEDS = ["a painting in the style of van gogh", "a photo of a cat"], [5, 6]
 

@@ -9,9 +9,9 @@ import peft
 import pytest
 
 from recare_patch.combine.stacking import stack
-from recare_patch.core.errors import IncompatiblePatchError, PatchError
+from recare_patch.core import IncompatiblePatchError, PatchError
+from recare_patch.patch import Patch
 from recare_patch.patch.apply import apply_all
-from recare_patch.patch.patch import Patch
 from tests.patch.making import difference, draw, plain, state, trained
 from tests.tiny import make_tiny_sd
 

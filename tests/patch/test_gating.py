@@ -16,11 +16,10 @@ from torch import Tensor
 from benchmarks.suites import suite
 from recare_patch import load_base
 from recare_patch.cli import cli
-from recare_patch.core.errors import IncompatiblePatchError, PatchError
-from recare_patch.models.embeds import BaseModel
-from recare_patch.patch.gate import CLOSED, OPEN, Gate, gated
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.concept import Concept
+from recare_patch.core import IncompatiblePatchError, PatchError
+from recare_patch.models import BaseModel
+from recare_patch.patch import CLOSED, OPEN, Gate, Patch, gated
+from recare_patch.recipe import Concept
 from tests.patch import making
 from tests.patch.making import difference, state, trained
 

@@ -21,12 +21,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from recare_patch.core.errors import IncompatiblePatchError, OutputError, PatchError
-from recare_patch.core.files import read_safetensors_header
-from recare_patch.patch.kohya import MODULES_KEY, RANKS_KEY, has_kohya_names, to_kohya, write_kohya
-from recare_patch.patch.patch import Patch
+from recare_patch.core import IncompatiblePatchError, OutputError, PatchError, read_safetensors_header
+from recare_patch.patch import MODULES_KEY, RANKS_KEY, Patch, has_kohya_names, to_kohya, write_kohya
 from recare_patch.patch.reading import from_any
-from recare_patch.recipe.recipe import WEIGHTS_NAME
+from recare_patch.recipe import WEIGHTS_NAME
 from tests.patch.making import difference, draw, factors, file_of, pair, plain, same, trained
 
 DAY = datetime.date(2026, 1, 2)

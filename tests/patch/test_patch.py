@@ -15,13 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from recare_patch.combine import merging
-from recare_patch.core import files
-from recare_patch.core.errors import IncompatiblePatchError, OutputError, PatchError
+from recare_patch.core import IncompatiblePatchError, OutputError, PatchError, files
+from recare_patch.models import load_base
 from recare_patch.models import lora as adapters
-from recare_patch.models.loading import load_base
+from recare_patch.patch import Patch
 from recare_patch.patch import patch as patch_module
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.recipe import WEIGHTS_NAME, load_recipe
+from recare_patch.recipe import WEIGHTS_NAME, load_recipe
 from tests.patch.making import PROMPTS, SEEDS, difference, draw, factors, file_of, plain, same, trained
 from tests.tiny import make_tiny_sd
 

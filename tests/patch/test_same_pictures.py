@@ -12,9 +12,8 @@ from diffusers import StableDiffusionPipeline
 
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
-from recare_patch.models.loading import base_folder
-from recare_patch.patch.kohya import write_kohya
-from recare_patch.patch.patch import Patch
+from recare_patch.models import base_folder
+from recare_patch.patch import Patch, write_kohya
 from tests.patch.making import difference, draw, plain, trained
 
 PROMPTS = ["A painting in the style of Van Gogh", "a photo of a cat at night"]

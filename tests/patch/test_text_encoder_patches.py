@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from recare_patch.cli import cli
 from recare_patch.combine import merging
 from recare_patch.combine.stacking import save_stack
-from recare_patch.core.errors import EvaluationError, IncompatiblePatchError, NoMatchingModuleError
+from recare_patch.core import EvaluationError, IncompatiblePatchError, NoMatchingModuleError
 from recare_patch.measure.checks.tuning import changed, merge_into
 from recare_patch.measure.pictures import Studio
+from recare_patch.models import load_base
 from recare_patch.models import lora as adapters
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch
+from recare_patch.patch import Patch
 from tests.patch.making import PROMPTS, SEEDS, difference, draw, trained
 from tests.tiny import make_tiny_sd
 

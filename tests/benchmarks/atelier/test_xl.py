@@ -10,10 +10,10 @@ import torch
 from benchmarks.atelier import training_xl
 from benchmarks.atelier.training_xl import XLTraining, shown
 from recare_patch.erasure.run import erase
+from recare_patch.models import load_base
 from recare_patch.models.atelier.judge import Judge
-from recare_patch.models.loading import load_base
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.recipe import load_recipe
+from recare_patch.patch import Patch
+from recare_patch.recipe import load_recipe
 from tests.models.test_architectures import SMALL
 
 SHORT = XLTraining(scenes=96, captions=2, encoder_steps=1, denoiser_steps=2)

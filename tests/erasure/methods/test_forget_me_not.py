@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.core.errors import ConceptError
-from recare_patch.erasure.methods.forget_me_not import Attention, ForgetMeNot, name_positions
-from recare_patch.models import BaseModel
-from recare_patch.models import lora as adapters
-from recare_patch.models.loading import load_base
-from tests.erasure.methods.making import contexts_of, make_recipe
+from recare_patch.core import ConceptError
+from recare_patch.erasure.methods.forget_me_not import Attention, name_positions
+from recare_patch.models import BaseModel, load_base, prompt_attention
 
 PROMPT = "A painting in the style of Van Gogh"
 
@@ -55,7 +53,7 @@ def test_maps_are_those_of_diffusers(family: str, request: pytest.FixtureRequest
         _predict(base)
     ours, outputs = list(attention.maps(places)), attention.outputs()
     # Block by block: the network does not hold them in the order in which they compute.
-    blocks: list[Any] = adapters.prompt_attention(base.denoiser)
+    blocks: list[Any] = prompt_attention(base.denoiser)
     seen: list[list[Tensor]] = [[] for _ in blocks]
     again: list[list[Tensor]] = [[] for _ in blocks]
     for block, weights, made in zip(blocks, seen, again, strict=True):
@@ -68,8 +66,7 @@ def test_maps_are_those_of_diffusers(family: str, request: pytest.FixtureRequest
         torch.testing.assert_close(output, reference[0], atol=1e-5, rtol=1e-4)
 
 
-def test_watching_changes_nothing_and_leaves_nothing(tiny_sd: Path) -> None:
-    base = load_base(tiny_sd, device="cpu")
+def test_watching_changes_nothing_and_leaves_nothing(base: BaseModel) -> None:
     plain, processors = _predict(base), dict(base.denoiser.attn_processors)  # type: ignore[arg-type]
     attention = Attention(base.denoiser)
     with attention.watched():
@@ -87,15 +84,13 @@ def test_a_joint_block_looks_at_picture_and_prompt(tiny_sd3: Path) -> None:
     attention = Attention(base.denoiser)
     with attention.watched():
         _predict(base)
-    length = base.encode_prompts([PROMPT]).prompt_embeds.shape[1]
-    for found in attention.maps(range(length)):
+    for found in attention.maps(range(base.encode_prompts([PROMPT]).prompt_embeds.shape[1])):
         total = found.sum(-1)
         assert (total > 0).all() and (total < 1).all()
 
 
-def test_padding_is_never_among_the_concepts_tokens(tiny_sd: Path) -> None:
+def test_padding_is_never_among_the_concepts_tokens(base: BaseModel) -> None:
     """SD 1.x pads with the end-of-text token: all places from the text's end on hold it."""
-    base = load_base(tiny_sd, device="cpu")
     ids = base.token_ids(PROMPT)
     found = name_positions(base, PROMPT, ("van", "gogh"))
     assert [base.token_text([ids[place - 1]]) for place in found] == ["van", "gogh"]
@@ -104,71 +99,62 @@ def test_padding_is_never_among_the_concepts_tokens(tiny_sd: Path) -> None:
     assert name_positions(base, "a cat", ("van", "gogh")) == ()
 
 
-def test_a_names_small_words_are_not_taken_from_the_rest(
-    tiny_sd: Path, tiny_clip: Path, tmp_path: Path
-) -> None:
-    base = load_base(tiny_sd, device="cpu")
-    recipe = make_recipe("forget-me-not", text="the night")
-    (context,) = contexts_of(recipe, base, tiny_clip, tmp_path)
-    first = ForgetMeNot(context).positions[0]
-    ids = base.token_ids("A painting in the style of the night")
-    assert first == tuple(range(len(ids) + 1 - len(base.token_ids("the night")), len(ids) + 1))
+def test_a_names_small_words_are_not_taken_from_the_rest(base: BaseModel, method: Callable[..., Any]) -> None:
+    positions = method("forget-me-not", concept={"text": "the night", "kind": "style"}).positions[0]
+    end = len(base.token_ids("A painting in the style of the night")) + 1
+    assert positions == tuple(range(end - len(base.token_ids("the night")), end))
 
 
-def test_a_name_that_is_cut_off(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    base = load_base(tiny_sd, device="cpu")
-    (context,) = contexts_of(make_recipe("forget-me-not", text="q" * 100), base, tiny_clip, tmp_path)
+def test_a_name_that_is_cut_off(method: Callable[..., Any]) -> None:
+    cut = {"text": "q" * 100, "kind": "style"}
     with pytest.raises(ConceptError, match="among the tokens of its own prompts"):
-        ForgetMeNot(context)
+        method("forget-me-not", concept=cut)
+    # Tokens that are sought in the pictures need no name.
+    fitted = {"forget_me_not.inversion_steps": 1, "forget_me_not.vectors": 2}
+    assert [len(one) for one in method("forget-me-not", concept=cut, **fitted).positions] == [2]
 
 
-def test_the_loss_is_the_attention_to_the_name(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    base = load_base(tiny_sd, device="cpu")
-    (context,) = contexts_of(make_recipe("forget-me-not"), base, tiny_clip, tmp_path)
-    method = ForgetMeNot(context)
+def _loss(method: Any) -> tuple[Tensor, str, Callable[[str], Attention]]:
+    """The loss of a step, the prompt that it drew, and the attention under any prompt at its states."""
+    base, names = method.context.base, method.context.concept.name_prompts
     loss = method.loss(0, torch.Generator().manual_seed(4))
     generator = torch.Generator().manual_seed(4)
-    prompt = int(torch.randint(0, 4, (1,), generator=generator))
-    assert context.states is not None and context.concept is not None
-    latents, times = context.states.draw(0, torch.zeros(2, dtype=torch.long), generator)
-    attention = Attention(base.denoiser)
-    with torch.no_grad(), attention.watched():
-        base.denoise(latents, times, base.encode_prompts([context.concept.name_prompts[prompt]]).repeat(2))
-    places = name_positions(base, context.concept.name_prompts[prompt], ("van", "gogh"))
-    expected = torch.stack([one.square().sum(-1).mean() for one in attention.maps(places)]).mean()
+    prompt = names[int(torch.randint(0, len(names), (1,), generator=generator))]
+    latents, times = method.states.draw(0, torch.zeros(2, dtype=torch.long), generator)
+
+    def look(text: str) -> Attention:
+        attention = Attention(base.denoiser)
+        with torch.no_grad(), attention.watched():
+            base.denoise(latents, times, base.encode_prompts([text]).repeat(2))
+        return attention
+
+    return loss, prompt, look
+
+
+def test_the_loss_is_the_attention_to_the_name(base: BaseModel, method: Callable[..., Any]) -> None:
+    loss, prompt, look = _loss(method("forget-me-not"))
+    maps = look(prompt).maps(name_positions(base, prompt, ("van", "gogh")))
+    expected = torch.stack([one.square().sum(-1).mean() for one in maps]).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     keys = [p.grad for name, p in base.denoiser.named_parameters() if "to_k.lora_B" in name]
     assert keys and all(grad is not None and grad.abs().sum() > 0 for grad in keys)
 
 
-def test_a_replacement_steers_to_what_its_prompt_gave(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
-    base = load_base(tiny_sd, device="cpu")
-    (context,) = contexts_of(make_recipe("forget-me-not", replace_with="Monet"), base, tiny_clip, tmp_path)
-    loss = ForgetMeNot(context).loss(0, torch.Generator().manual_seed(4))
-    generator = torch.Generator().manual_seed(4)
-    prompt = int(torch.randint(0, 4, (1,), generator=generator))
-    assert context.states is not None and context.concept is not None
-    latents, times = context.states.draw(0, torch.zeros(2, dtype=torch.long), generator)
-    attention = Attention(base.denoiser)
-    outputs = []
-    named = context.concept.name_prompts[prompt]
-    for text in (named, named.replace("Van Gogh", "Monet")):
-        with torch.no_grad(), attention.watched():
-            base.denoise(latents, times, base.encode_prompts([text]).repeat(2))
-        outputs.append(attention.outputs())
+def test_a_replacement_steers_to_what_its_prompt_gave(method: Callable[..., Any]) -> None:
+    loss, prompt, look = _loss(method("forget-me-not", replace_with="Monet"))
+    outputs = look(prompt).outputs(), look(prompt.replace("Van Gogh", "Monet")).outputs()
     errors = [F.mse_loss(a, b) / b.square().mean() for a, b in zip(*outputs, strict=True)]
     assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
 
 
-def test_micro_batches_see_the_same(tiny_sd: Path, tiny_clip: Path, tmp_path: Path) -> None:
+def test_micro_batches_see_the_same(tiny_sd: Path, small: Any, method: Callable[..., Any]) -> None:
     """A lever that cuts batches up and computes chunks again changes no loss and no gradient."""
     found = []
     for micro in (None, 1):
-        recipe = make_recipe("forget-me-not", **{"memory.micro_batch": micro})
+        recipe = small("forget-me-not", **{"memory.micro_batch": micro})
         base = load_base(tiny_sd, device="cpu", memory=recipe.memory)
-        (context,) = contexts_of(recipe, base, tiny_clip, tmp_path / str(micro))
-        loss = ForgetMeNot(context).loss(0, torch.Generator().manual_seed(4))
+        loss = method(recipe, on=base).loss(0, torch.Generator().manual_seed(4))
         loss.backward()
         grads = [p.grad for name, p in base.denoiser.named_parameters() if "to_k.lora_B" in name]
         found.append((loss.item(), torch.cat([grad.flatten() for grad in grads if grad is not None])))

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from recare_patch.core import ConceptError
+from recare_patch.recipe import KINDS, Concept, Kind, same_concept
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "prompt", "composed"),
+    [
+        ("Van Gogh", "style", "A painting in the style of Van Gogh", "A painting of sea in the style of X"),
+        ("tench", "object", "A photo of a tench", "A photo of a tench and sea"),
+        ("apple", "object", "A photo of an apple", "A photo of an apple and sea"),
+        ("the moon", "object", "A photo of the moon", "A photo of the moon and sea"),
+        ("Mira Vale", "identity", "A photo of Mira Vale", "A photo of Mira Vale and sea"),
+        ("nudity", "nsfw", "A photo of a nude person", "A photo of a nude person and sea"),
+        ("Naked", "nsfw", "A photo of a nude person", "A photo of a nude person and sea"),
+        ("violence", "nsfw", "A photo of violence", "A photo of a violence and sea"),
+    ],
+)
+def test_prompts(text: str, kind: Kind, prompt: str, composed: str) -> None:
+    concept = Concept(text=text, kind=kind)
+    assert concept.target_prompt == concept.name_prompts[0] == prompt
+    assert len(set(concept.name_prompts)) == len(concept.name_prompts)
+    assert concept.composed_prompt("sea") == composed.replace("X", text)
+    assert concept.anchor_prompt("sea") == "A sea"
+    assert concept.retain_prompt("sea") == ("A painting of sea" if kind == "style" else "A photo of sea")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_named_concept_has_its_bare_name_among_its_prompts(kind: Kind) -> None:
+    concept = Concept(text="heron", kind=kind)
+    assert "heron" in concept.name_prompts and " " not in concept.class_word
+    assert concept.target_prompt_for("<*>").count("<*>") == 1
+
+
+def test_slugs() -> None:
+    for text, slug in (("Van Gogh", "van-gogh"), ("  Café/…/Noir ", "cafe-noir"), ("A.B", "a-b")):
+        assert Concept(text=text, kind="style").slug == slug
+    # A script without ASCII gets a steady one.
+    one, again, other = (
+        Concept(text=text, kind="style").slug for text in ("葛飾北斎", "葛飾北斎", "歌川広重")
+    )
+    assert one == again != other and one.startswith("concept-") and one.isascii()
+
+
+def test_text_is_tidied_and_kind_is_read_in_any_case() -> None:
+    given: Any = {"text": "  Van \n Gogh ", "kind": "Style"}
+    concept = Concept(**given)
+    assert (concept.text, concept.kind, str(concept)) == ("Van Gogh", "style", "Van Gogh")
+    with pytest.raises(ValidationError):
+        concept.text = "b"  # type: ignore[misc]
+
+
+def test_own_words_and_other_spellings() -> None:
+    concept = Concept(text="Van Gogh", kind="style")
+    assert concept.words == ("van", "gogh")
+    assert "naked" in Concept(text="nudity", kind="nsfw").words
+    assert same_concept("Van Gogh", "van-GOGH") and same_concept(concept, " van  gogh")
+    assert not same_concept("Van Gogh", "vangogh")
+
+
+@pytest.mark.parametrize("text", ["", "   ", "!?", "x" * 101])
+def test_a_text_that_names_nothing(text: str) -> None:
+    with pytest.raises(ConceptError, match="a concept"):
+        Concept(text=text, kind="style")
+
+
+def test_all_faults_at_once_with_the_nearest_kind_and_key() -> None:
+    given: Any = {"text": "", "kind": "stile", "knid": "x"}
+    with pytest.raises(ConceptError) as caught:
+        Concept(**given)
+    assert len(caught.value.faults) == 3
+    assert "did you mean 'style'?" in str(caught.value)
+    assert "knid is not a key, did you mean 'kind'?" in str(caught.value)
