@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from recare_patch.core import PatchError, RecarePatchError, nearest, read_safetensors_header
-from recare_patch.erasure.prepare import read_words
+from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import AttackError, load_attack
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures
 from recare_patch.measure.suites import Suite

@@ -13,9 +13,10 @@ from benchmarks.atelier import scenes
 from benchmarks.atelier.quality import measure
 from benchmarks.atelier.report import judge_accuracy
 from recare_patch.careset.clip import Clip
-from recare_patch.erasure.run import erase, generate_pictures, resolve_recipe
+from recare_patch.erasure import erase, resolve_recipe
 from recare_patch.models import BaseModel, atelier, load_base
 from recare_patch.models.atelier.judge import LABELS, Judge
+from recare_patch.patch import generate_pictures
 
 
 @pytest.fixture(scope="module")
