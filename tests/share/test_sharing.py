@@ -23,8 +23,9 @@ from click.testing import CliRunner, Result
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from recare_patch import cli as common
 from recare_patch import share as sharing
-from recare_patch.cli import cli, common
+from recare_patch.cli import cli
 from recare_patch.combine import save_stack, stack
 from recare_patch.core import HubError, PatchError, file_sha256, write_json
 from recare_patch.measure import Evidence, with_evidence
