@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS, TRIALS
 from recare_patch.measure import wilson_interval
+from recare_patch.models import scheduled
 from recare_patch.models.atelier.judge import Judge
-from recare_patch.recipe import Concept, scheduled
+from recare_patch.recipe import Concept
 
 IMAGES = 24
 """Pictures of the concept that attacks learn from, and that prompts are sought for."""

@@ -192,9 +192,8 @@ def _base(arguments: argparse.Namespace) -> None:
 def _pictures(arguments: argparse.Namespace) -> None:
     """A row for each figure's first prompt, a column for the base and each method."""
     from recare_patch.core import SheetRow, save_sheet, sheet
-    from recare_patch.models import load_base
+    from recare_patch.models import load_base, scheduled
     from recare_patch.patch import Patch
-    from recare_patch.recipe import scheduled
 
     base = load_base("atelier", device=arguments.device)
     draws = [figure.draws(arguments.split)[0] for figure in suite(arguments.concept, arguments.split)]

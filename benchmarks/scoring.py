@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.suites import Figure, suite
 from recare_patch.measure import wilson_interval
+from recare_patch.models import scheduled
 from recare_patch.models.atelier.judge import Judge
-from recare_patch.recipe import scheduled
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -25,7 +25,8 @@ from typing import Any
 from benchmarks.erasure import assignments
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS
 from recare_patch.measure import wilson_interval
-from recare_patch.recipe import METHODS, scheduled
+from recare_patch.models import scheduled
+from recare_patch.recipe import METHODS
 
 RESULTS = Path(__file__).parent / "results" / "sequential"
 REQUESTS = (

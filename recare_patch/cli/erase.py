@@ -118,10 +118,10 @@ def erase(
             f"For Stable Diffusion add --base FOLDER or --base {cli.SD_15}.",
             err=True,
         )
-    from recare_patch.core import Crew
+    from recare_patch.core import Crew, launched_together
     from recare_patch.erasure import erase_concept
 
-    crew = Crew.found()
+    crew = Crew.found() if launched_together() else None
     first = crew is None or crew.main
     if first and not alone:
         _check_free([] if resume else folders, folders, stacked)

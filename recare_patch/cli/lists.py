@@ -151,8 +151,7 @@ def build(
         Recipe(concept=Concept(text=concept, kind=kind or "object")).with_overrides(overrides)
     from recare_patch.careset import Clip, build_care_set, default_clip
     from recare_patch.erasure import resolve_recipe, target_seeds
-    from recare_patch.models import load_base
-    from recare_patch.recipe import scheduled
+    from recare_patch.models import load_base, scheduled
 
     with cli.shown_progress() as progress:
         plan = resolve_recipe(

@@ -100,9 +100,9 @@ def evaluate(
     if no_cache and cache is not None:
         raise EvaluationError("--no-cache and --cache exclude each other")
     from recare_patch import measure
-    from recare_patch.core import Crew
+    from recare_patch.core import Crew, launched_together
 
-    crew = Crew.found()
+    crew = Crew.found() if launched_together() else None
     first = crew is None or crew.main
     folder = options["out"] or (Path(patch) if Path(patch).is_dir() else Path(patch).parent)
     several = cli.several_concepts(patch)

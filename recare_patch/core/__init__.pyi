@@ -28,6 +28,7 @@ from .files import TensorInfo as TensorInfo
 from .files import bundled as bundled
 from .files import claim_folder as claim_folder
 from .files import file_sha256 as file_sha256
+from .files import launched_together as launched_together
 from .files import load_tensors as load_tensors
 from .files import output_error as output_error
 from .files import read_safetensors_header as read_safetensors_header

@@ -8,7 +8,6 @@ the same update as one process would, up to the order of sums.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+from recare_patch.core.files import launched_together
 
 
 def processes() -> Any | None:
     """What accelerate knows of this process, where it was launched as one of several; else None."""
-    if all(int(os.environ.get(name) or 1) <= 1 for name in _WORLD):
+    if not launched_together():
         return None
     from accelerate import PartialState
 

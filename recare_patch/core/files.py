@@ -331,3 +331,9 @@ def claim_folder(path: AnyPath, *, resume: bool = False, resumable: bool = True)
             if made:
                 folder.rmdir()
         lock.release()
+
+
+def launched_together() -> bool:
+    """Whether this process is one of several, by what their launcher says in the environment."""
+    names = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    return any(int(os.environ.get(name) or 1) > 1 for name in names)

@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from recare_patch.core import RecipeError
 from recare_patch.erasure.methods import Work
 from recare_patch.erasure.stages import attach, stage_name
-from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout, lora
-from recare_patch.recipe import METHODS, MemoryOptions, Recipe, scheduled
+from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout, lora, scheduled
+from recare_patch.recipe import METHODS, MemoryOptions, Recipe
 
 if TYPE_CHECKING:
     from recare_patch.models import LatentDiffusion, Layout

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from recare_patch.core import (
     SheetRow,
     claim_folder,
     file_sha256,
+    launched_together,
     save_sheet,
     sheet,
     write_json,
@@ -33,7 +33,7 @@ from recare_patch.core import (
 from recare_patch.erasure import prepare
 from recare_patch.erasure.methods import Method
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch
-from recare_patch.models import BaseModel, device_name, load_base, lora, versions
+from recare_patch.models import BaseModel, device_name, load_base, lora, scheduled, versions
 from recare_patch.patch import (
     FORMATS,
     Erased,
@@ -44,7 +44,7 @@ from recare_patch.patch import (
     has_kohya_names,
     write_kohya,
 )
-from recare_patch.recipe import METHODS, Recipe, recipe_for, scheduled
+from recare_patch.recipe import METHODS, Recipe, recipe_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -200,7 +200,7 @@ def erase(
 
 def _crew(device: str) -> tuple[Crew | None, str]:
     """The processes that this one was launched with, and its device; None where it is alone."""
-    if not any(name.endswith(("WORLD_SIZE", "PMI_SIZE")) for name in os.environ):
+    if not launched_together():
         return None, device
     from recare_patch.core import Crew, process_device
 

@@ -21,9 +21,9 @@ from recare_patch.core import (
     write_tensors,
 )
 from recare_patch.erasure.loop import Carried, Checkpoint, fit, invert, state_source, step_generator
-from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory
+from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory, scheduled
 from recare_patch.patch import Patch
-from recare_patch.recipe import Recipe, scheduled
+from recare_patch.recipe import Recipe
 
 if TYPE_CHECKING:
     from recare_patch.careset import Clip

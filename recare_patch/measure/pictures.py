@@ -27,8 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from recare_patch.core import EvaluationError, processes, write_bytes
-from recare_patch.models import TEXT_ENCODERS, named_tuner_layers, weights_hash
-from recare_patch.recipe import SCHEDULERS, scheduled
+from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, named_tuner_layers, scheduled, weights_hash
 
 if TYPE_CHECKING:
     from recare_patch.core import Progress

@@ -1,8 +1,10 @@
 from .inputs import PLACEHOLDER as PLACEHOLDER
+from .inputs import SCHEDULERS as SCHEDULERS
 from .inputs import TEXT_ROOM as TEXT_ROOM
 from .inputs import EvaluationCounter as EvaluationCounter
 from .inputs import PromptEmbeds as PromptEmbeds
 from .inputs import sample_timesteps as sample_timesteps
+from .inputs import scheduled as scheduled
 from .latent_diffusion import BaseModel as BaseModel
 from .latent_diffusion import LatentDiffusion as LatentDiffusion
 from .loading import ATELIER as ATELIER

@@ -28,6 +28,7 @@ from .recipe import BASE_WEIGHTS as BASE_WEIGHTS
 from .recipe import LAYER_SETS as LAYER_SETS
 from .recipe import OPTIMIZERS as OPTIMIZERS
 from .recipe import PRECISIONS as PRECISIONS
+from .recipe import SCHEDULERS as SCHEDULERS
 from .recipe import STATES as STATES
 from .recipe import AdversaryOptions as AdversaryOptions
 from .recipe import CareSetOptions as CareSetOptions
@@ -36,5 +37,3 @@ from .recipe import MemoryOptions as MemoryOptions
 from .recipe import Recipe as Recipe
 from .recipe import method_info as method_info
 from .recipe import recipe_keys as recipe_keys
-from .samplers import SCHEDULERS as SCHEDULERS
-from .samplers import scheduled as scheduled

@@ -17,11 +17,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from recare_patch.core import RecipeError, Settings, nearest, one_of, yaml_mapping
 from recare_patch.recipe.concept import MAX_LENGTH, Concept, check_text, same_concept, slug_of
 from recare_patch.recipe.methods import DENOISER_LAYERS, METHODS, TEXT_LAYER_SETS, MethodInfo
-from recare_patch.recipe.samplers import SCHEDULERS
 
 LAYER_SETS = (*DENOISER_LAYERS, *TEXT_LAYER_SETS)
 OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "constant")
+SCHEDULERS = ("ddim", "dpm-solver++", "euler", "pndm", "unipc")
 STATES = ("target-images", "shared-rollout", "rollout")
 ADVERSARY_SPACES = ("words", "embeddings")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -62,7 +62,7 @@ class TargetImageOptions(Settings):
 
     count: int = Field(30, ge=1, le=100_000, description="how many pictures")
     steps: int = Field(20, ge=1, le=1000, description="denoising steps of each")
-    scheduler: Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS.names()))] | None = Field(
+    scheduler: Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))] | None = Field(
         None, description="what takes the steps, a name of SCHEDULERS; null: the base's own"
     )
     guidance_scale: Scale = Field(5.0, description="classifier-free guidance; 1 is none")
@@ -267,7 +267,7 @@ class Recipe(Settings):
     clip: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a CLIP folder or hub id; null: the one that fits the base"
     )
-    method: Annotated[str, BeforeValidator(lambda given: one_of("method", METHODS.names())(given))] = Field(
+    method: Annotated[str, BeforeValidator(one_of("method", METHODS))] = Field(
         "recare", description="a name of METHODS"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="all random draws follow from it")

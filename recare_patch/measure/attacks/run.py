@@ -51,10 +51,10 @@ from recare_patch.measure.attacks.saved import JSON_NAME
 from recare_patch.measure.judges import Detector, can_tell, load_detector
 from recare_patch.measure.subject import Subject, subject_of
 from recare_patch.measure.suites import default_suite, find_suite_for
-from recare_patch.models import BaseModel, load_base
+from recare_patch.models import BaseModel, load_base, scheduled
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch, concepts_of
-from recare_patch.recipe import WEIGHTS_NAME, Recipe, same_concept, scheduled
+from recare_patch.recipe import WEIGHTS_NAME, Recipe, same_concept
 
 logger = logging.getLogger(__name__)
 
