@@ -71,7 +71,7 @@ def _distinct(prompts: tuple[str, ...]) -> tuple[str, ...]:
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_a_prompt)]
 Prompts = Annotated[tuple[Prompt, ...], AfterValidator(_distinct)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Scheduler = Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS.names()))]
+Scheduler = Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))]
 
 
 class _Evaluation(Settings):

@@ -21,7 +21,7 @@ from recare_patch.measure.pictures import (
 from recare_patch.models import PLACEHOLDER, BaseModel, load_base
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch
-from recare_patch.recipe.samplers import SCHEDULERS
+from recare_patch.models import SCHEDULERS
 from tests.measure.making import make_patch
 
 PROMPTS = ["a cat", "a dog", "stars", "a house", "a boat"]

@@ -31,7 +31,7 @@ class SamplersOptions(CheckOptions):
 
     steps: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], AfterValidator(_once)] = (4, 8, 20, 50)
     schedulers: Annotated[
-        tuple[Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS.names()))], ...],
+        tuple[Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))], ...],
         AfterValidator(_once),
     ] = ("ddim", "euler", "dpm-solver++", "unipc")
     scheduler_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
