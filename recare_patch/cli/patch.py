@@ -183,7 +183,7 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     write = write_kohya if shape == "kohya" else write_diffusers
     write(weights, file, dtype=dtypes[precision])
-    parts = ", ".join(name.replace("_", " ") for name in weights.components)
+    parts = ", ".join(weights.components).replace("_", " ")
     echo(f"{file}: {shape} from {weights.format}, {len(weights.tensors) // 2} modules ({parts})")
 
 

@@ -52,16 +52,16 @@ if TYPE_CHECKING:
 def stack(
     patches: tuple[str, ...],
     out: Path,
-    method: str,
-    rank: int | None,
-    density: float | None,
     kept_weight: float | None,
-    seed: int,
     precision: str,
     file_formats: str,
     evidence: bool,
     pictures: int,
-    **places: Any,
+    base: str | None,
+    clip: str | None,
+    device: str,
+    seed: int,
+    **options: Any,
 ) -> None:
     """Make one patch of several, each at its own scale.
 
@@ -82,21 +82,13 @@ def stack(
     written = check_formats(file_formats.split(","))
     cli.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
-    combine.check_stacking(loaded, method=method, rank=rank, density=density)
+    method, places = options["method"], {"base": base, "clip": clip, "device": device}
+    combine.check_stacking(loaded, **options)
     if kept_weight is not None and method != "regmean":
         raise PatchError(f"--kept-weight is for --method regmean, and '{method}' takes none")
-    moments = None
-    if method == "regmean":
-        moments = _measured(loaded, out, kept_weight, places, seed)
-    made = combine.stack(
-        loaded,
-        method=method,
-        rank=rank,
-        density=density,
-        seed=seed,
-        dtype=torch.float16 if precision == "fp16" else torch.float32,
-        moments=moments,
-    )
+    moments = _measured(loaded, out, kept_weight, places, seed) if method == "regmean" else None
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    made = combine.stack(loaded, seed=seed, dtype=dtype, moments=moments, **options)
     met = combine.interference(loaded)
     for warning in met.warnings:
         echo(f"Warning: {warning}", err=True)
@@ -170,13 +162,7 @@ def _tell_change(patches: Sequence[Patch], out: Path, pictures: int, places: Map
 @flag("--any-base", "Merge also into other weights than the patch was made for.")
 @cli.device_option
 def merge(
-    patches: tuple[str, ...],
-    base: str | None,
-    out: Path,
-    single_file: Path | None,
-    verify: bool,
-    device: str,
-    any_base: bool,
+    patches: tuple[str, ...], base: str | None, out: Path, verify: bool, device: str, **options: Any
 ) -> None:
     """Write a base with patches in its weights, as a complete diffusers pipeline folder.
 
@@ -194,12 +180,11 @@ def merge(
 
     with cli.shown_progress() as progress:
         loaded = [(Patch.load(path), scale) for path, scale in chosen]
-        options: Any = {"single_file": single_file, "any_base": any_base, "progress": progress}
-        record = combine.merge(loaded, source, out, device=device, **options)
+        record = combine.merge(loaded, source, out, device=device, progress=progress, **options)
         apart = combine.compare(loaded, source, out, device=device) if verify else None
     told = ", ".join(f"{part.name} at {part.scale:g}" for part in record.patches)
     echo(f"Merged: {out}  ({told} into {record.base})")
-    if single_file is not None:
+    if (single_file := options["single_file"]) is not None:
         echo(f"Single file: {single_file}  ({single_file.stat().st_size:,} bytes)")
     if apart is not None:
         echo(f"Pictures with the patch and with the merged folder differ by at most {apart} of 255.")
