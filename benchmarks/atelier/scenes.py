@@ -14,12 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from recare_patch.models.atelier.labels import (
-    CO_OCCURRENCE,
-    GROUNDS,
-    SIZE,
-    STYLES,
-)
+from recare_patch.models.atelier.labels import CO_OCCURRENCE, GROUNDS, OBJECTS, SIZE, SKY, STYLES, TIMES
+
+__all__ = [
+    "CO_OCCURRENCE",
+    "GROUNDS",
+    "OBJECTS",
+    "SIZE",
+    "SKY",
+    "STYLES",
+    "TIMES",
+    "Scene",
+    "draw",
+    "sample_scene",
+]
 
 _CANVAS = 2 * SIZE
 
