@@ -14,12 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from recare_patch.models.atelier.labels import CO_OCCURRENCE, SIZE
-from recare_patch.models.atelier.labels import GROUNDS as GROUNDS
-from recare_patch.models.atelier.labels import OBJECTS as OBJECTS
-from recare_patch.models.atelier.labels import SKY as SKY
-from recare_patch.models.atelier.labels import STYLES as STYLES
-from recare_patch.models.atelier.labels import TIMES as TIMES
+from recare_patch.models.atelier.labels import CO_OCCURRENCE, GROUNDS, OBJECTS, SIZE, SKY, STYLES, TIMES
+
+__all__ = [
+    "CO_OCCURRENCE",
+    "GROUNDS",
+    "OBJECTS",
+    "SIZE",
+    "SKY",
+    "STYLES",
+    "TIMES",
+    "Scene",
+    "draw",
+    "sample_scene",
+]
 
 _CANVAS = 2 * SIZE
 

@@ -134,13 +134,11 @@ def careset() -> None:
 @cli.set_option()
 def build(
     concept: str | None,
-    kind: str | None,
-    base: str | None,
-    clip: str | None,
     recipe: str | None,
     out: Path | None,
     device: str,
     assignments: tuple[str, ...],
+    **words: Any,
 ) -> None:
     """Draw pictures of a concept and mine its CARE-set from them."""
     if concept is None and recipe is None:
@@ -148,15 +146,13 @@ def build(
     overrides = cli.overrides_from(assignments)
     if concept is not None:
         # Faults of spelling are told before any model is loaded.
-        Recipe(concept=Concept(text=concept, kind=kind or "object")).with_overrides(overrides)
+        Recipe(concept=Concept(text=concept, kind=words["kind"] or "object")).with_overrides(overrides)
     from recare_patch.careset import Clip, build_care_set, default_clip
     from recare_patch.erasure import resolve_recipe, target_seeds
     from recare_patch.models import load_base, scheduled
 
     with cli.shown_progress() as progress:
-        plan = resolve_recipe(
-            concept or "", kind=kind, recipe=recipe, base=base, clip=clip, overrides=overrides, device=device
-        )
+        plan = resolve_recipe(concept or "", recipe=recipe, overrides=overrides, device=device, **words)
         model = load_base(plan.base, precision=plan.precision, device=device)
         options = plan.target_images
         with scheduled(model.pipeline, options.scheduler):

@@ -74,7 +74,7 @@ def push(folder: Path, repo: str | None, dry_run: bool, **options: Any) -> None:
 @option("--revision NAME", "Branch, tag or commit.  [default: the newest of main]")
 @option("--base FOLDER|HUB-ID", "Refuse a patch that does not fit this base model.")
 @cli.device_option
-def pull(repo: str, out: Path | None, revision: str | None, base: str | None, device: str) -> None:
+def pull(repo: str, out: Path | None, **options: Any) -> None:
     """Fetch a patch from the Hub, checked, into a new folder.
 
     \b
@@ -88,7 +88,7 @@ def pull(repo: str, out: Path | None, revision: str | None, base: str | None, de
     from recare_patch import share
 
     with cli.shown_progress() as progress:
-        got = share.pull(repo, out, revision=revision, base=base, device=device, progress=progress)
+        got = share.pull(repo, out, progress=progress, **options)
     if got.left:
         echo(f"Not taken: {', '.join(got.left)}")
     if got.same_base is not None:
@@ -107,16 +107,7 @@ def pull(repo: str, out: Path | None, revision: str | None, base: str | None, de
 @option("--limit", "", IntRange(1, 1000), 20)
 @cli.json_option
 @flag("--markdown", "Print an index in Markdown, for a collection's page.")
-def search(
-    text: str | None,
-    base: str | None,
-    concept: str | None,
-    tags: tuple[str, ...],
-    owner: str | None,
-    limit: int,
-    as_json: bool,
-    markdown: bool,
-) -> None:
+def search(text: str | None, as_json: bool, markdown: bool, **wanted: Any) -> None:
     """Find patches on the Hub; TEXT is looked for in their names.
 
     \b
@@ -130,7 +121,7 @@ def search(
     cli.quiet_libraries()
     from recare_patch import share
 
-    found = share.search(text, base=base, concept=concept, tags=tags, owner=owner, limit=limit)
+    found = share.search(text, **wanted)
     if as_json:
         echo(json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False))
     elif markdown:

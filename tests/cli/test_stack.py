@@ -140,5 +140,5 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     ):
         result = invoke(f"{words} --out bad")
         assert result.exit_code == 2, (words, result.output)
-        assert told in result.stderr and len(result.stderr.strip().splitlines()) <= 3, result.stderr
+        assert told in result.stderr and len(result.stderr.strip().splitlines()) <= 4, result.stderr
         assert not Path("bad").exists(), words

@@ -18,10 +18,9 @@ from recare_patch.measure.pictures import (
     default_cache,
     tensors_hash,
 )
-from recare_patch.models import PLACEHOLDER, BaseModel, load_base
+from recare_patch.models import PLACEHOLDER, SCHEDULERS, BaseModel, load_base
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch
-from recare_patch.models import SCHEDULERS
 from tests.measure.making import make_patch
 
 PROMPTS = ["a cat", "a dog", "stars", "a house", "a boat"]
