@@ -8,10 +8,11 @@ from pathlib import Path
 
 from recare_patch.core import file_sha256
 from recare_patch.patch.formats import output_name
-from recare_patch.patch.markdown import CARD_NAME
 from recare_patch.patch.patch import Patch, concepts_of
 from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
+CARD_NAME = "README.md"
+"""The card, beside the weights."""
 STACK_NAME = "stack.yaml"
 """What a stack was made of, beside its weights."""
 REPORT_NAME = "report.html"

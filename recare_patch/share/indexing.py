@@ -98,4 +98,4 @@ def index_text(rows: Sequence[Row], title: str = "Patches") -> str:
         cells = [row.concept, row.base, row.method, row.size, row.shown, row.kept]
         link = row.link.replace(" ", "%20").replace("(", "%28").replace(")", "%29")
         lines.append(f"| {' | '.join(map(plain, cells))} | [{plain(row.patch)}]({plain(link)}) |")
-    return template("index_template.md").substitute(title=plain(title), rows="\n".join(lines))
+    return template("index_template.md").render(title=plain(title), rows="\n".join(lines))

@@ -28,9 +28,9 @@ from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.card import card_text
 from recare_patch.patch.folder import all_names
-from recare_patch.patch.front_matter import is_unsafe
+from recare_patch.patch.card import is_unsafe
 from recare_patch.patch.gate import Gate
-from recare_patch.patch.markdown import split_card
+from recare_patch.patch.card import split_card
 from recare_patch.patch.patch import Patch, PatchMetadata, concepts_of
 from tests.cli.conftest import invoke
 from tests.contracts.test_methods import small_recipe

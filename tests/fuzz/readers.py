@@ -30,7 +30,7 @@ from recare_patch.measure.verify import check_integrity
 from recare_patch.patch import formats
 from recare_patch.patch.card import card_text
 from recare_patch.patch.folder import EVIDENCE_NAME
-from recare_patch.patch.markdown import CARD_NAME
+from recare_patch.patch.folder import CARD_NAME
 from recare_patch.patch.patch import Erased, Patch, PatchMetadata, concepts_of
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder

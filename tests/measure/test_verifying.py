@@ -22,7 +22,7 @@ from recare_patch.measure.suites import Suite, load_suite
 from recare_patch.measure.verify import Plan, Verification, _check_suite, compare, verify
 from recare_patch.models.embeds import BaseModel
 from recare_patch.patch.folder import EVIDENCE_NAME
-from recare_patch.patch.markdown import CARD_NAME
+from recare_patch.patch.folder import CARD_NAME
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe
 from tests.measure.test_evidence import make_evidence, make_figure
