@@ -11,6 +11,8 @@ from .card import worst_kept as worst_kept
 from .evidence import RATE as RATE
 from .evidence import Evidence as Evidence
 from .evidence import show_value as show_value
+from .integrity import Integrity as Integrity
+from .integrity import check_integrity as check_integrity
 from .intervals import wilson_interval as wilson_interval
 from .judges import load_detector as load_detector
 from .memorization import memorization_figures as memorization_figures
@@ -25,5 +27,3 @@ from .run import evaluate as evaluate
 from .stack import FigureChange as FigureChange
 from .suites import Prompt as Prompt
 from .suites import load_suite as load_suite
-from .verify import Integrity as Integrity
-from .verify import check_integrity as check_integrity

@@ -99,7 +99,7 @@ def _looks(series: Sequence[Series]) -> list[dict[str, Any]]:
 def _drawn(
     title: str, about: str, height: float, series: Sequence[Series], draw: Callable[..., None], **axes: Any
 ) -> str:
-    """An ``<svg>`` element of what ``draw`` puts on axes; it is handed a way to give an artist its tooltip."""
+    """What ``draw`` puts on axes, as an ``<svg>`` element; it is handed a way to give marks tooltips."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -216,8 +216,8 @@ def bar_chart(
     def draw(axes: Any, tell: Callable[..., None]) -> None:
         for place, group in enumerate(groups):
             axes.text(0, place * rows - 0.2, _short(group, 48), transform=axes.get_yaxis_transform())
-            for y, (one, look) in enumerate(zip(series, _looks(series), strict=True), 1):
-                value, band, y = one.values[place], one.interval(place), place * rows + y - 0.4
+            for row, (one, look) in enumerate(zip(series, _looks(series), strict=True), 1):
+                value, band, y = one.values[place], one.interval(place), place * rows + row - 0.4
                 if value is None:
                     axes.text(0, y, "not measured", va="center", color=_MUTED)
                     continue

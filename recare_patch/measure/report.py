@@ -10,12 +10,10 @@ import base64
 import functools
 import io
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -34,7 +32,7 @@ from recare_patch.measure.evidence import (
     show_value,
 )
 from recare_patch.measure.plots import Series, bar_chart, line_chart, radar_chart, thinned
-from recare_patch.patch import REPORT_NAME
+from recare_patch.patch import REPORT_NAME, finite, spent
 from recare_patch.recipe import WEIGHTS_NAME
 
 Pictures = Image.Image | Path | Sequence[Comparison]
@@ -54,19 +52,6 @@ _GROUPS: dict[Group, tuple[str, str]] = {
     "check": ("Further figures", "Figures of the checks below."),
     "attack": ("Attack figures", "Figures under attack."),
 }
-
-
-@dataclass(frozen=True)
-class _Group:
-    title: str
-    about: str
-    figures: tuple[Figure, ...]
-
-
-class _Image(NamedTuple):
-    source: str
-    width: int
-    height: int
 
 
 def write_report(
@@ -91,27 +76,29 @@ def write_report(
         OutputError: a picture cannot be read, or the file cannot be written.
     """
     weights, training = Path(folder) / WEIGHTS_NAME, training or {}
-    sheets = [_sheet(caption, found) for caption, found in (pictures or {}).items()]
-    groups = {
-        key: _Group(title, about, found)
-        for key, (title, about) in _GROUPS.items()
-        if (found := evidence.in_group(key))
-    }
     stages, losses = _stage_plots(training.get("stages")), _loss_plots(training.get("losses"))
-    contents = {
-        **({"pictures": "Before and after"} if sheets else {}),
-        **{key: one.title for key, one in groups.items()},
-        **({"attacks": "Under attack"} if evidence.attacks else {}),
-        **({"checks": "Away from the usual"} if evidence.checks else {}),
-        **({"cost": "What it cost"} if stages or losses or evidence.cost else {}),
-        "again": "Measure it again",
+    contents: dict[str, tuple[str, Any]] = {
+        "pictures": ("Before and after", pictures),
+        **{group: (title, evidence.in_group(group)) for group, (title, _) in _GROUPS.items()},
+        "attacks": ("Under attack", evidence.attacks),
+        "checks": ("Away from the usual", evidence.checks),
+        "cost": ("What it cost", stages or losses or evidence.cost),
+        "again": ("Measure it again", True),
     }
     page = _template().render(
         evidence=evidence,
-        contents=contents,
-        tiles=_tiles(evidence, training, weights.stat().st_size if weights.is_file() else None),
-        sheets=sheets,
-        groups=groups,
+        contents={key: title for key, (title, found) in contents.items() if found},
+        abouts={group: about for group, (_, about) in _GROUPS.items()},
+        gone=worst_first(evidence, "erased"),
+        seconds=finite(training.get("seconds")),
+        spent=spent(training),
+        device=training.get("device"),
+        size=_bytes(weights.stat().st_size) if weights.is_file() else "",
+        pictures=pictures or {},
+        kept={
+            "Companions": worst_first(evidence, "care"),
+            "Neighbours": worst_first(evidence, "kept"),
+        },
         care_plots=_care_plots(evidence.in_group("care")),
         checks=[(one, _check_plot(one)) for one in evidence.checks],
         stages=stages,
@@ -136,15 +123,19 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     pages.globals |= {
+        "LARGEST": _LARGEST,
+        "LARGEST_OF_MANY": _LARGEST_OF_MANY,
         "RATE": RATE,
         "across": lambda value: f"{6 + 156 * min(max(value, 0), 1):.4g}",
         "against_base": _against_base,
         "attack_name": _attack_name,
         "duration": _duration,
+        "image": _image,
         "intervals_meet": intervals_meet,
         "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False),
         "people": _people,
         "place": _place,
+        "short_names": _short_names,
         "show_interval": show_interval,
         "show_value": show_value,
         "style": Markup((place / "report.css").read_text(encoding="utf-8")),
@@ -158,68 +149,12 @@ def _unbroken(value: Any) -> Any:
     return value.replace(" %", "\N{NO-BREAK SPACE}%") if text else value
 
 
-def _tiles(evidence: Evidence, training: Mapping[str, Any], size: int | None) -> list[tuple[str, str, str]]:
-    """What was erased, what was kept and what it cost, each by its worst figure."""
-    tiles = []
-    if gone := worst_first(evidence, "erased"):
-        worst, name = gone[0], _short_names([one.name for one in gone])[0]
-        told = f"of pictures show {evidence.concept}: {name}"
-        told += f", the worst of {len(gone)}" if len(gone) > 1 else ""
-        told += f"; base {worst.show(worst.base)}." if worst.base is not None else "."
-        tiles.append(("Erased", worst.show(worst.patched), told))
-    tiles += _kept_tile("Companions", worst_first(evidence, "care"))
-    tiles += _kept_tile("Neighbours", worst_first(evidence, "kept"))
-    if evidence.attacks:
-        attack, count = max(evidence.attacks, key=lambda one: one.rate), len(evidence.attacks)
-        told = (
-            f"of tries bring it back under {_attack_name(attack)}"
-            f"{f', the strongest of {count} attacks' if count > 1 else ''}: {attack.successes} of "
-            f"{attack.trials}, and {attack.without} without the attack."
-        )
-        tiles.append(("Under attack", show_value(attack.rate, RATE), told))
-    return [*tiles, *_cost_tile(training, size)] or [("Nothing", "–", "No figure was measured.")]
-
-
-def _kept_tile(heading: str, lost: Sequence[Figure]) -> list[tuple[str, str, str]]:
-    if not lost:
-        return []
-    worst, several = lost[0], len(lost) > 1
-    if worst.patched >= (worst.base or 0):
-        # All at the base's level or above: the one that gained least stands for them.
-        told = (
-            f"{worst.name}; base {worst.show(worst.base)}. No loss{f' among {len(lost)}' if several else ''}."
-        )
-    else:
-        told = f"{worst.name}{f', the largest loss of {len(lost)}' if several else ''}"
-        told += f"; base {worst.show(worst.base)}{', no clear change' if intervals_meet(worst) else ''}."
-    return [(heading, worst.show(worst.patched), told)]
-
-
-def _cost_tile(training: Mapping[str, Any], size: int | None) -> list[tuple[str, str, str]]:
-    seconds, evaluations, memory = (
-        _number(training.get(key)) for key in ("seconds", "denoiser_evaluations", "peak_memory_bytes")
-    )
-    weighs = "" if size is None else f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
-    if seconds is None:
-        return [("Cost", weighs, "is the size of the patch.")] if weighs else []
-    facts = [
-        *([] if evaluations is None else [f"{evaluations:,.0f} denoiser evaluations"]),
-        *([f"{memory / 2**30:.1f} GiB of memory at most"] if memory else []),
-        *([f"a patch of {weighs}"] if weighs else []),
-    ]
-    on = f" On {training['device']}." if training.get("device") else ""
-    return [("Cost", _duration(seconds), f"to erase it{': ' if facts else ''}{', '.join(facts)}.{on}")]
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, or ``None``: records are files that anyone may have edited."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
 def _attack_name(attack: AttackFigure) -> str:
     return f"{attack.attack} ({attack.preset})" if attack.preset else attack.attack
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def _duration(seconds: float) -> str:
@@ -289,14 +224,12 @@ def _check_plot(check: Check) -> Markup:
     if not series:
         return Markup("")
     places = [point.x for point in points if isinstance(point.x, float)]
-    shared: dict[str, str] = {"unit": check.unit, "about": "The numbers are in the table below."}
+    x, y, about = check.x_label, check.y_label, "The numbers are in the table below."
     if len(points) == len(places) > 1:
-        drawn = line_chart(
-            check.title, places, series, x_label=check.x_label, y_label=check.y_label, **shared
-        )
+        drawn = line_chart(check.title, places, series, x_label=x, y_label=y, unit=check.unit, about=about)
     else:
-        label, names = check.y_label or check.x_label, [_place(point.x) for point in points]
-        drawn = bar_chart(check.title, names, series, x_label=label, **shared)
+        names = [_place(point.x) for point in points]
+        drawn = bar_chart(check.title, names, series, x_label=y or x, unit=check.unit, about=about)
     return Markup(drawn)
 
 
@@ -304,25 +237,8 @@ def _place(x: float | str) -> str:
     return x if isinstance(x, str) else f"{x:g}".replace("-", "−")
 
 
-def _sheet(caption: str, found: Pictures) -> dict[str, Any]:
-    """A sheet whose labels are in the picture, or prompts over their pictures before and after."""
-    if isinstance(found, Image.Image | Path):
-        return {"caption": caption, "sheet": _image(caption, found, _LARGEST)}
-    compared = [
-        (
-            one.label,
-            [
-                (when, [_image(caption, picture, _LARGEST_OF_MANY) for picture in pictures])
-                for when, pictures in (("before", one.before), ("after", one.after))
-            ],
-        )
-        for one in found
-    ]
-    return {"caption": caption, "sheet": None, "compared": compared}
-
-
-def _image(caption: str, picture: Image.Image | Path, largest: int) -> _Image:
-    """A picture as text that a page can hold."""
+def _image(caption: str, picture: Image.Image | Path, largest: int) -> dict[str, Any]:
+    """A picture as text that a page can hold, with its size."""
     try:
         image = picture if isinstance(picture, Image.Image) else Image.open(picture)
         image = image.convert("RGB")
@@ -335,18 +251,15 @@ def _image(caption: str, picture: Image.Image | Path, largest: int) -> _Image:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=90, method=4)
     code = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return _Image(f"data:image/webp;base64,{code}", image.width, image.height)
+    return {"source": f"data:image/webp;base64,{code}", "width": image.width, "height": image.height}
 
 
 def _stage_plots(stages: Any) -> list[tuple[str, Markup]]:
-    known = (
-        {str(name): one for name, one in stages.items() if isinstance(one, Mapping)}
-        if isinstance(stages, Mapping)
-        else {}
-    )
+    found = stages.items() if isinstance(stages, Mapping) else ()
+    known = {str(name): one for name, one in found if isinstance(one, Mapping)}
     plots = []
     for key, label in (("seconds", "seconds"), ("evaluations", "denoiser evaluations")):
-        values = [_number(one.get(key)) for one in known.values()]
+        values = [finite(one.get(key)) for one in known.values()]
         if any(value is not None for value in values):
             about = "; ".join(
                 f"{name}: {value:,.0f}"
@@ -361,15 +274,13 @@ def _stage_plots(stages: Any) -> list[tuple[str, Markup]]:
 def _loss_plots(losses: Any) -> list[tuple[str, Markup]]:
     plots = []
     for stage, values in losses.items() if isinstance(losses, Mapping) else ():
-        found = map(_number, values) if isinstance(values, list | tuple) else ()
+        found = map(finite, values) if isinstance(values, list | tuple) else ()
         numbers = [number for number in found if number is not None]
         if len(numbers) > 1:
             places, series = thinned(numbers)
             about = f"{len(numbers)} steps, from {numbers[0]:.4g} to {numbers[-1]:.4g}"
-            title = f"Loss of {stage}"
-            plot = line_chart(
-                title, places, [series], x_label="step", y_label="loss", about=about, marks=False
-            )
+            labels = {"x_label": "step", "y_label": "loss", "about": about}
+            plot = line_chart(f"Loss of {stage}", places, [series], marks=False, **labels)
             plots.append((str(stage), Markup(plot)))
     return plots
 

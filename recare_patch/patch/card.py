@@ -239,6 +239,7 @@ def card_text(
     """
     if metadata is None:
         raise PatchError("a card needs a patch made by recare-patch, and this LoRA carries no such metadata")
+    seconds = finite(training.get("seconds"))
     stages, warnings, parts = training.get("stages"), training.get("warnings"), metadata.parts
     known = [one for one in metadata.erased if one.kind is not None and parts is None]
     methods = [one.method for one in metadata.erased]
@@ -248,12 +249,14 @@ def card_text(
     return template("card_template.md").render(
         about=metadata,
         recipe=metadata.parsed_recipe if metadata.recipe is not None else None,
-        method=METHODS[metadata.method] if metadata.method in METHODS else None,
+        method=METHODS.get(metadata.method),
         front_matter=yaml_text(front_matter(metadata, previews)),
         preview=previews[0] if previews else None,
         names=[f"**{plain(part.name)}**" for part in parts]
         if parts is not None
-        else [f"**{plain(one.concept)}**" + (f" ({one.kind})" if one.kind else "") for one in metadata.erased],
+        else [
+            f"**{plain(one.concept)}**" + (f" ({one.kind})" if one.kind else "") for one in metadata.erased
+        ],
         concepts=[one.as_concept() for one in known],
         care_words=list(dict.fromkeys(word for one in metadata.erased for word in one.care_words)),
         prompt=sample_prompt(metadata) or "a prompt of yours",
@@ -262,33 +265,32 @@ def card_text(
         kohya=concept_name(metadata.concept),
         on_hub=hub_id(metadata.base),
         project_url=url,
-        facts=_spent(training),
+        facts=([] if seconds is None else [f"{seconds:,.0f} seconds"]) + spent(training),
         device=str(training.get("device") or ""),
         stages=[
-            (str(name), _number(one.get("seconds")), _number(one.get("evaluations")))
+            (str(name), finite(one.get("seconds")), finite(one.get("evaluations")))
             for name, one in (stages.items() if isinstance(stages, Mapping) else ())
             if isinstance(one, Mapping)
         ],
-        residual=_number(training.get("rank_residual")),
+        residual=finite(training.get("rank_residual")),
         unmeasured=UNMEASURED,
         warnings=[str(one) for one in (warnings if isinstance(warnings, list) else ())],
         papers=[paper for one in dict.fromkeys(methods) if (paper := citation(one)) is not None],
     )
 
 
-def _number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """A finite number, or ``None``: records are files that anyone may have edited."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def _spent(training: Mapping[str, Any]) -> list[str]:
-    seconds, evaluations, memory = (
-        _number(training.get(key)) for key in ("seconds", "denoiser_evaluations", "peak_memory_bytes")
+def spent(training: Mapping[str, Any]) -> list[str]:
+    """What a run cost beside its time, in words, as far as its record tells."""
+    evaluations, memory = (
+        finite(training.get("denoiser_evaluations")),
+        finite(training.get("peak_memory_bytes")),
     )
-    return [
-        *([] if seconds is None else [f"{seconds:,.0f} seconds"]),
-        *([] if evaluations is None else [f"{evaluations:,.0f} denoiser evaluations"]),
-        *([f"{memory / 2**30:.1f} GiB of memory at most"] if memory else []),
-    ]
+    facts = [] if evaluations is None else [f"{evaluations:,.0f} denoiser evaluations"]
+    return facts + ([f"{memory / 2**30:.1f} GiB of memory at most"] if memory else [])

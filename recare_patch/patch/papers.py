@@ -76,6 +76,6 @@ _PAPERS = {
 }
 
 
-def citation(method: str) -> Paper | None:
-    """The paper of a method, of erasing or of stacking; ``None`` for a stack by the sum alone."""
-    return _PAPERS.get(method)
+def citation(method: str | None) -> Paper | None:
+    """The paper of a method, of erasing or of stacking; ``None`` where it has none, such as a plain sum."""
+    return _PAPERS.get(method or "")

@@ -18,19 +18,17 @@ from recare_patch.careset import CareSet
 from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import EvaluationError
 from recare_patch.erasure.run import erase
-from recare_patch.measure import verify as verifying
 from recare_patch.measure.attacks import AttackResult
 from recare_patch.measure.attacks import run as attacking
 from recare_patch.measure.attacks.run import attack_options, attack_patch
+from recare_patch.measure.integrity import check_integrity
 from recare_patch.measure.run import evaluate
 from recare_patch.measure.subject import subject_of
 from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
-from recare_patch.patch.card import card_text
+from recare_patch.patch.card import card_text, is_unsafe, split_card
 from recare_patch.patch.folder import all_names
-from recare_patch.patch.card import is_unsafe
 from recare_patch.patch.gate import Gate
-from recare_patch.patch.card import split_card
 from recare_patch.patch.patch import Patch, PatchMetadata, concepts_of
 from tests.cli.conftest import invoke
 from tests.contracts.test_methods import small_recipe
@@ -150,7 +148,7 @@ def test_in_a_stack(made: dict[str, Path], base: BaseModel, tmp_path: Path) -> N
     assert concepts_of(stack) == ("Monet", "Van Gogh", "tench")
     assert subject_of(stack, "tench").care_words == ("river",)
     composing.save_stack(stack, tmp_path / "stack")
-    assert verifying.check_integrity(tmp_path / "stack").failed == ()
+    assert check_integrity(tmp_path / "stack").failed == ()
 
 
 def test_a_gate_opens_for_each(made: dict[str, Path], tiny_sd: Path) -> None:

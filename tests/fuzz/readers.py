@@ -23,14 +23,13 @@ from recare_patch.erasure.prepare import read_words
 from recare_patch.measure.attacks import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, evidence_section, with_evidence
 from recare_patch.measure.evidence import Evidence
+from recare_patch.measure.integrity import check_integrity
 from recare_patch.measure.run import read_prompts
 from recare_patch.measure.subject import subject_of
 from recare_patch.measure.suites import Suite, load_suite, suites_folder
-from recare_patch.measure.verify import check_integrity
 from recare_patch.patch import formats
 from recare_patch.patch.card import card_text
-from recare_patch.patch.folder import EVIDENCE_NAME
-from recare_patch.patch.folder import CARD_NAME
+from recare_patch.patch.folder import CARD_NAME, EVIDENCE_NAME
 from recare_patch.patch.patch import Erased, Patch, PatchMetadata, concepts_of
 from recare_patch.recipe.concept import Concept
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, load_recipe, parse_assignment, recipes_folder

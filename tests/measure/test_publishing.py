@@ -18,8 +18,7 @@ from recare_patch.measure.card import (
     with_evidence,
 )
 from recare_patch.measure.evidence import Check, CheckPoint
-from recare_patch.patch.card import MEASURED, PLACE, UNMEASURED, card_text
-from recare_patch.patch.card import Identity, identity_in, is_unsafe
+from recare_patch.patch.card import MEASURED, PLACE, UNMEASURED, Identity, card_text, identity_in, is_unsafe
 from recare_patch.patch.patch import PatchMetadata
 from recare_patch.recipe.methods import METHODS
 from recare_patch.recipe.recipe import Recipe

@@ -19,10 +19,9 @@ from recare_patch.measure.evidence import Check, CheckPoint, Evidence, Part
 from recare_patch.measure.intervals import wilson_interval
 from recare_patch.measure.run import evaluate
 from recare_patch.measure.suites import Suite, load_suite
-from recare_patch.measure.verify import Plan, Verification, _check_suite, compare, verify
+from recare_patch.measure.verify import Plan, Verification, check_suite, compare, verify
 from recare_patch.models.embeds import BaseModel
-from recare_patch.patch.folder import EVIDENCE_NAME
-from recare_patch.patch.folder import CARD_NAME
+from recare_patch.patch.folder import CARD_NAME, EVIDENCE_NAME
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe
 from tests.measure.test_evidence import make_evidence, make_figure
@@ -297,7 +296,7 @@ def test_a_suite_that_was_altered(measured: Path, tiny_sd: Path, tmp_path: Path)
         ({**bundled, "plain": ["a cat"], "first_seed": 1}, None, "with plain, first_seed of its own"),
         ({**bundled, "steps": 0}, False, "no sound suite"),
     ):
-        found = _check_suite(true.model_copy(update={"suite": suite}))[0]
+        found = check_suite(true.model_copy(update={"suite": suite}))
         assert found.holds is holds
         assert words in found.told
 

@@ -30,8 +30,7 @@ from recare_patch.core.errors import HubError, PatchError
 from recare_patch.core.files import file_sha256, write_json
 from recare_patch.measure.card import EVIDENCE_START, model_index, with_evidence
 from recare_patch.measure.evidence import Evidence
-from recare_patch.patch.card import PLACE, card_text
-from recare_patch.patch.card import split_card
+from recare_patch.patch.card import PLACE, card_text, split_card
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe
 from tests.measure.test_evidence import make_evidence
