@@ -64,7 +64,7 @@ def test_a_drawing_serves_any_page_and_is_the_same_each_time() -> None:
     assert first == line_chart("T <i>", [3, 1, 2], series, x_label="scale", unit="rate", about="more")
     root = inside(first)
     assert root.get("aria-label") == "T <i>. more"
-    assert tooltips(root) == ["$a$ <b>, scale 3: 25.0 % (10.0 % to 30.0 %)", "$a$ <b>, scale 2: 100.0 %"]
+    assert tooltips(root) == ["$a$ <b>, scale 2: 100.0 %", "$a$ <b>, scale 3: 25.0 % (10.0 % to 30.0 %)"]
     assert "$a$ <b>" in [one.text for one in root.iter(f"{SVG}text")]
     assert "var(--plot-0, #0f6b5c)" in first and not re.search(r"[^,] #(?!000000)", first)
     # Two on a page share no id.
