@@ -196,11 +196,11 @@ def line_chart(
                     tell(mark, one, k, f"{x_label} {_text(x_values[k], '')}".strip(), unit)
         _scale(axes.yaxis, series, unit)
         axes.grid(axis="y")
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=6, steps=[1, 2, 5, 10])
         axes.xaxis.set_major_formatter(lambda value, _: _text(round(value, 12) + 0.0, ""))
         axes.set_xlabel(_short(x_label, 50))
         # Level and over the axis: nobody has to turn their head.
-        axes.set_title(_short(y_label, 50), loc="left")
+        axes.set_title(_short(y_label, 50), loc="left", pad=9)
 
     return _drawn(title, about, 250, series, draw)
 
