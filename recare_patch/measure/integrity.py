@@ -32,6 +32,9 @@ from recare_patch.patch import (
 )
 from recare_patch.recipe import WEIGHTS_NAME
 
+Told = tuple[bool | None, str]
+"""Whether a thing holds, and a sentence on it; see :class:`Finding`."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -154,31 +157,35 @@ def check_integrity(patch: str | Path, concept: str | None = None) -> Integrity:
         records = [Record.read(folder_of(loaded, folder, one), one) for one in chosen]
     else:
         records = [Record.read(folder)]
-    findings = [weights]
+    findings = [Finding("weights", *weights)]
     for record in records:
         findings += record.named([record.finding])
-    findings.append(_check_hash(file, records, stacked=metadata is not None and metadata.parts is not None))
+    stacked = metadata is not None and metadata.parts is not None
+    findings.append(Finding("hash", *_check_hash(file, records, stacked=stacked)))
     if loaded is not None and metadata is not None:
-        findings += [_check_records(folder, metadata, records), *_check_kohya(folder, loaded)]
-    findings.append(_check_card(folder, None if several else records[0].evidence))
+        findings.append(Finding("records", *_check_records(folder, metadata, records)))
+        if (kohya := folder / kohya_name(loaded)).is_file():
+            findings.append(Finding("kohya file", *_check_kohya(kohya, loaded)))
+    findings.append(
+        Finding("card", *_check_card(folder / CARD_NAME, None if several else records[0].evidence))
+    )
     return Integrity(tuple(findings), folder, loaded, tuple(records))
 
 
-def _check_weights(file: Path) -> tuple[Finding, Patch | None]:
-    about = "weights"
+def _check_weights(file: Path) -> tuple[Told, Patch | None]:
     try:
         patch = Patch.load(file)
         if patch.metadata is None:
             told = "carries no record of its making: it is not recare-patch's, or its header was stripped"
-            return Finding(about, False, f"{file.name} {told}"), patch
+            return (False, f"{file.name} {told}"), patch
         if patch.metadata.recipe is not None:
             # A recipe that cannot be read, in a sound header, has been altered.
             assert patch.metadata.parsed_recipe
     except RecarePatchError as fault:
-        return Finding(about, False, str(fault)), None
+        return (False, str(fault)), None
     size = file.stat().st_size
     told = f"{len(patch.modules)} modules, {patch.parameters:,} finite values, {size:,} bytes"
-    return Finding(about, True, told), patch
+    return (True, told), patch
 
 
 def _mapping_in(file: Path) -> dict[str, Any] | None:
@@ -193,29 +200,28 @@ def _mapping_in(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _check_hash(file: Path, records: Sequence[Record], *, stacked: bool) -> Finding:
+def _check_hash(file: Path, records: Sequence[Record], *, stacked: bool) -> Told:
     """The weights' hash, as it is and as it was written down."""
-    about, now = "hash", file_sha256(file)
+    now = file_sha256(file)
     name, key = (STACK_NAME, "sha256") if stacked else (TRAINING_NAME, "patch_sha256")
     recorded: dict[str, str] = {}
     if (file.parent / name).exists():
         found = _mapping_in(file.parent / name)
         if found is None:
-            return Finding(about, False, f"{name} is not readable as {'YAML' if stacked else 'JSON'}")
+            return False, f"{name} is not readable as {'YAML' if stacked else 'JSON'}"
         if key in found:
             recorded[name] = str(found[key])
     recorded |= {one.name: one.evidence.patch_sha256 for one in records if one.evidence is not None}
     wrong = next((name for name, value in recorded.items() if value != now), None)
     if wrong is not None:
-        told = f"the weights have SHA-256 {now[:12]}…, and {wrong} records {recorded[wrong][:12]}…"
-        return Finding(about, False, told)
+        return False, f"the weights have SHA-256 {now[:12]}…, and {wrong} records {recorded[wrong][:12]}…"
     if not recorded:
         told = f"neither {name} nor {EVIDENCE_NAME} records the weights' SHA-256, which is {now}"
-        return Finding(about, None if stacked else False, told)
-    return Finding(about, True, f"{now[:12]}…, as recorded in {' and '.join(recorded)}")
+        return None if stacked else False, told
+    return True, f"{now[:12]}…, as recorded in {' and '.join(recorded)}"
 
 
-def _check_records(folder: Path, metadata: PatchMetadata, records: Sequence[Record]) -> Finding:
+def _check_records(folder: Path, metadata: PatchMetadata, records: Sequence[Record]) -> Told:
     """What lies beside the weights says what their header says."""
     wrong = []
     recipe, parts, words = (folder / name for name in ("recipe.yaml", STACK_NAME, "care_set.json"))
@@ -224,24 +230,25 @@ def _check_records(folder: Path, metadata: PatchMetadata, records: Sequence[Reco
     if parts.is_file() and not _lists_parts(parts, metadata):
         wrong.append(f"{STACK_NAME} does not list the parts that the weights do")
     if words.is_file() and metadata.care_set is not None:
-        found = _mapping_in(words)
-        if found is None or found != json.loads(metadata.care_set):
+        try:
+            same = _mapping_in(words) == json.loads(metadata.care_set)
+        except (ValueError, RecursionError):
+            same = False
+        if not same:
             wrong.append("care_set.json is not the CARE-set in the weights")
     for record in records:
         if record.evidence is None:
             continue
         concept, kind = metadata.concept, metadata.kind
         if record.concept is not None:
-            kinds = [one.kind for one in metadata.erased if one.concept == record.concept]
-            concept, kind = record.concept, kinds[0] or record.evidence.kind
+            own = next((one.kind for one in metadata.erased if one.concept == record.concept), None)
+            concept, kind = record.concept, own or record.evidence.kind
         for what, header in (("concept", concept), ("kind", kind), ("method", metadata.method)):
             told = getattr(record.evidence, what)
             if told != header:
                 wrong.append(f"{record.name} says {what} '{told}', the weights '{header}'")
-    if wrong:
-        return Finding("records", False, "; ".join(wrong))
     held = "parts" if metadata.parts else "recipe, CARE-set"
-    return Finding("records", True, f"{held} and evidence agree with the weights' header")
+    return not wrong, "; ".join(wrong) or f"{held} and evidence agree with the weights' header"
 
 
 def _lists_parts(file: Path, metadata: PatchMetadata) -> bool:
@@ -252,41 +259,37 @@ def _lists_parts(file: Path, metadata: PatchMetadata) -> bool:
         return False
 
 
-def _check_kohya(folder: Path, patch: Patch) -> list[Finding]:
-    """The file for other tools, where there is one, holds the same weights."""
-    about, file = "kohya file", folder / kohya_name(patch)
-    if not file.is_file():
-        return []
+def _check_kohya(file: Path, patch: Patch) -> Told:
+    """The file for other tools holds the same weights."""
     try:
         other = from_any(file).tensors
     except RecarePatchError as fault:
-        return [Finding(about, False, str(fault))]
+        return False, str(fault)
     same = patch.tensors.keys() == other.keys() and all(
         torch.equal(tensor.to(other[key].dtype), other[key]) for key, tensor in patch.tensors.items()
     )
-    told = "holds the patch's weights" if same else "holds other weights than the patch"
-    return [Finding(about, same, f"{file.name} {told}")]
+    held = "the patch's weights" if same else "other weights than the patch"
+    return same, f"{file.name} holds {held}"
 
 
-def _check_card(folder: Path, evidence: Evidence | None) -> Finding:
+def _check_card(card: Path, evidence: Evidence | None) -> Told:
     """The card's figures are the evidence's, no better and no worse."""
-    about, card = "card", folder / CARD_NAME
     if not card.is_file():
-        return Finding(about, None, f"there is no {CARD_NAME}")
+        return None, f"there is no {CARD_NAME}"
     try:
         index, section = claimed_figures(card.read_text(encoding="utf-8"))
     except EvidenceError as fault:
-        return Finding(about, False, str(fault))
+        return False, str(fault)
     except (OSError, UnicodeDecodeError):
-        return Finding(about, False, f"{CARD_NAME} is not readable as UTF-8 text")
+        return False, f"{CARD_NAME} is not readable as UTF-8 text"
     if index is None and section is None:
-        return Finding(about, None, "claims no figures")
+        return None, "claims no figures"
     if evidence is None:
-        return Finding(about, False, f"claims figures, and no readable {EVIDENCE_NAME} bears them out")
+        return False, f"claims figures, and no readable {EVIDENCE_NAME} bears them out"
     wrong = _index_faults(index, evidence) if index is not None else []
     if section is not None and section != evidence_section(evidence):
         wrong.append(f"its part on evidence is not the one that {EVIDENCE_NAME} gives")
-    return Finding(about, not wrong, "; ".join(wrong) or f"claims the figures of {EVIDENCE_NAME}")
+    return not wrong, "; ".join(wrong) or f"claims the figures of {EVIDENCE_NAME}"
 
 
 def _index_faults(index: Any, evidence: Evidence) -> list[str]:

@@ -134,8 +134,9 @@ def _plans(records: Sequence[Record], figures: Sequence[str]) -> list[Plan]:
     asked = {name.strip().casefold(): name for name in figures}
     known = [one.name for record in records if record.evidence for one in record.evidence.figures]
     if not asked.keys() & {"all", "none"} and any(record.evidence for record in records):
-        for name in asked.keys() - map(str.casefold, known):
-            raise unknown_name("figure", asked[name], known)
+        folded = {name.casefold() for name in known}
+        for name in (name for key, name in asked.items() if key not in folded):
+            raise unknown_name("figure", name, known)
     plans = []
     for record in records:
         if record.evidence is None or "none" in asked:
