@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import importlib.metadata
 import math
@@ -195,6 +196,7 @@ def identity_in(front: Mapping[str, Any], like: Identity) -> Identity | None:
     return Identity(frozenset(tag for tag in tags if tag.startswith("concept:")), base)
 
 
+@functools.cache
 def template(name: str) -> jinja2.Template:
     """A page's template: inside an installed package, beside it in a source checkout.
 
