@@ -15,6 +15,8 @@ from .checks import CHECKS as CHECKS
 from .evidence import RATE as RATE
 from .evidence import Evidence as Evidence
 from .evidence import show_value as show_value
+from .integrity import Integrity as Integrity
+from .integrity import check_integrity as check_integrity
 from .intervals import wilson_interval as wilson_interval
 from .judges import load_detector as load_detector
 from .memorization import memorization_figures as memorization_figures
@@ -32,5 +34,3 @@ from .stack import FigureChange as FigureChange
 from .stack import change_in_evidence as change_in_evidence
 from .suites import Prompt as Prompt
 from .suites import load_suite as load_suite
-from .verify import Integrity as Integrity
-from .verify import check_integrity as check_integrity

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from recare_patch.careset import Clip
 from recare_patch.core import EvaluationError, Progress, file_sha256, write_json
-from recare_patch.measure.evidence import Figure, show_value
+from recare_patch.measure.evidence import show_value
 from recare_patch.measure.pictures import PictureCache, default_cache
 from recare_patch.measure.run import PICTURES, evaluate, measure, resolve_suite
 from recare_patch.measure.suites import Suite
@@ -26,15 +27,9 @@ CHANGE_NAME = "evidence_change.json"
 
 @dataclass(frozen=True)
 class FigureChange:
-    """One figure of one concept, three times.
+    """One figure of one concept: of the base, under the concept's own patch at scale 1, under the stack.
 
-    Attributes:
-        concept: whose suite it is of.
-        name, unit, better, pictures: see :class:`Figure`.
-        base: of the untouched base; ``None`` for distances to it.
-        alone: under the concept's own patch at scale 1.
-        stacked: under the stack.
-        alone_interval, stacked_interval: 95 %; ``None`` where none is known.
+    ``base`` is None for distances to it, an interval where none is known.
     """
 
     concept: str
@@ -50,7 +45,8 @@ class FigureChange:
 
     def show(self) -> tuple[str, str, str]:
         """Base, patch alone and stack, as people read them."""
-        return tuple(show_value(one, self.unit) for one in (self.base, self.alone, self.stacked))  # type: ignore[return-value]
+        base, alone, stacked = (show_value(one, self.unit) for one in (self.base, self.alone, self.stacked))
+        return base, alone, stacked
 
 
 def change_in_evidence(
@@ -77,24 +73,18 @@ def change_in_evidence(
         base: the base model; None: the one that the stack was made for.
         suites: to judge a concept by instead of its own; see :func:`resolve_suite`.
         pictures: of each figure.
-        metrics: see :func:`evaluate`.
-        clip, cache, device, progress: see :func:`evaluate`.
-
-    Returns:
-        The figures, by concept, in the order of the parts.
+        metrics, clip, cache, device, progress: see :func:`evaluate`.
 
     Raises:
         RecarePatchError: one sentence on what was wrong; what was drawn stays in the cache.
     """
-    whole = Patch.load(stack)
-    folder = Path(stack).expanduser()
-    model: BaseModel
-    if base is None or isinstance(base, str | Path):
-        made_for = whole.metadata.base if whole.metadata is not None else ""
-        model = load_base(base if base is not None else made_for, device=device)
-    else:
-        model = base
+    whole, folder = Patch.load(stack), Path(stack).expanduser()
+    if base is None:
+        base = whole.metadata.base if whole.metadata is not None else ""
+    model = load_base(base, device=device) if isinstance(base, str | Path) else base
     place = Path(cache).expanduser() if cache is not None else default_cache()
+    how: dict[str, Any] = {"metrics": metrics, "pictures": pictures, "clip": clip}
+    how |= {"device": device, "progress": progress}
     changes: list[FigureChange] = []
     for concept in concepts_of(whole):
         part = next((one for one in parts if concept in concepts_of(one)), None)
@@ -102,54 +92,15 @@ def change_in_evidence(
             raise EvaluationError(f"none of the given patches erases '{concept}', which the stack does")
         given = next((one for one in suites if one.concept == concept), None)
         suite = resolve_suite(whole, given, model.id, concept=concept)
-        together = evaluate(
-            whole,
-            base=model,
-            suite=suite,
-            concept=concept,
-            metrics=metrics,
-            pictures=pictures,
-            clip=clip,
-            cache=place,
-            device=device,
-            progress=progress,
-        )
-        alone = measure(
-            part,
-            model,
-            suite,
-            metrics=metrics,
-            pictures=pictures,
-            clip=clip,
-            cache=PictureCache(place),
-            device=device,
-            progress=progress,
-        )
+        together = evaluate(whole, base=model, suite=suite, concept=concept, cache=place, **how)
+        alone = measure(part, model, suite, cache=PictureCache(place), **how)
         assert alone is not None, "a stack is measured in one process"
         single = {one.name: one for one in alone.evidence.figures}
-        changes += [_change(concept, single[one.name], one) for one in together.figures if one.name in single]
-    write_json(
-        folder / CHANGE_NAME,
-        {
-            "stack_sha256": file_sha256(folder / WEIGHTS_NAME),
-            "base": model.id,
-            "pictures": pictures,
-            "figures": [asdict(one) for one in changes],
-        },
-    )
+        for one in together.figures:
+            if (before := single.get(one.name)) is not None:
+                shared = (concept, one.name, one.unit, one.better, one.pictures, one.base)
+                found = (before.patched, one.patched, before.interval, one.interval)
+                changes.append(FigureChange(*shared, *found))
+    note = {"stack_sha256": file_sha256(folder / WEIGHTS_NAME), "base": model.id, "pictures": pictures}
+    write_json(folder / CHANGE_NAME, note | {"figures": [asdict(one) for one in changes]})
     return tuple(changes)
-
-
-def _change(concept: str, alone: Figure, stacked: Figure) -> FigureChange:
-    return FigureChange(
-        concept=concept,
-        name=stacked.name,
-        unit=stacked.unit,
-        better=stacked.better,
-        pictures=stacked.pictures,
-        base=stacked.base,
-        alone=alone.patched,
-        stacked=stacked.patched,
-        alone_interval=alone.interval,
-        stacked_interval=stacked.interval,
-    )

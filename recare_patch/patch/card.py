@@ -1,21 +1,31 @@
-"""The text of a card, from what a patch says of itself and what its run recorded."""
+"""A patch's card: what can be said without evidence, and the header by which the Hub finds it."""
 
 from __future__ import annotations
 
+import functools
+import html
 import importlib.metadata
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from recare_patch.core import PatchError
-from recare_patch.patch.front_matter import front_matter, hub_id, sample_prompt
-from recare_patch.patch.markdown import plain, yaml_text
+import jinja2
+import yaml
+
+from recare_patch.core import EvidenceError, PatchError, load_yaml
 from recare_patch.patch.metadata import PatchMetadata
+from recare_patch.patch.papers import citation
 from recare_patch.patch.patch import concept_name
-from recare_patch.recipe import METHODS, WEIGHTS_NAME, method_info
+from recare_patch.recipe import KINDS, METHODS, WEIGHTS_NAME, method_info, slug_of
+
+TAG = "recare-patch"
+"""The tag of every patch that this package makes."""
+
+UNSAFE_TAG = "not-for-all-audiences"
 
 UNMEASURED = (
     "Made for the base named above. On fine-tunes of it, and at scales other than 1, nothing was measured."
@@ -25,138 +35,188 @@ MEASURED = "Made for the base named above. What was measured away from it is tol
 PLACE = "path/to/this/folder"
 """Where the reader has the patch, as long as it is not published."""
 
-_ATELIER = "atelier"
+_FRONT = re.compile(r"\A---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|\Z)", re.DOTALL)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", re.ASCII)
 
 
-class _Paper:
-    """A method's paper: how a reader finds it, and how an author cites it."""
-
-    def __init__(self, name: str, authors: str, venue: str, arxiv: str, bibtex: Mapping[str, str]) -> None:
-        self.key, self.bibtex = name.casefold(), bibtex
-        self.url = f"https://arxiv.org/abs/{arxiv}"
-        self.line = f"[{name}]({self.url}) ({authors}, {venue})"
-        self.arxiv = arxiv
-
-    def entry(self) -> list[str]:
-        """Its lines in BibTeX."""
-        fields = {**self.bibtex, "eprint": self.arxiv, "archiveprefix": "arXiv"}
-        kind = "inproceedings" if "booktitle" in fields else "misc"
-        lines = [f"  {key} = {{{value}}}," for key, value in fields.items()]
-        return [f"@{kind}{{{self.key}{fields['year']},", *lines, "}"]
+def plain(text: str) -> str:
+    """Text of a user's that a card may show: no HTML, no Markdown, one line."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
-_PAPERS = {
-    "recare": _Paper(
-        "ReCARE",
-        "Kim et al.",
-        "ICLR 2026",
-        "2606.24192",
-        {
-            "author": "Kim and others",
-            "title": "{ReCARE}",
-            "booktitle": "International Conference on Learning Representations",
-            "year": "2026",
-        },
-    ),
-    "esd": _Paper(
-        "ESD",
-        "Gandikota et al.",
-        "ICCV 2023",
-        "2303.07345",
-        {
-            "author": "Gandikota, Rohit and Materzy{\\'n}ska, Joanna and Fiotto-Kaufman, Jaden "
-            "and Bau, David",
-            "title": "Erasing Concepts from Diffusion Models",
-            "booktitle": "IEEE/CVF International Conference on Computer Vision",
-            "year": "2023",
-        },
-    ),
-    "s-grace": _Paper(
-        "S-GRACE",
-        "Yin et al.",
-        "2025",
-        "2510.27285",
-        {"author": "Yin and others", "title": "{S-GRACE}", "year": "2025"},
-    ),
-    "forget-me-not": _Paper(
-        "Forget-Me-Not",
-        "Zhang et al.",
-        "2023",
-        "2303.17591",
-        {
-            "author": "Zhang, Gong and Wang, Kai and Xu, Xingqian and Wang, Zhangyang and Shi, Humphrey",
-            "title": "{Forget-Me-Not}: Learning to Forget in Text-to-Image Diffusion Models",
-            "year": "2023",
-        },
-    ),
-    "uce": _Paper(
-        "UCE",
-        "Gandikota et al.",
-        "WACV 2024",
-        "2308.14761",
-        {
-            "author": "Gandikota, Rohit and Orgad, Hadas and Belinkov, Yonatan and Materzy{\\'n}ska, Joanna "
-            "and Bau, David",
-            "title": "Unified Concept Editing in Diffusion Models",
-            "booktitle": "IEEE/CVF Winter Conference on Applications of Computer Vision",
-            "year": "2024",
-        },
-    ),
-    "regmean": _Paper(
-        "RegMean",
-        "Jin et al.",
-        "ICLR 2023",
-        "2212.09849",
-        {
-            "author": "Jin, Xisen and Ren, Xiang and Preotiuc-Pietro, Daniel and Cheng, Pengxiang",
-            "title": "Dataless Knowledge Fusion by Merging Weights of Language Models",
-            "booktitle": "International Conference on Learning Representations",
-            "year": "2023",
-        },
-    ),
-    "ties": _Paper(
-        "TIES",
-        "Yadav et al.",
-        "NeurIPS 2023",
-        "2306.01708",
-        {
-            "author": "Yadav, Prateek and Tam, Derek and Choshen, Leshem and Raffel, Colin and Bansal, Mohit",
-            "title": "{TIES}-Merging: Resolving Interference When Merging Models",
-            "booktitle": "Advances in Neural Information Processing Systems",
-            "year": "2023",
-        },
-    ),
-    "dare": _Paper(
-        "DARE",
-        "Yu et al.",
-        "ICML 2024",
-        "2311.03099",
-        {
-            "author": "Yu, Le and Yu, Bowen and Yu, Haiyang and Huang, Fei and Li, Yongbin",
-            "title": "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a "
-            "Free Lunch",
-            "booktitle": "International Conference on Machine Learning",
-            "year": "2024",
-        },
-    ),
-}
-"""By method, of erasing and of stacking."""
+def split_card(card: str) -> tuple[dict[str, Any], str]:
+    """A card's front matter, empty where there is none, and everything after it.
 
-_LORA_PAPER = "[LoRA](https://arxiv.org/abs/2106.09685) (Hu et al., ICLR 2022)"
+    Raises:
+        EvidenceError: the front matter is not a YAML mapping.
+    """
+    text = card.replace("\r\n", "\n").removeprefix("\ufeff")
+    match = _FRONT.match(text)
+    if match is None:
+        return {}, text
+    where = "the card's front matter, between its --- lines,"
+    try:
+        # The Hub's own reader takes any YAML; this one is made for files of strangers.
+        front = load_yaml(match[1] or "")
+    except yaml.YAMLError:
+        raise EvidenceError(f"{where} is not readable YAML") from None
+    if not isinstance(front, dict | None):
+        raise EvidenceError(f"{where} is not a mapping of keys to values")
+    return front or {}, text[match.end() :]
 
 
-def template(name: str) -> Template:
+def join_card(front: Mapping[str, Any], body: str) -> str:
+    """The whole text of a card; comments that its front matter once had are lost."""
+    return f"---\n{yaml_text(front)}\n---\n{body.rstrip()}\n"
+
+
+def yaml_text(front: Mapping[str, Any]) -> str:
+    """Front matter without its lines of ``---``, keys in their order."""
+    return yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True, width=100).strip()
+
+
+def hub_id(base: str) -> str | None:
+    """The base's id on the Hub, or ``None`` for the bundled one and for folders."""
+    return base if _HUB_ID.fullmatch(base) else None
+
+
+def base_tag(base: str) -> str:
+    """The tag that stands for a base: the Hub makes those of ids itself, others are plain."""
+    return f"base_model:{base}" if hub_id(base) else re.sub(r"[^\w.\-]+", "-", base) or "local-base"
+
+
+def concept_tag(concept: str) -> str:
+    """The tag that stands for an erased concept: "Van Gogh" → "concept:van-gogh"."""
+    return f"concept:{slug_of(concept)}"
+
+
+def sample_prompt(metadata: PatchMetadata) -> str | None:
+    """A prompt that shows what a patch does; ``None`` for a stack, whose parts need not know theirs.
+
+    Of several concepts it names the last one: that is in the preview of a patch that was continued too.
+    """
+    known = [one for one in metadata.erased if one.kind is not None]
+    return known[-1].as_concept().target_prompt if known and metadata.parts is None else None
+
+
+def is_unsafe(metadata: PatchMetadata) -> bool:
+    """Whether it deals with unsafe content; in a mixed stack, parts of unknown kind count as if they did."""
+    kinds = [metadata.kind, *(one.kind for one in metadata.erased)]
+    return "nsfw" in kinds or (metadata.kind not in KINDS and None in kinds)
+
+
+def front_matter(metadata: PatchMetadata, previews: Sequence[str]) -> dict[str, Any]:
+    """The card's header.
+
+    A base that is not on the Hub (the bundled one, a folder) cannot be linked, so it is a tag. Unsafe
+    concepts show no picture in the widget, and are marked as not for all audiences.
+
+    Args:
+        metadata: of the patch.
+        previews: pictures beside the card; the first is its thumbnail.
+    """
+    from huggingface_hub import ModelCardData
+
+    linked, family, unsafe = hub_id(metadata.base), metadata.base_family, is_unsafe(metadata)
+    prompt = sample_prompt(metadata)
+    shown = previews if prompt is not None and not unsafe else ()
+    tags = [
+        *("text-to-image", "diffusers", "lora", "template:sd-lora"),
+        *([] if linked else [base_tag(metadata.base)]),
+        *(["stable-diffusion", family] if family.startswith("stable-diffusion") else []),
+        *("concept-erasure", TAG, metadata.method),
+        *(concept_tag(one.concept) for one in metadata.erased),
+        *([UNSAFE_TAG] if unsafe else []),
+    ]
+    data = ModelCardData(
+        base_model=linked,
+        base_model_relation="adapter" if linked else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        **_license_of(metadata.base),
+        tags=tags,
+        instance_prompt=prompt,
+        widget=[{"text": prompt, "output": {"url": url}} for url in shown] or None,
+        thumbnail=previews[0] if previews else None,
+    )
+    return dict(data.to_dict())
+
+
+def _license_of(base: str) -> dict[str, str]:
+    """The licence of a patch is that of the base it is made of; this project's for the bundled one."""
+    folded = base.casefold()
+    if folded == "atelier":
+        return {"license": _own("License-Expression", "other").lower()}
+    if re.search(r"stable-diffusion-(v?1|inpainting)", folded) or folded.startswith("compvis/"):
+        return {"license": "creativeml-openrail-m"}
+    if re.search(r"stable-diffusion-(2|xl)", folded):
+        return {"license": "openrail++"}
+    unknown = {"license": "other", "license_name": "license-of-the-base-model"}
+    return unknown | ({"license_link": f"https://huggingface.co/{base}"} if hub_id(base) else {})
+
+
+def _own(field: str, default: str) -> str:
+    """A field of this package's own metadata, which a plain checkout does not have."""
+    try:
+        return (importlib.metadata.metadata("recare-patch").get_all(field) or [default])[0]
+    except importlib.metadata.PackageNotFoundError:
+        return default
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two cards speak of one patch: the tags of the same concepts, erased from the same base."""
+
+    concepts: frozenset[str]
+    base: str
+
+    @classmethod
+    def of(cls, metadata: PatchMetadata) -> Identity:
+        """That of a patch."""
+        tags = frozenset(concept_tag(one.concept) for one in metadata.erased)
+        return cls(tags, base_tag(metadata.base))
+
+
+def identity_in(front: Mapping[str, Any], like: Identity) -> Identity | None:
+    """That of a card, which may be anybody's; ``None`` where it is not a patch's of this package.
+
+    Args:
+        front: the card's header.
+        like: the patch it is held against: a base that is a plain tag cannot be told from others
+            without knowing its name.
+    """
+    tags = front.get("tags")
+    tags = {tag for tag in tags if isinstance(tag, str)} if isinstance(tags, list) else set()
+    if TAG not in tags:
+        return None
+    linked = front.get("base_model")
+    linked = linked[0] if isinstance(linked, list) and linked else linked
+    unlinked = like.base if like.base in tags else "another base"
+    base = base_tag(linked) if isinstance(linked, str) else unlinked
+    return Identity(frozenset(tag for tag in tags if tag.startswith("concept:")), base)
+
+
+@functools.cache
+def template(name: str) -> jinja2.Template:
     """A page's template: inside an installed package, beside it in a source checkout.
 
     Raises:
         PatchError: it is missing.
     """
     package = Path(__file__).parent.parent
-    inside = package / "_hub" / name
-    file = inside if inside.is_file() else package.parent / "hub" / name
+    pages = jinja2.Environment(
+        # Markdown has no escaping of its own: what a user wrote goes through ``plain``.
+        autoescape=False,
+        loader=jinja2.FileSystemLoader([package / "_hub", package.parent / "hub"]),
+        keep_trailing_newline=True,
+        lstrip_blocks=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    pages.filters |= {"plain": plain, "quote": shlex.quote, "repr": repr}
     try:
-        return Template(file.read_text(encoding="utf-8"))
-    except OSError as fault:
+        return pages.get_template(name)
+    except jinja2.TemplateNotFound as fault:
         raise PatchError(f"the template {name} is not in this installation; reinstall the package") from fault
 
 
@@ -168,7 +228,8 @@ def card_text(
     Args:
         metadata: of the patch, single or a stack.
         training: what the run's ``training.json`` holds: ``seconds``, ``denoiser_evaluations``,
-            ``peak_memory_bytes``, ``device``, ``stages`` and ``warnings``; what is missing is left out.
+            ``peak_memory_bytes``, ``device``, ``stages``, ``rank_residual`` and ``warnings``; what is
+            missing, or was edited into nonsense, is left out.
         previews: pictures beside the card; the first is shown at its top.
 
     Returns:
@@ -180,261 +241,58 @@ def card_text(
     """
     if metadata is None:
         raise PatchError("a card needs a patch made by recare-patch, and this LoRA carries no such metadata")
-    picture = f"![Before and after, at the same seeds]({previews[0]})\n\n" if previews else ""
-    return template("card_template.md").substitute(
-        front_matter=yaml_text(front_matter(metadata, previews)),
-        title=f"{plain(metadata.concept)}, erased from {plain(metadata.base)}",
-        summary=_summary(metadata),
-        preview=picture,
-        erased=_erased(metadata),
-        care_set=_care_set(metadata),
-        diffusers_code=_diffusers_code(metadata),
-        other_tools=_other_tools(metadata),
-        project_url=_project_url(),
-        command_line=f"recare-patch generate --patch {PLACE} --prompt {shlex.quote(_prompt(metadata))}",
-        scale=_scale(metadata),
-        made=_made(metadata),
-        settings=_settings(metadata),
-        cost=_cost(training),
-        limits=_limits(metadata, training),
-        licence=_licence(metadata),
-        citation=_citation(metadata),
-    )
-
-
-def _project_url() -> str:
-    try:
-        urls = importlib.metadata.metadata("recare-patch").get_all("Project-URL") or []
-    except importlib.metadata.PackageNotFoundError:
-        urls = []
+    seconds = finite(training.get("seconds"))
+    stages, warnings, parts = training.get("stages"), training.get("warnings"), metadata.parts
+    known = [one for one in metadata.erased if one.kind is not None and parts is None]
+    methods = [one.method for one in metadata.erased]
+    methods.append(metadata.stacking.method if metadata.stacking is not None else metadata.method)
     # Without a home of its own the project is best explained by its method's paper.
-    return urls[0].split(",", 1)[1].strip() if urls else _PAPERS["recare"].url
-
-
-def _prompt(metadata: PatchMetadata) -> str:
-    return sample_prompt(metadata) or "a prompt of yours"
-
-
-def _summary(metadata: PatchMetadata) -> str:
-    base = plain(metadata.base)
-    if metadata.parts is not None:
-        names = ", ".join(f"**{plain(part.name)}**" for part in metadata.parts)
-        return (
-            f"{len(metadata.parts)} patches in one LoRA of rank {metadata.rank}: it makes {base} forget "
-            f"{names}. It is loaded like any other LoRA and taken out again."
-        )
-    told = [f"**{plain(one.concept)}**" + (f" ({one.kind})" if one.kind else "") for one in metadata.erased]
-    return (
-        f"A LoRA of rank {metadata.rank} that makes {base} forget {' and '.join(told)}. "
-        "It is loaded like any other LoRA and taken out again."
+    url = _own("Project-URL", ", https://arxiv.org/abs/2606.24192").split(",", 1)[1].strip()
+    return template("card_template.md").render(
+        about=metadata,
+        recipe=metadata.parsed_recipe if metadata.recipe is not None else None,
+        method=method_info(metadata.method) if metadata.method in METHODS else None,
+        front_matter=yaml_text(front_matter(metadata, previews)),
+        preview=previews[0] if previews else None,
+        names=[f"**{plain(part.name)}**" for part in parts]
+        if parts is not None
+        else [
+            f"**{plain(one.concept)}**" + (f" ({one.kind})" if one.kind else "") for one in metadata.erased
+        ],
+        concepts=[one.as_concept() for one in known],
+        care_words=list(dict.fromkeys(word for one in metadata.erased for word in one.care_words)),
+        prompt=sample_prompt(metadata) or "a prompt of yours",
+        place=PLACE,
+        weights=WEIGHTS_NAME,
+        kohya=concept_name(metadata.concept),
+        on_hub=hub_id(metadata.base),
+        project_url=url,
+        facts=([] if seconds is None else [f"{seconds:,.0f} seconds"]) + spent(training),
+        device=str(training.get("device") or ""),
+        stages=[
+            (str(name), finite(one.get("seconds")), finite(one.get("evaluations")))
+            for name, one in (stages.items() if isinstance(stages, Mapping) else ())
+            if isinstance(one, Mapping)
+        ],
+        residual=finite(training.get("rank_residual")),
+        unmeasured=UNMEASURED,
+        warnings=[str(one) for one in (warnings if isinstance(warnings, list) else ())],
+        papers=[paper for one in dict.fromkeys(methods) if (paper := citation(one)) is not None],
     )
 
 
-def _erased(metadata: PatchMetadata) -> str:
-    if metadata.parts is not None:
-        rows = [
-            f"| {plain(part.name)} | {part.scale:g} | `{plain(part.sha256)}` |" for part in metadata.parts
-        ]
-        return "\n".join(["| part | scale | SHA-256 of its weights |", "|---|---:|---|", *rows])
-    told = []
-    for concept in (one.as_concept() for one in metadata.erased if one.kind is not None):
-        prompts = ", ".join(f"“{plain(prompt)}”" for prompt in concept.name_prompts)
-        told.append(f"Erased: prompts that name {plain(concept.text)}, such as {prompts}.")
-    return "\n\n".join(told)
-
-
-def _care_set(metadata: PatchMetadata) -> str:
-    words = dict.fromkeys(word for one in metadata.erased for word in one.care_words)
-    if metadata.stacking is not None:
-        how = metadata.stacking
-        exact = {
-            "concat": "exactly what the parts do together",
-            "regmean": "each part as it is on what it erases, and as little as possible elsewhere",
-        }.get(how.method, "an approximation")
-        text = (
-            f"Stacked by `{plain(how.method)}`, {exact}: its update differs from the sum of the parts' by "
-            f"{how.relative_error:.2g} of that sum's norm."
-        )
-        return f"{text}\n\nGuarded by its parts: {', '.join(map(plain, words))}." if words else text
-    if not words:
-        return "Guarded: nothing by name; this method has no CARE-set."
-    return (
-        f"Guarded, because they go along with it in pictures (its CARE-set, {len(words)} in all): "
-        f"{', '.join(plain(word) for word in words)}."
-    )
-
-
-def _diffusers_code(metadata: PatchMetadata) -> str:
-    if hub_id(metadata.base):
-        base, note = metadata.base, ""
-    elif metadata.base == _ATELIER:
-        base, note = "path/to/atelier/pipeline", "  # `recare-patch atelier info` prints it"
-    else:
-        base, note = f"path/to/{metadata.base}", ""
-    return "\n".join(
-        [
-            "from diffusers import DiffusionPipeline",
-            "",
-            f"pipe = DiffusionPipeline.from_pretrained({base!r}){note}",
-            f'pipe.load_lora_weights("{PLACE}", weight_name="{WEIGHTS_NAME}", adapter_name="erased")',
-            'pipe.set_adapters("erased", 1.0)',
-            f"image = pipe({_prompt(metadata)!r}).images[0]",
-        ]
-    )
-
-
-def _other_tools(metadata: PatchMetadata) -> str:
-    name = concept_name(metadata.concept)
-    if metadata.base_text_encoders_sha256:
-        clip = "`strength_clip` at 1 as well, since it changes the text encoder too"
-    else:
-        clip = "`strength_clip` has no effect, since it leaves the text encoder alone"
-    lines = [
-        f"The same patch in kohya's shape is `{name}.safetensors`; where it is missing, "
-        f"`recare-patch convert {WEIGHTS_NAME} --to kohya --out .` makes it.",
-        "",
-        f"- A1111: put it into `models/Lora` and write `<lora:{name}:1>` into the prompt.",
-        "- ComfyUI: put it into `models/loras`, and a *Load LoRA* node between checkpoint and sampler, "
-        f"`strength_model` at 1; {clip}.",
-    ]
-    if metadata.base == _ATELIER:
-        lines += [
-            "",
-            "Neither was tried with Atelier, which has sizes of its own: here the file is an example.",
-        ]
-    return "\n".join(lines)
-
-
-def _scale(metadata: PatchMetadata) -> str:
-    if metadata.parts is None:
-        made = "It was trained for scale 1."
-    else:
-        made = "Load it at scale 1: the scales of its parts are in the tensors."
-    return (
-        f"{made} Below 1 it erases less, and at 0 the base is as it was. Above 1 it changes more than it was "
-        "made to. A scale below 0 turns it round, towards the concept. Where the scales were measured, the "
-        "table is under Evidence."
-    )
-
-
-def _made(metadata: PatchMetadata) -> str:
-    if metadata.parts is not None:
-        return "By `recare-patch stack`, of the parts above; each carries its own recipe."
-    return (
-        "The file carries its whole recipe, so one command makes it again:\n\n"
-        f"```bash\nrecare-patch erase --recipe {WEIGHTS_NAME} --out again\n```"
-    )
-
-
-def _settings(metadata: PatchMetadata) -> str:
-    rows = {
-        "method": metadata.method,
-        "base": f"{plain(metadata.base)} ({metadata.prediction_type})",
-        "base denoiser, SHA-256": f"`{metadata.base_denoiser_sha256}`",
-        "layers": metadata.layers,
-        "rank, alpha": f"{metadata.rank}, {metadata.alpha:g} (in the tensors: load at scale 1)",
-    }
-    if metadata.recipe is not None:
-        recipe = metadata.parsed_recipe
-        searched = metadata.method == "recare" and recipe.search.rounds
-        rows |= {
-            "target images": f"{recipe.target_images.count}, {recipe.target_images.steps} steps, "
-            f"guidance {recipe.target_images.guidance_scale:g}",
-            "search": f"{recipe.search.rounds} rounds of {recipe.search.erase_steps} erasing and "
-            f"{recipe.search.inversion_steps} inversion steps"
-            if searched
-            else "none",
-            "erasing": f"{recipe.erase.steps} steps of {recipe.erase.batch_size}, {recipe.erase.optimizer}, "
-            f"learning rate {recipe.erase.learning_rate:g}, states from {recipe.erase.states}",
-            "seed": str(metadata.seed),
-        }
-    rows["versions"] = ", ".join(f"{package} {version}" for package, version in metadata.versions.items())
-    lines = [f"| {key} | {value} |" for key, value in rows.items() if value]
-    return "\n".join(["| setting | value |", "|---|---|", *lines])
-
-
-def _number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """A finite number, or ``None``: records are files that anyone may have edited."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
-def _cost(training: Mapping[str, Any]) -> str:
-    seconds, evaluations, memory = (
-        _number(training.get(key)) for key in ("seconds", "denoiser_evaluations", "peak_memory_bytes")
+def spent(training: Mapping[str, Any]) -> list[str]:
+    """What a run cost beside its time, in words, as far as its record tells."""
+    evaluations, memory = (
+        finite(training.get("denoiser_evaluations")),
+        finite(training.get("peak_memory_bytes")),
     )
-    facts = []
-    if seconds is not None:
-        facts.append(f"{seconds:,.0f} seconds")
-    if evaluations is not None:
-        facts.append(f"{evaluations:,.0f} denoiser evaluations")
-    if memory:
-        facts.append(f"{memory / 2**30:.1f} GiB of memory at most")
-    sentence = f"{', '.join(facts)}" if facts else "Not recorded"
-    device = f", on {plain(str(training['device']))}" if training.get("device") else ""
-    text = (
-        f"{sentence}{device}. An evaluation is one sample through the denoiser; "
-        "a training sample counts as 3."
-    )
-    stages = training.get("stages")
-    rows = [
-        f"| {plain(str(name))} | {_number(one.get('seconds')) or 0:,.1f} | "
-        f"{_number(one.get('evaluations')) or 0:,.0f} |"
-        for name, one in (stages.items() if isinstance(stages, Mapping) else ())
-        if isinstance(one, Mapping)
-    ]
-    if not rows:
-        return text
-    return "\n".join([text, "", "| stage | seconds | evaluations |", "|---|---:|---:|", *rows])
-
-
-def _limits(metadata: PatchMetadata, training: Mapping[str, Any]) -> str:
-    points = [
-        "**A patch that is loaded can be left out, taken out or turned round** (a negative scale) by whoever "
-        "runs the model; whoever has the base has the concept. Where that matters, give away a base with the "
-        "patch in its weights instead: `recare-patch merge` writes one. That too can be fine-tuned back, or "
-        "undone by whoever has this file.",
-        "Erasing makes a concept hard to reach, not impossible: a prompt, a picture or a fine-tuning that "
-        "nobody tried may bring it back.",
-        UNMEASURED,
-    ]
-    if metadata.parts is not None:
-        points.append(
-            "What was measured on a part alone does not speak for the stack. Evidence on the stack, where "
-            "there is some, lies in a folder for each concept."
-        )
-    elif metadata.by_concept:
-        points.append("Evidence, where there is some, lies in a folder for each concept.")
-    if metadata.method == "esd":
-        points.append("ESD guards nothing: what goes along with the concept may fade with it.")
-    elif metadata.method in METHODS and metadata.method != "recare":
-        info = method_info(metadata.method)
-        points.append(f"{info.title}: {info.weakness}.")
-    if (residual := _number(training.get("rank_residual"))) is not None:
-        points.append(
-            f"The patch has rank {metadata.rank}, which leaves out {residual:.2g} of the norm of the update "
-            "that was computed."
-        )
-    if any(one.kind == "nsfw" for one in metadata.erased):
-        points.append("It is no safety filter: it knows nothing but what it was trained on.")
-    warnings = training.get("warnings")
-    points += [plain(str(one)) for one in (warnings if isinstance(warnings, list) else ())]
-    return "\n".join(f"- {point}" for point in points)
-
-
-def _licence(metadata: PatchMetadata) -> str:
-    return (
-        "A patch changes its base's weights and follows their licence. The one in this card's header is that "
-        f"of {plain(metadata.base)}, as far as it is known, unless its owner has chosen another."
-    )
-
-
-def _citation(metadata: PatchMetadata) -> str:
-    methods = [one.method for one in metadata.erased]
-    methods.append(metadata.stacking.method if metadata.stacking is not None else metadata.method)
-    papers = [_PAPERS[one] for one in dict.fromkeys(methods) if one in _PAPERS]
-    lines = [*(f"- {paper.line}" for paper in papers), f"- {_LORA_PAPER}"]
-    if papers:
-        lines += ["", "```bibtex", *(line for paper in papers for line in paper.entry()), "```"]
-    return "\n".join(lines)
+    facts = [] if evaluations is None else [f"{evaluations:,.0f} denoiser evaluations"]
+    return facts + ([f"{memory / 2**30:.1f} GiB of memory at most"] if memory else [])

@@ -35,21 +35,15 @@ METHODS = Registry(
 
 @dataclass(frozen=True)
 class Paper:
-    """Where something was published: how a reader finds it, and how an author cites it.
-
-    Attributes:
-        name: of what it describes: "ReCARE".
-        authors: in a line: "Kim et al.".
-        venue: with its year; None: only on arXiv.
-        arxiv: its number there.
-        bibtex: fields of its entry, without the number.
-    """
+    """How a reader finds a method's paper, and how an author cites it; ``venue`` ends with the year."""
 
     name: str
     authors: str
-    venue: str | None
+    venue: str
     arxiv: str
-    bibtex: Mapping[str, str]
+    author: str
+    title: str
+    booktitle: str = ""
 
     @property
     def url(self) -> str:
@@ -59,19 +53,17 @@ class Paper:
     @property
     def short(self) -> str:
         """In plain text: "Kim et al., ICLR 2026, arXiv 2606.24192"."""
-        return ", ".join(part for part in (self.authors, self.venue, f"arXiv {self.arxiv}") if part)
+        return f"{self.authors}, {self.venue}, arXiv {self.arxiv}"
 
     @property
-    def line(self) -> str:
-        """In Markdown: its name as a link, authors, venue or year."""
-        return f"[{self.name}]({self.url}) ({self.authors}, {self.venue or self.bibtex['year']})"
-
-    def entry(self) -> list[str]:
-        """Its lines in BibTeX."""
-        fields = {**self.bibtex, "eprint": self.arxiv, "archiveprefix": "arXiv"}
-        kind = "inproceedings" if "booktitle" in fields else "misc"
-        lines = [f"  {key} = {{{value}}}," for key, value in fields.items()]
-        return [f"@{kind}{{{self.name.casefold()}{fields['year']},", *lines, "}"]
+    def bibtex(self) -> str:
+        """Its entry."""
+        year = self.venue[-4:]
+        fields = {"author": self.author, "title": self.title, "booktitle": self.booktitle, "year": year}
+        fields |= {"eprint": self.arxiv, "archiveprefix": "arXiv"}
+        kind = "inproceedings" if self.booktitle else "misc"
+        lines = [f"  {key} = {{{value}}}," for key, value in fields.items() if value]
+        return "\n".join([f"@{kind}{{{self.name.casefold()}{year},", *lines, "}"])
 
 
 @dataclass(frozen=True)
@@ -89,6 +81,7 @@ class MethodInfo:
         replaces: what ``replace_with`` does, in one sentence; None: it cannot.
         separates: what ``subject`` does (removing an attribute from it); None: it cannot.
         continues: whether it can go on from an earlier patch.
+        searches: whether the recipe's ``search`` is for it.
         compiles: whether it works on compiled layers.
         defaults: dotted recipe keys whose defaults are its own.
     """
@@ -106,6 +99,7 @@ class MethodInfo:
     replaces: str | None = None
     separates: str | None = None
     continues: bool = True
+    searches: bool = False
     compiles: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
 

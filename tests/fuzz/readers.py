@@ -27,9 +27,8 @@ from recare_patch.measure.run import read_prompts
 from recare_patch.measure.subject import subject_of
 from recare_patch.measure.suites import Suite, load_suite, suites_folder
 from recare_patch.measure.verify import check_integrity
-from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, concepts_of, write_kohya
+from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, concepts_of, to_kohya, write_kohya
 from recare_patch.patch.card import card_text
-from recare_patch.patch.kohya import to_kohya
 from recare_patch.patch.metadata import Erased, PatchMetadata
 from recare_patch.patch.reading import from_any
 from recare_patch.recipe import WEIGHTS_NAME, Concept, Recipe, load_recipe, parse_assignment, recipes_folder

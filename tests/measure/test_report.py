@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from recare_patch.core import Comparison, OutputError
-from recare_patch.measure.evidence import Check, CheckPoint, Evidence
+from recare_patch.measure.evidence import Check, CheckPoint, Evidence, Figure
 from recare_patch.measure.report import write_report
 from recare_patch.patch import REPORT_NAME
 from recare_patch.recipe import WEIGHTS_NAME
@@ -70,9 +70,9 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def check_page(file: Path) -> Page:
-    """Everything that holds for each report."""
-    source = file.read_text(encoding="utf-8")
+def page_of(evidence: Evidence, folder: Path, *more: Any) -> Page:
+    """A report, after a look at everything that holds for each."""
+    source = write_report(evidence, folder, *more).read_text(encoding="utf-8")
     page = Page(source)
     assert source.startswith("<!DOCTYPE html>")
     assert page.all("html")[0]["lang"] == "en"
@@ -111,41 +111,34 @@ def test_a_full_report(tmp_path: Path) -> None:
     picture = tmp_path / "sheet.png"
     Image.new("RGB", (3000, 20), "teal").save(picture)
     sheets = {"From a file": picture, "From memory": Image.new("L", (40, 30))}
-    evidence = make_evidence()
-    file = write_report(evidence, tmp_path, sheets, TRAINING)
-    assert file == tmp_path / REPORT_NAME
-    page = check_page(file)
+    suite = {"name": "mine", "plain": ["one <b>", "two"], "care": [{"label": "stars"}]}
+    evidence = make_evidence(suite=suite)
+    page = page_of(evidence, tmp_path, sheets, TRAINING)
     for part in (
-        "Van Gogh, erased from atelier",
-        "of pictures show Van Gogh: plain prompts; base 90.0 %.",
+        "Van Gogh, erased from atelier", "of pictures show Van Gogh: plain prompts; base 90.0 %.",
         "of tries bring it back under concept-inversion (small): 3 of 40, and 1 without the attack.",
-        "98,760 denoiser evaluations",
-        "a patch of 1.59 MB",
-        "0.5–5.0 %",
-        "At other scales",
-        "In other spellings",
-        "recare-patch evaluate --patch van-gogh-patch",
-        "recare-patch verify FOLDER",
-        "recare-patch 0.1.0",
-        "a painting by Van Gogh",
-        "a" * 64,
-    ):
+        "98,760 denoiser evaluations", "a patch of 1.59 MB", "0.5–5.0 %", "At other scales", "a" * 64,
+        "In other spellings", "recare-patch evaluate --patch van-gogh-patch", "recare-patch verify FOLDER",
+        "recare-patch 0.1.0", "a painting by Van Gogh",
+    ):  # fmt: skip
         assert part in page.text, part
+    assert [json.loads(word) for word in page.words if '"plain"' in word] == [suite]
     first, second = page.all("img")
     assert (first["width"], second["width"]) == ("2400", "40")
     opened = Image.open(io.BytesIO(base64.b64decode(str(first["src"]).split(",")[1])))
     assert opened.size == (2400, 16)
     assert page.all("input") == []
+    named = {cell["data-column"] for cell in page.all("td") if "data-column" in cell}
+    assert {"base", "patched", "pictures", "success", "without attack"} <= named
     # The same evidence gives the same file.
-    assert write_report(
-        evidence, tmp_path / "again", sheets, TRAINING
-    ).read_text() == file.read_text().replace(", a patch of 1.59 MB", "")
+    again = write_report(evidence, tmp_path / "again", sheets, TRAINING).read_text()
+    assert again == (tmp_path / REPORT_NAME).read_text().replace(", a patch of 1.59 MB", "")
 
 
 def test_a_prompt_stands_over_its_pictures_before_and_after(tmp_path: Path) -> None:
     large, small = Image.new("RGB", (1024, 512), "teal"), Image.new("RGB", (64, 64))
     pictures = {"Plain": [Comparison("a <b> cat", [large], [small]), Comparison("a dog", [small], [small])]}
-    page = check_page(write_report(make_evidence(), tmp_path, pictures))
+    page = page_of(make_evidence(), tmp_path, pictures)
     assert "a <b> cat before after a dog before after" in page.text
     assert [(one["alt"], one["width"], one["height"]) for one in page.all("img")] == [
         ("a <b> cat, before", "320", "160"),
@@ -153,24 +146,8 @@ def test_a_prompt_stands_over_its_pictures_before_and_after(tmp_path: Path) -> N
         ("a dog, before", "64", "64"),
         ("a dog, after", "64", "64"),
     ]
-    unsafe = check_page(write_report(make_evidence(concept="nudity", kind="nsfw"), tmp_path, pictures))
+    unsafe = page_of(make_evidence(concept="nudity", kind="nsfw"), tmp_path, pictures)
     assert [veil["type"] for veil in unsafe.all("input")] == ["checkbox"]
-
-
-def test_each_cell_of_a_wide_table_can_name_its_column(tmp_path: Path) -> None:
-    page = check_page(write_report(make_evidence(), tmp_path))
-    named = {cell["data-column"] for cell in page.all("td") if "data-column" in cell}
-    assert {"base", "patched", "pictures", "success", "without attack"} <= named
-
-
-def test_pictures_of_unsafe_concepts_are_veiled(tmp_path: Path) -> None:
-    evidence = make_evidence(concept="nudity", kind="nsfw")
-    sheets = {name: Image.new("RGB", (8, 8)) for name in "ab"}
-    page = check_page(write_report(evidence, tmp_path, sheets))
-    veils = page.all("input")
-    assert [veil["type"] for veil in veils] == ["checkbox"] * 2
-    assert all("checked" not in veil for veil in veils)
-    assert page.text.count("Show these pictures unblurred") == 2
 
 
 NASTY = '</style></script><script>alert(1)</script><img src=x onerror="a()">"\'>&amp; javascript:'
@@ -187,28 +164,49 @@ def test_no_text_gets_out_of_its_place(tmp_path: Path) -> None:
         points=tuple(CheckPoint(x=x, values={NASTY: 0.5, "b": 1 - x or None}) for x in (0, 1)),
     )  # fmt: skip
     words = Check(name="w", title=NASTY, points=(CheckPoint(x=NASTY, values={NASTY: 0.5}),))
-    attack = (
-        make_evidence()
-        .attacks[0]
-        .model_copy(
-            update={
-                "attack": NASTY,
-                "preset": NASTY,
-                "note": NASTY,
-                "detector": NASTY,
-                "budget": {NASTY: NASTY},
-            }
-        )
-    )
+    texts = dict.fromkeys(("attack", "preset", "note", "detector", "folder"), NASTY)
+    attack = make_evidence().attacks[0].model_copy(update={**texts, "budget": {NASTY: NASTY}})
     evidence = make_evidence(
         concept=NASTY[:90], base=NASTY, method=NASTY, command=NASTY, figures=(figure, *care),
         checks=(check, words), attacks=(attack,), suite={"name": NASTY}, options={NASTY: NASTY},
         versions={NASTY: NASTY}, cost={NASTY: NASTY},
     )  # fmt: skip
     training = TRAINING | {"device": NASTY, "stages": {NASTY: {"seconds": 1}}, "losses": {NASTY: [1, 2]}}
-    page = check_page(write_report(evidence, tmp_path, {NASTY: Image.new("RGB", (4, 4))}, training))
+    page = page_of(evidence, tmp_path, {NASTY: Image.new("RGB", (4, 4))}, training)
     assert len(page.all("img")) == 1
     assert page.text.count("<script>") > 20
+
+
+def companion(word: str, base: float | None, patched: float) -> Figure:
+    around = {"base_interval": None if base is None else (base - 0.01, base), "interval": (patched, 1)}
+    return make_figure(
+        name=f"CARE score, {word}", group="care", better="higher", base=base, patched=patched, **around
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "told"),
+    [
+        ([("stars", 0.5, 0.9)], "CARE score, stars; base 50.0 %. No loss."),
+        ([("stars", 0.5, 0.9), ("moon", 0.5, 0.6)], "CARE score, moon; base 50.0 %. No loss among 2."),
+        ([("stars", 0.9, 0.4)], "CARE score, stars; base 90.0 %, no clear change."),
+        ([("stars", 0.9, 0.4), ("moon", 0.5, 0.1)], "CARE score, stars, the largest loss of 2; base 90.0 %"),
+    ],
+)
+def test_the_worst_figure_stands_for_the_others(
+    figures: list[tuple[str, float, float]], told: str, tmp_path: Path
+) -> None:
+    shown = tuple(companion(*one) for one in figures)
+    bare = dict.fromkeys(("base", "base_interval", "interval"))
+    worse = make_figure(name="concept, other prompts", patched=0.3, **bare)
+    page = page_of(make_evidence(figures=(make_figure(), worse, *shown)), tmp_path)
+    assert told in page.text
+    assert "30.0 % of pictures show Van Gogh: other prompts, the worst of 2." in page.text
+
+
+def of_points(*points: tuple[float | str, dict[str, float | None]], unit: str = "rate") -> Evidence:
+    found = tuple(CheckPoint(x=x, values=values) for x, values in points)
+    return make_evidence(checks=(Check(name="c", title="Check", unit=unit, points=found),))
 
 
 @pytest.mark.parametrize(
@@ -216,34 +214,20 @@ def test_no_text_gets_out_of_its_place(tmp_path: Path) -> None:
     [
         make_evidence(figures=(), attacks=(), checks=(), cost={}, suite={}, versions={}, command=""),
         make_evidence(figures=(make_figure(base=None, base_interval=None, interval=None, by=()),)),
-        make_evidence(figures=(make_figure(group="care", better="higher", base=None),)),
+        make_evidence(figures=(companion("stars", None, 0.5),)),
         make_evidence(
-            figures=tuple(
-                make_figure(name=f"CARE score, {w}", group="care", better="higher", base=b)
-                for w, b in (("stars", 0.9), ("night", None), ("東京タワー" * 20, 0.87))
+            figures=(
+                companion("stars", 0.9, 0.5), companion("night", None, 0.5), companion("東京" * 60, 0.8, 0.5),
             )
         ),
-        make_evidence(checks=(Check(name="none", title="None", points=()),)),
-        make_evidence(
-            checks=(Check(name="gap", title="Gap", points=(CheckPoint(x=1, values={"a": None}),)),)
-        ),
-        make_evidence(
-            checks=(Check(name="one", title="One", unit="", points=(CheckPoint(x=1, values={"a": -3.5}),)),)
-        ),
-        make_evidence(
-            checks=(
-                Check(
-                    name="flat",
-                    title="Flat",
-                    unit="",
-                    points=tuple(CheckPoint(x=3, values={str(k): 0.0 for k in range(9)}) for _ in range(3)),
-                ),
-            )
-        ),
+        of_points(),
+        of_points((1, {"a": None})),
+        of_points((1, {"a": -3.5}), unit=""),
+        of_points(*[(3, {str(k): 0.0 for k in range(9)})] * 3, unit=""),
     ],
-)
+)  # fmt: skip
 def test_whatever_is_missing_is_left_out(evidence: Evidence, tmp_path: Path) -> None:
-    page = check_page(write_report(evidence, tmp_path))
+    page = page_of(evidence, tmp_path)
     assert "Measure it again" in page.text
     assert "Before and after" not in page.text
 
@@ -257,7 +241,7 @@ def test_whatever_is_missing_is_left_out(evidence: Evidence, tmp_path: Path) -> 
     ],
 )
 def test_a_training_record_of_any_shape(training: dict[str, Any], tmp_path: Path) -> None:
-    check_page(write_report(make_evidence(), tmp_path, {}, training))
+    page_of(make_evidence(), tmp_path, {}, training)
 
 
 def test_a_broken_sheet_is_one_sentence(tmp_path: Path) -> None:
@@ -267,10 +251,3 @@ def test_a_broken_sheet_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="the sheet 'Before' cannot be put into the report"):
             write_report(make_evidence(), tmp_path, {"Before": file})
     assert not (tmp_path / REPORT_NAME).exists()
-
-
-def test_the_suite_is_there_to_be_read(tmp_path: Path) -> None:
-    suite = {"name": "mine", "plain": ["one <b>", "two"], "care": [{"label": "stars"}]}
-    page = check_page(write_report(make_evidence(suite=suite), tmp_path))
-    shown = next(word for word in page.words if '"plain"' in word)
-    assert json.loads(shown) == suite

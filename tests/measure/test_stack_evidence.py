@@ -24,7 +24,7 @@ from recare_patch.measure.stack import CHANGE_NAME, FigureChange, change_in_evid
 from recare_patch.measure.subject import subject_of
 from recare_patch.measure.suites import Suite
 from recare_patch.models import BaseModel, load_base
-from recare_patch.patch import Patch, concepts_of
+from recare_patch.patch import Patch, concepts_of, write_kohya
 from tests.cli.conftest import invoke
 from tests.measure.making import SUITE, make_patch
 
@@ -69,36 +69,24 @@ def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     torch.set_num_threads(threads)
 
 
-class TestSubjects:
-    def test_parts_name_what_is_judged(self, stack: Path, parts: list[Patch]) -> None:
-        whole = Patch.load(stack)
-        assert concepts_of(whole) == ("Van Gogh", "Monet")
-        found = subject_of(whole, "van-gogh")
-        assert (found.concept.text, found.concept.kind, found.method) == ("Van Gogh", "style", "stack")
-        assert found.care_words == ("stars", "night")
-        # The same prompts as for the part, wherever no suite was written for the concept.
-        alone = resolve_suite(parts[1], None, "tiny-sd")
-        together = resolve_suite(whole, None, "tiny-sd", concept="Monet")
-        assert together == alone
-
-    def test_a_suite_chooses(self, stack: Path) -> None:
-        assert resolve_suite(Patch.load(stack), SUITES[1], "tiny-sd").concept == "Monet"
-
-    @pytest.mark.parametrize(
-        ("concept", "told"),
-        [
-            (None, "erases several concepts: choose one of Van Gogh, Monet"),
-            ("Mone", "erases Van Gogh and Monet, not 'Mone'; did you mean 'Monet'?"),
-        ],
-    )
-    def test_what_it_does_not_erase(self, stack: Path, concept: str | None, told: str) -> None:
-        with pytest.raises(EvaluationError, match=told.replace("?", r"\?")):
-            subject_of(Patch.load(stack), concept)
-
-    def test_a_patch_that_is_no_stack(self, parts: list[Patch]) -> None:
-        assert subject_of(parts[0]).recipe == parts[0].metadata.parsed_recipe  # type: ignore[union-attr]
-        with pytest.raises(EvaluationError, match="erases Van Gogh, not 'Monet'"):
-            subject_of(parts[0], "Monet")
+def test_parts_name_what_is_judged(stack: Path, parts: list[Patch]) -> None:
+    whole = Patch.load(stack)
+    assert concepts_of(whole) == ("Van Gogh", "Monet")
+    found = subject_of(whole, "van-gogh")
+    assert (found.concept.text, found.concept.kind, found.method) == ("Van Gogh", "style", "stack")
+    assert found.care_words == ("stars", "night")
+    # The same prompts as for the part, wherever no suite was written for the concept; else the suite's own.
+    alone = resolve_suite(parts[1], None, "tiny-sd")
+    assert resolve_suite(whole, None, "tiny-sd", concept="Monet") == alone
+    assert resolve_suite(whole, SUITES[1], "tiny-sd").concept == "Monet"
+    assert subject_of(parts[0]).recipe == parts[0].metadata.parsed_recipe  # type: ignore[union-attr]
+    for patch, concept, told in (
+        (whole, None, "erases several concepts: choose one of Van Gogh, Monet"),
+        (whole, "Mone", r"erases Van Gogh and Monet, not 'Mone'; did you mean 'Monet'\?"),
+        (parts[0], "Monet", "erases Van Gogh, not 'Monet'"),
+    ):
+        with pytest.raises(EvaluationError, match=told):
+            subject_of(patch, concept)
 
 
 def test_evaluate_and_verify(stack: Path, base: BaseModel, tiny_sd: Path, tiny_clip: Path) -> None:
@@ -140,8 +128,6 @@ def test_another_kohya_file_does_not_pass(
     (file,) = stack.glob("erase-*.safetensors")
     file.unlink()
     other = composing.stack([(parts[0], 0.5), (parts[1], 1.0)], dtype=torch.float16)
-    from recare_patch.patch import write_kohya
-
     write_kohya(other, file)
     (fault,) = verifying.verify(stack, tiny_sd, figures=["none"], device="cpu").failed
     assert fault.about == "kohya file" and "other weights than the patch" in fault.told
@@ -184,17 +170,9 @@ def test_attack(stack: Path, base: BaseModel, tiny_clip: Path, tmp_path: Path) -
 def test_change_in_evidence(
     stack: Path, parts: list[Patch], base: BaseModel, tiny_clip: Path, tmp_path: Path
 ) -> None:
-    changes = change_in_evidence(
-        parts,
-        stack,
-        base=base,
-        suites=SUITES,
-        pictures=2,
-        metrics=["concept-rate", "neighbours"],
-        clip=str(tiny_clip),
-        cache=tmp_path / "cache",
-        device="cpu",
-    )
+    how: dict[str, Any] = {"base": base, "suites": SUITES, "clip": str(tiny_clip), "device": "cpu"}
+    metrics, cache = ["concept-rate", "neighbours"], tmp_path / "cache"
+    changes = change_in_evidence(parts, stack, pictures=2, metrics=metrics, cache=cache, **how)
     assert list(dict.fromkeys(one.concept for one in changes)) == ["Van Gogh", "Monet"]
     written = json.loads((stack / CHANGE_NAME).read_text())
     assert len(written["figures"]) == len(changes)
@@ -204,16 +182,7 @@ def test_change_in_evidence(
         part = parts[[suite.concept for suite in SUITES].index(one.concept)]
         assert part.metadata is not None and one.pictures == figure.pictures
     with pytest.raises(EvaluationError, match="none of the given patches erases 'Monet'"):
-        change_in_evidence(
-            parts[:1],
-            stack,
-            base=base,
-            suites=SUITES,
-            pictures=1,
-            metrics=["concept-rate"],
-            clip=str(tiny_clip),
-            device="cpu",
-        )
+        change_in_evidence(parts[:1], stack, pictures=1, metrics=["concept-rate"], **how)
 
 
 def test_the_command(
@@ -246,12 +215,13 @@ def test_the_command(
     (call,) = asked
     assert (call["stack"], call["pictures"], call["base"]) == (Path("both"), 100, str(tiny_sd))
     assert call["parts"] == ["'Van Gogh'", "'Monet'"]
-    assert sorted(path.name for path in Path("both").iterdir()) == [
+    written = {
         "README.md",
         "erase-van-gogh-monet.safetensors",
         "pytorch_lora_weights.safetensors",
         "stack.yaml",
-    ]
+    }
+    assert {path.name for path in Path("both").iterdir()} == written
     # The file for other tools is known as ours, and as a stack.
     facts = json.loads(invoke("inspect", "both/erase-van-gogh-monet.safetensors", "--json").stdout)
     assert (facts["format"], facts["made_by"], facts["checked"]) == ("kohya", "recare-patch", True)

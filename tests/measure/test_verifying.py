@@ -12,13 +12,15 @@ import pytest
 
 from recare_patch.core import BaseModelError, EvidenceError, PatchError, UnknownNameError, file_sha256
 from recare_patch.erasure.run import erase
+from recare_patch.measure import verify as verifying
 from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.card import EVIDENCE_END, with_evidence
 from recare_patch.measure.evidence import Check, CheckPoint, Evidence, Part
+from recare_patch.measure.integrity import Findings, check_integrity
 from recare_patch.measure.intervals import wilson_interval
 from recare_patch.measure.run import evaluate
 from recare_patch.measure.suites import Suite, load_suite
-from recare_patch.measure.verify import Plan, Verification, _check_suite, compare, verify
+from recare_patch.measure.verify import Plan, Verification, check_suite, compare, verify
 from recare_patch.models import BaseModel
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch
 from recare_patch.recipe import WEIGHTS_NAME, Recipe
@@ -72,25 +74,35 @@ def patch(erased: Path, tmp_path: Path) -> Path:
         method="esd",
     )
     evidence.save(folder)
-    _rewrite_card(folder, lambda card: with_evidence(card, evidence))
+    rewrite_card(folder, lambda card: with_evidence(card, evidence))
     return folder
 
 
-def _rewrite_card(folder: Path, change: Callable[[str], str]) -> None:
+def rewrite_card(folder: Path, change: Callable[[str], str]) -> None:
     card = folder / CARD_NAME
     before = card.read_text(encoding="utf-8")
     card.write_text(change(before), encoding="utf-8")
 
 
-def _same(evidence: Evidence, patch: Patch, base: BaseModel, plan: Plan) -> Evidence:
-    return evidence
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """What was asked to be measured again; nothing is, and the recorded evidence is given back."""
+    asked: list[Plan] = []
+
+    def measured(evidence: Evidence, patch: Patch, base: BaseModel, plan: Plan, how: Any) -> Evidence:
+        asked.append(plan)
+        return evidence
+
+    monkeypatch.setattr(verifying, "measured_again", measured)
+    return asked
 
 
-def _never(*_: Any) -> Evidence:
-    raise AssertionError("measured although the patch does not hold")
+def looked_at(folder: Path, base: Path | None = None, **options: Any) -> Verification:
+    """A verification of the files, which measures nothing."""
+    return verify(folder, base, figures=["none"], device="cpu", **options)
 
 
-def _failed(found: Verification) -> set[str]:
+def failed(found: Findings) -> set[str]:
     return {one.about for one in found.failed}
 
 
@@ -99,56 +111,39 @@ def test_the_run_records_what_it_wrote(erased: Path) -> None:
     assert record["patch_sha256"] == file_sha256(erased / WEIGHTS_NAME)
 
 
-def test_a_sound_patch_holds(patch: Path, tiny_sd: Path) -> None:
-    asked: list[Plan] = []
-
-    def measure(evidence: Evidence, loaded: Patch, base: BaseModel, plan: Plan) -> Evidence:
-        asked.append(plan)
-        return evidence
-
-    found = verify(patch, tiny_sd, measure=measure, device="cpu")
+def test_a_sound_patch_holds(patch: Path, tiny_sd: Path, plans: list[Plan]) -> None:
+    found = verify(patch, tiny_sd, device="cpu")
     assert found.holds, found.failed
     assert [one.about for one in found.findings if one.holds] == [
-        "weights",
-        "evidence",
-        "hash",
-        "records",
-        "kohya file",
-        "card",
-        "base",
-        "figure 'concept, plain prompts'",
-        "figure 'CARE score, stars'",
-        "figure 'KID to the base'",
-        "attack 'concept-inversion, small' drawn again",
-        "check 'scale'",
-        "check 'spelling'",
-    ]
-    assert asked[0].attacks
-    assert asked[0].figures == ("concept, plain prompts", "CARE score, stars", "KID to the base")
+        "weights", "evidence", "hash", "records", "kohya file", "card", "base",
+        "figure 'concept, plain prompts'", "figure 'CARE score, stars'", "figure 'KID to the base'",
+        "attack 'concept-inversion, small' drawn again", "check 'scale'", "check 'spelling'",
+    ]  # fmt: skip
+    assert plans[0].attacks
+    assert plans[0].figures == ("concept, plain prompts", "CARE score, stars", "KID to the base")
     # The same from the weights file itself.
-    assert verify(patch / WEIGHTS_NAME, tiny_sd, measure=_same, device="cpu").holds
+    assert verify(patch / WEIGHTS_NAME, tiny_sd, device="cpu").holds
 
 
 def test_a_patch_without_evidence_holds_as_far_as_it_goes(erased: Path, tiny_sd: Path) -> None:
-    found = verify(erased, tiny_sd, measure=_never, device="cpu")
+    found = verify(erased, tiny_sd, device="cpu")
     assert found.holds
-    notes = {one.about: one.told for one in found.findings if one.holds is None}
-    assert notes == {
+    assert {one.about: one.told for one in found.findings if one.holds is None} == {
         "evidence": "there is no evidence.json; recare-patch evaluate makes it",
         "card": "claims no figures",
     }
 
 
-def test_some_figures_or_none(patch: Path, tiny_sd: Path) -> None:
-    assert verify(patch, tiny_sd, figures=["none"], measure=_never, device="cpu").holds
-    found = verify(patch, tiny_sd, figures=["care score, STARS"], measure=_same, device="cpu")
+def test_some_figures_or_none(patch: Path, tiny_sd: Path, plans: list[Plan]) -> None:
+    assert looked_at(patch, tiny_sd).holds and plans == []
+    found = verify(patch, tiny_sd, figures=["care score, STARS"], device="cpu")
     assert found.holds
     assert "2 were not asked for" in found.findings[-1].told
     with pytest.raises(UnknownNameError, match="did you mean 'CARE score, stars'"):
-        verify(patch, tiny_sd, figures=["CARE score, star"], measure=_never, device="cpu")
+        verify(patch, tiny_sd, figures=["CARE score, star"], device="cpu")
 
 
-def test_any_altered_byte_of_the_weights_is_found(patch: Path, tiny_sd: Path) -> None:
+def test_any_altered_byte_of_the_weights_is_found(patch: Path, plans: list[Plan]) -> None:
     weights = patch / WEIGHTS_NAME
     sound = weights.read_bytes()
     header = 8 + int.from_bytes(sound[:8], "little")
@@ -157,47 +152,45 @@ def test_any_altered_byte_of_the_weights_is_found(patch: Path, tiny_sd: Path) ->
         altered = bytearray(sound)
         altered[place] ^= 1 << (place % 8)
         weights.write_bytes(altered)
-        found = verify(patch, tiny_sd, measure=_never, device="cpu")
-        assert not found.holds, place
-        assert "hash" in _failed(found), place
+        assert "hash" in failed(check_integrity(patch)), place
     for other in (sound[:-1], sound + b"\0", sound[: header + 1], b""):
         weights.write_bytes(other)
-        assert {"hash", "weights"} <= _failed(verify(patch, tiny_sd, measure=_never, device="cpu"))
+        assert {"hash", "weights"} <= failed(check_integrity(patch))
+    found = verify(patch, device="cpu")
+    assert not found.holds and plans == []
+    assert found.findings[-1].told == "not measured again, since the patch or its records do not hold"
 
 
-def test_an_altered_hash_does_not_help(patch: Path, tiny_sd: Path) -> None:
+def test_an_altered_hash_does_not_help(patch: Path) -> None:
     for name in ("training.json", EVIDENCE_NAME):
         sound = (patch / name).read_text()
-        held = json.loads(sound)
-        held["patch_sha256"] = "0" * 64
-        (patch / name).write_text(json.dumps(held))
-        assert "hash" in _failed(verify(patch, tiny_sd, measure=_never, device="cpu"))
+        (patch / name).write_text(json.dumps(json.loads(sound) | {"patch_sha256": "0" * 64}))
+        assert "hash" in failed(check_integrity(patch))
         for broken in ("{", "[]", "\0"):
             (patch / name).write_text(broken)
-            assert not verify(patch, tiny_sd, measure=_never, device="cpu").holds
+            assert not check_integrity(patch).holds
         (patch / name).write_text(sound)
 
 
-def test_weights_without_any_record_do_not_hold(patch: Path, tiny_sd: Path) -> None:
+def test_weights_without_any_record_do_not_hold(patch: Path) -> None:
     held = json.loads((patch / "training.json").read_text())
     del held["patch_sha256"]
     (patch / "training.json").write_text(json.dumps(held))
     (patch / EVIDENCE_NAME).unlink()
-    found = verify(patch, tiny_sd, measure=_never, device="cpu")
-    assert _failed(found) == {"hash", "card"}
+    assert failed(check_integrity(patch)) == {"hash", "card"}
 
 
-def test_files_beside_the_weights(patch: Path, tiny_sd: Path) -> None:
+def test_files_beside_the_weights(patch: Path) -> None:
     recipe = patch / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 1"))
-    assert _failed(verify(patch, tiny_sd, measure=_never, device="cpu")) == {"records"}
+    assert failed(check_integrity(patch)) == {"records"}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda card: card.replace("value: 0.02", "value: 0.01"), "claims 0.01 for 'concept, plain prompts'"),
-        (lambda card: card.replace("name: CARE score, stars", "name: all"), "claims 'all'"),
+        (lambda card: card.replace("name: CARE score, stars", "name: all"), "claims 0.95 for 'all'"),
         (lambda card: card.replace("value: 0.95", "value: a lot"), "claims a lot"),
         (lambda card: card.replace("| 2.0 % |", "| 0.0 % |"), "part on evidence"),
         (lambda card: card.replace("model-index:\n", "model-index: 1\nother:\n"), "model-index"),
@@ -205,38 +198,20 @@ def test_files_beside_the_weights(patch: Path, tiny_sd: Path) -> None:
         (lambda card: card.replace("type: text-to-image\n", "type: other\n", 1), "model-index"),
     ],
 )  # fmt: skip
-def test_a_card_that_claims_other_figures(
-    patch: Path, tiny_sd: Path, change: Callable[[str], str], words: str
-) -> None:
+def test_a_card_that_claims_other_figures(patch: Path, change: Callable[[str], str], words: str) -> None:
     before = (patch / CARD_NAME).read_text()
-    _rewrite_card(patch, change)
+    rewrite_card(patch, change)
     assert (patch / CARD_NAME).read_text() != before
-    found = verify(patch, tiny_sd, measure=_never, device="cpu")
-    assert _failed(found) == {"card"}
+    found = check_integrity(patch)
+    assert failed(found) == {"card"}
     assert words in found.failed[0].told
 
 
-def test_a_card_without_its_evidence(patch: Path, tiny_sd: Path) -> None:
+def test_a_card_without_its_evidence(patch: Path) -> None:
     (patch / EVIDENCE_NAME).unlink()
-    found = verify(patch, tiny_sd, measure=_never, device="cpu")
-    assert _failed(found) == {"card"}
+    assert failed(check_integrity(patch)) == {"card"}
     (patch / CARD_NAME).unlink()
-    assert verify(patch, tiny_sd, measure=_never, device="cpu").holds
-
-
-def test_evidence_and_card_that_lie_together_are_measured(patch: Path, tiny_sd: Path) -> None:
-    """Whoever alters both still has to draw the pictures."""
-    true = Evidence.load(patch)
-    better = make_figure(patched=0.0, interval=(0.0, 0.0188), by=())
-    lying = true.model_copy(update={"figures": (better, *true.figures[1:])})
-    lying.save(patch)
-    _rewrite_card(patch, lambda card: with_evidence(card, lying))
-    honest = true.model_copy(
-        update={"figures": (make_figure(patched=0.05, interval=(0.028, 0.09), by=()), *true.figures[1:])}
-    )
-    found = verify(patch, tiny_sd, measure=lambda *_: honest, device="cpu")
-    assert _failed(found) == {"figure 'concept, plain prompts'"}
-    assert "patched 0.0 % recorded, 5.0 % measured" in found.failed[0].told
+    assert check_integrity(patch).holds
 
 
 @pytest.fixture(scope="module")
@@ -276,9 +251,9 @@ def test_a_card_and_evidence_that_lie_are_found_out(measured: Path, tiny_sd: Pat
         update={"figures": tuple(claimed if one is plain else one for one in true.figures)}
     )
     lying.save(folder)
-    _rewrite_card(folder, lambda card: with_evidence(card, lying))
+    rewrite_card(folder, lambda card: with_evidence(card, lying))
     found = verify(folder, tiny_sd, figures=[plain.name], device="cpu")
-    assert _failed(found) == {f"figure '{plain.name}'"}
+    assert failed(found) == {f"figure '{plain.name}'"}
     # Options that were altered into nonsense are told of in a sentence.
     true.model_copy(update={"options": {**true.options, "pictures": "many"}}).save(folder)
     (folder / CARD_NAME).unlink()
@@ -286,15 +261,15 @@ def test_a_card_and_evidence_that_lie_are_found_out(measured: Path, tiny_sd: Pat
         verify(folder, tiny_sd, device="cpu")
 
 
-def test_a_suite_that_was_altered(measured: Path, tiny_sd: Path, tmp_path: Path) -> None:
-    true = Evidence.load(measured)
+def test_a_suite_that_was_altered() -> None:
+    true = make_evidence()
     bundled = load_suite("van-gogh-atelier").model_dump(mode="json")
     for suite, holds, words in (
         (bundled, True, "as bundled"),
         ({**bundled, "plain": ["a cat"], "first_seed": 1}, None, "with plain, first_seed of its own"),
         ({**bundled, "steps": 0}, False, "no sound suite"),
     ):
-        found = _check_suite(true.model_copy(update={"suite": suite}))[0]
+        found = check_suite(true.model_copy(update={"suite": suite}))
         assert found.holds is holds
         assert words in found.told
 
@@ -313,31 +288,24 @@ def test_saved_attacks(patch: Path, tiny_sd: Path) -> None:
             pictures=[],
         )  # fmt: skip
         save_attack(result, patch / "attacks" / "one", {"patch_sha256": sha256})
-        return verify(patch, tiny_sd, figures=["none"], device="cpu")
+        return looked_at(patch, tiny_sd)
 
     assert saved(3, recorded.patch_sha256).holds
     for wrong in (saved(4, recorded.patch_sha256), saved(3, "0" * 64)):
-        assert _failed(wrong) == {"attack 'concept-inversion, small'"}
+        assert failed(wrong) == {"attack 'concept-inversion, small'"}
     (patch / "attacks" / "one" / "attack.json").write_text("{}")
-    assert not verify(patch, tiny_sd, figures=["none"], device="cpu").holds
+    assert not looked_at(patch, tiny_sd).holds
 
 
-def test_another_base(patch: Path, tmp_path: Path) -> None:
-    other = make_tiny_sd(tmp_path / "other", seed=9)
-    found = verify(patch, other, measure=_never, device="cpu")
-    assert _failed(found) == {"base"}
+def test_another_base_or_none(patch: Path, tmp_path: Path, plans: list[Plan]) -> None:
+    found = verify(patch, make_tiny_sd(tmp_path / "other", seed=9), device="cpu")
+    assert failed(found) == {"base"} and plans == []
     assert "other weights" in found.failed[0].told
-
-
-def test_bad_input_is_an_error(patch: Path, tmp_path: Path) -> None:
     for missing in (tmp_path / "nothing", tmp_path):
         with pytest.raises(PatchError, match="no patch"):
             verify(missing)
     with pytest.raises(BaseModelError):
-        verify(patch, tmp_path / "no-base", measure=_never)
-
-
-# ---------------------------------------------------------------------- figures
+        verify(patch, tmp_path / "no-base")
 
 
 def _compare(recorded: dict[str, Any], measured: dict[str, Any]) -> bool | None:

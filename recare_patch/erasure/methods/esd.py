@@ -37,17 +37,10 @@ class ESD(LossMethod):
     info = MethodInfo(
         title="ESD",
         paper=Paper(
-            "ESD",
-            "Gandikota et al.",
-            "ICCV 2023",
-            "2303.07345",
-            {
-                "author": "Gandikota, Rohit and Materzy{\\'n}ska, Joanna and Fiotto-Kaufman, Jaden "
-                "and Bau, David",
-                "title": "Erasing Concepts from Diffusion Models",
-                "booktitle": "IEEE/CVF International Conference on Computer Vision",
-                "year": "2023",
-            },
+            *("ESD", "Gandikota et al.", "ICCV 2023", "2303.07345"),
+            "Gandikota, Rohit and Materzy{\\'n}ska, Joanna and Fiotto-Kaufman, Jaden and Bau, David",
+            "Erasing Concepts from Diffusion Models",
+            "IEEE/CVF International Conference on Computer Vision",
         ),
         what="steers the concept's prompt away from itself",
         touches="cross-attention of the denoiser, other layers by name",

@@ -151,15 +151,9 @@ class ForgetMeNot(Method):
     info = MethodInfo(
         title="Forget-Me-Not",
         paper=Paper(
-            "Forget-Me-Not",
-            "Zhang et al.",
-            None,
-            "2303.17591",
-            {
-                "author": "Zhang, Gong and Wang, Kai and Xu, Xingqian and Wang, Zhangyang and Shi, Humphrey",
-                "title": "{Forget-Me-Not}: Learning to Forget in Text-to-Image Diffusion Models",
-                "year": "2023",
-            },
+            *("Forget-Me-Not", "Zhang et al.", "2023", "2303.17591"),
+            "Zhang, Gong and Wang, Kai and Xu, Xingqian and Wang, Zhangyang and Shi, Humphrey",
+            "{Forget-Me-Not}: Learning to Forget in Text-to-Image Diffusion Models",
         ),
         what="takes the picture's attention off the concept's tokens",
         touches="keys of the denoiser's cross-attention, its queries and output by name",

@@ -55,16 +55,8 @@ class ReCARE(LossMethod):
     info = MethodInfo(
         title="ReCARE",
         paper=Paper(
-            "ReCARE",
-            "Kim et al.",
-            "ICLR 2026",
-            "2606.24192",
-            {
-                "author": "Kim and others",
-                "title": "{ReCARE}",
-                "booktitle": "International Conference on Learning Representations",
-                "year": "2026",
-            },
+            *("ReCARE", "Kim et al.", "ICLR 2026", "2606.24192", "Kim and others", "{ReCARE}"),
+            "International Conference on Learning Representations",
         ),
         what="steers the concept's names to its companions, and holds what must not change",
         touches="cross-attention of the denoiser, other layers by name",
@@ -72,6 +64,7 @@ class ReCARE(LossMethod):
         strength="keeps companions and neighbours best",
         weakness="takes longest",
         caution="",
+        searches=True,
         replaces="the prediction under the concept's prompts becomes that under the replacement's",
         separates="what the attribute adds to the subject's prompts is taken away",
     )

@@ -78,13 +78,7 @@ class SGrace(Method):
 
     info = MethodInfo(
         title="S-GRACE",
-        paper=Paper(
-            "S-GRACE",
-            "Yin et al.",
-            None,
-            "2510.27285",
-            {"author": "Yin and others", "title": "{S-GRACE}", "year": "2025"},
-        ),
+        paper=Paper("S-GRACE", "Yin et al.", "2025", "2510.27285", "Yin and others", "{S-GRACE}"),
         what="turns the text encoder's reading of the concept, and of adversarial words for it, away",
         touches="the text encoder",
         reads="pictures of the concept, its CARE-set, words that name it and words that do not",

@@ -53,17 +53,10 @@ class UCE(Method):
     info = MethodInfo(
         title="UCE",
         paper=Paper(
-            "UCE",
-            "Gandikota et al.",
-            "WACV 2024",
-            "2308.14761",
-            {
-                "author": "Gandikota, Rohit and Orgad, Hadas and Belinkov, Yonatan and Materzy{\\'n}ska, Joanna "
-                "and Bau, David",
-                "title": "Unified Concept Editing in Diffusion Models",
-                "booktitle": "IEEE/CVF Winter Conference on Applications of Computer Vision",
-                "year": "2024",
-            },
+            *("UCE", "Gandikota et al.", "WACV 2024", "2308.14761"),
+            "Gandikota, Rohit and Orgad, Hadas and Belinkov, Yonatan and Materzy{\\'n}ska, Joanna and Bau, David",
+            "Unified Concept Editing in Diffusion Models",
+            "IEEE/CVF Winter Conference on Applications of Computer Vision",
         ),
         what="solves for keys and values that read the concept as nothing",
         touches="keys and values of the denoiser's cross-attention",
