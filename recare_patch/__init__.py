@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from recare_patch.combine import merge, stack, unmerge
     from recare_patch.core import RecarePatchError
     from recare_patch.erasure import EraseResult, erase, erase_concept
-    from recare_patch.erasure import generate_pictures as generate
     from recare_patch.measure import evaluate
     from recare_patch.models import load_base
     from recare_patch.patch import Patch, apply_all
+    from recare_patch.patch import generate_pictures as generate
     from recare_patch.recipe import Concept, Recipe, load_recipe
     from recare_patch.share import pull, push, search
 
@@ -37,7 +37,7 @@ _HOMES = {
     "erase": "recare_patch.erasure.run:erase",
     "erase_concept": "recare_patch.erasure.run:erase_concept",
     "evaluate": "recare_patch.measure.run:evaluate",
-    "generate": "recare_patch.erasure.run:generate_pictures",
+    "generate": "recare_patch.patch.generate:generate_pictures",
     "load_base": "recare_patch.models.loading:load_base",
     "load_recipe": "recare_patch.recipe.recipe:load_recipe",
     "merge": "recare_patch.combine.merging:merge",
