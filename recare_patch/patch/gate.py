@@ -218,12 +218,9 @@ class GatedPatch:
         self.values: dict[str, float] = {}
         self._drawn: dict[bytes, float] = {}
         self._hooks: list[Any] = []
-        self._of_texts: list[_Factors] = []
-        self._of_pictures: list[_Factors] = []
+        self._factors = {component: _Factors() for component in applied.patch.components}
         parts = networks(applied.pipe)
-        for component in applied.patch.components:
-            factors = _Factors()
-            (self._of_texts if component in TEXT_ENCODERS else self._of_pictures).append(factors)
+        for component, factors in self._factors.items():
             self._hooks.append(parts[component].register_forward_pre_hook(factors.look, with_kwargs=True))
             for _, layer in named_tuner_layers({component: parts[component]}):
                 if applied.adapter_name in layer.lora_B:
@@ -250,7 +247,7 @@ class GatedPatch:
         self.remove()
 
     def _ask(self, texts: Sequence[Any]) -> Tensor:
-        """The gates of what each of a pipeline's text encoders is given: the widest open of them."""
+        # Of what each of a pipeline's text encoders is given: the widest open.
         asked = [[one] if isinstance(one, str) else list(one) for one in texts if one is not None]
         return torch.stack([self.gate(one) for one in asked if len(one) == len(asked[0])]).amax(0)
 
@@ -270,35 +267,30 @@ class GatedPatch:
 
     def before(self, judged: list[Tensor]) -> None:
         """Tell the text encoders, which are called for the prompts and then for the negative ones."""
-        for factors in self._of_texts:
-            factors.coming = list(judged)
+        for component, factors in self._factors.items():
+            if component in TEXT_ENCODERS:
+                factors.coming = list(judged)
 
     def after(self, call: Mapping[str, Any], judged: list[Tensor], embeds: Tensor) -> None:
         """Tell the denoiser what was encoded at which gate."""
-        keys = [_digest(row) for row in embeds]
+        # Half precision, because pipelines cast what they encoded.
+        values = embeds.detach().to("cpu", torch.float16).contiguous().view(torch.uint8).numpy()
+        keys = [hashlib.sha256(row.data).digest() for row in values]
         if judged:
             each = judged[0].repeat_interleave(call.get("num_images_per_prompt") or 1)
             self._drawn |= dict(zip(keys, each.tolist(), strict=True))
         rows = torch.tensor([self._drawn.get(key, 1.0) for key in keys])
-        for factors in self._of_pictures:
-            factors.coming = [rows]
-
-
-def _digest(embeds: Tensor) -> bytes:
-    """Tells one encoded prompt from another; half precision, because pipelines cast them."""
-    values = embeds.detach().to("cpu", torch.float16).contiguous()
-    return hashlib.sha256(values.view(torch.uint8).numpy().data).digest()
+        for component, factors in self._factors.items():
+            if component not in TEXT_ENCODERS:
+                factors.coming = [rows]
 
 
 class _Factors:
-    """What each row of one network's batch gets of the patch.
-
-    Attributes:
-        coming: the gates of the next calls, one row a text or picture; the last stay for all later ones,
-            and without any the patch is at its full scale.
-    """
+    """What each row of one network's batch gets of the patch."""
 
     def __init__(self) -> None:
+        # The gates of the next calls, one row a text or picture; the last stay for all later ones, and
+        # without any the patch is at its full scale.
         self.coming: list[Tensor] = []
         self._rows: Tensor | None = None
 

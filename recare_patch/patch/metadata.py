@@ -217,7 +217,7 @@ class PatchMetadata(_Told):
         """Header entries: text as it is, everything else as JSON; what is ``None`` is left out."""
         return {
             f"{HEADER_PREFIX}{key}": value if isinstance(value, str) else json.dumps(value)
-            for key, value in self.model_dump(exclude_none=False).items()
+            for key, value in self.model_dump().items()
             if value is not None
         }
 

@@ -78,19 +78,16 @@ _OPEN_CLIP_WHOLE = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint file.
+    """One tensor of a checkpoint file: its name there, and what of a component is joined to make it.
 
-    Attributes:
-        name: in the file.
-        component: of the pipeline it comes from.
-        keys: what is joined along the first axis to make it; nearly always one.
-        convolution: whether a matrix ``[out, in]`` is written as a kernel ``[out, in, 1, 1]``.
+    Nearly always one tensor is; several are joined along their first axis.
     """
 
     name: str
     component: str
     keys: tuple[str, ...]
     convolution: bool = False
+    """Whether a matrix ``[out, in]`` is written as a kernel ``[out, in, 1, 1]``."""
 
 
 def has_known_sizes(layout: Layout) -> bool:

@@ -27,7 +27,7 @@ class ThrowAway(LossMethod):
 
     info = MethodInfo(
         title="Throw-Away",
-        paper=Paper("Throw-Away", "Doe et al.", None, "2601.00001", {"title": "Away", "year": "2026"}),
+        paper=Paper("Throw-Away", "Doe et al.", "2026", "2601.00001", "Doe, Jo", "Away"),
         what="draws the concept's prompts as nothing",
         touches="cross-attention of the denoiser",
         reads="pictures of the concept",
