@@ -1,9 +1,10 @@
+from .attacks import ATTACKS as ATTACKS
+from .attacks import attack_options as attack_options
 from .attacks import load_attack_type as load_attack_type
 from .attacks.protocol import AttackOptions as AttackOptions
 from .attacks.protocol import AttackResult as AttackResult
 from .attacks.protocol import AttackTarget as AttackTarget
 from .attacks.protocol import candidate_seeds as candidate_seeds
-from .attacks.run import attack_options as attack_options
 from .attacks.run import attack_patch as attack_patch
 from .card import with_evidence as with_evidence
 from .card import worst_erased as worst_erased

@@ -7,6 +7,7 @@ prompts comes with them. What they find is saved, so that it can be tried on ano
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from recare_patch.core import Registry
@@ -20,6 +21,7 @@ from recare_patch.measure.attacks.protocol import (
 )
 from recare_patch.measure.attacks.saved import load_about, load_attack, save_attack
 
+# Nothing here imports torch: the command line reads names and options from it.
 ATTACKS = Registry(
     "attack",
     {
@@ -42,6 +44,18 @@ def load_attack_type(name: str) -> Attack[Any]:
     return attack
 
 
+def attack_options(
+    attack: str, budget: str = "small", overrides: Mapping[str, Any] | None = None
+) -> AttackOptions:
+    """The options of an attack: those of a budget, some values set otherwise.
+
+    Raises:
+        UnknownNameError: no such attack or budget.
+        AttackError: unknown keys or bad values; all are told at once.
+    """
+    return load_attack_type(attack).options_type.preset(budget, overrides)
+
+
 __all__ = [
     "ATTACKS",
     "BUDGETS",
@@ -50,6 +64,7 @@ __all__ = [
     "AttackOptions",
     "AttackResult",
     "AttackTarget",
+    "attack_options",
     "load_about",
     "load_attack",
     "load_attack_type",

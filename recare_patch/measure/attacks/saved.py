@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recare_patch.core import write_json, write_tensors
+from recare_patch.core import EvidenceError, file_sha256, write_json, write_tensors
 from recare_patch.measure.attacks.protocol import AttackError, AttackResult
+from recare_patch.recipe import slug_of
+
+if TYPE_CHECKING:
+    from recare_patch.measure.evidence import AttackFigure
+
+logger = logging.getLogger(__name__)
 
 JSON_NAME, TENSORS_NAME = "attack.json", "attack.safetensors"
 FORMAT_VERSION = 1
@@ -28,12 +36,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
 
 
 def save_attack(result: AttackResult, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Write a result; its pictures are not kept.
-
-    Args:
-        result: what an attack returned.
-        folder: made if it is missing.
-        about: what it was run against, JSON values.
+    """Write a result, without its pictures, and what it was run against.
 
     Returns:
         The JSON file. It is written last: a folder that has it holds a whole attack.
@@ -66,25 +69,26 @@ def load_attack(folder: str | Path) -> AttackResult:
         try:
             tensors = load_file(Path(folder) / TENSORS_NAME)
         except (SafetensorError, OSError) as fault:
-            reason = str(fault).splitlines()[0]
-            raise AttackError(f"the saved attack in {folder} is damaged: {TENSORS_NAME}: {reason}") from None
+            raise _damaged(folder, f"{TENSORS_NAME}: {str(fault).splitlines()[0]}") from None
         if sorted(tensors) != sorted(note["tensors"]):
-            raise AttackError(f"the saved attack in {folder} is damaged: {TENSORS_NAME} is of another one")
-    values = {name: note[name] for name in _PARTS}
-    low, high = note["interval"]
-    return AttackResult(
-        **{**values, "interval": (float(low), float(high))}, tensors=tensors, base=note.get("base")
-    )
+            raise _damaged(folder, f"{TENSORS_NAME} is of another one")
+    low, high = map(float, note["interval"])
+    parts = {name: note[name] for name in _PARTS} | {"interval": (low, high)}
+    return AttackResult(**parts, tensors=tensors, base=note.get("base"))
 
 
 def load_about(folder: str | Path) -> dict[str, Any]:
     """What a saved attack was run against; see :func:`save_attack`.
 
     Raises:
-        AttackError: as :func:`load_attack`.
+        AttackError: the folder holds no saved attack, or a damaged one.
     """
     about: dict[str, Any] = _read(Path(folder))["about"]
     return about
+
+
+def _damaged(folder: str | Path, what: str) -> AttackError:
+    return AttackError(f"the saved attack in {folder} is damaged: {what}")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        raise AttackError(f"the saved attack in {folder} is damaged: {JSON_NAME} is not readable") from None
+        raise _damaged(folder, f"{JSON_NAME} is not readable") from None
     version = note.get("version") if isinstance(note, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise AttackError(
@@ -114,7 +118,7 @@ def _read(folder: Path) -> dict[str, Any]:
         and all(isinstance(prompt, str) for prompt in note["prompts"])
     )
     if not sound:
-        raise AttackError(f"the saved attack in {folder} is damaged: {JSON_NAME} lacks parts of one")
+        raise _damaged(folder, f"{JSON_NAME} lacks parts of one")
     return dict(note)
 
 
@@ -126,3 +130,55 @@ def _is_trial(entry: object) -> bool:
         and isinstance(entry.get("seed"), int)
         and 0 <= entry["seed"] < 2**63
     )
+
+
+def attack_figures(
+    weights: Path, given: Sequence[Path | str] | None, concept: str | None, out: Path
+) -> list[AttackFigure]:
+    """What evidence tells of saved attacks on a patch.
+
+    Args:
+        weights: the patch's file.
+        given: folders of attacks, or folders of such; None: those beside the patch, of which those on
+            another patch are left out.
+        concept: of a patch of several concepts, whose attacks lie in a folder for each.
+        out: the evidence's folder.
+
+    Raises:
+        AttackError: a folder holds no saved attack, or a damaged one.
+        EvidenceError: an attack that was asked for was run against another patch.
+    """
+    from recare_patch.measure.evidence import AttackFigure
+
+    places = [Path(place) for place in given or ()]
+    if given is None:
+        folder = weights.parent
+        places = [folder / "attacks", folder.with_name(f"{folder.name}-attacks")]
+        places = [place / slug_of(concept) if concept is not None else place for place in places]
+    folders: list[Path] = []
+    for place in places:
+        inner = [file.parent for file in sorted(place.glob(f"*/{JSON_NAME}"))]
+        if given is not None and ((place / JSON_NAME).is_file() or not inner):
+            # A folder without any is told of by the reader of attacks.
+            inner = [place]
+        folders += inner
+    figures, sha256 = [], file_sha256(weights)
+    for folder in folders:
+        about = load_about(folder)
+        if about.get("patch_sha256") != sha256:
+            told = f"the saved attack in {folder} was run against another patch"
+            if given is not None:
+                raise EvidenceError(told)
+            logger.warning("%s: it is left out", told)
+            continue
+        result = load_attack(folder)
+        same = {name: getattr(result, name) for name in AttackFigure.model_fields if hasattr(result, name)}
+        figures.append(
+            AttackFigure(
+                **same,
+                preset=str(about.get("preset", "")),
+                detector=about.get("detector"),
+                folder=Path(os.path.relpath(folder, out)).as_posix(),
+            )
+        )
+    return figures
