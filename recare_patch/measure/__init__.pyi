@@ -11,10 +11,14 @@ from .card import worst_kept as worst_kept
 from .evidence import RATE as RATE
 from .evidence import Evidence as Evidence
 from .evidence import show_value as show_value
-from .intervals import wilson_interval as wilson_interval
 from .judges import load_detector as load_detector
 from .memorization import memorization_figures as memorization_figures
-from .metrics import perceptual_change as perceptual_change
+from .meters import perceptual_change as perceptual_change
+from .meters import wilson_interval as wilson_interval
+from .names import ATTACKS as ATTACKS
+from .names import CHECKS as CHECKS
+from .names import DETECTORS as DETECTORS
+from .names import METRICS as METRICS
 from .pictures import PictureCache as PictureCache
 from .pictures import Studio as Studio
 from .pictures import default_cache as default_cache

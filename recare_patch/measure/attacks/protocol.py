@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, Type
 from pydantic import Field
 
 from recare_patch.core import ResumeError, Settings, SettingsError, unknown_name, write_json
-from recare_patch.measure.intervals import wilson_interval
+from recare_patch.measure.meters import wilson_interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
