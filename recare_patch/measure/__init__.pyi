@@ -1,6 +1,6 @@
-from .attacks import ATTACKS as ATTACKS
 from .attacks import attack_options as attack_options
 from .attacks import load_attack_type as load_attack_type
+from .attacks.protocol import BUDGETS as BUDGETS
 from .attacks.protocol import AttackOptions as AttackOptions
 from .attacks.protocol import AttackResult as AttackResult
 from .attacks.protocol import AttackTarget as AttackTarget
@@ -12,10 +12,14 @@ from .card import worst_kept as worst_kept
 from .evidence import RATE as RATE
 from .evidence import Evidence as Evidence
 from .evidence import show_value as show_value
-from .intervals import wilson_interval as wilson_interval
 from .judges import load_detector as load_detector
 from .memorization import memorization_figures as memorization_figures
-from .metrics import perceptual_change as perceptual_change
+from .meters import perceptual_change as perceptual_change
+from .meters import wilson_interval as wilson_interval
+from .names import ATTACKS as ATTACKS
+from .names import CHECKS as CHECKS
+from .names import DETECTORS as DETECTORS
+from .names import METRICS as METRICS
 from .pictures import PictureCache as PictureCache
 from .pictures import Studio as Studio
 from .pictures import default_cache as default_cache

@@ -14,8 +14,8 @@ from recare_patch.careset import Clip
 from recare_patch.core import EvaluationError, Progress, file_sha256, write_json
 from recare_patch.measure.evidence import Figure, show_value
 from recare_patch.measure.pictures import PictureCache, default_cache
-from recare_patch.measure.run import PICTURES, evaluate, measure, resolve_suite
-from recare_patch.measure.suites import Suite
+from recare_patch.measure.run import PICTURES, Options, evaluate, score
+from recare_patch.measure.suites import Suite, resolve_suite
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import WEIGHTS_NAME
@@ -114,10 +114,7 @@ def change_in_evidence(
             device=device,
             progress=progress,
         )
-        alone = measure(
-            part,
-            model,
-            suite,
+        options = Options(
             metrics=metrics,
             pictures=pictures,
             clip=clip,
@@ -125,6 +122,7 @@ def change_in_evidence(
             device=device,
             progress=progress,
         )
+        alone = score(part, model, suite, options)
         assert alone is not None, "a stack is measured in one process"
         single = {one.name: one for one in alone.evidence.figures}
         changes += [_change(concept, single[one.name], one) for one in together.figures if one.name in single]

@@ -36,9 +36,8 @@ from recare_patch.measure.evidence import (
     show_interval,
     show_value,
 )
-from recare_patch.measure.intervals import wilson_interval
-from recare_patch.measure.subject import folder_of, subject_of
-from recare_patch.measure.suites import Suite, list_suites, load_suite
+from recare_patch.measure.meters import wilson_interval
+from recare_patch.measure.suites import Suite, folder_of, list_suites, load_suite, subject_of
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import (
     CARD_NAME,
@@ -602,7 +601,7 @@ def _check_suite(evidence: Evidence) -> list[Finding]:
         suite = Suite(**evidence.suite)
     except RecarePatchError as fault:
         return [Finding(about, False, f"{EVIDENCE_NAME} holds no sound suite: {fault}")]
-    if suite.name not in [info.name for info in list_suites()]:
+    if suite.name not in list_suites():
         told = f"'{suite.name}' is not among the bundled ones: its prompts are in {EVIDENCE_NAME}"
         return [Finding(about, None, told)]
     bundled = load_suite(suite.name, concept=suite.concept, kind=suite.kind).model_dump()

@@ -23,7 +23,7 @@ from recare_patch.measure.attacks import AttackResult
 from recare_patch.measure.attacks import run as attacking
 from recare_patch.measure.attacks.run import attack_options, attack_patch
 from recare_patch.measure.run import evaluate
-from recare_patch.measure.subject import subject_of
+from recare_patch.measure.suites import subject_of
 from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
 from recare_patch.patch.card import card_text

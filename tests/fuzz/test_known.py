@@ -17,7 +17,7 @@ from recare_patch.core.files import read_safetensors_header
 from recare_patch.erasure.prepare import read_words
 from recare_patch.measure.attacks import AttackError, load_attack
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures
-from recare_patch.measure.suites import Suite
+from recare_patch.measure.suites import Suite, parse_suite
 from recare_patch.patch import formats
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.recipe import WEIGHTS_NAME, Recipe, parse_assignment
@@ -49,7 +49,7 @@ def _words(text: str, folder: Path) -> object:
     "read",
     [
         lambda text, _: Recipe.from_yaml(text),
-        lambda text, _: Suite.from_yaml(text),
+        lambda text, _: parse_suite(text),
         lambda text, _: claimed_figures(f"---\n{text}\n---\n")[0] or _no_figures(),
         lambda text, _: parse_assignment(f"x={text}") and _no_figures(),
         _words,
@@ -178,5 +178,5 @@ def test_a_card_of_marks_takes_no_time() -> None:
     with pytest.raises(RecarePatchError, match="must stand once"):
         claimed_figures(EVIDENCE_START * 20_000)
     with pytest.raises(RecarePatchError):
-        Suite.from_yaml("implicit:\n" + "".join(f"- a{number}\n" for number in range(3000)))
+        parse_suite("implicit:\n" + "".join(f"- a{number}\n" for number in range(3000)))
     assert time.process_time() - began < 3

@@ -1,18 +1,19 @@
-"""Small things that several tests of the evaluation need."""
+"""What several tests of the evaluation need."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from recare_patch.careset import CareSet
+from recare_patch.models import BaseModel
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
-from recare_patch.patch.patch import Patch, PatchMetadata
-from recare_patch.recipe.concept import Concept
-from recare_patch.recipe.recipe import Recipe
+from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.recipe import Concept, Recipe
 
 SUITE: dict[str, Any] = {
     "name": "tiny",
@@ -55,3 +56,9 @@ def make_patch(
     adapters.detach(base.denoiser)
     patch.save(folder)
     return folder
+
+
+def noise(count: int, seed: int = 0, size: int = 32) -> list[Image.Image]:
+    """Pictures of noise."""
+    draws = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in draws]

@@ -13,7 +13,8 @@ from PIL import Image
 
 from recare_patch.careset.clip import Clip
 from recare_patch.core.errors import ClipError, EvaluationError, UnknownNameError
-from recare_patch.measure.judges import DETECTORS, can_tell, load_detector
+from recare_patch.measure.judges import can_tell, load_detector
+from recare_patch.measure.names import DETECTORS
 
 
 def noise(count: int, size: int = 32, seed: int = 0) -> list[Image.Image]:

@@ -32,17 +32,10 @@ from recare_patch.core.errors import (
 from recare_patch.core.files import file_sha256
 from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.evidence import Evidence
-from recare_patch.measure.run import (
-    METRICS,
-    default_metrics,
-    evaluate,
-    measure,
-    measure_again,
-    read_prompts,
-    resolve_suite,
-    with_detector,
-)
-from recare_patch.measure.suites import Suite, load_suite
+from recare_patch.measure.meters import default_metrics
+from recare_patch.measure.names import METRICS
+from recare_patch.measure.run import Options, evaluate, measure_again, read_prompts, score
+from recare_patch.measure.suites import Suite, load_suite, resolve_suite
 from recare_patch.measure.verify import verify
 from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base
@@ -410,14 +403,14 @@ def test_a_fault_on_the_way_loses_no_picture(
 
 def test_another_detector_brings_its_own_options() -> None:
     suite = load_suite("van-gogh-sd")
-    assert with_detector(suite, "clip:folder").detector_options == {
+    assert suite.with_detector("clip:folder").detector_options == {
         **suite.detector_options,
         "clip": "folder",
     }
-    style = with_detector(suite, "image-classifier:owner/styles", "vincent-van-gogh")
+    style = suite.with_detector("image-classifier:owner/styles", "vincent-van-gogh")
     assert (style.detector, style.label) == ("image-classifier", "vincent-van-gogh")
     assert style.detector_options == {"source": "owner/styles"}
-    renamed = with_detector(suite, "clip", "a swirling picture")
+    renamed = suite.with_detector("clip", "a swirling picture")
     assert renamed.label in renamed.detector_options["labels"]
 
 
@@ -474,7 +467,7 @@ def test_checks_are_part_of_the_evidence(patch: Path, base: BaseModel) -> None:
 
 def test_measuring_writes_nothing(patch: Path, base: BaseModel) -> None:
     before = sorted(patch.iterdir())
-    found = measure(Patch.load(patch), base, Suite(**SUITE), metrics=["concept-rate"], pictures=2)
+    found = score(Patch.load(patch), base, Suite(**SUITE), Options(metrics=["concept-rate"], pictures=2))
     assert found is not None and len(found.evidence.figures) == 3
     assert list(found.pictures) == [
         f"Van Gogh: {name} prompts" for name in ("plain", "paraphrased", "implicit")

@@ -18,7 +18,6 @@ from recare_patch.measure.evidence import (
     Evidence,
     Figure,
     Part,
-    evidence_schema,
     schema_text,
 )
 from recare_patch.patch.folder import EVIDENCE_NAME
@@ -113,7 +112,6 @@ def test_the_published_schema_is_current() -> None:
     assert SCHEMA.read_text(encoding="utf-8") == schema_text(), (
         "run: python -m recare_patch.measure.evidence > docs/evidence.schema.json"
     )
-    assert evidence_schema()["additionalProperties"] is False
 
 
 @pytest.mark.parametrize(
@@ -163,7 +161,6 @@ def test_wrong_evidence_is_refused(change: dict[str, Any], words: str) -> None:
         ("[1]", "not a mapping"),
         ("{", "not readable as JSON"),
         ("[" * 100_000, "not readable as JSON"),
-        ('{"cost": {"a": NaN}}', "not readable as JSON"),
         ('{"version": 2}', "newer than the 1"),
         ("{}", "patch_sha256 is missing"),
     ],

@@ -16,7 +16,7 @@ from recare_patch.erasure.run import erase
 from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.card import EVIDENCE_END, with_evidence
 from recare_patch.measure.evidence import Check, CheckPoint, Evidence, Part
-from recare_patch.measure.intervals import wilson_interval
+from recare_patch.measure.meters import wilson_interval
 from recare_patch.measure.run import evaluate
 from recare_patch.measure.suites import Suite, load_suite
 from recare_patch.measure.verify import Plan, Verification, _check_suite, compare, verify
@@ -294,7 +294,7 @@ def test_a_suite_that_was_altered(measured: Path, tiny_sd: Path, tmp_path: Path)
     bundled = load_suite("van-gogh-atelier").model_dump(mode="json")
     for suite, holds, words in (
         (bundled, True, "as bundled"),
-        ({**bundled, "plain": ["a cat"], "first_seed": 1}, None, "with plain, first_seed of its own"),
+        ({**bundled, "plain": ["a cat"], "first_seed": 1}, None, "with first_seed, plain of its own"),
         ({**bundled, "steps": 0}, False, "no sound suite"),
     ):
         found = _check_suite(true.model_copy(update={"suite": suite}))[0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from recare_patch.core import Registry
 from recare_patch.measure.attacks.protocol import (
     BUDGETS,
     Attack,
@@ -20,18 +19,7 @@ from recare_patch.measure.attacks.protocol import (
     AttackTarget,
 )
 from recare_patch.measure.attacks.saved import load_about, load_attack, save_attack
-
-# Nothing here imports torch: the command line reads names and options from it.
-ATTACKS = Registry(
-    "attack",
-    {
-        "concept-inversion": "recare_patch.measure.attacks.concept_inversion:ConceptInversion",
-        "p4d": "recare_patch.measure.attacks.p4d:P4D",
-        "ring-a-bell": "recare_patch.measure.attacks.ring_a_bell:RingABell",
-        "unlearn-diff-atk": "recare_patch.measure.attacks.unlearn_diff_atk:UnlearnDiffAtk",
-    },
-    group="recare_patch.attacks",
-)
+from recare_patch.measure.names import ATTACKS
 
 
 def load_attack_type(name: str) -> Attack[Any]:

@@ -302,7 +302,7 @@ class Attack(ABC, Generic[Options]):
     def _judged(
         self, run: AttackRun[Options], trials: list[Trial], tensors: dict[str, Tensor], stage: str | None
     ) -> AttackResult:
-        from recare_patch.measure.intervals import wilson_interval
+        from recare_patch.measure.meters import wilson_interval
 
         draw = self.drawing(run.target, trials, tensors)
         if stage:

@@ -29,11 +29,10 @@ from recare_patch.core import (
     claim_folder,
     save_sheet,
     sheet,
-    unknown_name,
     write_json,
     write_tensors,
 )
-from recare_patch.measure.attacks import ATTACKS, load_attack_type
+from recare_patch.measure.attacks import load_attack_type
 from recare_patch.measure.attacks.protocol import (
     Attack,
     AttackError,
@@ -44,9 +43,9 @@ from recare_patch.measure.attacks.protocol import (
     read_json,
 )
 from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attack, save_attack
-from recare_patch.measure.judges import Detector, can_tell, load_detector
-from recare_patch.measure.subject import subject_of
-from recare_patch.measure.suites import default_suite, find_suite_for
+from recare_patch.measure.judges import Detector, can_tell, check_label, load_detector
+from recare_patch.measure.names import ATTACKS
+from recare_patch.measure.suites import default_suite, find_suite_for, subject_of
 from recare_patch.models import BaseModel, load_base, off
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import Recipe, same_concept, scheduled
@@ -205,20 +204,18 @@ def _detector(
         UnknownNameError: no such detector, or it does not know the label.
     """
     suite = find_suite_for(recipe.concept, recipe.base) or default_suite(recipe, words)
-    judge = suite.detector if detector is None else detector
-    if isinstance(judge, str):
-        name, _, source = judge.partition(":")
-        options: dict[str, Any] = dict(suite.detector_options) if name == suite.detector else {}
-        if source:
-            options["clip" if name == "clip" else "source"] = source
-        if name == "clip":
+    if isinstance(detector, str):
+        suite = suite.with_detector(detector)
+    judge = None if isinstance(detector, str) else detector
+    if judge is None:
+        options = dict(suite.detector_options)
+        if suite.detector == "clip":
             # The one that `evaluate` reads its figures with, so that both judge alike.
             options.setdefault("clip", recipe.clip or default_clip(recipe.base))
-        judge = load_detector(name, **options)
+        judge = load_detector(suite.detector, **options)
     if label is None:
         label = suite.label if can_tell(judge, suite.label) else recipe.concept.text
-    if not can_tell(judge, label):
-        raise unknown_name(f"label of the detector {judge.name}", label, judge.labels())
+    check_label(judge, label)
     return judge, label
 
 

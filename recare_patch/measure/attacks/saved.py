@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recare_patch.core import EvidenceError, file_sha256, write_json, write_tensors
+from recare_patch.core import write_json, write_tensors
 from recare_patch.measure.attacks.protocol import AttackError, AttackResult
-from recare_patch.recipe import slug_of
-
-if TYPE_CHECKING:
-    from recare_patch.measure.evidence import AttackFigure
-
-logger = logging.getLogger(__name__)
 
 JSON_NAME, TENSORS_NAME = "attack.json", "attack.safetensors"
 FORMAT_VERSION = 1
@@ -130,55 +122,3 @@ def _is_trial(entry: object) -> bool:
         and isinstance(entry.get("seed"), int)
         and 0 <= entry["seed"] < 2**63
     )
-
-
-def attack_figures(
-    weights: Path, given: Sequence[Path | str] | None, concept: str | None, out: Path
-) -> list[AttackFigure]:
-    """What evidence tells of saved attacks on a patch.
-
-    Args:
-        weights: the patch's file.
-        given: folders of attacks, or folders of such; None: those beside the patch, of which those on
-            another patch are left out.
-        concept: of a patch of several concepts, whose attacks lie in a folder for each.
-        out: the evidence's folder.
-
-    Raises:
-        AttackError: a folder holds no saved attack, or a damaged one.
-        EvidenceError: an attack that was asked for was run against another patch.
-    """
-    from recare_patch.measure.evidence import AttackFigure
-
-    places = [Path(place) for place in given or ()]
-    if given is None:
-        folder = weights.parent
-        places = [folder / "attacks", folder.with_name(f"{folder.name}-attacks")]
-        places = [place / slug_of(concept) if concept is not None else place for place in places]
-    folders: list[Path] = []
-    for place in places:
-        inner = [file.parent for file in sorted(place.glob(f"*/{JSON_NAME}"))]
-        if given is not None and ((place / JSON_NAME).is_file() or not inner):
-            # A folder without any is told of by the reader of attacks.
-            inner = [place]
-        folders += inner
-    figures, sha256 = [], file_sha256(weights)
-    for folder in folders:
-        about = load_about(folder)
-        if about.get("patch_sha256") != sha256:
-            told = f"the saved attack in {folder} was run against another patch"
-            if given is not None:
-                raise EvidenceError(told)
-            logger.warning("%s: it is left out", told)
-            continue
-        result = load_attack(folder)
-        same = {name: getattr(result, name) for name in AttackFigure.model_fields if hasattr(result, name)}
-        figures.append(
-            AttackFigure(
-                **same,
-                preset=str(about.get("preset", "")),
-                detector=about.get("detector"),
-                folder=Path(os.path.relpath(folder, out)).as_posix(),
-            )
-        )
-    return figures

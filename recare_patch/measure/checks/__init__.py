@@ -10,22 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from recare_patch.core import EvaluationError, Registry, nearest, unknown_name
+from recare_patch.core import EvaluationError, nearest, unknown_name
 from recare_patch.measure.checks.protocol import PICTURES, CheckContext, Checker, CheckOptions
 from recare_patch.measure.evidence import Check
-from recare_patch.measure.judges import can_tell
-
-CHECKS = Registry(
-    "check",
-    {
-        "fine-tuning": "recare_patch.measure.checks.fine_tuning:FineTuning",
-        "personalisation": "recare_patch.measure.checks.personalisation:Personalisation",
-        "samplers": "recare_patch.measure.checks.samplers:Samplers",
-        "scales": "recare_patch.measure.checks.scales:Scales",
-        "spellings": "recare_patch.measure.checks.spellings:Spellings",
-    },
-    group="recare_patch.checks",
-)
+from recare_patch.measure.judges import check_label
+from recare_patch.measure.names import CHECKS
 
 ALL = "all"
 """Stands for every check."""
@@ -118,10 +107,8 @@ def run_checks(
             f"the suite '{suite.name}' has no plain prompts, and every check asks whether such show the "
             "concept"
         )
-    if plan and not can_tell(context.detector, suite.label):
-        raise unknown_name(
-            f"label of the detector {context.detector.name}", suite.label, context.detector.labels()
-        )
+    if plan:
+        check_label(context.detector, suite.label)
     if context.studio.processes > 1:
         raise EvaluationError("checks run in one process: give them a studio with shard=(0, 1)")
     return (checker.run(context, chosen) for checker, chosen in plan)

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from recare_patch.core import EvaluationError, Settings, SettingsError
-from recare_patch.measure.care_score import care_hits
 from recare_patch.measure.evidence import Check, CheckPoint
-from recare_patch.measure.judges import can_tell
-from recare_patch.measure.labels import DISTRACTORS
-from recare_patch.measure.metrics import Mean, Rate
+from recare_patch.measure.judges import MostLike, can_tell
+from recare_patch.measure.meters import HitRate, Mean
 from recare_patch.measure.suites import BLOCK
 from recare_patch.models import weights_hash
 from recare_patch.recipe import Concept
@@ -187,12 +185,7 @@ class CheckContext:
             raise EvaluationError(
                 f"the detector {self.detector.name} cannot tell '{label}', and there is no CLIP to ask"
             )
-        own, clip = word or label, self.clip()
-        labels = DISTRACTORS if self.suite.labels is None else self.suite.labels
-        others = [one for one in labels if one.strip().casefold() != own.casefold()]
-        texts = clip.text_features([own, *others])
-        hits: list[bool] = care_hits(clip.image_features(images), texts[0], texts[1:]).tolist()
-        return hits
+        return MostLike(self.clip(), word or label, self.suite.labels)(images)
 
     def rates(
         self,
@@ -203,7 +196,7 @@ class CheckContext:
         steps: int | None = None,
         scheduler: str | None = SUITES,
         studio: Studio | None = None,
-    ) -> dict[str, Rate]:
+    ) -> dict[str, HitRate]:
         """How often pictures show what they are looked at for.
 
         Args:
@@ -227,7 +220,7 @@ class CheckContext:
             scheduler=self.suite.scheduler if scheduler == SUITES else scheduler,
             stage=stage,
         )
-        rates = {one.name: Rate() for one in asked}
+        rates = {one.name: HitRate() for one in asked}
         for chunk in _chunks(stream):
             places: dict[tuple[str, str], list[tuple[str, Image]]] = {}
             for row, image in chunk:
@@ -275,7 +268,7 @@ def _chunks(stream: Iterator[tuple[int, Image]]) -> Iterator[list[tuple[int, Ima
         yield chunk
 
 
-def point(x: float | str, found: Mapping[str, Rate | Mean], pictures: int) -> CheckPoint:
+def point(x: float | str, found: Mapping[str, HitRate | Mean], pictures: int) -> CheckPoint:
     """One point of a check.
 
     Args:

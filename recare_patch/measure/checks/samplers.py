@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from recare_patch.core import one_of
 from recare_patch.measure.checks.protocol import CheckContext, CheckOptions, point
 from recare_patch.measure.evidence import Check
-from recare_patch.measure.metrics import Rate
+from recare_patch.measure.meters import HitRate
 from recare_patch.recipe import SCHEDULERS
 
 TITLES = {"ddim": "DDIM", "dpm-solver++": "DPM-Solver++", "euler": "Euler", "pndm": "PNDM", "unipc": "UniPC"}
@@ -52,7 +52,7 @@ class Samplers:
         settings += [(TITLES.get(name, name), steps, name) for name in options.schedulers]
         points = []
         for title, number, scheduler in settings:
-            found: dict[str, Rate] = {}
+            found: dict[str, HitRate] = {}
             for which, patches in (("base", []), ("patched", context.applied)):
                 asked = [
                     context.asked_concept(f"concept, {which}"),

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from recare_patch.measure.checks.protocol import CheckContext, CheckOptions, point
 from recare_patch.measure.evidence import Check
-from recare_patch.measure.metrics import Mean, Rate
+from recare_patch.measure.meters import HitRate, Mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,7 +73,7 @@ class Scales:
         points = []
         for scale in options.scales:
             patches = [(context.patch, scale)] if scale else []
-            found: dict[str, Rate | Mean] = {
+            found: dict[str, HitRate | Mean] = {
                 **context.rates(asked, patches=patches, stage=f"scales, {scale:g}")
             }
             if before:
