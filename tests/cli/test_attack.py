@@ -13,7 +13,7 @@ from click.testing import Result
 from PIL import Image
 
 from recare_patch.core.errors import OutputError
-from recare_patch.measure.attacks import ATTACKS, BUDGETS, AttackOptions, AttackResult
+from recare_patch.measure.attacks import ATTACKS, BUDGETS, AttackOptions, AttackResult, attack_options
 from recare_patch.measure.attacks import run as attacking
 from recare_patch.models.loading import load_base
 from recare_patch.patch.patch import Patch
@@ -78,7 +78,7 @@ def test_the_shortest_command(fake: Run, invoke: Invoke) -> None:
     assert result.exit_code == 0, result.output
     ((patch, name, options),) = fake.calls
     assert (patch, name) == ("a-patch", "p4d")
-    assert options["options"] == attacking.attack_options("p4d")
+    assert options["options"] == attack_options("p4d")
     assert options["out"] == Path("a-patch-attacks")
     assert options["base"] is options["detector"] is options["label"] is None
     assert (options["seed"], options["resume"], options["device"]) == (0, False, "auto")
@@ -100,10 +100,8 @@ def test_every_option_arrives(fake: Run, invoke: Invoke) -> None:
     (_, first, options), (_, second, others) = fake.calls
     assert (first, second) == ("concept-inversion", "ring-a-bell")
     known = {"pictures": 9, "batch_size": 2}
-    assert options["options"] == attacking.attack_options(
-        first, "published", {**known, "vectors": 4, "steps": 7}
-    )
-    assert others["options"] == attacking.attack_options(second, "published", {**known, "generations": 5})
+    assert options["options"] == attack_options(first, "published", {**known, "vectors": 4, "steps": 7})
+    assert others["options"] == attack_options(second, "published", {**known, "generations": 5})
     for given in (options, others):
         assert (given["budget"], given["detector"], given["label"]) == ("published", "clip", "it")
         assert (given["seed"], given["resume"], given["out"]) == (3, True, Path("here"))

@@ -19,9 +19,9 @@ from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import EvaluationError
 from recare_patch.erasure.run import erase
 from recare_patch.measure import verify as verifying
-from recare_patch.measure.attacks import AttackResult
+from recare_patch.measure.attacks import AttackResult, attack_options
 from recare_patch.measure.attacks import run as attacking
-from recare_patch.measure.attacks.run import attack_options, attack_patch
+from recare_patch.measure.attacks.run import attack_patch
 from recare_patch.measure.run import evaluate
 from recare_patch.measure.suites import subject_of
 from recare_patch.models.embeds import BaseModel

@@ -26,14 +26,15 @@ from recare_patch.measure.attacks import (
     ATTACKS,
     AttackResult,
     AttackTarget,
+    attack_options,
     load_about,
     load_attack,
     load_attack_type,
     save_attack,
 )
 from recare_patch.measure.attacks.concept_inversion import name_templates
-from recare_patch.measure.attacks.p4d import P4DOptions, _layout, nearest_tokens
-from recare_patch.measure.attacks.p4d import _Search as P4DSearch
+from recare_patch.measure.attacks.p4d import P4DOptions, layout, nearest_tokens
+from recare_patch.measure.attacks.p4d import _Group as P4DGroup
 from recare_patch.measure.attacks.protocol import candidate_seeds, trial_seeds
 from recare_patch.measure.attacks.ring_a_bell import (
     GeneticSearch,
@@ -41,14 +42,14 @@ from recare_patch.measure.attacks.ring_a_bell import (
     concept_pairs,
     concept_vector,
 )
-from recare_patch.measure.attacks.run import _detector, attack_options, attack_patch, run_attacks
+from recare_patch.measure.attacks.run import _detector, attack_patch, run_attacks
 from recare_patch.measure.attacks.search import Vocabulary
 from recare_patch.measure.attacks.unlearn_diff_atk import (
     UnlearnDiffAtkOptions,
     _Draw,
     project_to_simplex,
 )
-from recare_patch.measure.attacks.unlearn_diff_atk import _Search as UnlearnSearch
+from recare_patch.measure.attacks.unlearn_diff_atk import _Group as UnlearnGroup
 from recare_patch.models import lora as adapters
 from recare_patch.models.embeds import PLACEHOLDER, BaseModel
 from recare_patch.models.loading import load_base
@@ -238,9 +239,9 @@ def test_the_nearest_token_has_the_highest_cosine() -> None:
 
 
 def test_new_tokens_stand_alone_or_between_the_plain_ones() -> None:
-    assert _layout([7, 8, 9], P4DOptions(variant="n", tokens=2)) == [-1, -1]
-    assert _layout([7, 8, 9, 10], P4DOptions(variant="K", every=3)) == [-1, 7, 8, 9, -1, 10]
-    assert _layout([], P4DOptions(variant="k")) == [-1]
+    assert layout([7, 8, 9], P4DOptions(variant="n", tokens=2)) == [-1, -1]
+    assert layout([7, 8, 9, 10], P4DOptions(variant="K", every=3)) == [-1, 7, 8, 9, -1, 10]
+    assert layout([], P4DOptions(variant="k")) == [-1]
 
 
 def test_found_prompts_are_made_of_tokens_that_text_can_spell(base: BaseModel) -> None:
@@ -295,7 +296,7 @@ def test_seeds_are_nobody_elses() -> None:
 
 def test_unlearn_diff_atk_lowers_its_loss(target: AttackTarget) -> None:
     options = UnlearnDiffAtkOptions(tokens=2, timesteps=1, learning_rate=0.05)
-    search = UnlearnSearch(target, Vocabulary(target.base), [0, 1], options)
+    search = UnlearnGroup(target, Vocabulary(target.base), [0, 1], options, _generator())
     torch.testing.assert_close(search.parameter.sum(-1), torch.ones(2, 2))
     texts = search.prompts()
 
@@ -332,7 +333,7 @@ def test_p4d_comes_nearer_to_the_untouched_prediction(
             patched = base.denoise(target.latents, at, embeds)
             with target.original():
                 reference = base.denoise(target.latents, at, embeds)
-            search = P4DSearch(target, Vocabulary(base), [0, 1], P4DOptions(tokens=3), _generator())
+            search = P4DGroup(target, Vocabulary(base), [0, 1], P4DOptions(tokens=3), _generator())
             assert not torch.allclose(untouched, patched)
             torch.testing.assert_close(untouched, reference)
             # What is learnt starts on words of the vocabulary, and is read as those words.

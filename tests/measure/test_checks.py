@@ -24,11 +24,10 @@ from recare_patch.measure.checks import (
     CheckOptions,
     check_names,
     check_options,
-    load_checker,
+    fine_tuning,
     run_checks,
-    tuning,
 )
-from recare_patch.measure.checks.fine_tuning import FineTuningOptions
+from recare_patch.measure.checks.fine_tuning import FineTuningOptions, changed, merge_into
 from recare_patch.measure.checks.scales import pixel_change
 from recare_patch.measure.checks.spellings import (
     LANGUAGES,
@@ -39,7 +38,6 @@ from recare_patch.measure.checks.spellings import (
     naming_prompts,
     respell,
 )
-from recare_patch.measure.checks.tuning import changed, merge_into
 from recare_patch.measure.evidence import Check
 from recare_patch.measure.pictures import PictureCache, Studio
 from recare_patch.measure.suites import PromptSet, Suite
@@ -231,7 +229,7 @@ def test_a_check_gives_the_same_twice_and_leaves_the_base_as_it_was(
 def test_all_defaults_are_sound_and_every_key_has_its_nearest(name: str) -> None:
     options = check_options(name)
     assert isinstance(options, CheckOptions)
-    assert load_checker(name).name == name
+    assert CHECKS.get(name).name == name
     key = next(iter(type(options).model_fields))
     with pytest.raises(EvaluationError, match=f"is not a key, did you mean '{key}'"):
         check_options(name, {f"{key}x": 1})
@@ -501,7 +499,7 @@ def test_personalisation_tells_all_four_and_what_it_cost(context: CheckContext, 
 def test_a_personalisation_goes_on_where_it_was_stopped(
     context: CheckContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "SAVE_EVERY", 5)
+    monkeypatch.setattr(fine_tuning, "SAVE_EVERY", 5)
     whole = run(context, "personalisation", steps=12)
     stage = "personalisation, training"
     work = tmp_path / "work"
@@ -546,13 +544,13 @@ def test_a_subject_that_the_base_does_not_draw_is_refused(context: CheckContext)
 
 
 def test_the_subject_is_never_the_erased_one(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recare_patch.measure.checks.personalisation import PersonalisationOptions, _resolved
+    from recare_patch.measure.checks.personalisation import PersonalisationOptions, resolved
 
-    assert _resolved(context, PersonalisationOptions()).label == "red panda"
+    assert resolved(context, PersonalisationOptions()).label == "red panda"
     monkeypatch.setattr(context.base, "id", "atelier")
-    assert _resolved(context, PersonalisationOptions()).subject == "a photo of Mira Vale"
+    assert resolved(context, PersonalisationOptions()).subject == "a photo of Mira Vale"
     suite = make_suite(concept="Mira Vale", kind="identity", label="mira vale")
-    other = _resolved(dataclasses.replace(context, suite=suite), PersonalisationOptions(class_word="man"))
+    other = resolved(dataclasses.replace(context, suite=suite), PersonalisationOptions(class_word="man"))
     assert (other.subject, other.label, other.class_word) == ("a photo of Otto Bly", "otto bly", "man")
 
 
@@ -623,7 +621,7 @@ def test_fine_tuning_goes_on_where_it_was_stopped(
     stage: str,
     at: int,
 ) -> None:
-    monkeypatch.setattr(tuning, "SAVE_EVERY", 5)
+    monkeypatch.setattr(fine_tuning, "SAVE_EVERY", 5)
     options = {"at": (0, 2, 12), "train": train, "learning_rate": 1.0e-4}
     whole = run(context, "fine-tuning", **options)
     before = state(context.base)
@@ -645,9 +643,11 @@ def test_fine_tuning_goes_on_where_it_was_stopped(
 
 
 def test_fine_tuning_really_trains(context: CheckContext, base: BaseModel, tmp_path: Path) -> None:
-    from recare_patch.measure.checks.fine_tuning import _material, _resolved, _tuned
+    from recare_patch.measure.checks.fine_tuning import material as _material
+    from recare_patch.measure.checks.fine_tuning import resolved
+    from recare_patch.measure.checks.fine_tuning import tuned as _tuned
 
-    options = _resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "full"}))
+    options = resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "full"}))
     material = _material(context, options)
     before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
     with _tuned(context, options, material, 3, tmp_path / "one.safetensors") as (studio, patches, spent):
@@ -655,7 +655,7 @@ def test_fine_tuning_really_trains(context: CheckContext, base: BaseModel, tmp_p
         assert studio is not context.studio and patches == [] and spent == 3 * 2 * 3
         assert sum(not torch.equal(after[name], before[name]) for name in before) > 0.9 * len(before)
         assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
-    lora = _resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "lora"}))
+    lora = resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "lora"}))
     with _tuned(context, lora, material, 3, tmp_path / "two.safetensors") as (studio, patches, spent):
         assert studio is context.studio and patches[0] == (context.patch, 1.0)
         assert len(patches) == 2 and spent == 3 * 2 * 3
@@ -665,13 +665,14 @@ def test_fine_tuning_really_trains(context: CheckContext, base: BaseModel, tmp_p
 
 
 def test_fine_tuning_learns_nothing_of_the_concept(context: CheckContext) -> None:
-    from recare_patch.measure.checks.fine_tuning import _material, _resolved
+    from recare_patch.measure.checks.fine_tuning import material as _material
+    from recare_patch.measure.checks.fine_tuning import resolved
 
     class Every(Nothing):
         def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
             return [number % 3 == 0 for number in range(len(images))]
 
-    options = _resolved(context, FineTuningOptions(images=6))
+    options = resolved(context, FineTuningOptions(images=6))
     judged = dataclasses.replace(context, detector=Every())
     assert len(_material(judged, options).latents) == len(_material(judged, options).prompts) == 4
 

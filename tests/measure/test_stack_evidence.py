@@ -17,7 +17,8 @@ from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import EvaluationError
 from recare_patch.measure import stack as stack_evidence
 from recare_patch.measure import verify as verifying
-from recare_patch.measure.attacks.run import attack_options, attack_patch
+from recare_patch.measure.attacks import attack_options
+from recare_patch.measure.attacks.run import attack_patch
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.run import evaluate
 from recare_patch.measure.stack import CHANGE_NAME, FigureChange, change_in_evidence

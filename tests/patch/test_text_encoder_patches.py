@@ -17,7 +17,7 @@ from recare_patch.cli import cli
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
 from recare_patch.core.errors import IncompatiblePatchError, NoMatchingModuleError
-from recare_patch.measure.checks.tuning import changed, merge_into
+from recare_patch.measure.checks.fine_tuning import changed, merge_into
 from recare_patch.models import lora as adapters
 from recare_patch.models.embeds import BaseModel
 from recare_patch.models.loading import load_base

@@ -2,7 +2,7 @@
 
 A check puts the same questions (is the concept drawn, are its companions?) at other scales, with
 other samplers, in other spellings, beside another LoRA and after further training. Each is one file
-and one line here, and gives one :class:`Check` of the report.
+and one line of :data:`CHECKS`, and gives one :class:`Check` of the report.
 """
 
 from __future__ import annotations
@@ -18,16 +18,6 @@ from recare_patch.measure.names import CHECKS
 
 ALL = "all"
 """Stands for every check."""
-
-
-def load_checker(name: str) -> Checker[Any]:
-    """A check by its name, ready to run.
-
-    Raises:
-        UnknownNameError: no such check; the sentence offers the nearest.
-    """
-    checker: Checker[Any] = CHECKS.get(name)()
-    return checker
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -48,15 +38,11 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 def check_options(name: str, overrides: Mapping[str, Any] | None = None) -> CheckOptions:
     """The options of a check, some of them set otherwise.
 
-    Args:
-        name: of :data:`CHECKS`.
-        overrides: key → value.
-
     Raises:
         UnknownNameError: no such check.
         EvaluationError: unknown keys or bad values; all are told at once.
     """
-    options: CheckOptions = load_checker(name).options_type(**(overrides or {}))
+    options: CheckOptions = CHECKS.get(name).options_type(**(overrides or {}))
     return options
 
 
@@ -85,23 +71,22 @@ def run_checks(
     Example:
         >>> list(run_checks(["scales", "spellings"], context))  # doctest: +SKIP
     """
-    wanted, given = check_names(names), dict(options or {})
+    wanted, given, suite = check_names(names), dict(options or {}), context.suite
     for name in given:
         if name not in wanted:
             guess = nearest(name, wanted)
             hint = f"; did you mean '{guess}'?" if guess else ""
+            run = ", ".join(wanted) or "none"
             raise EvaluationError(
-                f"options were given for the check '{name}', and what is run is {', '.join(wanted) or 'none'}"
-                f"{hint}"
+                f"options were given for the check '{name}', and what is run is {run}{hint}"
             )
     plan: list[tuple[Checker[Any], CheckOptions]] = []
     for name in wanted:
-        checker, one = load_checker(name), given.get(name)
+        checker, one = CHECKS.get(name)(), given.get(name)
         chosen = one if isinstance(one, CheckOptions) else check_options(name, one)
         if not isinstance(chosen, checker.options_type):
             raise EvaluationError(f"{type(chosen).__name__} are not the options of the check {name}")
         plan.append((checker, chosen))
-    suite = context.suite
     if plan and not suite.plain:
         raise EvaluationError(
             f"the suite '{suite.name}' has no plain prompts, and every check asks whether such show the "
@@ -123,6 +108,5 @@ __all__ = [
     "Checker",
     "check_names",
     "check_options",
-    "load_checker",
     "run_checks",
 ]
