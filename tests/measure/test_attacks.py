@@ -106,17 +106,20 @@ class Killed(BaseException):
 
 
 class Killer:
-    """Stops a run at the n-th report of a stage."""
+    """Stops a run at the n-th report of a stage, and remembers all reports."""
 
-    def __init__(self, stage: str, at: int) -> None:
-        self.stage, self.left = stage, at
+    def __init__(self, stage: str = "", at: int = 0) -> None:
+        self.stage, self.at = stage, at
+        self.reports: list[tuple[str, int]] = []
 
     def update(self, stage: str, done: int, total: int, note: str = "") -> None:
         assert 0 <= done <= total
-        if stage == self.stage:
-            self.left -= 1
-            if self.left == 0:
-                raise Killed
+        self.reports.append((stage, done))
+        if stage == self.stage and self.count(stage) == self.at:
+            raise Killed
+
+    def count(self, stage: str) -> int:
+        return sum(one == stage for one, _ in self.reports)
 
 
 def make_patch(base: BaseModel, folder: Path, *, seed: int = 0, kind: str = "style") -> Path:
@@ -181,23 +184,14 @@ def run(base: BaseModel, patch: Path, name: str, **changes: Any) -> AttackResult
 
 
 def assert_same(first: AttackResult, second: AttackResult) -> None:
-    for part in (
-        "attack",
-        "successes",
-        "trials",
-        "without",
-        "interval",
-        "details",
-        "prompts",
-        "budget",
-        "base",
-    ):
-        assert getattr(first, part) == getattr(second, part), part
+    """But for seconds, evaluations and pictures, which a resumed or a read one may not have."""
+    one, other = (
+        {**vars(found), "seconds": 0, "evaluations": 0, "pictures": [], "tensors": {}}
+        for found in (first, second)
+    )
+    assert one == other
     assert first.tensors.keys() == second.tensors.keys()
     assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
-
-
-# ------------------------------------------------------------------------ the arithmetic
 
 
 def _nearest_on_simplex(point: np.ndarray) -> np.ndarray:
@@ -285,15 +279,6 @@ def test_the_concept_vector_is_the_mean_difference(base: BaseModel) -> None:
     )
 
 
-def test_seeds_are_nobody_elses() -> None:
-    assert not set(trial_seeds(0, 1000)) & set(candidate_seeds(0, 1000))
-    assert trial_seeds(3, 2) != trial_seeds(4, 2)
-    assert all(0 <= seed < 2**31 for seed in trial_seeds(2**40, 3))
-
-
-# ------------------------------------------------------------------------ searches get somewhere
-
-
 def test_unlearn_diff_atk_lowers_its_loss(target: AttackTarget) -> None:
     options = UnlearnDiffAtkOptions(tokens=2, timesteps=1, learning_rate=0.05)
     search = UnlearnGroup(target, Vocabulary(target.base), [0, 1], options, _generator())
@@ -325,30 +310,25 @@ def test_unlearn_diff_atk_lowers_its_loss(target: AttackTarget) -> None:
 def test_p4d_comes_nearer_to_the_untouched_prediction(
     base: BaseModel, target: AttackTarget, patch: Path
 ) -> None:
-    embeds = base.encode_prompts(target.prompts)
-    at = torch.tensor([300, 700])
+    embeds, at = base.encode_prompts(target.prompts), torch.tensor([300, 700])
     with torch.no_grad():
         untouched = base.denoise(target.latents, at, embeds)
-        with Patch.load(patch).apply(base.pipeline):
-            patched = base.denoise(target.latents, at, embeds)
-            with target.original():
-                reference = base.denoise(target.latents, at, embeds)
-            search = P4DGroup(target, Vocabulary(base), [0, 1], P4DOptions(tokens=3), _generator())
-            assert not torch.allclose(untouched, patched)
-            torch.testing.assert_close(untouched, reference)
-            # What is learnt starts on words of the vocabulary, and is read as those words.
-            words = [len(base.token_ids(text)) for text in search.prompts()]
-            assert all(count >= 1 for count in words)
     with Patch.load(patch).apply(base.pipeline):
-        before = search.loss([0, 1], 0, _generator()).item()
+        with torch.no_grad():
+            assert not torch.allclose(untouched, base.denoise(target.latents, at, embeds))
+            with target.original():
+                torch.testing.assert_close(untouched, base.denoise(target.latents, at, embeds))
+        search = P4DGroup(target, Vocabulary(base), [0, 1], P4DOptions(tokens=3), _generator())
+        # What is learnt starts on words of the vocabulary, and is read as those words.
+        assert all(base.token_ids(text) for text in search.prompts())
         losses = []
-        for _ in range(30):
+        for _ in range(31):
             search.optimizer.zero_grad()
             loss = search.loss([0, 1], 0, _generator())
             loss.backward()
             search.optimizer.step()
             losses.append(loss.item())
-    assert min(losses) < before
+    assert min(losses[1:]) < losses[0]
 
 
 def test_genetic_search_comes_nearer(base: BaseModel) -> None:
@@ -383,9 +363,6 @@ def test_concept_inversion_lowers_its_loss(base: BaseModel, target: AttackTarget
     assert loss(learnt) < loss(base.word_vector("painting")[None])
 
 
-# ------------------------------------------------------------------------ whole runs
-
-
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_an_attack_is_told_saved_and_the_same_again(
     base: BaseModel, patch: Path, tmp_path: Path, name: str
@@ -415,10 +392,12 @@ def test_an_attack_is_told_saved_and_the_same_again(
         assert np.array_equal(np.asarray(first), np.asarray(second))
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
-def test_another_seed_is_another_attack(base: BaseModel, patch: Path, name: str) -> None:
-    first, second = run(base, patch, name), run(base, patch, name, seed=1)
-    assert [one["seed"] for one in first.details] != [one["seed"] for one in second.details]
+def test_seeds_are_nobody_elses(base: BaseModel, patch: Path) -> None:
+    assert not set(trial_seeds(0, 1000)) & set(candidate_seeds(0, 1000))
+    assert all(0 <= seed < 2**31 for seed in trial_seeds(2**40, 3))
+    for name in ("concept-inversion", "ring-a-bell"):
+        first, second = run(base, patch, name), run(base, patch, name, seed=1)
+        assert not {one["seed"] for one in first.details} & {one["seed"] for one in second.details}
 
 
 def test_every_evaluation_is_counted(base: BaseModel, patch: Path) -> None:
@@ -589,37 +568,23 @@ def test_concept_inversion_finds_what_no_patch_hides(tmp_path: Path) -> None:
     assert result.without >= 8
 
 
-# ------------------------------------------------------------------------ bad input
-
-
 def test_the_published_budgets() -> None:
-    published = {name: attack_options(name, "published").model_dump() for name in ATTACKS.names()}
-    assert (published["concept-inversion"]["steps"], published["concept-inversion"]["learning_rate"]) == (
-        3000,
-        5e-3,
-    )
-    assert [published["unlearn-diff-atk"][key] for key in ("timesteps", "iterations", "learning_rate")] == [
-        50,
-        40,
-        0.01,
-    ]
-    assert [published["p4d"][key] for key in ("tokens", "steps", "learning_rate", "weight_decay")] == [
-        16,
-        3000,
-        0.1,
-        0.1,
-    ]
-    ring = published["ring-a-bell"]
-    assert [
-        ring[k] for k in ("tokens", "strength", "population", "generations", "mutation", "crossover")
-    ] == [
-        16,
-        3.0,
-        200,
-        3000,
-        0.25,
-        0.5,
-    ]
+    published = {
+        "concept-inversion": {"steps": 3000, "learning_rate": 5e-3},
+        "p4d": {"tokens": 16, "steps": 3000, "learning_rate": 0.1, "weight_decay": 0.1},
+        "ring-a-bell": {
+            "tokens": 16,
+            "strength": 3.0,
+            "population": 200,
+            "generations": 3000,
+            "mutation": 0.25,
+            "crossover": 0.5,
+        },
+        "unlearn-diff-atk": {"timesteps": 50, "iterations": 40, "learning_rate": 0.01},
+    }
+    assert set(published) == set(ATTACKS.names())
+    for name, values in published.items():
+        assert values.items() <= attack_options(name, "published").model_dump().items()
     assert attack_options("p4d", "published", {"steps": 7}).model_dump()["steps"] == 7
 
 

@@ -47,6 +47,7 @@ from recare_patch.models.loading import load_base
 from recare_patch.models.peft_layers import tuner_layers
 from recare_patch.patch.patch import Patch
 from recare_patch.recipe.concept import Concept
+from tests.measure.test_attacks import Killed, Killer
 
 CONCEPT = Concept(text="Van Gogh", kind="style")
 TINY: dict[str, dict[str, Any]] = {
@@ -85,34 +86,15 @@ class Pixels:
         return [bool(rows[strip] > rows[strip + 1]) for rows in found]
 
 
-class Nothing(Pixels):
-    name = "nothing"
+class Every(Pixels):
+    """Sees a label in every n-th picture; in none for 0."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
     def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
-        return [False] * len(images)
-
-
-class Killed(BaseException):
-    """A run that ends in the middle."""
-
-
-class Killer:
-    """Stops a run at the n-th report of a stage, and remembers all stages."""
-
-    def __init__(self, stage: str = "", at: int = 0) -> None:
-        self.stage, self.left = stage, at
-        self.reports: list[tuple[str, int]] = []
-
-    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
-        assert 0 <= done <= total
-        self.reports.append((stage, done))
-        if stage == self.stage:
-            self.left -= 1
-            if self.left == 0:
-                raise Killed
-
-    def count(self, stage: str) -> int:
-        return sum(one == stage for one, _ in self.reports)
+        return [bool(self.number) and place % self.number == 0 for place in range(len(images))]
 
 
 def make_patch(
@@ -199,9 +181,6 @@ def _untouched(base: BaseModel) -> Iterator[None]:
     before = state(base)
     yield
     assert_same_state(before, state(base))
-
-
-# ------------------------------------------------------------------------ all of them
 
 
 @pytest.mark.parametrize("name", CHECKS.names())
@@ -306,15 +285,15 @@ def test_seeds_of_a_check_are_those_of_no_set_of_the_suite(context: CheckContext
     assert not taken & set(seeds)
 
 
-# ------------------------------------------------------------------------ scales, samplers
-
-
 def test_scales_run_in_order_and_nothing_changes_at_zero(context: CheckContext) -> None:
     check = run(context, "scales")
     assert [point.x for point in check.points] == [-1.5, 0.0, 1.0]
     changes = [point.values["retained change"] for point in check.points]
     assert changes[1] == 0.0
     assert min(changes[0] or 0, changes[2] or 0) > 0.001
+    bare = dataclasses.replace(context, suite=make_suite(care=(), retained=()))
+    alone = run(bare, "scales", scales=(1,))
+    assert (alone.series, alone.note) == (("concept",), "")
     # The plain pictures are those that an evaluation draws first.
     drawing = context.suite.drawing("plain", 3)
     images = context.studio.draw(
@@ -324,23 +303,11 @@ def test_scales_run_in_order_and_nothing_changes_at_zero(context: CheckContext) 
     assert check.points[2].values["concept"] == round(wanted, 6)
 
 
-def test_a_patch_at_scale_zero_draws_what_the_base_draws(context: CheckContext, patch: Patch) -> None:
-    plain = context.studio.draw(["a house", "a cat"], [1, 2], steps=2)
-    still = context.studio.draw(["a house", "a cat"], [1, 2], steps=2, patches=[(patch, 0.0)])
-    assert pixel_change(plain, still) == [0, 0]
-
-
 def test_pixel_change_is_a_share_of_the_range() -> None:
     black, white = (Image.new("RGB", (4, 4), name) for name in ("black", "white"))
     half = Image.new("RGB", (4, 4), "black")
     half.paste(white.crop((0, 0, 4, 2)), (0, 0))
     assert pixel_change([black, black, half], [white, half, half]) == [1.0, 0.5, 0.0]
-
-
-def test_scales_do_without_what_a_suite_does_not_have(context: CheckContext) -> None:
-    check = run(dataclasses.replace(context, suite=make_suite(care=(), retained=())), "scales", scales=(1,))
-    assert check.series == ("concept",)
-    assert check.note == ""
 
 
 def test_samplers_go_through_steps_and_schedulers(context: CheckContext, base: BaseModel) -> None:
@@ -365,8 +332,6 @@ def test_samplers_go_through_steps_and_schedulers(context: CheckContext, base: B
     with pytest.raises(EvaluationError, match=r"unknown scheduler 'eulr'.*did you mean 'euler'"):
         check_options("samplers", {"schedulers": ("eulr",)})
 
-
-# ------------------------------------------------------------------------ spellings
 
 SPELT = {
     "lower case": ("van gogh", "tench"),
@@ -459,9 +424,6 @@ def test_bad_spellings_are_refused() -> None:
         SpellingsOptions(more={"nothing": " "})
 
 
-# ------------------------------------------------------------------------ personalisation
-
-
 def test_a_lora_and_the_patch_are_on_together(base: BaseModel, patch: Patch) -> None:
     other = make_patch(base, layers="attention", seed=5, size=0.2)
     generator = torch.Generator().manual_seed(3)
@@ -534,7 +496,7 @@ def test_a_subject_that_the_base_does_not_draw_is_refused(context: CheckContext)
     with pytest.raises(
         EvaluationError, match="no subject to learn: none of 4 pictures of 'a photo of a cat'"
     ):
-        run(dataclasses.replace(context, detector=Nothing()), "personalisation")
+        run(dataclasses.replace(context, detector=Every(0)), "personalisation")
     with pytest.raises(EvaluationError, match="a subject and its label go together"):
         run(context, "personalisation", label=None)
     with pytest.raises(EvaluationError, match=r"the prompt 'a photo' has no {} for the subject's new name"):
@@ -552,9 +514,6 @@ def test_the_subject_is_never_the_erased_one(context: CheckContext, monkeypatch:
     suite = make_suite(concept="Mira Vale", kind="identity", label="mira vale")
     other = resolved(dataclasses.replace(context, suite=suite), PersonalisationOptions(class_word="man"))
     assert (other.subject, other.label, other.class_word) == ("a photo of Otto Bly", "otto bly", "man")
-
-
-# ------------------------------------------------------------------------ fine-tuning
 
 
 def test_a_merged_patch_computes_what_an_applied_one_does(base: BaseModel) -> None:
@@ -668,22 +627,14 @@ def test_fine_tuning_learns_nothing_of_the_concept(context: CheckContext) -> Non
     from recare_patch.measure.checks.fine_tuning import material as _material
     from recare_patch.measure.checks.fine_tuning import resolved
 
-    class Every(Nothing):
-        def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
-            return [number % 3 == 0 for number in range(len(images))]
-
     options = resolved(context, FineTuningOptions(images=6))
-    judged = dataclasses.replace(context, detector=Every())
+    judged = dataclasses.replace(context, detector=Every(3))
     assert len(_material(judged, options).latents) == len(_material(judged, options).prompts) == 4
-
-    class All(Nothing):
-        def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
-            return [True] * len(images)
 
     with pytest.raises(
         EvaluationError, match="all 6 pictures of retained prompts by the base show 'van gogh'"
     ):
-        _material(dataclasses.replace(context, detector=All()), options)
+        _material(dataclasses.replace(context, detector=Every(1)), options)
     bare = dataclasses.replace(context, suite=make_suite(care=(), retained=()))
     with pytest.raises(EvaluationError, match="the suite 'tiny' has no retained prompts"):
         _material(bare, options)
@@ -700,9 +651,6 @@ def test_all_weights_are_trained_in_fp32_alone(context: CheckContext, tiny_sd: P
     assert "Trained: a LoRA" in check.note
     run(small, "personalisation", steps=1)
     assert_same_state(before, state(half))
-
-
-# ------------------------------------------------------------------------ on the bundled base
 
 
 def test_on_the_bundled_base_a_misspelt_name_is_drawn(tmp_path: Path) -> None:
