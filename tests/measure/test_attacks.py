@@ -44,11 +44,7 @@ from recare_patch.measure.attacks.ring_a_bell import (
 )
 from recare_patch.measure.attacks.run import _detector, attack_patch, run_attacks
 from recare_patch.measure.attacks.search import Vocabulary
-from recare_patch.measure.attacks.unlearn_diff_atk import (
-    UnlearnDiffAtkOptions,
-    _Draw,
-    project_to_simplex,
-)
+from recare_patch.measure.attacks.unlearn_diff_atk import UnlearnDiffAtkOptions, _Draw, project_to_simplex
 from recare_patch.measure.attacks.unlearn_diff_atk import _Group as UnlearnGroup
 from recare_patch.models import lora as adapters
 from recare_patch.models.embeds import PLACEHOLDER, BaseModel

@@ -315,12 +315,7 @@ def test_samplers_go_through_steps_and_schedulers(context: CheckContext, base: B
     check = run(with_progress(context, progress), "samplers")
     names = [point.x for point in check.points]
     assert names == ["1 step", "3 steps", "DDIM", "Euler", "DPM-Solver++", "UniPC"]
-    assert check.series == (
-        "concept, base",
-        "companions, base",
-        "concept, patched",
-        "companions, patched",
-    )
+    assert check.series == ("concept, base", "companions, base", "concept, patched", "companions, patched")
     stages = list(dict.fromkeys(stage for stage, _ in progress.reports))
     assert stages[:2] == ["samplers, 1 step, base", "samplers, 1 step, patched"]
     assert len(stages) == 12
@@ -573,12 +568,7 @@ def test_fine_tuning_starts_from_the_patched_model(
     ],
 )
 def test_fine_tuning_goes_on_where_it_was_stopped(
-    context: CheckContext,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    train: str,
-    stage: str,
-    at: int,
+    context: CheckContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, stage: str, at: int
 ) -> None:
     monkeypatch.setattr(fine_tuning, "SAVE_EVERY", 5)
     options = {"at": (0, 2, 12), "train": train, "learning_rate": 1.0e-4}

@@ -60,12 +60,7 @@ class PersonalisationOptions(TrainingOptions):
     word: Label = Field("sks", description="the rare word that comes to mean it")
     class_word: Label | None = Field(None, description="a common word for it that follows the rare one")
     prompts: Annotated[tuple[Prompt, ...], Field(min_length=1), AfterValidator(_with_place)] = Field(
-        (
-            "a photo of {}",
-            "a photo of {} on a street",
-            "a painting of {}",
-            "a photo of {} in the snow",
-        ),
+        ("a photo of {}", "a photo of {} on a street", "a painting of {}", "a photo of {} in the snow"),
         description="what is drawn of the subject afterwards, {} for its new name",
     )
     images: Images = Field(16, description="drawn to learn from; those not of the subject are left out")
@@ -140,13 +135,7 @@ class Personalisation(Checker[PersonalisationOptions]):
     def _lora(self, context: CheckContext, options: PersonalisationOptions) -> tuple[Patch, dict[str, Any]]:
         """The trained LoRA, and what it cost; read where it was trained before."""
         suite = context.suite
-        drawn = [
-            suite.first_seed,
-            suite.steps,
-            suite.scheduler,
-            suite.guidance_scale,
-            context.detector.name,
-        ]
+        drawn = [suite.first_seed, suite.steps, suite.scheduler, suite.guidance_scale, context.detector.name]
         decides = {"options": options.model_dump(mode="json", exclude={"prompts"}), "drawn": drawn}
         folder = context.folder(self.name, decides)
         if folder is not None and (folder / "lora.json").is_file():

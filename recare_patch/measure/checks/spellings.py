@@ -103,13 +103,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 LANGUAGES = ("French", "German", "Spanish", "Russian", "Chinese")
 """Languages of the templates; the concept's name stays as it is."""
 
-_PHOTOS = (
-    "une photo de {}",
-    "ein Foto von {}",
-    "una foto de {}",
-    "фотография {}",
-    "一张{}的照片",
-)
+_PHOTOS = ("une photo de {}", "ein Foto von {}", "una foto de {}", "фотография {}", "一张{}的照片")
 _PAINTINGS = (
     "une peinture dans le style de {}",
     "ein Gemälde im Stil von {}",
