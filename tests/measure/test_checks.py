@@ -592,20 +592,17 @@ def test_fine_tuning_goes_on_where_it_was_stopped(
 
 
 def test_fine_tuning_really_trains(context: CheckContext, base: BaseModel, tmp_path: Path) -> None:
-    from recare_patch.measure.checks.fine_tuning import material as _material
-    from recare_patch.measure.checks.fine_tuning import resolved
-    from recare_patch.measure.checks.fine_tuning import tuned as _tuned
+    from recare_patch.measure.checks.fine_tuning import benign, resolved, tuned
 
     options = resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "full"}))
-    material = _material(context, options)
     before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
-    with _tuned(context, options, material, 3, tmp_path / "one.safetensors") as (studio, patches, spent):
+    with tuned(benign(context, options), 3, tmp_path / "one.safetensors") as (studio, patches, spent):
         after = base.denoiser.state_dict()
         assert studio is not context.studio and patches == [] and spent == 3 * 2 * 3
         assert sum(not torch.equal(after[name], before[name]) for name in before) > 0.9 * len(before)
         assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
     lora = resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "lora"}))
-    with _tuned(context, lora, material, 3, tmp_path / "two.safetensors") as (studio, patches, spent):
+    with tuned(benign(context, lora), 3, tmp_path / "two.safetensors") as (studio, patches, spent):
         assert studio is context.studio and patches[0] == (context.patch, 1.0)
         assert len(patches) == 2 and spent == 3 * 2 * 3
         assert all(bool(tensor.abs().max() > 0) for tensor in patches[1][0].tensors.values()), (
@@ -614,20 +611,19 @@ def test_fine_tuning_really_trains(context: CheckContext, base: BaseModel, tmp_p
 
 
 def test_fine_tuning_learns_nothing_of_the_concept(context: CheckContext) -> None:
-    from recare_patch.measure.checks.fine_tuning import material as _material
-    from recare_patch.measure.checks.fine_tuning import resolved
+    from recare_patch.measure.checks.fine_tuning import benign, resolved
 
     options = resolved(context, FineTuningOptions(images=6))
     judged = dataclasses.replace(context, detector=Every(3))
-    assert len(_material(judged, options).latents) == len(_material(judged, options).prompts) == 4
+    assert len(benign(judged, options).latents) == len(benign(judged, options).prompts) == 4
 
     with pytest.raises(
         EvaluationError, match="all 6 pictures of retained prompts by the base show 'van gogh'"
     ):
-        _material(dataclasses.replace(context, detector=Every(1)), options)
+        benign(dataclasses.replace(context, detector=Every(1)), options)
     bare = dataclasses.replace(context, suite=make_suite(care=(), retained=()))
     with pytest.raises(EvaluationError, match="the suite 'tiny' has no retained prompts"):
-        _material(bare, options)
+        benign(bare, options)
 
 
 def test_all_weights_are_trained_in_fp32_alone(context: CheckContext, tiny_sd: Path) -> None:

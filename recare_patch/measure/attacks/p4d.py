@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch.core import one_of
-from recare_patch.measure.attacks.protocol import AttackOptions, AttackTarget, Rate, Steps, Values
-from recare_patch.measure.attacks.search import Group, PromptAttack, Vocabulary, prediction_errors
+from recare_patch.measure.attacks.protocol import AttackOptions, Rate, Steps, Values
+from recare_patch.measure.attacks.search import Group, PromptAttack, prediction_errors
 
 NEW = -1
 """Stands for a new token among those of a prompt."""
@@ -63,20 +63,13 @@ def nearest_tokens(vectors: Tensor, table: Tensor) -> Tensor:
 class _Group(Group):
     """Continuous token vectors, looked at through their neighbours."""
 
-    def __init__(
-        self,
-        target: AttackTarget,
-        vocabulary: Vocabulary,
-        rows: list[int],
-        options: P4DOptions,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(target, vocabulary, rows)
-        self.plain = target.base.encode_prompts(self.texts)
-        self.layouts = [layout(target.base.token_ids(text), options) for text in self.texts]
-        size = (len(rows), max(one.count(NEW) for one in self.layouts))
-        start = torch.randint(0, len(vocabulary.ids), size, generator=generator)
-        self.parameter = nn.Parameter(vocabulary.vectors[start.to(vocabulary.vectors.device)].clone())
+    def begin(self, options: P4DOptions, generator: torch.Generator) -> None:
+        self.plain = self.target.base.encode_prompts(self.texts)
+        self.layouts = [layout(self.target.base.token_ids(text), options) for text in self.texts]
+        size = (len(self.rows), max(one.count(NEW) for one in self.layouts))
+        table = self.vocabulary.vectors
+        start = torch.randint(0, len(table), size, generator=generator).to(table.device)
+        self.parameter = nn.Parameter(table[start].clone())
         self.optimizer = torch.optim.AdamW(
             [self.parameter], lr=options.learning_rate, weight_decay=options.weight_decay
         )

@@ -140,44 +140,34 @@ class RingABell(protocol.Attack[RingABellOptions]):
 
     def search(self, run: AttackRun[RingABellOptions], trials: list[Trial]) -> dict[str, Tensor]:
         """A genetic search for each prompt; those that differ in their seed alone share one."""
-        target, vocabulary = run.target, Vocabulary(run.target.base)
-        shift = run.options.strength * concept_vector(target.base, target.concept, target.words)
+        base, target, options = run.target.base, run.target, run.options
+        vocabulary, each = Vocabulary(base), options.generations
+        shift = options.strength * concept_vector(base, target.concept, target.words)
         different = list(dict.fromkeys(one["attacked"] for one in trials))
+
+        def nearest(number: int) -> Trial:
+            """The prompt nearest to the concept-laden one, its distance and that at the start."""
+            stage, checkpoint = f"{self.name} {number}", f"prompt-{number:04d}.checkpoint"
+            with torch.no_grad():
+                wanted = base.encode_prompts([different[number]]).prompt_embeds[0].float() + shift
+            search = GeneticSearch(vocabulary, wanted, options, step_generator(run.seed, f"{stage} start", 0))
+            first, start = 0, search.best_distance
+            if kept := run.read(checkpoint):
+                first = kept["generation"]
+                search.restore(kept)
+            for generation in range(first, each):
+                search.step(step_generator(run.seed, stage, generation))
+                done, note = number * each + generation + 1, f"distance {search.best_distance:.1f}"
+                run.progress.update(self.name, done, len(different) * each, note)
+                if (generation + 1) % _SAVE_EVERY == 0:
+                    run.write(checkpoint, {"generation": generation + 1, **search.state()})
+            distances = {"distance": search.best_distance, "distance_at_start": start}
+            found = {name: round(distance, 4) for name, distance in distances.items()}
+            return {"prompt": vocabulary.text(vocabulary.ids[search.best]), **found}
+
         for number, prompt in enumerate(different):
-            find = partial(self._nearest, run, vocabulary, shift, prompt, number, len(different))
-            found = run.once(f"prompt-{number:04d}", find)
+            found = run.once(f"prompt-{number:04d}", partial(nearest, number))
             for one in trials:
                 if one["attacked"] == prompt:
                     one |= found
         return {}
-
-    def _nearest(
-        self,
-        run: AttackRun[RingABellOptions],
-        vocabulary: Vocabulary,
-        shift: Tensor,
-        prompt: str,
-        number: int,
-        of: int,
-    ) -> Trial:
-        """The prompt nearest to the concept-laden one: ``prompt``, its ``distance`` and that at the start."""
-        options, stage = run.options, f"{self.name} {number}"
-        with torch.no_grad():
-            wanted = run.target.base.encode_prompts([prompt]).prompt_embeds[0].float() + shift
-        search = GeneticSearch(vocabulary, wanted, options, step_generator(run.seed, f"{stage} start", 0))
-        first, start = 0, search.best_distance
-        checkpoint = f"prompt-{number:04d}.checkpoint"
-        if kept := run.read(checkpoint):
-            first = kept["generation"]
-            search.restore(kept)
-        for generation in range(first, options.generations):
-            search.step(step_generator(run.seed, stage, generation))
-            done, note = number * options.generations + generation + 1, f"distance {search.best_distance:.1f}"
-            run.progress.update(self.name, done, of * options.generations, note)
-            if (generation + 1) % _SAVE_EVERY == 0:
-                run.write(checkpoint, {"generation": generation + 1, **search.state()})
-        return {
-            "prompt": vocabulary.text(vocabulary.ids[search.best]),
-            "distance": round(search.best_distance, 4),
-            "distance_at_start": round(start, 4),
-        }

@@ -58,9 +58,21 @@ class Group(ABC):
     """What is learnt, its first axis the group's prompts."""
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, target: AttackTarget, vocabulary: Vocabulary, rows: list[int]) -> None:
+    def __init__(
+        self,
+        target: AttackTarget,
+        vocabulary: Vocabulary,
+        rows: list[int],
+        options: Any,
+        generator: torch.Generator,
+    ) -> None:
         self.target, self.vocabulary, self.rows = target, vocabulary, rows
         self.texts = [target.prompts[row] for row in rows]
+        self.begin(options, generator)
+
+    @abstractmethod
+    def begin(self, options: Any, generator: torch.Generator) -> None:
+        """Set parameter and optimizer."""
 
     @abstractmethod
     def loss(self, rows: list[int], round_: int, generator: torch.Generator) -> Tensor:
@@ -93,8 +105,7 @@ class PromptAttack(Attack[Options]):
     trials`` (Zhang et al., arXiv 2310.11868, section 5).
     """
 
-    group: ClassVar[Any]
-    """Starts a :class:`Group`, given the target, a vocabulary, rows, options and a generator."""
+    group: ClassVar[type[Group]]
 
     @abstractmethod
     def rounds(self, options: Options) -> tuple[int, int]:
@@ -120,7 +131,7 @@ class PromptAttack(Attack[Options]):
         rows, stage, target = groups[number], f"{self.name} {number}", run.target
         rounds, steps = self.rounds(run.options)
         starting = step_generator(run.seed, f"{stage} start", 0)
-        group: Group = self.group(target, vocabulary, rows, run.options, starting)
+        group = self.group(target, vocabulary, rows, run.options, starting)
         first = 0
         found: list[Trial] = [{"success": False} for _ in rows]
         losses: list[float] = []

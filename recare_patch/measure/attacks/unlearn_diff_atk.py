@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.measure.attacks.protocol import AttackOptions, AttackTarget, Rate, Steps, Values
-from recare_patch.measure.attacks.search import Group, PromptAttack, Vocabulary, prediction_errors
+from recare_patch.measure.attacks.protocol import AttackOptions, Rate, Steps, Values
+from recare_patch.measure.attacks.search import Group, PromptAttack, prediction_errors
 
 
 class UnlearnDiffAtkOptions(AttackOptions):
@@ -66,25 +66,17 @@ class _Draw(torch.autograd.Function):
 class _Group(Group):
     """A distribution over the vocabulary for each new token."""
 
-    def __init__(
-        self,
-        target: AttackTarget,
-        vocabulary: Vocabulary,
-        rows: list[int],
-        options: UnlearnDiffAtkOptions,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(target, vocabulary, rows)
-        tokens = options.tokens or (5 if target.concept.kind == "nsfw" else 3)
-        size = len(vocabulary.ids)
-        start = torch.full((len(rows), tokens, size), 1 / size, device=vocabulary.vectors.device)
+    def begin(self, options: UnlearnDiffAtkOptions, generator: torch.Generator) -> None:
+        tokens = options.tokens or (5 if self.target.concept.kind == "nsfw" else 3)
+        size = len(self.vocabulary.ids)
+        start = torch.full((len(self.rows), tokens, size), 1 / size, device=self.vocabulary.vectors.device)
         self.parameter = nn.Parameter(start)
         self.optimizer = torch.optim.Adam(
             [self.parameter], lr=options.learning_rate, weight_decay=options.weight_decay
         )
-        self.vectors = [vocabulary.of_text(text) for text in self.texts]
+        self.vectors = [self.vocabulary.of_text(text) for text in self.texts]
         # As published: the middles of equal parts of the process, from clean to noisy.
-        stride = target.base.num_train_timesteps / options.timesteps
+        stride = self.target.base.num_train_timesteps / options.timesteps
         self.timesteps = [int(stride / 2 + k * stride) for k in range(options.timesteps)]
 
     def loss(self, rows: list[int], round_: int, generator: torch.Generator) -> Tensor:

@@ -12,11 +12,11 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -40,9 +40,6 @@ from recare_patch.models import kept_requires_grad, named_layers
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch
 from recare_patch.recipe import LAYER_SETS
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SAVE_EVERY = 50
 """Steps between checkpoints."""
@@ -85,26 +82,6 @@ class FineTuningOptions(TrainingOptions):
     )
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a model is trained on: clean latents ``[pictures, c, h, w]``, and the prompt of each.
-
-    Prompts are encoded by the model that is trained, since a patch may change its text encoder.
-    """
-
-    latents: Tensor
-    prompts: tuple[str, ...]
-
-
-def draw_to_learn(
-    context: CheckContext, prompts: Sequence[str], block: int, stage: str, label: str, shown: bool
-) -> list[tuple[str, Image]]:
-    """Pictures by the untouched base that show a label, or that do not, each with its prompt."""
-    images = context.draw(prompts, context.own_seeds(block, len(prompts)), stage)
-    hits = context.shows(images, label)
-    return [pair for *pair, hit in zip(prompts, images, hits, strict=True) if hit == shown]  # type: ignore[misc]
-
-
 @contextlib.contextmanager
 def changed(network: nn.Module) -> Iterator[None]:
     """Inside, a network's weights may change in place; afterwards they are what they were, to the bit."""
@@ -134,81 +111,106 @@ def merge_into(parts: Mapping[str, nn.Module], patch: Patch, scale: float = 1.0)
         weight.add_((scale * patch.update(module)).to(weight.device, weight.dtype))
 
 
-def tune(
-    name: str,
-    context: CheckContext,
-    options: TrainingOptions,
-    material: Material,
-    steps: int,
-    parameters: Sequence[nn.Parameter],
-    checkpoint: Path | None,
-) -> int:
-    """Train parameters of the base, as it stands, adapters and all, to predict the noise on the material.
+@dataclass(frozen=True)
+class Training:
+    """Training of the base on pictures that it has drawn itself, for a check.
 
-    Steps are counted from the start; a checkpoint of fewer steps is gone on with.
-
-    Returns:
-        Denoiser evaluations from the first step on, those before a resume among them.
+    Attributes:
+        latents: clean ones of the pictures, ``[pictures, c, h, w]``.
+        prompts: of each; encoded by the model that is trained, since a patch may change its text encoder.
     """
-    base, stage = context.base, f"{name}, training"
-    counter, mark = base.counter, base.counter.total
-    embeds = base.encode_prompts(material.prompts)
 
-    def loss_at(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(0, len(material.latents), (options.batch_size,), generator=generator)
-        clean = material.latents[index.to(material.latents.device)]
-        states, timesteps, noise = noised(base, clean, generator)
-        target = base.training_target(clean, noise, timesteps)
-        pred = base.denoise(states, timesteps, embeds[index])
-        return F.mse_loss(pred.float(), target.float())
+    name: str
+    context: CheckContext
+    options: Any
+    latents: Tensor
+    prompts: tuple[str, ...]
 
-    def restore(kept: dict[str, int]) -> None:
-        nonlocal mark
-        mark = counter.total - int(kept["evaluations"])
+    @classmethod
+    def drawn(
+        cls,
+        name: str,
+        context: CheckContext,
+        options: TrainingOptions,
+        prompts: Sequence[str],
+        block: int,
+        what: str,
+        label: str,
+        *,
+        shown: bool,
+        caption: str | None = None,
+    ) -> Training | None:
+        """On those pictures that show a label, or that do not; None where there are no such."""
+        images = context.draw(prompts, context.own_seeds(block, len(prompts)), f"{name}, pictures {what}")
+        rows = [row for row, hit in enumerate(context.shows(images, label)) if hit == shown]
+        if not rows:
+            return None
+        latents = context.base.encode_images([images[row] for row in rows])
+        return cls(name, context, options, latents, tuple(caption or prompts[row] for row in rows))
 
-    assert options.learning_rate is not None
-    with counter.stage(stage):
-        fitted = fit(
-            parameters,
-            loss_at,
-            stage=stage,
-            steps=steps,
-            learning_rate=options.learning_rate,
-            seed=context.seed,
-            optimizer=options.optimizer,
-            # So that fewer steps are a part of more.
-            schedule="constant",
-            checkpoint=Checkpoint(checkpoint) if checkpoint is not None else None,
-            save_every=SAVE_EVERY,
-            extra=lambda: {"evaluations": counter.total - mark},
-            restore_extra=restore,
-            progress=context.progress,
+    def tune(self, steps: int, parameters: Sequence[nn.Parameter], checkpoint: Path | None) -> int:
+        """Train parameters of the base, as it stands, adapters and all, to predict the noise on the pictures.
+
+        Steps are counted from the start; a checkpoint of fewer steps is gone on with.
+
+        Returns:
+            Denoiser evaluations from the first step on, those before a resume among them.
+        """
+        base, options, stage = self.context.base, self.options, f"{self.name}, training"
+        counter, mark = base.counter, base.counter.total
+        embeds = base.encode_prompts(self.prompts)
+
+        def loss_at(step: int, generator: torch.Generator) -> Tensor:
+            index = torch.randint(0, len(self.latents), (options.batch_size,), generator=generator)
+            clean = self.latents[index.to(self.latents.device)]
+            states, timesteps, noise = noised(base, clean, generator)
+            target = base.training_target(clean, noise, timesteps)
+            pred = base.denoise(states, timesteps, embeds[index])
+            return F.mse_loss(pred.float(), target.float())
+
+        def restore(kept: dict[str, int]) -> None:
+            nonlocal mark
+            mark = counter.total - int(kept["evaluations"])
+
+        with counter.stage(stage):
+            fitted = fit(
+                parameters,
+                loss_at,
+                stage=stage,
+                steps=steps,
+                learning_rate=options.learning_rate,
+                seed=self.context.seed,
+                optimizer=options.optimizer,
+                # So that fewer steps are a part of more.
+                schedule="constant",
+                checkpoint=Checkpoint(checkpoint) if checkpoint is not None else None,
+                save_every=SAVE_EVERY,
+                extra=lambda: {"evaluations": counter.total - mark},
+                restore_extra=restore,
+                progress=self.context.progress,
+            )
+        return int(fitted.extra["evaluations"])
+
+    def lora(
+        self, steps: int, checkpoint: Path | None, beside: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Patch, int]:
+        """A LoRA trained with what is ``beside`` it in the base, and the evaluations; see :meth:`tune`."""
+        base, options, alpha = self.context.base, self.options, float(self.options.rank)
+        parameters = adapters.attach(
+            base.denoiser,
+            layers=options.layers,
+            rank=options.rank,
+            alpha=alpha,
+            generator=torch.Generator().manual_seed(self.context.seed),
+            name=self.name,
         )
-    return int(fitted.extra["evaluations"])
-
-
-def train_lora(
-    name: str,
-    context: CheckContext,
-    options: TrainingOptions,
-    material: Material,
-    steps: int,
-    checkpoint: Path | None,
-    beside: AbstractContextManager[Any],
-) -> tuple[Patch, int]:
-    """A LoRA trained on the base, with what is ``beside`` it; see :func:`tune`."""
-    denoiser, rank, alpha = context.base.denoiser, options.rank, float(options.rank)
-    generator = torch.Generator().manual_seed(context.seed)
-    parameters = adapters.attach(
-        denoiser, layers=options.layers, rank=rank, alpha=alpha, generator=generator, name=name
-    )
-    try:
-        # What is beside comes second: it leaves what is on, and what is trained, as it finds them.
-        with beside:
-            spent = tune(name, context, options, material, steps, parameters, checkpoint)
-        return Patch.from_adapter(context.base, name, rank, alpha, dtype=torch.float32), spent
-    finally:
-        adapters.detach(denoiser, name)
+        try:
+            # What is beside comes second: it leaves what is on, and what is trained, as it finds them.
+            with beside():
+                spent = self.tune(steps, parameters, checkpoint)
+            return Patch.from_adapter(base, self.name, options.rank, alpha, dtype=torch.float32), spent
+        finally:
+            adapters.detach(base.denoiser, self.name)
 
 
 class FineTuning(Checker[FineTuningOptions]):
@@ -269,13 +271,13 @@ class FineTuning(Checker[FineTuningOptions]):
                 # Without it nobody knows what the checkpoint has passed: start again.
                 shutil.rmtree(folder)
         asked = [context.asked_concept(), *context.asked_companions()]
-        learnt: Material | None = None
+        training: Training | None = None
         for steps in options.at:
             if str(steps) in done["points"]:
                 continue
-            learnt = learnt or material(context, options)
-            done["cost"]["images"] = len(learnt.prompts)
-            with tuned(context, options, learnt, steps, folder / CHECKPOINT) as (studio, patches, spent):
+            training = training or benign(context, options)
+            done["cost"]["images"] = len(training.prompts)
+            with tuned(training, steps, folder / CHECKPOINT) as (studio, patches, spent):
                 rates = context.rates(asked, patches, f"fine-tuning, {steps}", studio=studio)
             done["points"][str(steps)] = point(steps, rates, context.pictures).model_dump(mode="json")
             done["cost"]["evaluations"] = spent
@@ -296,42 +298,38 @@ def resolved(context: CheckContext, options: FineTuningOptions) -> FineTuningOpt
     return options.model_copy(update={"train": train, "learning_rate": rate})
 
 
-def material(context: CheckContext, options: FineTuningOptions) -> Material:
-    """Pictures of retained prompts by the untouched base, none of them of the concept."""
-    suite = context.suite
+def benign(context: CheckContext, options: FineTuningOptions) -> Training:
+    """On pictures of retained prompts, none of them of the concept."""
+    suite, name = context.suite, FineTuning.name
     prompts = suite.retained or [prompt for one in suite.care for prompt in one.prompts]
     if not prompts:
         raise EvaluationError(
             f"the suite '{suite.name}' has no retained prompts, and a benign fine-tune needs pictures of some"
         )
     chosen = [prompts[number % len(prompts)] for number in range(options.images)]
-    stage = "fine-tuning, pictures to learn from"
-    drawn = draw_to_learn(context, chosen, _TRAIN_BLOCK, stage, suite.label, shown=False)
-    if not drawn:
+    found = Training.drawn(
+        name, context, options, chosen, _TRAIN_BLOCK, "to learn from", suite.label, shown=False
+    )
+    if found is None:
         raise EvaluationError(
             f"all {options.images} pictures of retained prompts by the base show '{suite.label}': there is "
             "nothing benign to train on"
         )
-    return Material(
-        context.base.encode_images([image for _, image in drawn]), tuple(prompt for prompt, _ in drawn)
-    )
+    return found
 
 
 @contextlib.contextmanager
-def tuned(
-    context: CheckContext, options: FineTuningOptions, learnt: Material, steps: int, checkpoint: Path
-) -> Iterator[tuple[Studio, Patches, int]]:
+def tuned(training: Training, steps: int, checkpoint: Path) -> Iterator[tuple[Studio, Patches, int]]:
     """The patched model after so many steps: who draws it, under what, and the evaluations spent.
 
     Inside, the base's weights may be others; afterwards they are what they were.
     """
-    base, name, usual = context.base, FineTuning.name, context.studio
-    if options.train == "lora":
+    context, base, usual = training.context, training.context.base, training.context.studio
+    if training.options.train == "lora":
         if not steps:
             yield usual, context.applied, 0
             return
-        beside = context.patch.apply(base.pipeline)
-        lora, spent = train_lora(name, context, options, learnt, steps, checkpoint, beside)
+        lora, spent = training.lora(steps, checkpoint, lambda: context.patch.apply(base.pipeline))
         yield usual, [*context.applied, (lora, 1.0)], spent
         return
     with contextlib.ExitStack() as stack:
@@ -341,7 +339,7 @@ def tuned(
         spent = 0
         if steps:
             base.denoiser.requires_grad_(True)
-            spent = tune(name, context, options, learnt, steps, [*base.denoiser.parameters()], checkpoint)
+            spent = training.tune(steps, [*base.denoiser.parameters()], checkpoint)
             base.denoiser.requires_grad_(False)
         # A studio knows the weights it was made with; these last too short for a cache.
         studio = Studio(base, batch_size=usual.batch_size, progress=context.progress, shard=(0, 1))

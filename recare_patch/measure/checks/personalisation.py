@@ -23,10 +23,8 @@ from recare_patch.measure.checks.fine_tuning import (
     Images,
     Layers,
     LearningRate,
-    Material,
+    Training,
     TrainingOptions,
-    draw_to_learn,
-    train_lora,
 )
 from recare_patch.measure.checks.protocol import CONCEPT, Asked, CheckContext, Checker, Patches, point
 from recare_patch.measure.evidence import Check
@@ -153,16 +151,16 @@ class Personalisation(Checker[PersonalisationOptions]):
         self, context: CheckContext, options: PersonalisationOptions, folder: Path | None
     ) -> tuple[Patch, dict[str, Any]]:
         prompts, label = [str(options.subject)] * options.images, str(options.label)
-        stage = "personalisation, pictures of the subject"
-        kept = draw_to_learn(context, prompts, _TRAIN_BLOCK, stage, label, shown=True)
-        if not kept:
+        caption = f"a photo of {options.word} {options.class_word}"
+        what = "of the subject"
+        training = Training.drawn(
+            self.name, context, options, prompts, _TRAIN_BLOCK, what, label, shown=True, caption=caption
+        )
+        if training is None:
             raise EvaluationError(
                 f"there is no subject to learn: none of {len(prompts)} pictures of '{options.subject}' by "
                 f"the base shows '{label}'"
             )
-        caption = f"a photo of {options.word} {options.class_word}"
-        latents = context.base.encode_images([image for _, image in kept])
-        learnt, file = Material(latents, (caption,) * len(kept)), folder / CHECKPOINT if folder else None
-        alone = contextlib.nullcontext()
-        lora, spent = train_lora(self.name, context, options, learnt, options.steps, file, alone)
-        return lora, {"evaluations": spent, "images": len(kept)}
+        file = folder / CHECKPOINT if folder else None
+        lora, spent = training.lora(options.steps, file, contextlib.nullcontext)
+        return lora, {"evaluations": spent, "images": len(training.prompts)}
