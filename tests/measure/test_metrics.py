@@ -281,9 +281,7 @@ def test_retained_pictures_give_four_figures(clip: Clip) -> None:
     assert figures["perceptual change"].patched == 0 and figures["perceptual change"].base is None
     cosines = [
         max(0.0, float(image @ text))
-        for image, text in zip(
-            clip.image_features(before), clip.text_features(drawing.prompts), strict=True
-        )
+        for image, text in zip(clip.image_features(before), clip.text_features(drawing.prompts), strict=True)
     ]
     assert figures["CLIP score"].base == figures["CLIP score"].patched
     assert figures["CLIP score"].base == pytest.approx(np.mean(cosines), abs=1e-5)
