@@ -34,8 +34,8 @@ from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.meters import default_metrics
 from recare_patch.measure.names import METRICS
-from recare_patch.measure.run import Options, evaluate, measure_again, read_prompts, score
-from recare_patch.measure.suites import Suite, resolve_suite
+from recare_patch.measure.run import Options, evaluate, measure_again, score
+from recare_patch.measure.suites import Suite, read_prompts, resolve_suite
 from recare_patch.measure.verify import verify
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch
@@ -313,7 +313,7 @@ NO_CONCEPT = Suite(**{**SUITE, "plain": [], "paraphrased": [], "implicit": []})
         ({"suite": "tench-sd"}, EvaluationError, "is for 'tench', and the patch erases 'Van Gogh'"),
         ({"pictures": 0}, EvaluationError, "at least 1 picture, got 0"),
         (
-            {"metrics": ["concept-rate"], "suite": Suite(**NO_CONCEPT)},
+            {"metrics": ["concept-rate"], "suite": NO_CONCEPT},
             EvaluationError,
             "no prompts for concept",
         ),

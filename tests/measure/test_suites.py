@@ -15,13 +15,13 @@ from recare_patch.measure.judges import can_tell, load_detector
 from recare_patch.measure.suites import (
     ConceptBench,
     Suite,
-    default_suite,
     find_suite_for,
     list_suites,
     load_suite,
     parse_suite,
     suites_folder,
 )
+from recare_patch.measure.unwritten import default_suite
 from recare_patch.recipe import Concept, Recipe, load_recipe
 from tests.measure.making import SUITE
 

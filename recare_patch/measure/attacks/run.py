@@ -49,7 +49,8 @@ from recare_patch.measure.attacks import (
 from recare_patch.measure.attacks.protocol import candidate_seeds, read_json
 from recare_patch.measure.attacks.saved import JSON_NAME
 from recare_patch.measure.judges import Detector, can_tell, load_detector
-from recare_patch.measure.suites import Subject, default_suite, find_suite_for, subject_of
+from recare_patch.measure.suites import Subject, find_suite_for, subject_of
+from recare_patch.measure.unwritten import default_suite
 from recare_patch.models import BaseModel, load_base
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch, concepts_of
