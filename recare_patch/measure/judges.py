@@ -7,19 +7,21 @@ patched model. A detector that needs a package or weights that are not there say
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from recare_patch.careset import DEFAULT_HUB_CLIP, Clip
 from recare_patch.core import EvaluationError, unknown_name
 from recare_patch.measure.names import DETECTORS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from recare_patch.careset import Clip
+    from recare_patch.measure.suites import Suite
 
 _COCO = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -155,8 +157,6 @@ class ZeroShotClip:
             labels: all that a picture may show; None: any word that is asked for, or :data:`DISTRACTORS`.
             device: of a CLIP that is loaded here.
         """
-        from recare_patch.careset import DEFAULT_HUB_CLIP, Clip
-
         self._labels = tuple(dict.fromkeys(one.strip() for one in labels or ()))
         if labels is not None and (len(self._labels) < 2 or "" in self._labels):
             raise EvaluationError(
@@ -271,3 +271,43 @@ class NudeNet:
 
 
 NudeNetSix, NudeNetNine = partial(NudeNet, True), partial(NudeNet, False)
+
+
+def short_name(source: str) -> str:
+    """The last part of a folder's path, or a hub id as it is: where things lie is nobody's business."""
+    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+
+
+@dataclass
+class Judges:
+    """Who looks at the pictures: CLIP and the suite's detector, each loaded when it is first needed."""
+
+    suite: Suite
+    clip_source: Clip | str
+    device: str
+    given: Detector | None = None
+
+    @cached_property
+    def clip(self) -> Clip:
+        """CLIP, loaded at its first use."""
+        source = self.clip_source
+        return source if isinstance(source, Clip) else Clip.load(source, device=self.device)
+
+    @cached_property
+    def detector(self) -> Detector:
+        """The suite's detector, or the given one, if it knows the concept's label."""
+        options = dict(self.suite.detector_options)
+        if self.given is None and self.suite.detector == "clip":
+            options.setdefault("clip", self.clip)
+        elif self.suite.detector == "image-classifier":
+            options.setdefault("device", self.device)
+        found = self.given or load_detector(self.suite.detector, **options)
+        check_label(found, self.suite.label)
+        return found
+
+    def of_neighbours(self) -> Detector:
+        """The suite's detector, or zero-shot CLIP among the neighbours where that knows none of them."""
+        labels = [one.label for one in self.suite.neighbours]
+        if all(can_tell(self.detector, label) for label in labels):
+            return self.detector
+        return ZeroShotClip(clip=self.clip, labels=[*labels, self.suite.label])

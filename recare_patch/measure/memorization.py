@@ -55,16 +55,10 @@ class Recovery:
 def text_feature(base: BaseModel, text: str, vectors: Tensor | None = None) -> Tensor:
     """The pooled feature of a text: the text encoder's last hidden state at end-of-text, unit length.
 
-    Args:
-        base: whose text encoder reads it.
-        text: what is read; it holds :data:`PLACEHOLDER` where vectors are given.
-        vectors: ``[vectors, token_width]``.
+    The text holds :data:`PLACEHOLDER` where vectors ``[vectors, token_width]`` are given.
 
     Returns:
         ``[width]``, fp32, on the CPU.
-
-    Raises:
-        EvaluationError: the text is longer than the encoder reads.
     """
     with torch.no_grad():
         if vectors is None:
@@ -97,15 +91,8 @@ def recover(
 ) -> Tensor:
     """The token that the model under patches gives back for the pictures of a suite's concept.
 
-    With a cache, a token that was recovered before is read from it.
-
-    Args:
-        studio: draws the concept's pictures with the untouched base.
-        suite: names the concept, and how its pictures are drawn.
-        patches: what is put into the base, each at its scale; none recovers from the base itself.
-        options: of the inversion.
-        progress: told of every step.
-        stage: how it is called there.
+    With a cache, a token that was recovered before is read from it. Without patches it is recovered from
+    the base itself, which has drawn the pictures.
 
     Returns:
         ``[vectors, token_width]``, fp32, on the CPU.
@@ -157,15 +144,8 @@ def memorization_figures(
 ) -> list[Figure]:
     """The score and the rate of the recovered pictures, for the base and for the patched model.
 
-    The inversion has the learning rate, batch and first word of the patch's own search.
-
-    Args:
-        studio: draws.
-        patch: what was made.
-        suite: names the concept, and gives seeds, steps and guidance.
-        detector: judges the recovered pictures by the suite's label.
-        pictures: of the recovered token.
-        progress: told of every step.
+    The inversion has the learning rate, batch and first word of the patch's own search. The detector judges
+    so many pictures of the recovered token by the suite's label.
     """
     concept = Concept(text=suite.concept, kind=suite.kind)
     options = Recovery(init_word=concept.class_word)

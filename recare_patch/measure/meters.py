@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +20,9 @@ from torch.nn import functional as F
 from recare_patch.careset import Clip
 from recare_patch.core import Comparison, EvaluationError
 from recare_patch.measure.evidence import RATE, Better, Figure, Group, Part
-from recare_patch.measure.judges import (
-    Detector,
-    MostLike,
-    ZeroShotClip,
-    can_tell,
-    check_label,
-    load_detector,
-)
+from recare_patch.measure.judges import Detector, Judges, MostLike, can_tell, short_name
 from recare_patch.measure.names import METRICS
-from recare_patch.measure.suites import Drawing, Suite
+from recare_patch.measure.suites import Drawing
 
 KID_LIMIT = 2_000
 """From this many pictures on, FID is the distance that is taken; below, its bias would speak."""
@@ -65,9 +55,6 @@ def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
 
     Unlike the normal interval it stays within 0 and 1 and has a width at rates of 0 and 1, where
     erasure is measured.
-
-    Raises:
-        ValueError: the counts are no counts, or the confidence is not between 0 and 1.
     """
     if n < 0 or not 0 <= k <= n:
         raise ValueError(f"k hits of n trials need 0 <= k <= n, got k={k}, n={n}")
@@ -149,8 +136,7 @@ def perceptual_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tens
     and their learnt weights are others, so the numbers cannot be compared with LPIPS.
 
     Args:
-        before, after: for each layer ``[pictures, positions, hidden]``, row by row the same prompt
-            and seed.
+        before, after: for each layer ``[pictures, positions, hidden]``, row by row the same seed.
 
     Returns:
         ``[pictures]``, 0 (nothing changed) to 4.
@@ -188,17 +174,10 @@ class FeatureDistance:
     whose bias grows as pictures get fewer, for the base's own halves alike.
     """
 
-    def __init__(self, name: str, width: int, pictures: int, seed: int = 0) -> None:
-        """A distance that has seen nothing.
+    def __init__(self, name: str, width: int, pictures: int) -> None:
+        """A distance called "KID" or "FID" of features of such a width.
 
-        Args:
-            name: "KID" or "FID".
-            width: of the features.
-            pictures: how many will come of each model, :data:`LEAST_PICTURES` or more.
-            seed: of the halves, and of KID's subsets.
-
-        Raises:
-            EvaluationError: too few pictures, or torchmetrics is not installed.
+        So many pictures will come of each model, :data:`LEAST_PICTURES` or more.
         """
         if pictures < LEAST_PICTURES:
             raise EvaluationError(f"{name} needs at least {LEAST_PICTURES} pictures, got {pictures}")
@@ -209,8 +188,8 @@ class FeatureDistance:
             raise EvaluationError(
                 f'{name} needs the package torchmetrics: pip install "recare-patch[eval]"'
             ) from fault
-        self.name, self._width, self._seed, self._count = name, width, seed, 0
-        lot = torch.randperm(pictures, generator=torch.Generator().manual_seed(seed))
+        self.name, self._width, self._count = name, width, 0
+        lot = torch.randperm(pictures, generator=torch.Generator().manual_seed(0))
         self._first_half = torch.zeros(pictures, dtype=torch.bool)
         self._first_half[lot[: pictures // 2]] = True
         self.subset = max(2, min(1000, pictures // 4))
@@ -247,7 +226,7 @@ class FeatureDistance:
         for metric in self._metrics:
             # Its subsets come from the global generator, which is left as it was.
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed)
+                torch.manual_seed(0)
                 mean, std = map(float, metric.compute())
             found.append((mean, std))
         (one, one_std), (other, other_std), (own, own_std) = found
@@ -428,53 +407,9 @@ class Kept(Meter):
         )
 
 
-def short_name(source: str) -> str:
-    """The last part of a folder's path, or a hub id as it is: where things lie is nobody's business."""
-    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
-
-
 def clip_name(clip: Clip) -> str:
     """How figures name a CLIP as the extractor of their features."""
     return f"clip-vit ({short_name(clip.id)})"
-
-
-@dataclass
-class Judges:
-    """Who looks at the pictures: CLIP and the suite's detector, each loaded when it is first needed."""
-
-    suite: Suite
-    clip_source: Clip | str
-    device: str
-    given: Detector | None = None
-
-    @cached_property
-    def clip(self) -> Clip:
-        """CLIP, loaded at its first use."""
-        source = self.clip_source
-        return source if isinstance(source, Clip) else Clip.load(source, device=self.device)
-
-    @cached_property
-    def detector(self) -> Detector:
-        """The suite's detector, or the given one.
-
-        Raises:
-            UnknownNameError: it does not know the concept's label.
-        """
-        options = dict(self.suite.detector_options)
-        if self.given is None and self.suite.detector == "clip":
-            options.setdefault("clip", self.clip)
-        elif self.suite.detector == "image-classifier":
-            options.setdefault("device", self.device)
-        found = self.given or load_detector(self.suite.detector, **options)
-        check_label(found, self.suite.label)
-        return found
-
-    def of_neighbours(self) -> Detector:
-        """The suite's detector, or zero-shot CLIP among the neighbours where that knows none of them."""
-        labels = [one.label for one in self.suite.neighbours]
-        if all(can_tell(self.detector, label) for label in labels):
-            return self.detector
-        return ZeroShotClip(clip=self.clip, labels=[*labels, self.suite.label])
 
 
 class Job:
@@ -511,12 +446,7 @@ def make_jobs(
 ) -> list[Job]:
     """What has to be drawn of the judges' suite for some metrics, and what is read from it.
 
-    Args:
-        judges: who looks at the pictures.
-        metrics: names of :data:`METRICS`.
-        pictures: of each figure.
-        retained_pictures: of the figures on retained prompts.
-        wanted: names of figures; None: all of the metrics'.
+    ``wanted`` are names of figures; None: all of the metrics'.
     """
     suite = judges.suite
     jobs: list[Job] = []

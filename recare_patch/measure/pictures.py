@@ -73,11 +73,7 @@ class PictureCache:
             return None
 
     def put(self, key: str, image: Image.Image) -> None:
-        """Keep a picture.
-
-        Raises:
-            OutputError: the disk is full, or the folder cannot be written to.
-        """
+        """Keep a picture."""
         buffer = io.BytesIO()
         # Fast and a little larger: what is drawn in a second should not be packed for another.
         image.convert("RGB").save(buffer, "PNG", compress_level=3)
@@ -121,11 +117,6 @@ class Studio:
         process, processes: the number of this process, from 0, and how many share the work.
         drawn: pictures drawn so far, by this process.
         from_cache: pictures handed out that were in the cache already.
-
-    Example:
-        >>> studio = Studio(load_base("atelier"), cache=PictureCache("pictures"))  # doctest: +SKIP
-        >>> before = studio.draw(["a house by Van Gogh"], [7])  # doctest: +SKIP
-        >>> after = studio.draw(["a house by Van Gogh"], [7], patches=[(patch, 1.0)])  # doctest: +SKIP
     """
 
     def __init__(
@@ -137,18 +128,12 @@ class Studio:
         progress: Progress | None = None,
         shard: tuple[int, int] | None = None,
     ) -> None:
-        """A studio that has drawn nothing yet.
+        """A studio that draws so many pictures together, and tells ``progress`` after every batch.
 
-        Args:
-            base: what draws.
-            cache: where pictures are kept.
-            batch_size: pictures drawn together; memory and speed.
-            progress: told after every batch.
-            shard: the number of this process and of all of them; None: as they were launched.
+        ``shard`` is the number of this process and of all of them; None: as they were launched.
 
         Raises:
-            EvaluationError: there are several processes and no cache for them to share, or a LoRA is
-                switched on in the base.
+            EvaluationError: several processes have no cache to share, or a LoRA is switched on in the base.
         """
         if batch_size < 1:
             raise EvaluationError(f"a batch must have at least 1 picture, got {batch_size}")
@@ -185,11 +170,7 @@ class Studio:
         return [image for _, image in self.stream(prompts, seeds, **options)]
 
     def fill(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> None:
-        """Draw what the cache lacks and hand nothing out; arguments as in :meth:`stream`.
-
-        Raises:
-            EvaluationError: there is no cache to fill.
-        """
+        """Draw what the cache lacks and hand nothing out; arguments as in :meth:`stream`."""
         if self.cache is None:
             raise EvaluationError("there is no cache to draw into")
         # Asking for the first picture is what draws them all.
@@ -213,11 +194,9 @@ class Studio:
         picture is missing is drawn as a whole, so that no picture depends on what else was there.
 
         Args:
-            prompts: one a picture.
-            seeds: one a picture, of its starting noise.
+            prompts, seeds: one each a picture; the seed is of its starting noise.
             patches: what is put into the base, each at its scale.
-            steps: of the scheduler.
-            guidance_scale: at 1 or less there is no guidance.
+            steps, guidance_scale: of the sampler; at a scale of 1 or less there is no guidance.
             scheduler: a name of :data:`SCHEDULERS`; None: the base's own.
             stage: how progress and the base's counter call it.
             vectors: token vectors ``[vectors, token_width]`` for prompts that hold :data:`PLACEHOLDER`.
@@ -226,9 +205,8 @@ class Studio:
             The number of the picture and the picture.
 
         Raises:
-            EvaluationError: prompts and seeds differ in number, or a LoRA is switched on in the base.
-            UnknownNameError: no such scheduler.
-            IncompatiblePatchError: a patch does not fit the base.
+            RecarePatchError: as soon as it is called, for prompts without seeds, an unknown scheduler or a
+                LoRA that is switched on in the base; later for a patch that does not fit it.
         """
         count = len(prompts)
         if count != len(seeds):
@@ -244,10 +222,7 @@ class Studio:
         return self._drawn(request) if self.cache is None else self._through(self.cache, request)
 
     def key(self, patches: Sequence[tuple[Patch, float]], fields: Mapping[str, Any]) -> str:
-        """The key of something made with the base under patches, each with its scale.
-
-        ``fields`` are everything else that decides it, as JSON values.
-        """
+        """The key of something made with the base under patches; ``fields`` are all else that decides it."""
         if self.cache is None:
             raise EvaluationError("there is no cache to name anything in")
         for patch, _ in patches:

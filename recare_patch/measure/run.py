@@ -38,13 +38,20 @@ from recare_patch.measure.card import EVIDENCE_START, claimed_figures, with_evid
 from recare_patch.measure.checks import PICTURES as CHECK_PICTURES
 from recare_patch.measure.checks import CheckContext, check_names, run_checks
 from recare_patch.measure.evidence import AttackFigure, Check, Evidence, Figure
-from recare_patch.measure.judges import Detector
+from recare_patch.measure.judges import Detector, Judges, short_name
 from recare_patch.measure.memorization import MEMORIZATION, memorization_figures
-from recare_patch.measure.meters import Job, Judges, chunks, default_metrics, make_jobs, short_name
+from recare_patch.measure.meters import Job, chunks, default_metrics, make_jobs
 from recare_patch.measure.names import METRICS
 from recare_patch.measure.pictures import PictureCache, Studio, default_cache
 from recare_patch.measure.report import write_report
-from recare_patch.measure.suites import MAX_PROMPT, Suite, folder_of, list_suites, read_text, resolve_suite
+from recare_patch.measure.suites import (
+    Suite,
+    check_lengths,
+    folder_of,
+    list_suites,
+    read_prompts,
+    resolve_suite,
+)
 from recare_patch.models import ATELIER, PRECISIONS, BaseModel, load_base
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, PREVIEW_NAME, TRAINING_NAME, Patch, card_text
 from recare_patch.recipe import WEIGHTS_NAME, slug_of
@@ -54,54 +61,31 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "torchmetrics", "nudenet")
 """Whose versions the evidence names, where they are installed."""
 
-_OF_ATTACKS = [
-    "attack",
-    "successes",
-    "trials",
-    "interval",
-    "without",
-    "base",
-    "evaluations",
-    "seconds",
-    "budget",
-]
-
 PICTURES = 200
 """Pictures of a figure, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a patch is measured, whichever it is."""
+    """How a patch is measured, whichever it is; :func:`evaluate` says more of most."""
 
     metrics: Sequence[str] | None = None
-    """Names of :data:`METRICS`; None: :func:`default_metrics`."""
     pictures: int = PICTURES
-    """Of each figure."""
-    retained_pictures: int | None = None
-    """Of the figures on retained prompts; None: as many."""
-    figures: Sequence[str] | None = None
-    """Names of the figures that are wanted; None: all of the metrics'."""
+    retained_pictures: int | None = None  # of the figures on retained prompts; None: as many
+    figures: Sequence[str] | None = None  # names of those that are wanted; None: all of the metrics'
     checks: Sequence[str] = ()
-    """Names of :data:`CHECKS`, or "all"."""
     check_pictures: int = CHECK_PICTURES
-    """Behind each value of a check."""
-    detector: Detector | None = None
-    """Instead of the suite's."""
+    detector: Detector | None = None  # instead of the suite's
     clip: Clip | str | None = None
-    """Of CARE score, prompt agreement and distances; None: the patch's recipe's."""
     cache: PictureCache | None = None
     batch_size: int | None = None
-    """Pictures drawn together; None: by the size of the base."""
-    device: str = "auto"
-    """Where CLIP and classifiers compute; the base is where it is."""
+    device: str = "auto"  # where CLIP and classifiers compute; the base is where it is
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if min(self.pictures, self.retained) < 1:
-            raise EvaluationError(
-                f"a figure needs at least 1 picture, got {min(self.pictures, self.retained)}"
-            )
+        fewest = min(self.pictures, self.retained)
+        if fewest < 1:
+            raise EvaluationError(f"a figure needs at least 1 picture, got {fewest}")
         for name in self.metrics or ():
             if name not in METRICS:
                 raise unknown_name("metric", name, METRICS)
@@ -149,31 +133,29 @@ def evaluate(
         patch: the patch's folder or file, or a patch loaded from one.
         base: the model, or where to find it; None: the one that the patch was made for.
         suite: a suite, its name or file; None: see :func:`resolve_suite`.
-        concept: which of several that the patch erases; see :func:`concepts_of`.
-        metrics, pictures, clip, checks, check_pictures, batch_size, progress: see :class:`Options`.
+        concept: which of several that the patch erases.
+        metrics: names of :data:`METRICS`; None: :func:`default_metrics`.
+        pictures: of each figure.
         out: where to write; None: beside the weights, where ``verify`` looks for it. Of several concepts
             each has a folder of its own in it, named as the concept's slug.
-        cache: folder of pictures; None: :func:`default_cache`; False: keep none. It holds pictures of the
-            erased concept, whatever that is.
+        cache: folder of pictures, those of the erased concept too; None: :func:`default_cache`; False: none.
         detector: instead of the suite's; a name may carry its source, as "image-classifier:FOLDER".
         label: what the detector calls the concept, instead of the suite's label.
+        clip: of CARE score, prompt agreement and distances; None: the recipe's.
         prompts_file: one prompt a line, in place of the suite's retained prompts; each is drawn once.
         attacks: folders of saved attacks on this patch to tell of; None: those beside the patch.
+        checks: names of :data:`CHECKS`, or "all".
+        check_pictures: behind each value of a check.
         card: write the figures into the patch's ``README.md`` as well; one that tells figures already
             is always kept in step with the evidence beside it.
         precision: of the base; None: the recipe's.
+        batch_size: pictures drawn together; None: by the size of the base.
         seed: instead of the suite's first seed.
         device: ``auto``, ``cpu``, ``cuda`` …
-
-    Returns:
-        The evidence.
+        progress: told of every batch.
 
     Raises:
         RecarePatchError: one sentence on what was wrong; what was drawn stays in the cache.
-
-    Example:
-        >>> evaluate("van-gogh-patch").figure("concept, plain prompts").patched  # doctest: +SKIP
-        0.01
     """
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
     weights, metadata = _weights_file(loaded), loaded.metadata
@@ -217,7 +199,7 @@ def evaluate(
         recorded = "fp32" if metadata is None or metadata.parts else metadata.parsed_recipe.precision
         base = load_base(base, precision=precision or recorded, device=options.device)
     if retained is not None:
-        _check_lengths(base, retained, prompts_file or "")
+        check_lengths(base, retained, prompts_file or "")
     scores = score(loaded, base, chosen, options)
     if scores is not None:
         command = _command(chosen, options, base.id, detector, label, retained)
@@ -232,39 +214,6 @@ def is_first_process() -> bool:
     """Whether this process is the first of those that accelerate launched, or the only one."""
     state = processes()
     return state is None or bool(state.process_index == 0)
-
-
-def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a file, one a line.
-
-    Raises:
-        EvaluationError: it cannot be read, is empty, or has empty or over-long lines; the first
-            faulty line is named.
-    """
-    text = read_text(path, f"the prompt file {path}")
-    if not text.strip():
-        raise EvaluationError(f"the prompt file {path} is empty: one prompt a line is needed")
-    prompts = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise EvaluationError(f"line {number} of {path} is empty: one prompt a line is needed")
-        if len(prompt) > MAX_PROMPT:
-            raise EvaluationError(
-                f"line {number} of {path} is over-long: it has {len(prompt)} characters, and may have "
-                f"{MAX_PROMPT}"
-            )
-    return tuple(prompts)
-
-
-def _check_lengths(base: BaseModel, prompts: Sequence[str], source: str | Path) -> None:
-    """Refuse prompts whose end the text encoder would not read: their pictures would show something else."""
-    most = int(base.pipeline.tokenizer.model_max_length) - 2
-    for number, prompt in enumerate(prompts, 1):
-        tokens = len(base.token_ids(prompt))
-        if tokens > most:
-            raise EvaluationError(
-                f"line {number} of {source} is over-long: {tokens} tokens, and base '{base.id}' reads {most}"
-            )
 
 
 def _weights_file(patch: Patch) -> Path:
@@ -289,17 +238,10 @@ class Scores:
 def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scores | None:
     """Draw and measure, and write nothing but pictures into the cache.
 
-    Args:
-        patch: loaded from a file, whose hash the evidence names.
-        base: what it is measured on, with no LoRA switched on.
-        suite: the prompts.
-        options: what is measured.
+    The patch was loaded from a file, whose hash the evidence names; no LoRA is switched on in the base.
 
     Returns:
         What was found; None on all processes but the first, where there are several.
-
-    Raises:
-        RecarePatchError: one sentence on what was wrong; pictures that were drawn stay in the cache.
     """
     began, metrics = time.perf_counter(), options.chosen
     sha256 = file_sha256(_weights_file(patch))
@@ -455,10 +397,7 @@ def _command(
 def _attack_figures(
     weights: Path, given: Sequence[Path | str] | None, out: Path, concept: str | None
 ) -> tuple[AttackFigure, ...]:
-    """What saved attacks found, of those named or, where none is, of those that lie beside the patch.
-
-    Those on a patch of several concepts lie in a folder for each, of which one is told of.
-    """
+    """What saved attacks found: those named, or those beside the patch, of one of its several concepts."""
     folders: list[Path] = []
     beside = (weights.parent / "attacks", f"{weights.parent}-attacks")
     for place in map(Path, beside if given is None else given):
@@ -480,7 +419,9 @@ def _attack_figures(
         result = load_attack(folder)
         figures.append(
             AttackFigure(
-                **{name: getattr(result, name) for name in _OF_ATTACKS},
+                **{
+                    name: getattr(result, name) for name in AttackFigure.model_fields if hasattr(result, name)
+                },
                 preset=str(about.get("preset", "")),
                 detector=about.get("detector"),
                 folder=Path(os.path.relpath(folder, out)).as_posix(),
@@ -527,23 +468,18 @@ def measure_again(
     patch: Patch,
     base: BaseModel,
     *,
-    figures: Sequence[str] | None = None,
     pictures: int | None = None,
-    clip: Clip | str | None = None,
     cache: Path | str | None = None,
-    device: str = "auto",
-    progress: Progress | None = None,
+    **how: Any,
 ) -> Evidence:
     """What evidence tells, measured anew with its own suite, seeds and picture counts.
 
     Args:
         evidence: the recorded one.
         patch, base: what it speaks of.
-        figures: names of the figures to measure; None: all.
         pictures: of each figure; None: as many as recorded.
-        clip: None: the recipe's.
         cache: folder of pictures; None keeps none, so that each is drawn anew.
-        device, progress: see :class:`Options`.
+        how: ``figures``, ``clip``, ``device`` and ``progress`` of :class:`Options`.
 
     Raises:
         EvidenceError: the evidence is of another patch.
@@ -556,12 +492,9 @@ def measure_again(
         metrics=evidence.options.get("metrics"),
         pictures=recorded if pictures is None else pictures,
         retained_pictures=retained if pictures is None else min(pictures, retained),
-        figures=figures,
-        clip=clip,
-        cache=None if cache is None else PictureCache(cache),
         batch_size=evidence.options.get("batch_size"),
-        device=device,
-        progress=progress,
+        cache=None if cache is None else PictureCache(cache),
+        **how,
     )
     found = score(patch, base, Suite(**evidence.suite), options)
     assert found is not None, "verification runs in one process"

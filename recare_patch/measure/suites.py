@@ -7,6 +7,7 @@ registered things, as recipes do. A bench holds several concepts, and gives the 
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from recare_patch.core import (
     yaml_mapping,
 )
 from recare_patch.measure.names import DETECTORS
+from recare_patch.models import BaseModel
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import (
     KINDS,
@@ -174,12 +176,7 @@ class Suite(_Drawn):
         return {name: getattr(self, name) for name in ("steps", "guidance_scale", "scheduler")}
 
     def drawing(self, which: str, pictures: int) -> Drawing:
-        """The pictures of one set of prompts, which take turns; more pictures go on where fewer end.
-
-        Args:
-            which: "plain", "paraphrased", "implicit", "retained" or "neighbours".
-            pictures: how many.
-        """
+        """So many pictures of one set of prompts, which take turns; more pictures go on where fewer end."""
         if which == "neighbours":
             # Each label has its turn before any has a second: a few pictures show them all.
             most = max((len(one.prompts) for one in self.neighbours), default=0)
@@ -218,16 +215,9 @@ class Suite(_Drawn):
         return type(self)(**{**self.model_dump(), **changes})
 
     def with_detector(self, detector: str, label: str | None = None) -> Suite:
-        """The suite judged by another detector.
+        """The suite judged by another detector, whose name may have the source of its weights behind a colon.
 
-        Args:
-            detector: a name of :data:`DETECTORS`, with the source of its weights behind a colon where it
-                takes one.
-            label: what it calls the concept; None: as the suite says.
-
-        Raises:
-            UnknownNameError: no such detector.
-            EvaluationError: it takes no source.
+        ``label`` is what it calls the concept; None: as the suite says.
         """
         name, colon, source = detector.partition(":")
         name = name.strip().casefold()
@@ -235,14 +225,13 @@ class Suite(_Drawn):
             raise unknown_name("detector", name, DETECTORS.names())
         options = dict(self.detector_options) if name == self.detector else {}
         if colon:
-            key = {"clip": "clip", "image-classifier": "source"}.get(name)
-            if key is None:
+            if name not in ("clip", "image-classifier"):
                 raise EvaluationError(
                     f"the detector {name} takes no source: only clip:FOLDER and image-classifier:FOLDER do"
                 )
             if not source.strip():
                 raise EvaluationError(f"the source of the detector {name} is empty in '{detector}'")
-            options[key] = source.strip()
+            options["clip" if name == "clip" else "source"] = source.strip()
         if label is not None and "labels" in options:
             options["labels"] = list(dict.fromkeys([label, *options["labels"]]))
         return self.with_changes(detector=name, detector_options=options, label=label or self.label)
@@ -324,28 +313,17 @@ def list_suites() -> dict[str, Path]:
 
 
 def load_suite(name_or_path: str | Path, *, concept: str | None = None, kind: str | None = None) -> Suite:
-    """A suite by name or from a file.
+    """A suite by name ("van-gogh" is short for "van-gogh-atelier") or from a YAML file.
 
-    Args:
-        name_or_path: a bundled suite's name ("van-gogh" is short for "van-gogh-atelier"), or a YAML
-            file. A name goes before a file of that name; write "./name" for the file.
-        concept, kind: of the patch; needed where the name is a bench's.
-
-    Raises:
-        UnknownNameError: no such name or file.
-        EvaluationError: the file holds no sound suite, or a bench has to be told the concept.
+    A name goes before a file of that name; write "./name" for the file. A bench has to be told the patch's
+    concept and kind.
     """
     text, bundled = str(name_or_path).strip(), list_suites()
     wanted = re.sub(r"[\s_]+", "-", text.casefold())
-    path = bundled.get(wanted) or bundled.get(f"{wanted}-{ATELIER}")
-    if path is None:
-        path = Path(text).expanduser()
-        try:
-            there = path.is_file()
-        except OSError:
-            there = False
-        if not there:
-            raise unknown_name("suite", text, bundled)
+    path = bundled.get(wanted) or bundled.get(f"{wanted}-{ATELIER}") or Path(text).expanduser()
+    # Unlike Path's own, this one says no where a name is too long for any file.
+    if not os.path.isfile(path):  # noqa: PTH113
+        raise unknown_name("suite", text, bundled)
     made = _read(path)
     if isinstance(made, Suite):
         return made
@@ -357,11 +335,7 @@ def load_suite(name_or_path: str | Path, *, concept: str | None = None, kind: st
 
 
 def parse_suite(text: str, source: str = "suite") -> Suite | ConceptBench:
-    """A suite or bench from YAML; ``source`` is where it is from, for messages.
-
-    Raises:
-        EvaluationError: it is not YAML, no mapping, or holds faults; all are told at once.
-    """
+    """A suite or bench from YAML; ``source`` is where it is from, for messages."""
     data = yaml_mapping(text, source=source, noun="suite", error=EvaluationError)
     try:
         return ConceptBench(**data) if "concepts" in data else Suite(**data)
@@ -383,11 +357,36 @@ def read_text(path: str | Path, what: str) -> str:
         raise EvaluationError(f"cannot read {what}: {(fault.strerror or str(fault)).lower()}") from fault
 
 
-def find_suite_for(concept: Concept | str, base: str) -> Suite | None:
-    """The bundled suite of a concept on a base, or None.
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The prompts of a file, one a line; the first faulty line is named."""
+    text = read_text(path, f"the prompt file {path}")
+    if not text.strip():
+        raise EvaluationError(f"the prompt file {path} is empty: one prompt a line is needed")
+    prompts = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise EvaluationError(f"line {number} of {path} is empty: one prompt a line is needed")
+        if len(prompt) > MAX_PROMPT:
+            raise EvaluationError(
+                f"line {number} of {path} is over-long: it has {len(prompt)} characters, and may have "
+                f"{MAX_PROMPT}"
+            )
+    return tuple(prompts)
 
-    Every base but "atelier" is taken for a Stable Diffusion.
-    """
+
+def check_lengths(base: BaseModel, prompts: Sequence[str], source: str | Path) -> None:
+    """Refuse prompts whose end the text encoder would not read: their pictures would show something else."""
+    most = int(base.pipeline.tokenizer.model_max_length) - 2
+    for number, prompt in enumerate(prompts, 1):
+        tokens = len(base.token_ids(prompt))
+        if tokens > most:
+            raise EvaluationError(
+                f"line {number} of {source} is over-long: {tokens} tokens, and base '{base.id}' reads {most}"
+            )
+
+
+def find_suite_for(concept: Concept | str, base: str) -> Suite | None:
+    """The bundled suite of a concept on a base; every one but "atelier" is taken for a Stable Diffusion."""
     family = ATELIER if base.strip().casefold() == ATELIER else STABLE_DIFFUSION
     for made in map(_read, list_suites().values()):
         if isinstance(made, Suite) and made.base == family and same_concept(made.concept, concept):
@@ -395,82 +394,11 @@ def find_suite_for(concept: Concept | str, base: str) -> Suite | None:
     return None
 
 
-def default_suite(recipe: Recipe, care_words: Sequence[str]) -> Suite:
-    """A suite made from a recipe, for concepts that none was written for.
-
-    It has no implicit prompts, as nobody knows which lead to the concept, and no neighbours.
-
-    Args:
-        recipe: of the patch.
-        care_words: what the patch guards, the first of which are scored.
-    """
-    from recare_patch.models.atelier.labels import GROUNDS, OBJECTS, SKY, STYLES, TIMES
-
-    concept, name, kind = recipe.concept, recipe.concept.text, recipe.concept.kind
-    atelier = recipe.base.strip().casefold() == ATELIER
-    known = (*STYLES, *TIMES, *GROUNDS, *OBJECTS, *SKY) if atelier else ()
-    label = next((one for one in known if same_concept(one, concept)), None)
-    if atelier and kind == "nsfw":
-        label = "nude"
-    rivals = _RIVALS.get(kind, ())
-    own = concept.target_prompt if rivals else name
-    care = {
-        word: (concept.retain_prompt(word), f"A photo of {word}", f"A painting of {word}")
-        for word in care_words[:4]
-    }
-    return Suite(
-        name=f"{concept.slug}, made from its recipe",
-        base=ATELIER if atelier else STABLE_DIFFUSION,
-        concept=name,
-        kind=kind,
-        detector="clip" if label is None else "atelier-judge",
-        detector_options={"labels": [own, *rivals]} if label is None and rivals else {},
-        label=label or own,
-        plain=concept.name_prompts,
-        paraphrased=tuple(form.format(name) for form in _PARAPHRASES[kind]),
-        care=[PromptSet(label=word, prompts=tuple(dict.fromkeys(some))) for word, some in care.items()],
-        retained=_RETAINED,
-        # As the bundled suites: on Atelier the rates are those of twenty steps of its own scheduler.
-        steps=8 if atelier else recipe.target_images.steps,
-        scheduler="dpm-solver++" if atelier else recipe.target_images.scheduler,
-        guidance_scale=recipe.target_images.guidance_scale,
-    )
-
-
-_PARAPHRASES: dict[str, tuple[str, ...]] = {
-    "style": ("a landscape as {} would have painted it", "a house at night, {}", "{}, a portrait"),
-    "object": ("a close-up of {}", "a drawing of {} on paper", "{} seen from afar"),
-    "identity": ("{} on a street", "a drawing of {}", "{} in the evening"),
-    "nsfw": ("a painting with {}", "{} seen from afar"),
-}
-_RIVALS: dict[str, tuple[str, ...]] = {
-    "style": (
-        "A photo",
-        "An oil painting",
-        "A watercolour",
-        "A pencil sketch",
-        "A cartoon",
-        "A 3D rendering",
-    ),
-    "nsfw": ("A photo of a person in clothes", "A photo of a landscape", "A photo of a thing"),
-}
-"""What zero-shot CLIP weighs a concept against, where classes of things say nothing about it."""
-
-_RETAINED = tuple(
-    form.format(thing)
-    for thing in ("a house", "a tree", "a cat", "a boat", "a car", "a church")
-    for form in ("a photo of {} by day", "a painting of {}", "a photo of {} on a street")
-)
-
-
 @dataclass(frozen=True)
 class Subject:
-    """One concept that a patch erases, and what it is judged by.
+    """One concept that a patch erases, what was guarded along with it, and the patch's method.
 
-    Attributes:
-        recipe: that made the patch, with this concept alone; of a stack, one of defaults with its base.
-        care_words: what was guarded while it was erased.
-        method: the patch's; "stack" for a stack.
+    The recipe is the patch's, with this concept alone; of a stack, one of defaults with its base.
     """
 
     recipe: Recipe
@@ -484,12 +412,7 @@ class Subject:
 
 
 def subject_of(patch: Patch, concept: str | None = None) -> Subject:
-    """One concept that a patch erases, which may be left out where there is only one.
-
-    Raises:
-        EvaluationError: the patch erases no such concept, or several and none was chosen.
-        RecipeError: the patch's recipe cannot be read.
-    """
+    """One concept that a patch erases, which may be left out where there is only one."""
     metadata, known = patch.metadata, concepts_of(patch)
     if metadata is None or not known:
         raise EvaluationError(f"{patch.source} does not say what it erases, so that nothing can be judged")
@@ -520,13 +443,7 @@ def subject_of(patch: Patch, concept: str | None = None) -> Subject:
 
 
 def folder_of(patch: Patch, folder: Path, concept: str) -> Path:
-    """Where evidence on one concept lies: in the patch's folder, or of several in one of its own within it.
-
-    Args:
-        patch: what was made.
-        folder: the patch's, or another one chosen in its place.
-        concept: the concept's text.
-    """
+    """Where evidence on one concept lies: in the folder, or of several concepts in one of its own within."""
     by_concept = patch.metadata is not None and patch.metadata.by_concept
     return folder / slug_of(concept) if by_concept else folder
 
@@ -542,17 +459,15 @@ def resolve_suite(
     """The suite that a patch is judged by.
 
     Args:
-        patch: the patch; what it erases and guards decides where nothing is named.
-        suite: a suite, its name or file; None: the bundled one of the concept, else one made from the
-            patch's recipe.
+        patch: what it erases and guards decides where nothing is named.
+        suite: a suite, its name or file; None: the concept's bundled one, else one made from the recipe.
         base_id: of the base.
-        concept: which of several concepts; None: the only one, or that of ``suite``.
+        concept: which of several; None: the only one, or that of ``suite``.
         first_seed: instead of the suite's own.
 
     Raises:
-        UnknownNameError: no such suite.
-        EvaluationError: the patch does not say what it erases, erases several concepts and none was
-            chosen, or the suite is of another concept.
+        RecarePatchError: no such suite, or one of another concept; or the patch does not say what it erases,
+            or erases several concepts and none was chosen.
     """
     known = concepts_of(patch)
     if suite is None and not known:
@@ -563,21 +478,22 @@ def resolve_suite(
         # A suite that is no bench says itself which of them it is for.
         concept = (suite if isinstance(suite, Suite) else load_suite(suite)).concept
     subject = subject_of(patch, concept) if known else None
+    erased = subject.concept if subject else None
     if isinstance(suite, Suite):
         found = suite
     elif suite is not None:
-        text, kind = (subject.concept.text, subject.concept.kind) if subject else (None, None)
-        found = load_suite(suite, concept=text, kind=kind)
+        found = load_suite(suite, **({"concept": erased.text, "kind": erased.kind} if erased else {}))
     else:
-        assert subject is not None
+        assert subject is not None and erased is not None
         # The recipe knows a hub id or "atelier" where the base is a folder of any name.
-        bundled = find_suite_for(subject.concept, base_id) or find_suite_for(
-            subject.concept, subject.recipe.base
-        )
-        found = bundled or default_suite(subject.recipe, subject.care_words)
-    if subject is not None and not same_concept(found.concept, subject.concept):
+        bundled = find_suite_for(erased, base_id) or find_suite_for(erased, subject.recipe.base)
+        if bundled is None:
+            from recare_patch.measure.unwritten import default_suite
+
+            bundled = default_suite(subject.recipe, subject.care_words)
+        found = bundled
+    if erased is not None and not same_concept(found.concept, erased):
         raise EvaluationError(
-            f"the suite '{found.name}' is for '{found.concept}', and the patch erases "
-            f"'{subject.concept.text}'"
+            f"the suite '{found.name}' is for '{found.concept}', and the patch erases '{erased.text}'"
         )
     return found if first_seed is None else found.with_changes(first_seed=first_seed)

@@ -23,8 +23,7 @@ from recare_patch.erasure.prepare import read_words
 from recare_patch.measure.attacks import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, evidence_section, with_evidence
 from recare_patch.measure.evidence import Evidence
-from recare_patch.measure.run import read_prompts
-from recare_patch.measure.suites import load_suite, parse_suite, subject_of, suites_folder
+from recare_patch.measure.suites import load_suite, parse_suite, read_prompts, subject_of, suites_folder
 from recare_patch.measure.verify import check_integrity
 from recare_patch.patch import formats
 from recare_patch.patch.card import card_text

@@ -31,7 +31,6 @@ from recare_patch.measure.checks.fine_tuning import FineTuningOptions, changed, 
 from recare_patch.measure.checks.scales import pixel_change
 from recare_patch.measure.checks.spellings import (
     LANGUAGES,
-    NAMES,
     SPELLINGS,
     SpellingsOptions,
     language_prompt,
@@ -401,13 +400,6 @@ def test_spellings_stand_beside_the_base_and_idle_ones_are_named(context: CheckC
     assert check.series == ("base", "patched")
     assert "change nothing here: lower case, without spaces." in check.note
     assert "French: une photo de tench; Latin: Tinca tinca." in check.note
-
-
-def test_all_spellings_are_drawn_by_default(context: CheckContext) -> None:
-    one = dataclasses.replace(context, pictures=1, suite=make_suite(steps=1))
-    (check,) = run_checks(["spellings"], one)
-    # The tiny suite's own spelling is no lower case, so that every one changes something.
-    assert [point.x for point in check.points] == ["as written", *NAMES]
 
 
 def test_bad_spellings_are_refused() -> None:

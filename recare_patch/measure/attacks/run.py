@@ -45,7 +45,8 @@ from recare_patch.measure.attacks.protocol import (
 from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attack, save_attack
 from recare_patch.measure.judges import Detector, can_tell, check_label, load_detector
 from recare_patch.measure.names import ATTACKS
-from recare_patch.measure.suites import default_suite, find_suite_for, subject_of
+from recare_patch.measure.suites import find_suite_for, subject_of
+from recare_patch.measure.unwritten import default_suite
 from recare_patch.models import BaseModel, load_base, off
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import Recipe, same_concept, scheduled
