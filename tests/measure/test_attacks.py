@@ -455,6 +455,11 @@ def test_a_run_of_other_options_is_not_resumed(base: BaseModel, patch: Path, tmp
     with pytest.raises(ResumeError, match="it differs in steps"):
         options = attack_options("p4d", "small", {**TINY["p4d"], "steps": 6})
         run(base, patch, "p4d", out=out, resume=True, options=options)
+    damaged = out / ".run" / "p4d,-plain.json"
+    damaged.write_text("{")
+    with pytest.raises(ResumeError, match="is damaged .* start again in a new --out"):
+        run(base, patch, "p4d", out=out, resume=True)
+    damaged.unlink()
     run(base, patch, "p4d", out=out, resume=True)
     with pytest.raises(ResumeError, match="it differs in label"):
         run(base, patch, "p4d", out=out, resume=True, label="that")

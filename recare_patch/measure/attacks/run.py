@@ -104,6 +104,7 @@ def attack_patch(
         >>> attack_patch("van-gogh-patch", "concept-inversion").rate  # doctest: +SKIP
         0.06
     """
+    # Long, as every argument is resolved and checked here, once: what follows takes the job as it is.
     saved = load_attack(replay) if replay is not None else None
     kind = _kind(attack, saved, replay)
     if saved is not None:
