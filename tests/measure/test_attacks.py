@@ -457,7 +457,7 @@ def test_a_run_of_other_options_is_not_resumed(base: BaseModel, patch: Path, tmp
         run(base, patch, "p4d", out=out, resume=True, options=options)
     damaged = out / ".run" / "p4d,-plain.json"
     damaged.write_text("{")
-    with pytest.raises(ResumeError, match="is damaged .* start again in a new --out"):
+    with pytest.raises(ResumeError, match="is damaged"):
         run(base, patch, "p4d", out=out, resume=True)
     damaged.unlink()
     run(base, patch, "p4d", out=out, resume=True)
