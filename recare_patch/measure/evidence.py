@@ -1,10 +1,7 @@
 """Evidence: every figure that was measured on a patch, in one file that others can measure again.
 
-``evidence.json`` lies beside the weights. It names the very file that was measured by its SHA-256,
-holds each figure for the untouched base and for the patched one, with its interval and the number
-of pictures behind it, and everything needed to draw the same pictures: suite, seeds, options.
-
-``docs/evidence.schema.json`` describes the file to other programs. It is written by
+``evidence.json`` lies beside the weights. ``docs/evidence.schema.json`` describes it to other programs; the
+docstrings below are part of that file, which is written by
 ``python -m recare_patch.measure.evidence > docs/evidence.schema.json``.
 """
 
@@ -15,20 +12,13 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from recare_patch.core import (
-    EvidenceError,
-    Settings,
-    SettingsError,
-    UnknownNameError,
-    unknown_name,
-    write_text,
-)
+from recare_patch.core import EvidenceError, Settings, SettingsError, unknown_name, write_text
 from recare_patch.patch import EVIDENCE_NAME
 from recare_patch.recipe import Kind
 
@@ -37,8 +27,6 @@ VERSION: Literal[1] = 1
 
 Group = Literal["erased", "care", "kept", "attack", "check", "memorization"]
 """What a figure speaks of: what is gone, what must stay, how it stands up."""
-
-GROUPS: tuple[Group, ...] = get_args(Group)
 
 RATE = "rate"
 """The unit of shares of pictures, 0 to 1; their intervals are Wilson's."""
@@ -72,32 +60,27 @@ Better = Literal["lower", "higher"]
 
 
 def show_value(value: float | None, unit: str) -> str:
-    """A value as people read it: rates in percent, all else to four significant digits.
-
-    Example:
-        >>> show_value(0.025, "rate"), show_value(0.00314159, ""), show_value(None, "rate")
-        ('2.5 %', '0.003142', '–')
-    """
+    """A value as people read it: rates in percent, all else to four significant digits."""
     if value is None:
         return "–"
-    if unit == RATE:
-        return f"{100 * value:.1f} %"
-    return f"{value:.4g}{f' {unit}' if unit else ''}"
+    return f"{100 * value:.1f} %" if unit == RATE else f"{value:.4g} {unit}".rstrip()
 
 
 def show_interval(interval: tuple[float, float] | None, unit: str) -> str:
-    """An interval as people read it, or nothing where there is none.
-
-    Example:
-        >>> show_interval((0.005, 0.05), "rate")
-        '0.5–5.0 %'
-    """
+    """An interval as people read it, or nothing where there is none."""
     if interval is None:
         return ""
     low, high = interval
-    if unit == RATE:
-        return f"{100 * low:.1f}–{100 * high:.1f} %"
-    return f"{low:.4g} to {high:.4g}"
+    return f"{100 * low:.1f}–{100 * high:.1f} %" if unit == RATE else f"{low:.4g} to {high:.4g}"
+
+
+def _check_finite(what: str, held: Any) -> None:
+    """Refuse numbers that JSON cannot say, however deep they lie."""
+    if isinstance(held, float) and not math.isfinite(held):
+        raise ValueError(f"{what} holds a number that is not finite")
+    if isinstance(held, dict | list | tuple):
+        for value in held.values() if isinstance(held, dict) else held:
+            _check_finite(what, value)
 
 
 class _Evidence(Settings):
@@ -154,7 +137,7 @@ class Figure(_Evidence):
     by: tuple[Part, ...] = ()
 
     def show(self, value: float | None) -> str:
-        """One of its values as people read it; see :func:`show_value`."""
+        """One of its values as people read it."""
         return show_value(value, self.unit)
 
     def show_interval(self, interval: tuple[float, float] | None) -> str:
@@ -163,13 +146,11 @@ class Figure(_Evidence):
 
     @model_validator(mode="after")
     def _check(self) -> Figure:
-        if self.unit != RATE:
-            return self
         for which, value, interval in (
             ("base", self.base, self.base_interval),
             ("patched", self.patched, self.interval),
         ):
-            if value is None:
+            if self.unit != RATE or value is None:
                 continue
             if not 0 <= value <= 1:
                 raise ValueError(f"{which} of '{self.name}' is a rate, 0 to 1, got {value:g}")
@@ -218,6 +199,7 @@ class AttackFigure(_Evidence):
         for what, number in (("successes", self.successes), ("without", self.without)):
             if number > self.trials:
                 raise ValueError(f"{what} must be at most the {self.trials} trials, got {number}")
+        _check_finite("budget", self.budget)
         return self
 
     @property
@@ -280,9 +262,9 @@ class Evidence(_Evidence):
 
     Attributes:
         version: of the form of this file.
-        patch_sha256: of the weights file, see :func:`file_sha256`.
+        patch_sha256: of the weights file, see :func:`recare_patch.files.file_sha256`.
         base: id of the base model that it was measured on.
-        base_denoiser_sha256: see :func:`weights_hash`.
+        base_denoiser_sha256: see :func:`recare_patch.base_models.weights_hash`.
         concept, kind, method: of the patch.
         suite: the full suite, as a mapping.
         options: what else the figures depend on, ready to be given to ``evaluate`` again: picture
@@ -317,55 +299,40 @@ class Evidence(_Evidence):
 
     @model_validator(mode="after")
     def _check(self) -> Evidence:
-        for what, names in (
-            ("figure", [one.name for one in self.figures]),
-            ("check", [one.name for one in self.checks]),
-        ):
-            twice = next((name for name, number in Counter(names).items() if number > 1), None)
+        for what, listed in (("figure", self.figures), ("check", self.checks)):
+            named = Counter(one.name for one in listed)
+            twice = next((name for name, number in named.items() if number > 1), None)
             if twice is not None:
                 raise ValueError(f"the {what} '{twice}' is there twice")
-        for what, held in (("suite", self.suite), ("options", self.options), ("cost", self.cost)):
-            if not all(map(math.isfinite, _floats(held))):
-                raise ValueError(f"{what} holds a number that is not finite")
+        for what in ("suite", "options", "cost"):
+            _check_finite(what, getattr(self, what))
         return self
-
-    # ------------------------------------------------------------------ looking things up
 
     def in_group(self, *groups: Group) -> tuple[Figure, ...]:
         """The figures of some groups, in their order."""
         return tuple(one for one in self.figures if one.group in groups)
 
     def figure(self, name: str) -> Figure:
-        """A figure by its name.
+        """A figure by its name, whatever its case.
 
         Raises:
             UnknownNameError: there is none; the sentence offers the nearest.
         """
-        names = [one.name for one in self.figures]
-        if name not in names:
-            raise unknown_name("figure", name, names)
-        return self.figures[names.index(name)]
+        by_folded = {one.name.casefold(): one for one in self.figures}
+        found = by_folded.get(name.strip().casefold())
+        if found is None:
+            raise unknown_name("figure", name, [one.name for one in self.figures])
+        return found
 
     def check_names(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Figure names as the user wrote them, by their case in the evidence.
-
-        Raises:
-            UnknownNameError: one of them is no figure here.
-        """
-        by_folded = {one.name.casefold(): one.name for one in self.figures}
-        found = []
-        for name in names:
-            if name.strip().casefold() not in by_folded:
-                fault: UnknownNameError = unknown_name("figure", name, by_folded.values())
-                raise fault
-            found.append(by_folded[name.strip().casefold()])
-        return tuple(dict.fromkeys(found))
+        """Figure names as the evidence writes them, each once; errors as those of :meth:`figure`."""
+        return tuple(dict.fromkeys(self.figure(name).name for name in names))
 
     def check_patch(self, sha256: str, source: str = "the patch") -> None:
         """Refuse to speak of another patch.
 
         Args:
-            sha256: of the weights file at hand, see :func:`file_sha256`.
+            sha256: of the weights file at hand.
             source: where it lies, for the message.
 
         Raises:
@@ -377,30 +344,19 @@ class Evidence(_Evidence):
                 f"{self.patch_sha256[:12]}…, and {source} has {sha256[:12]}…"
             )
 
-    # ------------------------------------------------------------------ reading and writing
-
     def to_json(self) -> str:
         """The file's text; equal evidence gives equal text."""
-        try:
-            return (
-                json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-            )
-        except ValueError as fault:
-            raise EvidenceError(f"evidence cannot be written as JSON: {fault}") from None
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "the evidence") -> Evidence:
-        """Read the file's text.
-
-        Args:
-            text: JSON.
-            source: where it is from, for messages.
+        """Read the file's text; ``source`` is where it is from, for messages.
 
         Raises:
             EvidenceError: it is not JSON, of a newer form, or has faults; all are told at once.
         """
         try:
-            found = json.loads(text, parse_constant=_no_constant)
+            found = json.loads(text)
         except (ValueError, RecursionError):
             raise EvidenceError(f"{source} is not evidence: it is not readable as JSON") from None
         if not isinstance(found, dict):
@@ -417,10 +373,7 @@ class Evidence(_Evidence):
             raise EvidenceError(f"{source}: {'; '.join(fault.faults)}", fault.faults) from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file whole, or not at all.
-
-        Args:
-            path: the file, or the patch's folder.
+        """Write the file whole, or not at all; ``path`` is its own or the patch's folder.
 
         Raises:
             OutputError: it cannot be written.
@@ -431,10 +384,7 @@ class Evidence(_Evidence):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evidence:
-        """Read the file.
-
-        Args:
-            path: the file, or the patch's folder.
+        """Read the file; ``path`` is its own or the patch's folder.
 
         Raises:
             EvidenceError: it is missing or malformed.
@@ -458,30 +408,10 @@ def _file(path: str | os.PathLike[str]) -> Path:
     return found / EVIDENCE_NAME if found.is_dir() else found
 
 
-def _floats(held: Any) -> Iterator[float]:
-    if isinstance(held, float):
-        yield held
-    elif isinstance(held, dict):
-        for value in held.values():
-            yield from _floats(value)
-    elif isinstance(held, list | tuple):
-        for value in held:
-            yield from _floats(value)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def evidence_schema() -> dict[str, Any]:
-    """The JSON Schema of ``evidence.json``."""
-    schema = Evidence.model_json_schema(mode="validation")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
 def schema_text() -> str:
-    """The published schema file's text."""
-    return json.dumps(evidence_schema(), indent=2, ensure_ascii=False) + "\n"
+    """The JSON Schema of ``evidence.json``, as it is published."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Evidence.model_json_schema()}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

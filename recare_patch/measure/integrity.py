@@ -17,7 +17,7 @@ from recare_patch.core import EvidenceError, PatchError, RecarePatchError, file_
 from recare_patch.measure.attacks.saved import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, evidence_section, model_index
 from recare_patch.measure.evidence import AttackFigure, Evidence
-from recare_patch.measure.subject import folder_of, subject_of
+from recare_patch.measure.suites import folder_of, subject_of
 from recare_patch.patch import (
     CARD_NAME,
     EVIDENCE_NAME,

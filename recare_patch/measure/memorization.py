@@ -10,10 +10,9 @@ rate at which pictures of the recovered token show the concept.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +23,7 @@ from torch.nn import functional as F
 from recare_patch.core import EvaluationError, write_tensors
 from recare_patch.erasure import invert
 from recare_patch.measure.evidence import Figure
-from recare_patch.measure.meters import rate_figure
-from recare_patch.measure.metrics import Rate
+from recare_patch.measure.meters import HitRate, rate_figure
 from recare_patch.models import PLACEHOLDER
 from recare_patch.recipe import Concept
 
@@ -43,15 +41,7 @@ MEMORIZATION = ("memorization, cosine with the name", "memorization, recovered p
 
 @dataclass(frozen=True)
 class Recovery:
-    """How a token is recovered.
-
-    Attributes:
-        images: pictures of the concept that it is fitted on.
-        steps, batch_size, learning_rate: of the inversion.
-        vectors: word vectors of the token.
-        init_word: the word that it starts from.
-        seed: of the inversion.
-    """
+    """How a token is recovered: from so many pictures of the concept, by such an inversion."""
 
     images: int = 24
     steps: int = 200
@@ -65,16 +55,10 @@ class Recovery:
 def text_feature(base: BaseModel, text: str, vectors: Tensor | None = None) -> Tensor:
     """The pooled feature of a text: the text encoder's last hidden state at end-of-text, unit length.
 
-    Args:
-        base: whose text encoder reads it.
-        text: what is read; it holds :data:`PLACEHOLDER` where vectors are given.
-        vectors: ``[vectors, token_width]``.
+    The text holds :data:`PLACEHOLDER` where vectors ``[vectors, token_width]`` are given.
 
     Returns:
         ``[width]``, fp32, on the CPU.
-
-    Raises:
-        EvaluationError: the text is longer than the encoder reads.
     """
     with torch.no_grad():
         if vectors is None:
@@ -92,51 +76,34 @@ def text_feature(base: BaseModel, text: str, vectors: Tensor | None = None) -> T
 
 
 def memorization_score(base: BaseModel, concept: Concept, vectors: Tensor) -> float:
-    """Cosine of a recovered token's text feature with that of the concept's own name, −1 to 1.
-
-    Args:
-        base: whose text encoder reads both.
-        concept: what was erased.
-        vectors: the token, ``[vectors, token_width]``.
-    """
+    """Cosine of a recovered token's text feature with that of the concept's own name, −1 to 1."""
     return float(text_feature(base, PLACEHOLDER, vectors) @ text_feature(base, concept.text))
 
 
 def recover(
     studio: Studio,
-    concept: Concept,
+    suite: Suite,
     patches: Sequence[tuple[Patch, float]],
     options: Recovery,
     *,
-    first_seed: int,
-    steps: int,
-    guidance_scale: float,
-    scheduler: str | None = None,
     progress: Progress | None = None,
     stage: str = "memorization",
 ) -> Tensor:
-    """The token that the model under patches gives back for the concept's pictures.
+    """The token that the model under patches gives back for the pictures of a suite's concept.
 
-    With a cache, a token that was recovered before is read from it.
-
-    Args:
-        studio: draws the concept's pictures with the untouched base.
-        concept: what was erased.
-        patches: what is put into the base, each at its scale; none recovers from the base itself.
-        options: of the inversion.
-        first_seed, steps, guidance_scale, scheduler: of the concept's pictures.
-        progress: told of every step.
-        stage: how it is called there.
+    With a cache, a token that was recovered before is read from it. Without patches it is recovered from
+    the base itself, which has drawn the pictures.
 
     Returns:
         ``[vectors, token_width]``, fp32, on the CPU.
     """
-    base, cache = studio.base, studio.cache
+    base, cache, first = studio.base, studio.cache, suite.block("memorization")
+    concept = Concept(text=suite.concept, kind=suite.kind)
     fields = {
         "what": "recovered token",
         "concept": concept.model_dump(),
-        "options": dataclasses.asdict(options),
-        "images": [first_seed, steps, guidance_scale, scheduler],
+        "options": asdict(options),
+        "images": [first, suite.steps, suite.guidance_scale, suite.scheduler],
     }
     file = cache.path(studio.key(patches, fields), ".safetensors") if cache is not None else None
     if file is not None and file.is_file():
@@ -144,10 +111,8 @@ def recover(
             return load_file(file)["vectors"]
     images = studio.draw(
         [concept.target_prompt] * options.images,
-        [first_seed + number for number in range(options.images)],
-        steps=steps,
-        guidance_scale=guidance_scale,
-        scheduler=scheduler,
+        range(first, first + options.images),
+        **suite.sampler,
         stage="pictures of the concept",
     )
     latents = base.encode_images(images)
@@ -179,15 +144,8 @@ def memorization_figures(
 ) -> list[Figure]:
     """The score and the rate of the recovered pictures, for the base and for the patched model.
 
-    The inversion has the learning rate, batch and first word of the patch's own search.
-
-    Args:
-        studio: draws.
-        patch: what was made.
-        suite: names the concept, and gives seeds, steps and guidance.
-        detector: judges the recovered pictures by the suite's label.
-        pictures: of the recovered token.
-        progress: told of every step.
+    The inversion has the learning rate, batch and first word of the patch's own search. The detector judges
+    so many pictures of the recovered token by the suite's label.
     """
     concept = Concept(text=suite.concept, kind=suite.kind)
     options = Recovery(init_word=concept.class_word)
@@ -198,29 +156,15 @@ def memorization_figures(
             learning_rate=search.learning_rate,
             batch_size=search.batch_size,
         )
-    first = suite.block("memorization")
-    common: dict[str, Any] = {
-        "steps": suite.steps,
-        "guidance_scale": suite.guidance_scale,
-        "scheduler": suite.scheduler,
-    }
+    first = suite.block("memorization") + options.images
+    prompts = [concept.target_prompt_for(PLACEHOLDER)] * pictures
     scores: list[float] = []
-    rates = (Rate(), Rate())
+    rates = (HitRate(), HitRate())
     for rate, stage, patches in zip(rates, ("base", "patched"), ([], [(patch, 1.0)]), strict=True):
-        name = f"{stage}, memorization"
-        vectors = recover(
-            studio, concept, patches, options, first_seed=first, progress=progress, stage=name, **common
-        )
+        vectors = recover(studio, suite, patches, options, progress=progress, stage=f"{stage}, memorization")
         scores.append(memorization_score(studio.base, concept, vectors))
-        found = studio.stream(
-            [concept.target_prompt_for(PLACEHOLDER)] * pictures,
-            [first + options.images + number for number in range(pictures)],
-            patches=patches,
-            vectors=vectors,
-            stage=f"{stage}, recovered",
-            **common,
-        )
-        for _, image in found:
+        drawing = {"patches": patches, "vectors": vectors, "stage": f"{stage}, recovered", **suite.sampler}
+        for _, image in studio.stream(prompts, range(first, first + pictures), **drawing):
             rate.add(detector.rate([image], suite.label)[0])
     return [
         Figure(
@@ -236,11 +180,11 @@ def memorization_figures(
             "definition is this project's own.",
         ),
         rate_figure(
-            MEMORIZATION[1],
-            "memorization",
-            "concept rate",
-            detector.name,
             rates,
+            name=MEMORIZATION[1],
+            group="memorization",
+            metric="concept rate",
+            detector=detector.name,
             better="lower",
             note="Pictures of the recovered token.",
         ),

@@ -1,87 +1,244 @@
-"""From pictures to figures: each meter takes pictures as they come and keeps only what it counts."""
+"""From pictures to figures: each meter takes pictures as they come and keeps only what it counts.
+
+So thirty thousand pictures need no more memory than thirty. The one exception is KID, which needs all
+features; it is what small sets are compared by.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+import math
+import warnings
+from collections.abc import Iterator, Sequence, Set
+from itertools import islice
+from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recare_patch.careset import Clip
-from recare_patch.core import Comparison, unknown_name
-from recare_patch.measure.care_score import care_hits
-from recare_patch.measure.evidence import RATE, Figure, Group, Part
-from recare_patch.measure.judges import Detector, ZeroShotClip, can_tell, load_detector
-from recare_patch.measure.labels import DISTRACTORS
-from recare_patch.measure.metrics import (
-    FEATURES,
-    LEAST_PICTURES,
-    FeatureDistance,
-    Interval,
-    Mean,
-    Rate,
-    clip_scores,
-    perceptual_change,
-)
-from recare_patch.measure.suites import Drawing, Suite
+from recare_patch.core import Comparison, EvaluationError
+from recare_patch.measure.evidence import RATE, Better, Figure, Group, Part
+from recare_patch.measure.judges import Detector, Judges, MostLike, can_tell, short_name
+from recare_patch.measure.names import METRICS
+from recare_patch.measure.suites import Drawing
 
-KEPT = ("clip-score", "kid", "fid", "perceptual-change")
-"""Metrics that are read from the pictures of retained prompts."""
+KID_LIMIT = 2_000
+"""From this many pictures on, FID is the distance that is taken; below, its bias would speak."""
 
-SAMPLES = 2
-"""Pictures of a prompt that the report shows, on each side."""
+LEAST_PICTURES = 4
+"""Fewer than these have no distance: two halves of two each are needed."""
 
-_SETS = {
-    "plain": "concept, plain prompts",
-    "paraphrased": "concept, paraphrased prompts",
-    "implicit": "concept, implicit prompts",
-}
 _CHUNK = 32
 _MOST_PARTS = 64
 _LITTLE = 0.05
+_SAMPLES = 2
+_Z95 = 1.959963984540054
+
+Interval = tuple[float, float]
+Pair = tuple[list[Image.Image], list[Image.Image]]
+"""Pictures by the untouched base and by the patched model, of the same prompts and seeds."""
 
 
-class Meter(Protocol):
-    """Takes pictures as they come and ends as figures.
+def default_metrics(retained_pictures: int) -> tuple[str, ...]:
+    """What is measured where nothing is named: all but the memorization score, which has to train.
+
+    KID is the distance of small sets, FID of those from :data:`KID_LIMIT` pictures on.
+    """
+    left_out = {"memorization", "fid" if retained_pictures < KID_LIMIT else "kid"}
+    return tuple(name for name in METRICS if name not in left_out)
+
+
+def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a rate of ``k`` hits of ``n`` (JASA 22, 1927); (0, 1) without trials.
+
+    Unlike the normal interval it stays within 0 and 1 and has a width at rates of 0 and 1, where
+    erasure is measured.
+    """
+    if n < 0 or not 0 <= k <= n:
+        raise ValueError(f"k hits of n trials need 0 <= k <= n, got k={k}, n={n}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    if n == 0:
+        return 0.0, 1.0
+    # scipy.stats takes half a second to import, and not every command that reads evidence needs it.
+    from scipy.stats import binomtest
+
+    found = binomtest(k, n).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
+class HitRate:
+    """A share of pictures, counted as they come, with its 95 % Wilson interval.
 
     Attributes:
-        names: of its figures, known before anything is drawn.
+        hits, pictures: so far.
+        by: part → (hits, pictures), in the order in which parts came.
     """
 
-    names: tuple[str, ...]
+    def __init__(self) -> None:
+        self.hits = self.pictures = 0
+        self.by: dict[str, tuple[int, int]] = {}
 
-    def take(self, rows: Sequence[int], before: list[Image.Image], after: list[Image.Image]) -> None:
-        """Take a chunk of pictures.
+    def add(self, hit: bool, part: str = "") -> None:
+        """Count one picture."""
+        self.hits += bool(hit)
+        self.pictures += 1
+        hits, pictures = self.by.get(part, (0, 0))
+        self.by[part] = (hits + bool(hit), pictures + 1)
 
-        Args:
-            rows: their numbers in the drawing.
-            before: by the untouched base.
-            after: by the patched model, of the same prompts and seeds.
+    @property
+    def value(self) -> float:
+        """Hits a picture."""
+        if not self.pictures:
+            raise EvaluationError("a rate needs pictures, and there are none")
+        return self.hits / self.pictures
+
+    @property
+    def interval(self) -> Interval:
+        """95 % Wilson interval."""
+        return wilson_interval(self.hits, self.pictures)
+
+
+class Mean:
+    """Mean and 95 % interval of values that come one after the other.
+
+    The variance is summed as Welford's recurrence has it (Technometrics 4, 1962), which loses no
+    digits however many values there are. The interval is the normal one, mean ± 1.96 s/√n.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.value, self._squares = 0, 0.0, 0.0
+
+    def add(self, values: Tensor | Sequence[float]) -> None:
+        """Take a batch of values."""
+        for value in values.tolist() if isinstance(values, Tensor) else values:
+            self.count += 1
+            change = value - self.value
+            self.value += change / self.count
+            self._squares += change * (value - self.value)
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % interval of the mean; None for fewer than two values."""
+        if self.count < 2:
+            return None
+        half = _Z95 * math.sqrt(self._squares / (self.count - 1) / self.count)
+        return self.value - half, self.value + half
+
+
+def perceptual_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """How much pictures changed, in the layers of CLIP's vision tower; not LPIPS itself.
+
+    The formula is that of Zhang et al. (arXiv 1801.03924, equation 1) with all weights 1: hidden
+    states of unit length, squared difference, mean over positions, mean over layers. Their networks
+    and their learnt weights are others, so the numbers cannot be compared with LPIPS.
+
+    Args:
+        before, after: for each layer ``[pictures, positions, hidden]``, row by row the same seed.
+
+    Returns:
+        ``[pictures]``, 0 (nothing changed) to 4.
+    """
+    if len(before) != len(after) or not before:
+        raise EvaluationError(f"{len(before)} layers cannot be compared with {len(after)}")
+    changes = [
+        (F.normalize(a, dim=-1) - F.normalize(b, dim=-1)).square().sum(-1).mean(-1)
+        for a, b in zip(before, after, strict=True)
+    ]
+    return torch.stack(changes).mean(0)
+
+
+class _AsTheyAre(nn.Module):
+    """Hands on features that were computed before: torchmetrics wants a network in this place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+class FeatureDistance:
+    """KID or FID of the patched model's pictures to the base's own, by torchmetrics.
+
+    Pictures of equal seeds resemble each other, which would draw any distance below its true value.
+    So the pictures fall into two halves by lot, and one model's half is compared with the other
+    model's other half, both ways. The base's own two halves give what chance alone makes of it.
+
+    The features are those of a CLIP's image tower, of length √width so that their values have a
+    mean square of 1, and not Inception's: figures on other features cannot be compared. KID is
+    Binkowski et al., arXiv 1801.01401 (cubic kernel, unbiased), FID Heusel et al., arXiv 1706.08500,
+    whose bias grows as pictures get fewer, for the base's own halves alike.
+    """
+
+    def __init__(self, name: str, width: int, pictures: int) -> None:
+        """A distance called "KID" or "FID" of features of such a width.
+
+        So many pictures will come of each model, :data:`LEAST_PICTURES` or more.
         """
-        ...
+        if pictures < LEAST_PICTURES:
+            raise EvaluationError(f"{name} needs at least {LEAST_PICTURES} pictures, got {pictures}")
+        try:
+            from torchmetrics.image.fid import FrechetInceptionDistance
+            from torchmetrics.image.kid import KernelInceptionDistance
+        except ImportError as fault:
+            raise EvaluationError(
+                f'{name} needs the package torchmetrics: pip install "recare-patch[eval]"'
+            ) from fault
+        self.name, self._width, self._count = name, width, 0
+        lot = torch.randperm(pictures, generator=torch.Generator().manual_seed(0))
+        self._first_half = torch.zeros(pictures, dtype=torch.bool)
+        self._first_half[lot[: pictures // 2]] = True
+        self.subset = max(2, min(1000, pictures // 4))
+        # Only one process measures: the metric must not wait for the others.
+        options: dict[str, Any] = {"feature": _AsTheyAre(width), "sync_on_compute": False}
+        kind: Any = FrechetInceptionDistance
+        if name == "KID":
+            kind, options["subset_size"] = KernelInceptionDistance, self.subset
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Base's first half to patched second half, the other way round, and the base's own halves.
+            self._metrics = [kind(**options) for _ in range(3)]
 
-    def figures(self) -> list[Figure]:
-        """What was found."""
-        ...
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Take a batch of unit features ``[pictures, width]`` of the base and of the patched model."""
+        first = self._first_half[self._count : self._count + len(before)]
+        self._count += len(before)
+        old, new = before * math.sqrt(self._width), after * math.sqrt(self._width)
+        halves = ((old[first], new[~first]), (old[~first], new[first]), (old[first], old[~first]))
+        for metric, (real, other) in zip(self._metrics, halves, strict=True):
+            for features, is_real in ((real, True), (other, False)):
+                if len(features):
+                    metric.update(features, real=is_real)
+
+    def result(self) -> tuple[tuple[float, Interval | None], tuple[float, Interval | None]]:
+        """The base's distance to itself and the patched model's to the base.
+
+        Each with its 95 % spread over KID's subsets; None for FID.
+        """
+        if self.name == "FID":
+            one, other, own = (float(metric.compute()) for metric in self._metrics)
+            return (own, None), ((one + other) / 2, None)
+        found = []
+        for metric in self._metrics:
+            # Its subsets come from the global generator, which is left as it was.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                mean, std = map(float, metric.compute())
+            found.append((mean, std))
+        (one, one_std), (other, other_std), (own, own_std) = found
+        value, half, own_half = (one + other) / 2, _Z95 * (one_std + other_std) / 2, _Z95 * own_std
+        return (own, (own - own_half, own + own_half)), (value, (value - half, value + half))
 
 
-def rate_figure(
-    name: str,
-    group: Group,
-    metric: str,
-    detector: str,
-    rates: tuple[Rate, Rate],
-    *,
-    better: Literal["lower", "higher"],
-    note: str = "",
-) -> Figure:
-    """A figure of two rates, the base's and the patched model's."""
+def rate_figure(rates: tuple[HitRate, HitRate], **told: Any) -> Figure:
+    """A figure of two rates, the base's and the patched model's; ``told`` are its other fields."""
     before, after = rates
-    parts: tuple[Part, ...] = ()
     if 1 < len(after.by) <= _MOST_PARTS:
-        parts = tuple(
+        told["by"] = tuple(
             Part(
                 label=label,
                 base=round(before.by[label][0] / pictures, 6),
@@ -90,28 +247,36 @@ def rate_figure(
             )
             for label, (hits, pictures) in after.by.items()
         )
-    return Figure(
-        name=name,
-        group=group,
-        metric=metric,
-        detector=detector,
-        base=round(before.value, 6),
-        patched=round(after.value, 6),
-        base_interval=_rounded(before.interval),
-        interval=_rounded(after.interval),
-        pictures=after.pictures,
-        better=better,
-        unit=RATE,
-        note=note,
-        by=parts,
-    )
+    return Figure(**told, **_compared(before, after), pictures=after.pictures, unit=RATE)
+
+
+def _compared(before: HitRate | Mean | None, after: HitRate | Mean) -> dict[str, Any]:
+    """The fields of a figure that hold its values, rounded."""
+    found: dict[str, Any] = {"patched": round(after.value, 6), "interval": _rounded(after.interval)}
+    if before is not None:
+        found |= {"base": round(before.value, 6), "base_interval": _rounded(before.interval)}
+    return found
 
 
 def _rounded(interval: Interval | None) -> Interval | None:
     return None if interval is None else (round(interval[0], 6), round(interval[1], 6))
 
 
-class Shown:
+class Meter:
+    """Takes pictures as they come and ends as figures, whose ``names`` are known beforehand."""
+
+    names: tuple[str, ...] = ()
+
+    def take(self, rows: Sequence[int], pair: Pair) -> None:
+        """Take a chunk of pictures, of these rows of the drawing."""
+        raise NotImplementedError
+
+    def figures(self) -> list[Figure]:
+        """What was found."""
+        raise NotImplementedError
+
+
+class Shown(Meter):
     """How often a detector sees what the pictures should, or must not, show."""
 
     def __init__(
@@ -120,20 +285,19 @@ class Shown:
         detector: Detector,
         name: str,
         group: Group,
-        *,
         metric: str,
-        better: Literal["lower", "higher"],
+        better: Better,
         by_label: bool = False,
     ) -> None:
-        self.names: tuple[str, ...] = (name,)
-        self._drawing, self._detector = drawing, detector
-        self._group, self._metric, self._better, self._by_label = group, metric, better, by_label
-        self._rates = (Rate(), Rate())
+        """A meter of one figure, whose parts are prompts, or labels."""
+        self.names, self._rates = (name,), (HitRate(), HitRate())
+        self._drawing, self._detector, self._by_label = drawing, detector, by_label
+        self._told = {"name": name, "group": group, "metric": metric, "better": better}
 
-    def take(self, rows: Sequence[int], before: list[Image.Image], after: list[Image.Image]) -> None:
-        """See :class:`Meter`."""
+    def take(self, rows: Sequence[int], pair: Pair) -> None:
+        """Ask the detector for each label once."""
         labels = [self._drawing.labels[row] for row in rows]
-        for images, rate in zip((before, after), self._rates, strict=True):
+        for images, rate in zip(pair, self._rates, strict=True):
             hits = [False] * len(rows)
             for label in dict.fromkeys(labels):
                 places = [place for place, one in enumerate(labels) if one == label]
@@ -144,314 +308,175 @@ class Shown:
                 rate.add(hit, label if self._by_label else self._drawing.prompts[row])
 
     def figures(self) -> list[Figure]:
-        """See :class:`Meter`."""
+        """One rate."""
         note = ""
-        if self._group == "erased" and self._rates[0].value < _LITTLE:
+        if self._told["group"] == "erased" and self._rates[0].value < _LITTLE:
             note = "The untouched base hardly shows the concept on these prompts, so that they say little."
-        return [
-            rate_figure(
-                self.names[0],
-                self._group,
-                self._metric,
-                self._detector.name,
-                self._rates,
-                better=self._better,
-                note=note,
-            )
-        ]
+        return [rate_figure(self._rates, **self._told, detector=self._detector.name, note=note)]
 
 
-class Care:
-    """The CARE score of one companion; see :mod:`care_score`."""
+class Care(Meter):
+    """The CARE score of one companion; see :class:`MostLike`."""
 
     def __init__(self, drawing: Drawing, word: str, labels: Sequence[str] | None, clip: Clip) -> None:
-        self.names: tuple[str, ...] = (f"CARE score, {word}",)
-        self._drawing, self._clip = drawing, clip
-        others = [
-            label
-            for label in (DISTRACTORS if labels is None else labels)
-            if label.strip().casefold() != word.casefold()
-        ]
-        texts = clip.text_features([word, *others])
-        self._word, self._others = texts[0], texts[1:]
-        self._rates = (Rate(), Rate())
+        self.names = (f"CARE score, {word}",)
+        self._drawing, self._detector = drawing, clip_name(clip)
+        self._most_like = MostLike(clip, word, labels)
+        self._rates = (HitRate(), HitRate())
 
-    def take(self, rows: Sequence[int], before: list[Image.Image], after: list[Image.Image]) -> None:
-        """See :class:`Meter`."""
-        for images, rate in zip((before, after), self._rates, strict=True):
-            hits = care_hits(self._clip.image_features(images), self._word, self._others)
-            for row, hit in zip(rows, hits.tolist(), strict=True):
+    def take(self, rows: Sequence[int], pair: Pair) -> None:
+        """Count the pictures that are most like the word."""
+        for images, rate in zip(pair, self._rates, strict=True):
+            for row, hit in zip(rows, self._most_like(images), strict=True):
                 rate.add(hit, self._drawing.prompts[row])
 
     def figures(self) -> list[Figure]:
-        """See :class:`Meter`."""
-        told = clip_name(self._clip)
-        return [rate_figure(self.names[0], "care", "CARE score", told, self._rates, better="higher")]
+        """One rate."""
+        told = {"name": self.names[0], "group": "care", "metric": "CARE score", "better": "higher"}
+        return [rate_figure(self._rates, **told, detector=self._detector)]
 
 
-class Kept:
+_KEPT = {
+    "clip-score": ("CLIP score", "CLIP score, retained prompts"),
+    "kid": ("KID", "KID to the base, retained prompts"),
+    "fid": ("FID", "FID to the base, retained prompts"),
+    "perceptual-change": ("perceptual change", "perceptual change, retained prompts"),
+}
+"""What is read from the pictures of retained prompts: metric → how figures call it, the figure's name."""
+
+
+class Kept(Meter):
     """Prompt agreement, distance to the base's own pictures, and change at equal seeds."""
 
     def __init__(self, drawing: Drawing, clip: Clip, metrics: Sequence[str]) -> None:
-        self._drawing, self._clip = drawing, clip
+        """A meter of those of the metrics that it knows, and that have pictures enough."""
+        self._drawing, self._clip, self._count = drawing, clip, 0
         few = len(drawing.prompts) < LEAST_PICTURES
-        self._metrics = [name for name in KEPT if name in metrics and not (few and name in ("kid", "fid"))]
-        names = {
-            "clip-score": "CLIP score, retained prompts",
-            "kid": "KID to the base, retained prompts",
-            "fid": "FID to the base, retained prompts",
-            "perceptual-change": "perceptual change, retained prompts",
-        }
-        self._names = {name: names[name] for name in self._metrics}
-        self.names: tuple[str, ...] = tuple(self._names.values())
-        self._agreement = (Mean(), Mean())
-        self._change = Mean()
+        self._metrics = [name for name in _KEPT if name in metrics and not (few and name in ("kid", "fid"))]
+        self.names = tuple(_KEPT[name][1] for name in self._metrics)
+        self._agreement, self._change = (Mean(), Mean()), Mean()
         self._distances = {
             name: FeatureDistance(name.upper(), clip.width, len(drawing.prompts))
             for name in self._metrics
             if name in ("kid", "fid")
         }
-        self._count = 0
 
-    def take(self, rows: Sequence[int], before: list[Image.Image], after: list[Image.Image]) -> None:
-        """See :class:`Meter`."""
+    def take(self, rows: Sequence[int], pair: Pair) -> None:
+        """Read the pictures' features once for all metrics."""
         self._count += len(rows)
-        found = [self._clip.image_layers(images) for images in (before, after)]
-        (old, old_layers), (new, new_layers) = found
+        (old, old_layers), (new, new_layers) = map(self._clip.image_layers, pair)
         if "clip-score" in self._metrics:
             texts = self._clip.text_features([self._drawing.prompts[row] for row in rows])
             for features, mean in zip((old, new), self._agreement, strict=True):
-                mean.add(clip_scores(features, texts))
+                # Hessel et al., arXiv 2104.08718, without their factor of 2.5: the number that tables of
+                # erasing give as CLIP score (.31 for Stable Diffusion).
+                mean.add((features * texts).sum(-1).clamp(min=0))
         for distance in self._distances.values():
             distance.add(old, new)
         if "perceptual-change" in self._metrics:
             self._change.add(perceptual_change(old_layers, new_layers))
 
     def figures(self) -> list[Figure]:
-        """See :class:`Meter`."""
-        found = []
-        told = clip_name(self._clip)
-        for name in self._metrics:
-            common: dict[str, Any] = {
-                "name": self._names[name],
-                "group": "kept",
-                "detector": told,
-                "pictures": self._count,
-            }
-            if name == "clip-score":
-                before, after = self._agreement
-                found.append(
-                    Figure(
-                        **common,
-                        metric="CLIP score",
-                        base=round(before.value, 6),
-                        patched=round(after.value, 6),
-                        base_interval=_rounded(before.interval),
-                        interval=_rounded(after.interval),
-                        better="higher",
-                        note="Mean cosine of picture and prompt, not below 0.",
-                    )
-                )
-            elif name == "perceptual-change":
-                found.append(
-                    Figure(
-                        **common,
-                        metric="perceptual change",
-                        patched=round(self._change.value, 6),
-                        interval=_rounded(self._change.interval),
-                        better="lower",
-                        note="Squared distance of unit-length hidden states of CLIP's vision tower at equal "
-                        "seeds, 0 to 4: the formula of LPIPS with unit weights, not LPIPS itself.",
-                    )
-                )
-            else:
-                distance = self._distances[name]
-                (floor, floor_interval), (value, interval) = distance.result()
-                subsets = f", each over 100 subsets of {distance.subset}" if name == "kid" else ""
-                found.append(
-                    Figure(
-                        **common,
-                        metric=name.upper(),
-                        base=round(floor, 6),
-                        patched=round(value, 6),
-                        base_interval=_rounded(floor_interval),
-                        interval=_rounded(interval),
-                        better="lower",
-                        note="Half of one model's pictures to the other half of the base's; for the base, "
-                        f"its own two halves{subsets}. On {told}, not on Inception's features.",
-                    )
-                )
-        return found
+        """One for each metric."""
+        return [self._figure(name) for name in self._metrics]
 
-
-class Samples:
-    """The first pictures of the first few prompts, to be looked at."""
-
-    def __init__(self, drawing: Drawing, prompts: int) -> None:
-        self.names: tuple[str, ...] = ()
-        self._drawing = drawing
-        self._kept: dict[str, tuple[list[Image.Image], list[Image.Image]]] = {
-            prompt: ([], []) for prompt in list(dict.fromkeys(drawing.prompts))[:prompts]
-        }
-
-    def take(self, rows: Sequence[int], before: list[Image.Image], after: list[Image.Image]) -> None:
-        """See :class:`Meter`."""
-        for place, row in enumerate(rows):
-            kept = self._kept.get(self._drawing.prompts[row])
-            if kept is not None and len(kept[0]) < SAMPLES:
-                kept[0].append(before[place])
-                kept[1].append(after[place])
-
-    def figures(self) -> list[Figure]:
-        """See :class:`Meter`."""
-        return []
-
-    def comparisons(self) -> list[Comparison]:
-        """The base's pictures beside the patched model's, prompt by prompt."""
-        return [Comparison(prompt, before, after) for prompt, (before, after) in self._kept.items() if before]
-
-
-def short_name(source: str) -> str:
-    """The last part of a folder's path, or a hub id as it is: where things lie is nobody's business."""
-    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+    def _figure(self, name: str) -> Figure:
+        metric, title = _KEPT[name]
+        told: dict[str, Any] = {"name": title, "group": "kept", "metric": metric, "pictures": self._count}
+        told |= {"detector": clip_name(self._clip), "better": "higher" if name == "clip-score" else "lower"}
+        if name == "clip-score":
+            note = "Mean cosine of picture and prompt, not below 0."
+            return Figure(**told, **_compared(*self._agreement), note=note)
+        if name == "perceptual-change":
+            note = (
+                "Squared distance of unit-length hidden states of CLIP's vision tower at equal seeds, 0 to "
+                "4: the formula of LPIPS with unit weights, not LPIPS itself."
+            )
+            return Figure(**told, **_compared(None, self._change), note=note)
+        distance = self._distances[name]
+        (floor, floor_interval), (value, interval) = distance.result()
+        subsets = f", each over 100 subsets of {distance.subset}" if name == "kid" else ""
+        return Figure(
+            **told,
+            base=round(floor, 6),
+            patched=round(value, 6),
+            base_interval=_rounded(floor_interval),
+            interval=_rounded(interval),
+            note="Half of one model's pictures to the other half of the base's; for the base, its own two "
+            f"halves{subsets}. On {told['detector']}, not on Inception's features.",
+        )
 
 
 def clip_name(clip: Clip) -> str:
     """How figures name a CLIP as the extractor of their features."""
-    return f"{FEATURES} ({short_name(clip.id)})"
+    return f"clip-vit ({short_name(clip.id)})"
 
 
-# ------------------------------------------------------------------------ what is drawn for what
-
-
-@dataclass
 class Job:
     """A set of pictures and everything that is read from it."""
 
-    drawing: Drawing
-    meters: list[Meter]
-    caption: str
-    samples: Samples
+    def __init__(self, drawing: Drawing, caption: str, prompts: int, meters: Sequence[Meter]) -> None:
+        """What is read, and pictures of the first few prompts to be looked at, under a caption."""
+        self.drawing, self.caption, self.meters = drawing, caption, list(meters)
+        self._samples: dict[str, Pair] = {
+            prompt: ([], []) for prompt in list(dict.fromkeys(drawing.prompts))[:prompts]
+        }
 
+    def take(self, rows: Sequence[int], pair: Pair) -> None:
+        """Take a chunk of pictures."""
+        for meter in self.meters:
+            meter.take(rows, pair)
+        for place, row in enumerate(rows):
+            kept = self._samples.get(self.drawing.prompts[row])
+            if kept is not None and len(kept[0]) < _SAMPLES:
+                for side, images in zip(kept, pair, strict=True):
+                    side.append(images[place])
 
-@dataclass
-class Judges:
-    """Who looks at the pictures; CLIP is loaded when it is first needed."""
-
-    suite: Suite
-    clip_source: Clip | str
-    device: str
-    given: Detector | None = None
-    _clip: Clip | None = None
-    _detector: Detector | None = None
-
-    @property
-    def clip(self) -> Clip:
-        """CLIP, loaded at its first use."""
-        if self._clip is None:
-            source = self.clip_source
-            self._clip = source if isinstance(source, Clip) else Clip.load(source, device=self.device)
-        return self._clip
-
-    @property
-    def detector(self) -> Detector:
-        """The suite's detector, or the given one.
-
-        Raises:
-            UnknownNameError: it does not know the concept's label.
-        """
-        if self._detector is None:
-            options = dict(self.suite.detector_options)
-            if self.suite.detector == "clip":
-                options.setdefault("clip", self.clip)
-            elif self.suite.detector == "image-classifier":
-                options.setdefault("device", self.device)
-            found = self.given or load_detector(self.suite.detector, **options)
-            if not can_tell(found, self.suite.label):
-                raise unknown_name(f"label of the detector {found.name}", self.suite.label, found.labels())
-            self._detector = found
-        return self._detector
-
-    def of_neighbours(self) -> Detector:
-        """The suite's detector, or zero-shot CLIP among the neighbours where that knows none of them."""
-        labels = [one.label for one in self.suite.neighbours]
-        if all(can_tell(self.detector, label) for label in labels):
-            return self.detector
-        return ZeroShotClip(clip=self.clip, labels=[*labels, self.suite.label])
+    def comparisons(self) -> list[Comparison]:
+        """The base's pictures beside the patched model's, prompt by prompt."""
+        return [Comparison(prompt, *pair) for prompt, pair in self._samples.items() if pair[0]]
 
 
 def make_jobs(
-    suite: Suite, metrics: Sequence[str], pictures: int, retained_pictures: int, judges: Judges
+    judges: Judges,
+    metrics: Sequence[str],
+    pictures: int,
+    retained_pictures: int,
+    wanted: Set[str] | None = None,
 ) -> list[Job]:
-    """What has to be drawn for some metrics, and what is read from it.
+    """What has to be drawn of the judges' suite for some metrics, and what is read from it.
 
-    Args:
-        suite: the prompts.
-        metrics: their names.
-        pictures: of each figure.
-        retained_pictures: of the figures on retained prompts.
-        judges: who looks at them.
+    ``wanted`` are names of figures; None: all of the metrics'.
     """
+    suite = judges.suite
     jobs: list[Job] = []
-
-    def add(drawing: Drawing, caption: str, prompts: int, meters: list[Meter]) -> None:
-        if drawing.prompts and meters:
-            samples = Samples(drawing, prompts)
-            jobs.append(Job(drawing, [*meters, samples], caption, samples))
-
-    if "concept-rate" in metrics:
-        for which, name in _SETS.items():
-            drawing = suite.drawing(which, pictures)
-            if drawing.prompts:
-                shows = Shown(drawing, judges.detector, name, "erased", metric="concept rate", better="lower")
-                add(drawing, f"{suite.concept}: {which} prompts", 3, [shows])
-    if "care-score" in metrics:
-        for number, one in enumerate(suite.care):
-            drawing = suite.care_drawing(number, pictures)
-            meters: list[Meter] = [Care(drawing, one.clip_word, suite.labels, judges.clip)]
-            if can_tell(judges.detector, one.label):
-                meters.append(
-                    Shown(
-                        drawing,
-                        judges.detector,
-                        f"shown, {one.clip_word}",
-                        "care",
-                        metric="companion shown",
-                        better="higher",
-                    )
-                )
-            add(drawing, "Companions", 2, meters)
+    for which in ("plain", "paraphrased", "implicit") if "concept-rate" in metrics else ():
+        drawing = suite.drawing(which, pictures)
+        if drawing.prompts:
+            title, name = f"{suite.concept}: {which} prompts", f"concept, {which} prompts"
+            shown = Shown(drawing, judges.detector, name, "erased", "concept rate", "lower")
+            jobs.append(Job(drawing, title, 3, [shown]))
+    for number, one in enumerate(suite.care if "care-score" in metrics else ()):
+        drawing = suite.care_drawing(number, pictures)
+        meters: list[Meter] = [Care(drawing, one.clip_word, suite.labels, judges.clip)]
+        if can_tell(judges.detector, one.label):
+            name = f"shown, {one.clip_word}"
+            meters.append(Shown(drawing, judges.detector, name, "care", "companion shown", "higher"))
+        jobs.append(Job(drawing, "Companions", 2, meters))
     if "neighbours" in metrics and suite.neighbours:
-        drawing = suite.drawing("neighbours", pictures)
-        shown = Shown(
-            drawing,
-            judges.of_neighbours(),
-            "neighbours",
-            "kept",
-            metric="neighbour shown",
-            better="higher",
-            by_label=True,
-        )
-        add(drawing, "Neighbours", len(suite.neighbours), [shown])
-    kept = [name for name in KEPT if name in metrics]
-    if kept and suite.retained:
+        drawing, detector = suite.drawing("neighbours", pictures), judges.of_neighbours()
+        shown = Shown(drawing, detector, "neighbours", "kept", "neighbour shown", "higher", by_label=True)
+        jobs.append(Job(drawing, "Neighbours", len(suite.neighbours), [shown]))
+    if suite.retained and not _KEPT.keys().isdisjoint(metrics):
         drawing = suite.drawing("retained", retained_pictures)
-        retained = Kept(drawing, judges.clip, kept)
-        add(drawing, "Retained prompts", 4, [retained] if retained.names else [])
-    return jobs
+        jobs.append(Job(drawing, "Retained prompts", 4, [Kept(drawing, judges.clip, metrics)]))
+    for job in jobs:
+        job.meters = [one for one in job.meters if one.names and (wanted is None or wanted & {*one.names})]
+    return [job for job in jobs if job.meters]
 
 
-def chunks(
-    rows: Iterator[tuple[int, Image.Image, Image.Image]],
-) -> Iterator[tuple[list[int], list[Image.Image], list[Image.Image]]]:
+def chunks(rows: Iterator[tuple[int, Image.Image, Image.Image]]) -> Iterator[tuple[list[int], Pair]]:
     """Pictures in handfuls: their numbers, the base's and the patched model's."""
-    chunk: tuple[list[int], list[Image.Image], list[Image.Image]] = ([], [], [])
-    for row, before, after in rows:
-        chunk[0].append(row)
-        chunk[1].append(before)
-        chunk[2].append(after)
-        if len(chunk[0]) == _CHUNK:
-            yield chunk
-            chunk = ([], [], [])
-    if chunk[0]:
-        yield chunk
+    while chunk := list(islice(rows, _CHUNK)):
+        numbers, before, after = map(list, zip(*chunk, strict=True))
+        yield numbers, (before, after)

@@ -15,8 +15,8 @@ from recare_patch.careset import Clip
 from recare_patch.core import EvaluationError, Progress, file_sha256, write_json
 from recare_patch.measure.evidence import show_value
 from recare_patch.measure.pictures import PictureCache, default_cache
-from recare_patch.measure.run import PICTURES, evaluate, measure, resolve_suite
-from recare_patch.measure.suites import Suite
+from recare_patch.measure.run import PICTURES, Options, evaluate, score
+from recare_patch.measure.suites import Suite, resolve_suite
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import WEIGHTS_NAME
@@ -93,7 +93,7 @@ def change_in_evidence(
         given = next((one for one in suites if one.concept == concept), None)
         suite = resolve_suite(whole, given, model.id, concept=concept)
         together = evaluate(whole, base=model, suite=suite, concept=concept, cache=place, **how)
-        alone = measure(part, model, suite, cache=PictureCache(place), **how)
+        alone = score(part, model, suite, Options(cache=PictureCache(place), **how))
         assert alone is not None, "a stack is measured in one process"
         single = {one.name: one for one in alone.evidence.figures}
         for one in together.figures:

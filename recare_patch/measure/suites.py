@@ -7,12 +7,13 @@ registered things, as recipes do. A bench holds several concepts, and gives the 
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
@@ -26,15 +27,22 @@ from recare_patch.core import (
     unknown_name,
     yaml_mapping,
 )
-from recare_patch.measure.judges import DETECTORS
-from recare_patch.recipe import KINDS, SCHEDULERS, Concept, Kind, recipes_folder, same_concept
+from recare_patch.measure.names import DETECTORS
+from recare_patch.models import BaseModel
+from recare_patch.patch import Patch, concepts_of
+from recare_patch.recipe import (
+    KINDS,
+    SCHEDULERS,
+    Concept,
+    Kind,
+    Recipe,
+    recipes_folder,
+    same_concept,
+    slug_of,
+)
 
-if TYPE_CHECKING:
-    from recare_patch.recipe import Recipe
-
-ATELIER = "atelier"
-STABLE_DIFFUSION = "stable-diffusion"
-"""What a suite names as its base that serves every Stable Diffusion 1.x and 2.x."""
+ATELIER, STABLE_DIFFUSION = "atelier", "stable-diffusion"
+"""The bases that suites are for; the second stands for every Stable Diffusion 1.x and 2.x."""
 
 FIRST_SEED = 1_700_000_000
 """Where the bundled suites' seeds begin: apart from those of erasing and of choosing settings."""
@@ -57,13 +65,16 @@ def _a_prompt(text: str) -> str:
 
 
 def _plain_words(text: str) -> str:
-    """Letters and digits alone, in small letters, one space between words."""
-    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+    """Letters and digits alone, in small letters, one space between words and at both ends."""
+    return " ".join(["", *re.findall(r"[^\W_]+", text.casefold()), ""])
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for name, number in Counter(names).items() if number > 1), None)
 
 
 def _distinct(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    twice = next((one for one, number in Counter(prompts).items() if number > 1), None)
-    if twice is not None:
+    if twice := _twice(prompts):
         raise ValueError(f"'{twice}' is there twice")
     return prompts
 
@@ -71,7 +82,7 @@ def _distinct(prompts: tuple[str, ...]) -> tuple[str, ...]:
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_a_prompt)]
 Prompts = Annotated[tuple[Prompt, ...], AfterValidator(_distinct)]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Scheduler = Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))]
+AnyKind = Annotated[Kind, BeforeValidator(one_of("kind", KINDS))]
 
 
 class _Evaluation(Settings):
@@ -80,16 +91,10 @@ class _Evaluation(Settings):
 
 
 class PromptSet(_Evaluation):
-    """Prompts whose pictures should show one label.
+    """Prompts whose pictures should show one label."""
 
-    Attributes:
-        label: what the detector calls it.
-        word: what CLIP compares pictures with; None: the label.
-        prompts: what is drawn.
-    """
-
-    label: Label
-    word: Label | None = None
+    label: Label = Field(description="what the detector calls it")
+    word: Label | None = Field(None, description="what CLIP compares pictures with; None: the label")
     prompts: Annotated[Prompts, Field(min_length=1)]
 
     @property
@@ -100,12 +105,9 @@ class PromptSet(_Evaluation):
 
 @dataclass(frozen=True)
 class Drawing:
-    """One set of pictures to draw.
+    """One set of pictures to draw: a prompt, a seed and a label each.
 
-    Attributes:
-        name: the set's.
-        prompts, seeds: one each a picture.
-        labels: what each picture should show, or must not; "" where there is no label.
+    The label is what the picture should show, or must not; "" where there is none.
     """
 
     name: str
@@ -114,53 +116,40 @@ class Drawing:
     labels: tuple[str, ...]
 
 
-class Suite(_Evaluation):
-    """The prompts that judge how one concept was erased from one base.
+class _Drawn(_Evaluation):
+    """What suites and benches have in common: who judges, and how pictures are drawn."""
 
-    Attributes:
-        version: of this form.
-        name: how it is called.
-        base: "atelier" or "stable-diffusion": which base its words are meant for.
-        concept, kind: what is erased.
-        detector: a name of :data:`DETECTORS`.
-        detector_options: its options, such as ``source`` of a classifier or ``labels`` of CLIP.
-        label: what the detector calls the concept.
-        plain: prompts that name the concept as recipes do.
-        paraphrased: prompts that name it in other words or company.
-        implicit: prompts that lead to it and do not name it.
-        care: benign prompts about each CARE concept.
-        neighbours: other concepts of its kind.
-        retained: prompts for prompt agreement and for distances to the base's own pictures.
-        labels: what a CARE concept competes with (``O`` of the CARE score); None: COCO and two words.
-        steps, guidance_scale: of the sampler.
-        scheduler: a name of :data:`SCHEDULERS`; None: the base's own.
-        first_seed: every seed follows from it.
-        notes: for the reader.
+    version: Literal[1] = 1
+    name: Label
+    base: Label = Field(ATELIER, description="atelier or stable-diffusion: which its words are meant for")
+    detector: Annotated[str, BeforeValidator(one_of("detector", DETECTORS.names()))]
+    detector_options: dict[str, Any] = Field({}, description="as source of a classifier or labels of CLIP")
+    retained: tuple[Prompt, ...] = Field((), description="for agreement and distances to the base's pictures")
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    scheduler: Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
+    first_seed: int = Field(FIRST_SEED, ge=0, le=2**62, description="every seed follows from it")
+    notes: str = ""
+
+
+class Suite(_Drawn):
+    """The prompts that judge how one concept was erased from one base.
 
     Raises:
         EvaluationError: with all faults at once.
     """
 
-    version: Literal[1] = 1
-    name: Label
-    base: Label = ATELIER
     concept: Label
-    kind: Annotated[Kind, BeforeValidator(one_of("kind", KINDS))]
-    detector: Annotated[str, BeforeValidator(one_of("detector", DETECTORS.names()))]
-    detector_options: dict[str, Any] = Field(default_factory=dict)
-    label: Label
-    plain: Prompts = ()
-    paraphrased: Prompts = ()
-    implicit: Prompts = ()
-    care: tuple[PromptSet, ...] = ()
-    neighbours: tuple[PromptSet, ...] = ()
-    retained: tuple[Prompt, ...] = ()
-    labels: tuple[Label, ...] | None = None
-    steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    scheduler: Scheduler | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
-    first_seed: Annotated[int, Field(ge=0, le=2**62)] = FIRST_SEED
-    notes: str = ""
+    kind: AnyKind
+    label: Label = Field(description="what the detector calls the concept")
+    plain: Prompts = Field((), description="name the concept as recipes do")
+    paraphrased: Prompts = Field((), description="name it in other words or company")
+    implicit: Prompts = Field((), description="lead to it and do not name it")
+    care: tuple[PromptSet, ...] = Field((), description="benign prompts about each CARE concept")
+    neighbours: tuple[PromptSet, ...] = Field((), description="other concepts of its kind")
+    labels: tuple[Label, ...] | None = Field(
+        None, description="what CARE concepts compete with (O of the CARE score); None: COCO and two words"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Suite:
@@ -168,34 +157,26 @@ class Suite(_Evaluation):
             raise ValueError("there is no prompt to draw")
         given = self.detector_options.get("labels")
         if given is not None:
-            names = [str(one).strip().casefold() for one in given] if isinstance(given, list | tuple) else []
-            if self.label.casefold() not in names:
-                guess = nearest(self.label, map(str, given if isinstance(given, list | tuple) else ()))
+            names = [str(one).strip() for one in given] if isinstance(given, list | tuple) else []
+            if self.label.casefold() not in map(str.casefold, names):
+                guess = nearest(self.label, names)
                 hint = f"; did you mean '{guess}'?" if guess else ""
                 raise ValueError(f"the label set does not hold the target's label '{self.label}'{hint}")
-        words = [one.clip_word.casefold() for one in self.care]
-        twice = [word for word in dict.fromkeys(words) if words.count(word) > 1]
-        if twice:
-            raise ValueError(f"the CARE concept '{twice[0]}' is there twice")
-        named = [prompt for prompt in self.implicit if self._names_concept(prompt)]
-        if named:
-            raise ValueError(f"the implicit prompt '{named[0]}' names the concept")
+        if twice := _twice([one.clip_word.casefold() for one in self.care]):
+            raise ValueError(f"the CARE concept '{twice}' is there twice")
+        words = Concept(text=self.concept, kind=self.kind).words if self.kind == "nsfw" else ()
+        for prompt in self.implicit:
+            if any(_plain_words(name) in _plain_words(prompt) for name in (self.concept, *words)):
+                raise ValueError(f"the implicit prompt '{prompt}' names the concept")
         return self
 
-    def _names_concept(self, prompt: str) -> bool:
-        concept = Concept(text=self.concept, kind=self.kind)
-        names = [self.concept, *(concept.words if self.kind == "nsfw" else ())]
-        return any(f" {_plain_words(name)} " in f" {_plain_words(prompt)} " for name in names)
-
-    # ------------------------------------------------------------------ what to draw
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """How a studio is asked for its pictures."""
+        return {name: getattr(self, name) for name in ("steps", "guidance_scale", "scheduler")}
 
     def drawing(self, which: str, pictures: int) -> Drawing:
-        """The pictures of one set of prompts; more pictures go on where fewer end.
-
-        Args:
-            which: "plain", "paraphrased", "implicit", "retained" or "neighbours".
-            pictures: how many; prompts take turns.
-        """
+        """So many pictures of one set of prompts, which take turns; more pictures go on where fewer end."""
         if which == "neighbours":
             # Each label has its turn before any has a second: a few pictures show them all.
             most = max((len(one.prompts) for one in self.neighbours), default=0)
@@ -220,167 +201,105 @@ class Suite(_Evaluation):
         return self.first_seed + BLOCK * _BLOCKS[name]
 
     def _drawing(self, name: str, rows: Sequence[tuple[str, str]], block: int, pictures: int) -> Drawing:
-        count = pictures if rows else 0
-        turns = [rows[number % len(rows)] for number in range(count)]
+        turns = [rows[number % len(rows)] for number in range(pictures if rows else 0)]
         first = self.first_seed + BLOCK * block
         return Drawing(
             name,
-            tuple(prompt for prompt, _ in turns),
-            tuple(first + number for number in range(count)),
-            tuple(label for _, label in turns),
+            prompts=tuple(prompt for prompt, _ in turns),
+            seeds=tuple(range(first, first + len(turns))),
+            labels=tuple(label for _, label in turns),
         )
-
-    # ------------------------------------------------------------------ reading and writing
 
     def with_changes(self, **changes: Any) -> Suite:
         """A copy with some values set otherwise, checked again."""
         return type(self)(**{**self.model_dump(), **changes})
 
+    def with_detector(self, detector: str, label: str | None = None) -> Suite:
+        """The suite judged by another detector, whose name may have the source of its weights behind a colon.
+
+        ``label`` is what it calls the concept; None: as the suite says.
+        """
+        name, colon, source = detector.partition(":")
+        name = name.strip().casefold()
+        if name not in DETECTORS:
+            raise unknown_name("detector", name, DETECTORS.names())
+        options = dict(self.detector_options) if name == self.detector else {}
+        if colon:
+            if name not in ("clip", "image-classifier"):
+                raise EvaluationError(
+                    f"the detector {name} takes no source: only clip:FOLDER and image-classifier:FOLDER do"
+                )
+            if not source.strip():
+                raise EvaluationError(f"the source of the detector {name} is empty in '{detector}'")
+            options["clip" if name == "clip" else "source"] = source.strip()
+        if label is not None and "labels" in options:
+            options["labels"] = list(dict.fromkeys([label, *options["labels"]]))
+        return self.with_changes(detector=name, detector_options=options, label=label or self.label)
+
     def to_yaml(self) -> str:
         """The whole suite as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
-    @classmethod
-    def from_yaml(cls, text: str, *, source: str = "suite") -> Suite:
-        """Read a suite.
-
-        Raises:
-            EvaluationError: it is not YAML, no mapping, or holds faults; all are told at once.
-        """
-        return _made(cls, yaml_mapping(text, source=source, noun="suite", error=EvaluationError), source)
-
 
 class BenchConcept(_Evaluation):
-    """One concept of a bench.
-
-    Attributes:
-        concept, kind, label: as in :class:`Suite`.
-        plain, paraphrased, implicit: prompts of its own; with none, :attr:`ConceptBench.templates`.
-        name: what stands for ``{}`` in the templates; None: the concept's text.
-    """
+    """One concept of a bench."""
 
     concept: Label
-    kind: Annotated[Kind, BeforeValidator(one_of("kind", KINDS))] | None = None
+    kind: AnyKind | None = None
     label: Label
-    name: Label | None = None
-    plain: Prompts = ()
+    name: Label | None = Field(None, description="what stands for {} in templates; None: the concept's text")
+    plain: Prompts = Field((), description="with none, the bench's templates")
     paraphrased: Prompts = ()
     implicit: Prompts = ()
 
 
-class ConceptBench(_Evaluation):
+class ConceptBench(_Drawn):
     """Several concepts of one group, each of which may be erased while the others stay.
 
     The groups (identity, object, style) are those of Forget-Me-Not's ConceptBench (Zhang et al.,
     arXiv 2303.17591); which concepts and prompts, and how they are judged, is our own choice.
-
-    Attributes:
-        version, name, base, detector, detector_options: as in :class:`Suite`.
-        group: "identity", "object" or "style".
-        templates: prompts with ``{}`` for a concept's name, for concepts without prompts of their own.
-        concepts: at least two.
-        retained: as in :class:`Suite`.
-        steps, scheduler, guidance_scale, first_seed, notes: as in :class:`Suite`.
     """
 
     noun: ClassVar[str] = "bench"
 
-    version: Literal[1] = 1
-    name: Label
-    base: Label = ATELIER
     group: Annotated[str, BeforeValidator(one_of("group", ("identity", "object", "style")))]
-    detector: Annotated[str, BeforeValidator(one_of("detector", DETECTORS.names()))]
-    detector_options: dict[str, Any] = Field(default_factory=dict)
-    templates: Prompts = ()
+    templates: Prompts = Field((), description="with {} for a concept's name, where it has no own prompts")
     concepts: Annotated[tuple[BenchConcept, ...], Field(min_length=2)]
-    retained: Prompts = ()
-    steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    scheduler: Scheduler | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
-    first_seed: Annotated[int, Field(ge=0, le=2**62)] = FIRST_SEED
-    notes: str = ""
 
     @model_validator(mode="after")
     def _check(self) -> ConceptBench:
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"the template '{template}' has no {{}} for the concept's name")
-        bare = [one.concept for one in self.concepts if not (one.plain or self.templates)]
-        if bare:
-            raise ValueError(f"the concept '{bare[0]}' has no prompts, and there are no templates")
+        for one in self.concepts:
+            if not (one.plain or self.templates):
+                raise ValueError(f"the concept '{one.concept}' has no prompts, and there are no templates")
         return self
 
-    def prompts_of(self, concept: BenchConcept) -> tuple[str, ...]:
-        """A concept's own prompts, or the templates with its name."""
-        name = concept.name or concept.concept
-        return concept.plain or tuple(template.replace("{}", name) for template in self.templates)
-
-    def suite(self, concept: str, kind: str) -> Suite:
+    def suite(self, concept: str, kind: str | None = None) -> Suite:
         """The suite of a concept: itself erased, the others its neighbours.
 
         A concept that the bench does not hold has no plain prompts here: all of the bench must stay.
-
-        Args:
-            concept, kind: of the patch.
         """
-        own = next((one for one in self.concepts if same_concept(one.concept, concept)), None)
-        others = [
-            PromptSet(label=one.label, prompts=self.prompts_of(one))
+        prompts = {
+            one.concept: one.plain
+            or tuple(form.replace("{}", one.name or one.concept) for form in self.templates)
             for one in self.concepts
-            if one is not own
-        ]
-        # A concept from elsewhere still needs a label that the detector knows: any of the bench's serves.
+        }
+        own = next((one for one in self.concepts if same_concept(one.concept, concept)), None)
+        others = [one for one in self.concepts if one is not own]
+        shared = {name: getattr(self, name) for name in _Drawn.model_fields}
         return Suite(
-            name=self.name,
-            base=self.base,
+            **shared,
             concept=concept,
-            kind=(own.kind if own is not None else None) or kind,
-            detector=self.detector,
-            detector_options=self.detector_options,
-            label=own.label if own is not None else self.concepts[0].label,
-            plain=self.prompts_of(own) if own is not None else (),
-            paraphrased=own.paraphrased if own is not None else (),
-            implicit=own.implicit if own is not None else (),
-            neighbours=others,
-            retained=self.retained,
-            steps=self.steps,
-            scheduler=self.scheduler,
-            guidance_scale=self.guidance_scale,
-            first_seed=self.first_seed,
-            notes=self.notes,
+            kind=(own.kind if own else None) or kind or self.group,
+            # A concept from elsewhere still needs a label that the detector knows: any of the bench's serves.
+            label=(own or self.concepts[0]).label,
+            plain=prompts[own.concept] if own else (),
+            paraphrased=own.paraphrased if own else (),
+            implicit=own.implicit if own else (),
+            neighbours=[PromptSet(label=one.label, prompts=prompts[one.concept]) for one in others],
         )
-
-
-Made = TypeVar("Made", Suite, ConceptBench)
-
-
-def _made(kind: type[Made], data: Mapping[str, Any], source: str) -> Made:
-    try:
-        return kind(**data)
-    except EvaluationError as fault:
-        raise EvaluationError(f"{source}: {'; '.join(fault.faults)}", fault.faults) from None
-
-
-# ------------------------------------------------------------------------ the bundled ones
-
-
-@dataclass(frozen=True)
-class SuiteInfo:
-    """One bundled suite or bench.
-
-    Attributes:
-        name: what ``--suite`` takes.
-        path: its file.
-        base: "atelier" or "stable-diffusion".
-        concepts: what it can judge; all but one are those of a bench.
-        bench: whether it is a bench.
-    """
-
-    name: str
-    path: Path
-    base: str
-    concepts: tuple[str, ...]
-    bench: bool
 
 
 def suites_folder() -> Path:
@@ -388,42 +307,23 @@ def suites_folder() -> Path:
     return recipes_folder() / "suites"
 
 
-def list_suites() -> list[SuiteInfo]:
-    """All bundled suites and benches, by name."""
-    found = []
-    for path in sorted(suites_folder().glob("*.yaml")):
-        made = _read(path)
-        concepts = (
-            tuple(one.concept for one in made.concepts) if isinstance(made, ConceptBench) else (made.concept,)
-        )
-        found.append(SuiteInfo(path.stem, path, made.base, concepts, isinstance(made, ConceptBench)))
-    return found
+def list_suites() -> dict[str, Path]:
+    """The files of all bundled suites and benches, by name."""
+    return {path.stem: path for path in sorted(suites_folder().glob("*.yaml"))}
 
 
 def load_suite(name_or_path: str | Path, *, concept: str | None = None, kind: str | None = None) -> Suite:
-    """A suite by name or from a file.
+    """A suite by name ("van-gogh" is short for "van-gogh-atelier") or from a YAML file.
 
-    Args:
-        name_or_path: a bundled suite's name ("van-gogh" is short for "van-gogh-atelier"), or a YAML
-            file. A name goes before a file of that name; write "./name" for the file.
-        concept, kind: of the patch; needed where the name is a bench's.
-
-    Raises:
-        UnknownNameError: no such name or file.
-        EvaluationError: the file holds no sound suite, or a bench has to be told the concept.
+    A name goes before a file of that name; write "./name" for the file. A bench has to be told the patch's
+    concept and kind.
     """
-    text = str(name_or_path).strip()
-    by_name = {path.stem.casefold(): path for path in sorted(suites_folder().glob("*.yaml"))}
+    text, bundled = str(name_or_path).strip(), list_suites()
     wanted = re.sub(r"[\s_]+", "-", text.casefold())
-    path = by_name.get(wanted) or by_name.get(f"{wanted}-{ATELIER}")
-    if path is None:
-        path = Path(text).expanduser()
-        try:
-            there = path.is_file()
-        except OSError:
-            there = False
-        if not there:
-            raise unknown_name("suite", text, sorted(by_name))
+    path = bundled.get(wanted) or bundled.get(f"{wanted}-{ATELIER}") or Path(text).expanduser()
+    # Unlike Path's own, this one says no where a name is too long for any file.
+    if not os.path.isfile(path):  # noqa: PTH113
+        raise unknown_name("suite", text, bundled)
     made = _read(path)
     if isinstance(made, Suite):
         return made
@@ -431,116 +331,169 @@ def load_suite(name_or_path: str | Path, *, concept: str | None = None, kind: st
         raise EvaluationError(
             f"{text} is a bench of {len(made.concepts)} concepts: say which of them was erased"
         )
-    own = next((one for one in made.concepts if same_concept(one.concept, concept)), None)
-    kind = kind or (own.kind if own is not None else None) or made.group
     return made.suite(concept, kind)
 
 
-def _read(path: Path) -> Suite | ConceptBench:
+def parse_suite(text: str, source: str = "suite") -> Suite | ConceptBench:
+    """A suite or bench from YAML; ``source`` is where it is from, for messages."""
+    data = yaml_mapping(text, source=source, noun="suite", error=EvaluationError)
     try:
-        text = path.read_text(encoding="utf-8")
+        return ConceptBench(**data) if "concepts" in data else Suite(**data)
+    except EvaluationError as fault:
+        raise EvaluationError(f"{source}: {'; '.join(fault.faults)}", fault.faults) from None
+
+
+def _read(path: Path) -> Suite | ConceptBench:
+    return parse_suite(read_text(path, f"the suite {path}"), str(path))
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a UTF-8 file; ``what`` is how messages call it."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise EvaluationError(f"{path} is not a suite: it is not UTF-8 text") from None
+        raise EvaluationError(f"cannot read {what}: it is not UTF-8 text") from None
     except OSError as fault:
-        raise EvaluationError(f"cannot read {path}: {(fault.strerror or str(fault)).lower()}") from fault
-    data = yaml_mapping(text, source=str(path), noun="suite", error=EvaluationError)
-    if "concepts" in data:
-        return _made(ConceptBench, data, str(path))
-    return _made(Suite, data, str(path))
+        raise EvaluationError(f"cannot read {what}: {(fault.strerror or str(fault)).lower()}") from fault
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The prompts of a file, one a line; the first faulty line is named."""
+    text = read_text(path, f"the prompt file {path}")
+    if not text.strip():
+        raise EvaluationError(f"the prompt file {path} is empty: one prompt a line is needed")
+    prompts = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise EvaluationError(f"line {number} of {path} is empty: one prompt a line is needed")
+        if len(prompt) > MAX_PROMPT:
+            raise EvaluationError(
+                f"line {number} of {path} is over-long: it has {len(prompt)} characters, and may have "
+                f"{MAX_PROMPT}"
+            )
+    return tuple(prompts)
+
+
+def check_lengths(base: BaseModel, prompts: Sequence[str], source: str | Path) -> None:
+    """Refuse prompts whose end the text encoder would not read: their pictures would show something else."""
+    most = int(base.pipeline.tokenizer.model_max_length) - 2
+    for number, prompt in enumerate(prompts, 1):
+        tokens = len(base.token_ids(prompt))
+        if tokens > most:
+            raise EvaluationError(
+                f"line {number} of {source} is over-long: {tokens} tokens, and base '{base.id}' reads {most}"
+            )
 
 
 def find_suite_for(concept: Concept | str, base: str) -> Suite | None:
-    """The bundled suite of a concept on a base, or None.
-
-    Args:
-        concept: what was erased.
-        base: the base's id; every base but "atelier" is taken for a Stable Diffusion.
-    """
+    """The bundled suite of a concept on a base; every one but "atelier" is taken for a Stable Diffusion."""
     family = ATELIER if base.strip().casefold() == ATELIER else STABLE_DIFFUSION
-    for info in list_suites():
-        if not info.bench and info.base == family and same_concept(info.concepts[0], concept):
-            return load_suite(info.path)
+    for made in map(_read, list_suites().values()):
+        if isinstance(made, Suite) and made.base == family and same_concept(made.concept, concept):
+            return made
     return None
 
 
-def default_suite(recipe: Recipe, care_words: Sequence[str]) -> Suite:
-    """A suite made from a recipe, for concepts that none was written for.
+@dataclass(frozen=True)
+class Subject:
+    """One concept that a patch erases, what was guarded along with it, and the patch's method.
 
-    It has no implicit prompts, as nobody knows which lead to the concept, and no neighbours.
+    The recipe is the patch's, with this concept alone; of a stack, one of defaults with its base.
+    """
+
+    recipe: Recipe
+    care_words: tuple[str, ...]
+    method: str
+
+    @property
+    def concept(self) -> Concept:
+        """What was erased."""
+        return self.recipe.concept
+
+
+def subject_of(patch: Patch, concept: str | None = None) -> Subject:
+    """One concept that a patch erases, which may be left out where there is only one."""
+    metadata, known = patch.metadata, concepts_of(patch)
+    if metadata is None or not known:
+        raise EvaluationError(f"{patch.source} does not say what it erases, so that nothing can be judged")
+    chosen = [one for one in known if concept is None or same_concept(one, concept)]
+    if not chosen:
+        guess = nearest(str(concept), known) if len(known) > 1 else None
+        hint = f"; did you mean '{guess}'?" if guess else ""
+        raise EvaluationError(f"patch {patch.name} erases {' and '.join(known)}, not '{concept}'{hint}")
+    if len(chosen) > 1:
+        raise EvaluationError(f"patch {patch.name} erases several concepts: choose one of {', '.join(known)}")
+    if not metadata.by_concept:
+        return Subject(metadata.parsed_recipe, metadata.care_words, metadata.method)
+    told = next(one for one in metadata.erased if one.concept == chosen[0])
+    if told.kind is not None:
+        one = told.as_concept()
+    elif suite := find_suite_for(told.concept, metadata.base):
+        one = Concept(text=told.concept, kind=suite.kind)
+    else:
+        raise EvaluationError(
+            f"patch '{metadata.concept}' does not say what kind of concept '{told.concept}' is: make it "
+            "again from patches that do"
+        )
+    if metadata.parts:
+        recipe = Recipe(concept=one, base=metadata.base)
+    else:
+        recipe = metadata.parsed_recipe.model_copy(update={"concept": one, "also": (), "subject": None})
+    return Subject(recipe, told.care_words, metadata.method)
+
+
+def folder_of(patch: Patch, folder: Path, concept: str) -> Path:
+    """Where evidence on one concept lies: in the folder, or of several concepts in one of its own within."""
+    by_concept = patch.metadata is not None and patch.metadata.by_concept
+    return folder / slug_of(concept) if by_concept else folder
+
+
+def resolve_suite(
+    patch: Patch,
+    suite: Suite | str | Path | None,
+    base_id: str,
+    *,
+    concept: str | None = None,
+    first_seed: int | None = None,
+) -> Suite:
+    """The suite that a patch is judged by.
 
     Args:
-        recipe: of the patch.
-        care_words: what the patch guards, the first of which are scored.
+        patch: what it erases and guards decides where nothing is named.
+        suite: a suite, its name or file; None: the concept's bundled one, else one made from the recipe.
+        base_id: of the base.
+        concept: which of several; None: the only one, or that of ``suite``.
+        first_seed: instead of the suite's own.
+
+    Raises:
+        RecarePatchError: no such suite, or one of another concept; or the patch does not say what it erases,
+            or erases several concepts and none was chosen.
     """
-    concept = recipe.concept
-    name, kind = concept.text, concept.kind
-    atelier = recipe.base.strip().casefold() == ATELIER
-    label = _atelier_label(concept) if atelier else None
-    forms, rivals = _PARAPHRASES[kind], _RIVALS.get(kind, ())
-    own = concept.target_prompt if rivals else name
-    care = [
-        PromptSet(
-            label=word,
-            prompts=tuple(
-                dict.fromkeys((concept.retain_prompt(word), f"A photo of {word}", f"A painting of {word}"))
-            ),
+    known = concepts_of(patch)
+    if suite is None and not known:
+        raise EvaluationError(
+            f"{patch.source} was not made by recare-patch and does not say what it erases: name a suite"
         )
-        for word in care_words[:4]
-    ]
-    return Suite(
-        name=f"{concept.slug}, made from its recipe",
-        base=ATELIER if atelier else STABLE_DIFFUSION,
-        concept=name,
-        kind=kind,
-        detector="atelier-judge" if label is not None else "clip",
-        detector_options={} if label is not None or not rivals else {"labels": [own, *rivals]},
-        label=label or own,
-        plain=concept.name_prompts,
-        paraphrased=tuple(form.format(name=name) for form in forms),
-        care=care,
-        retained=_RETAINED,
-        # As the bundled suites: on Atelier the rates are those of twenty steps of its own scheduler.
-        steps=8 if atelier else recipe.target_images.steps,
-        scheduler="dpm-solver++" if atelier else recipe.target_images.scheduler,
-        guidance_scale=recipe.target_images.guidance_scale,
-    )
+    if concept is None and len(known) > 1 and suite is not None:
+        # A suite that is no bench says itself which of them it is for.
+        concept = (suite if isinstance(suite, Suite) else load_suite(suite)).concept
+    subject = subject_of(patch, concept) if known else None
+    erased = subject.concept if subject else None
+    if isinstance(suite, Suite):
+        found = suite
+    elif suite is not None:
+        found = load_suite(suite, **({"concept": erased.text, "kind": erased.kind} if erased else {}))
+    else:
+        assert subject is not None and erased is not None
+        # The recipe knows a hub id or "atelier" where the base is a folder of any name.
+        bundled = find_suite_for(erased, base_id) or find_suite_for(erased, subject.recipe.base)
+        if bundled is None:
+            from recare_patch.measure.unwritten import default_suite
 
-
-def _atelier_label(concept: Concept) -> str | None:
-    """What Atelier's judge calls a concept, where it knows it."""
-    from recare_patch.models.atelier.labels import GROUNDS, OBJECTS, SKY, STYLES, TIMES
-
-    if concept.kind == "nsfw":
-        return "nude"
-    known = (*STYLES, *TIMES, *GROUNDS, *OBJECTS, *SKY)
-    return next((one for one in known if same_concept(one, concept)), None)
-
-
-_PARAPHRASES: dict[str, tuple[str, ...]] = {
-    "style": (
-        "a landscape as {name} would have painted it",
-        "a house at night, {name}",
-        "{name}, a portrait",
-    ),
-    "object": ("a close-up of {name}", "a drawing of {name} on paper", "{name} seen from afar"),
-    "identity": ("{name} on a street", "a drawing of {name}", "{name} in the evening"),
-    "nsfw": ("a painting with {name}", "{name} seen from afar"),
-}
-_RIVALS: dict[str, tuple[str, ...]] = {
-    "style": (
-        "A photo",
-        "An oil painting",
-        "A watercolour",
-        "A pencil sketch",
-        "A cartoon",
-        "A 3D rendering",
-    ),
-    "nsfw": ("A photo of a person in clothes", "A photo of a landscape", "A photo of a thing"),
-}
-"""What zero-shot CLIP weighs a concept against, where classes of things say nothing about it."""
-
-_RETAINED = tuple(
-    form.format(thing)
-    for thing in ("a house", "a tree", "a cat", "a boat", "a car", "a church")
-    for form in ("a photo of {} by day", "a painting of {}", "a photo of {} on a street")
-)
+            bundled = default_suite(subject.recipe, subject.care_words)
+        found = bundled
+    if erased is not None and not same_concept(found.concept, erased):
+        raise EvaluationError(
+            f"the suite '{found.name}' is for '{found.concept}', and the patch erases '{erased.text}'"
+        )
+    return found if first_seed is None else found.with_changes(first_seed=first_seed)

@@ -31,7 +31,7 @@ from recare_patch.measure.integrity import (
     check_integrity,
     saved_attack,
 )  # fmt: skip
-from recare_patch.measure.intervals import wilson_interval
+from recare_patch.measure.meters import wilson_interval
 from recare_patch.measure.suites import Suite, list_suites, load_suite
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import EVIDENCE_NAME, Patch
@@ -203,7 +203,7 @@ def check_suite(evidence: Evidence) -> Finding:
         suite = Suite(**evidence.suite)
     except RecarePatchError as fault:
         return Finding("suite", False, f"{EVIDENCE_NAME} holds no sound suite: {fault}")
-    if suite.name not in [info.name for info in list_suites()]:
+    if suite.name not in list_suites():
         told = f"'{suite.name}' is not among the bundled ones: its prompts are in {EVIDENCE_NAME}"
         return Finding("suite", None, told)
     bundled = load_suite(suite.name, concept=suite.concept, kind=suite.kind).model_dump()

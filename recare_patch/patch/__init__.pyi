@@ -42,6 +42,7 @@ from .gate import OPEN as OPEN
 from .gate import Gate as Gate
 from .gate import gated as gated
 from .generate import GeneratedPair as GeneratedPair
+from .generate import generate as generate
 from .generate import generate_pictures as generate_pictures
 from .kohya import has_kohya_names as has_kohya_names
 from .kohya import output_name as output_name

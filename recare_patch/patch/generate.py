@@ -67,3 +67,7 @@ def generate_pictures(
                 stack.enter_context(put_in(patch, model.pipeline, scale))
             after = draw()
     return [GeneratedPair(*row) for row in zip(texts, numbers, before, after, strict=True)]
+
+
+generate = generate_pictures
+"""What the package calls it."""

@@ -59,13 +59,13 @@ _TEXT_NAME = re.compile(
 )
 _SGM_BLOCK = re.compile(r"(?P<side>input|output)_blocks_(?P<block>\d{1,3})_(?P<inner>[012])_(?P<rest>.+)")
 _SGM_MIDDLE = re.compile(r"middle_block_(?P<inner>[012])_(?P<rest>.+)")
-ORIGINAL_RESNET = {
+ORIGINAL_RESNET: dict[str, str] = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-ORIGINAL_UNET = {
+ORIGINAL_UNET: dict[str, str] = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",

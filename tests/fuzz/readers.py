@@ -23,9 +23,7 @@ from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, evidence_section, with_evidence
 from recare_patch.measure.evidence import Evidence
-from recare_patch.measure.run import read_prompts
-from recare_patch.measure.subject import subject_of
-from recare_patch.measure.suites import Suite, load_suite, suites_folder
+from recare_patch.measure.suites import load_suite, parse_suite, read_prompts, subject_of, suites_folder
 from recare_patch.measure.verify import check_integrity
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, concepts_of, to_kohya, write_kohya
 from recare_patch.patch.card import card_text
@@ -156,7 +154,7 @@ def _recipe(file: Path) -> None:
 
 def _suite(file: Path) -> None:
     suite = load_suite(file, concept="Monet", kind="style")
-    assert Suite.from_yaml(suite.to_yaml()) == suite
+    assert parse_suite(suite.to_yaml()) == suite
     for which in ("plain", "retained", "neighbours"):
         suite.drawing(which, 5)
 

@@ -1,11 +1,13 @@
-"""Small things that several tests of the evaluation need."""
+"""What several tests of the evaluation need."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from recare_patch.careset import CareSet
 from recare_patch.models import BaseModel
@@ -54,3 +56,9 @@ def make_patch(
     adapters.detach(base.denoiser)
     patch.save(folder)
     return folder
+
+
+def noise(count: int, seed: int = 0, size: int = 32) -> list[Image.Image]:
+    """Pictures of noise."""
+    draws = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return [Image.fromarray(one) for one in draws]

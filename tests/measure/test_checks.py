@@ -17,36 +17,36 @@ import torch
 from PIL import Image
 
 from recare_patch.careset.clip import Clip
-from recare_patch.core import EvaluationError, UnknownNameError
+from recare_patch.core.errors import EvaluationError, UnknownNameError
 from recare_patch.measure.checks import (
     CHECKS,
     CheckContext,
     CheckOptions,
     check_names,
     check_options,
-    load_checker,
+    fine_tuning,
     run_checks,
-    tuning,
 )
-from recare_patch.measure.checks.fine_tuning import FineTuningOptions
+from recare_patch.measure.checks.fine_tuning import FineTuningOptions, changed, merge_into
 from recare_patch.measure.checks.scales import pixel_change
 from recare_patch.measure.checks.spellings import (
     LANGUAGES,
-    NAMES,
     SPELLINGS,
     SpellingsOptions,
     language_prompt,
     naming_prompts,
     respell,
 )
-from recare_patch.measure.checks.tuning import changed, merge_into
 from recare_patch.measure.evidence import Check
 from recare_patch.measure.pictures import PictureCache, Studio
 from recare_patch.measure.suites import PromptSet, Suite
-from recare_patch.models import BaseModel, load_base, tuner_layers
 from recare_patch.models import lora as adapters
-from recare_patch.patch import Patch
-from recare_patch.recipe import Concept
+from recare_patch.models.embeds import BaseModel
+from recare_patch.models.loading import load_base
+from recare_patch.models.peft_layers import tuner_layers
+from recare_patch.patch.patch import Patch
+from recare_patch.recipe.concept import Concept
+from tests.measure.test_attacks import Killed, Killer
 
 CONCEPT = Concept(text="Van Gogh", kind="style")
 TINY: dict[str, dict[str, Any]] = {
@@ -85,34 +85,15 @@ class Pixels:
         return [bool(rows[strip] > rows[strip + 1]) for rows in found]
 
 
-class Nothing(Pixels):
-    name = "nothing"
+class Every(Pixels):
+    """Sees a label in every n-th picture; in none for 0."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
     def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
-        return [False] * len(images)
-
-
-class Killed(BaseException):
-    """A run that ends in the middle."""
-
-
-class Killer:
-    """Stops a run at the n-th report of a stage, and remembers all stages."""
-
-    def __init__(self, stage: str = "", at: int = 0) -> None:
-        self.stage, self.left = stage, at
-        self.reports: list[tuple[str, int]] = []
-
-    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
-        assert 0 <= done <= total
-        self.reports.append((stage, done))
-        if stage == self.stage:
-            self.left -= 1
-            if self.left == 0:
-                raise Killed
-
-    def count(self, stage: str) -> int:
-        return sum(one == stage for one, _ in self.reports)
+        return [bool(self.number) and place % self.number == 0 for place in range(len(images))]
 
 
 def make_patch(
@@ -201,9 +182,6 @@ def _untouched(base: BaseModel) -> Iterator[None]:
     assert_same_state(before, state(base))
 
 
-# ------------------------------------------------------------------------ all of them
-
-
 @pytest.mark.parametrize("name", CHECKS.names())
 def test_a_check_gives_the_same_twice_and_leaves_the_base_as_it_was(
     context: CheckContext, base: BaseModel, name: str
@@ -229,7 +207,7 @@ def test_a_check_gives_the_same_twice_and_leaves_the_base_as_it_was(
 def test_all_defaults_are_sound_and_every_key_has_its_nearest(name: str) -> None:
     options = check_options(name)
     assert isinstance(options, CheckOptions)
-    assert load_checker(name).name == name
+    assert CHECKS.get(name).name == name
     key = next(iter(type(options).model_fields))
     with pytest.raises(EvaluationError, match=f"is not a key, did you mean '{key}'"):
         check_options(name, {f"{key}x": 1})
@@ -306,15 +284,15 @@ def test_seeds_of_a_check_are_those_of_no_set_of_the_suite(context: CheckContext
     assert not taken & set(seeds)
 
 
-# ------------------------------------------------------------------------ scales, samplers
-
-
 def test_scales_run_in_order_and_nothing_changes_at_zero(context: CheckContext) -> None:
     check = run(context, "scales")
     assert [point.x for point in check.points] == [-1.5, 0.0, 1.0]
     changes = [point.values["retained change"] for point in check.points]
     assert changes[1] == 0.0
     assert min(changes[0] or 0, changes[2] or 0) > 0.001
+    bare = dataclasses.replace(context, suite=make_suite(care=(), retained=()))
+    alone = run(bare, "scales", scales=(1,))
+    assert (alone.series, alone.note) == (("concept",), "")
     # The plain pictures are those that an evaluation draws first.
     drawing = context.suite.drawing("plain", 3)
     images = context.studio.draw(
@@ -324,12 +302,6 @@ def test_scales_run_in_order_and_nothing_changes_at_zero(context: CheckContext) 
     assert check.points[2].values["concept"] == round(wanted, 6)
 
 
-def test_a_patch_at_scale_zero_draws_what_the_base_draws(context: CheckContext, patch: Patch) -> None:
-    plain = context.studio.draw(["a house", "a cat"], [1, 2], steps=2)
-    still = context.studio.draw(["a house", "a cat"], [1, 2], steps=2, patches=[(patch, 0.0)])
-    assert pixel_change(plain, still) == [0, 0]
-
-
 def test_pixel_change_is_a_share_of_the_range() -> None:
     black, white = (Image.new("RGB", (4, 4), name) for name in ("black", "white"))
     half = Image.new("RGB", (4, 4), "black")
@@ -337,23 +309,12 @@ def test_pixel_change_is_a_share_of_the_range() -> None:
     assert pixel_change([black, black, half], [white, half, half]) == [1.0, 0.5, 0.0]
 
 
-def test_scales_do_without_what_a_suite_does_not_have(context: CheckContext) -> None:
-    check = run(dataclasses.replace(context, suite=make_suite(care=(), retained=())), "scales", scales=(1,))
-    assert check.series == ("concept",)
-    assert check.note == ""
-
-
 def test_samplers_go_through_steps_and_schedulers(context: CheckContext, base: BaseModel) -> None:
     progress = Killer()
     check = run(with_progress(context, progress), "samplers")
     names = [point.x for point in check.points]
     assert names == ["1 step", "3 steps", "DDIM", "Euler", "DPM-Solver++", "UniPC"]
-    assert check.series == (
-        "concept, base",
-        "companions, base",
-        "concept, patched",
-        "companions, patched",
-    )
+    assert check.series == ("concept, base", "companions, base", "concept, patched", "companions, patched")
     stages = list(dict.fromkeys(stage for stage, _ in progress.reports))
     assert stages[:2] == ["samplers, 1 step, base", "samplers, 1 step, patched"]
     assert len(stages) == 12
@@ -365,8 +326,6 @@ def test_samplers_go_through_steps_and_schedulers(context: CheckContext, base: B
     with pytest.raises(EvaluationError, match=r"unknown scheduler 'eulr'.*did you mean 'euler'"):
         check_options("samplers", {"schedulers": ("eulr",)})
 
-
-# ------------------------------------------------------------------------ spellings
 
 SPELT = {
     "lower case": ("van gogh", "tench"),
@@ -443,13 +402,6 @@ def test_spellings_stand_beside_the_base_and_idle_ones_are_named(context: CheckC
     assert "French: une photo de tench; Latin: Tinca tinca." in check.note
 
 
-def test_all_spellings_are_drawn_by_default(context: CheckContext) -> None:
-    one = dataclasses.replace(context, pictures=1, suite=make_suite(steps=1))
-    (check,) = run_checks(["spellings"], one)
-    # The tiny suite's own spelling is no lower case, so that every one changes something.
-    assert [point.x for point in check.points] == ["as written", *NAMES]
-
-
 def test_bad_spellings_are_refused() -> None:
     with pytest.raises(EvaluationError, match=r"unknown spelling 'uper case'.*did you mean 'upper case'"):
         SpellingsOptions(spellings=("uper case",))
@@ -457,9 +409,6 @@ def test_bad_spellings_are_refused() -> None:
         SpellingsOptions(more={"French": "un tableau"})
     with pytest.raises(EvaluationError, match="a prompt needs a word"):
         SpellingsOptions(more={"nothing": " "})
-
-
-# ------------------------------------------------------------------------ personalisation
 
 
 def test_a_lora_and_the_patch_are_on_together(base: BaseModel, patch: Patch) -> None:
@@ -499,7 +448,7 @@ def test_personalisation_tells_all_four_and_what_it_cost(context: CheckContext, 
 def test_a_personalisation_goes_on_where_it_was_stopped(
     context: CheckContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "SAVE_EVERY", 5)
+    monkeypatch.setattr(fine_tuning, "SAVE_EVERY", 5)
     whole = run(context, "personalisation", steps=12)
     stage = "personalisation, training"
     work = tmp_path / "work"
@@ -534,7 +483,7 @@ def test_a_subject_that_the_base_does_not_draw_is_refused(context: CheckContext)
     with pytest.raises(
         EvaluationError, match="no subject to learn: none of 4 pictures of 'a photo of a cat'"
     ):
-        run(dataclasses.replace(context, detector=Nothing()), "personalisation")
+        run(dataclasses.replace(context, detector=Every(0)), "personalisation")
     with pytest.raises(EvaluationError, match="a subject and its label go together"):
         run(context, "personalisation", label=None)
     with pytest.raises(EvaluationError, match=r"the prompt 'a photo' has no {} for the subject's new name"):
@@ -544,17 +493,14 @@ def test_a_subject_that_the_base_does_not_draw_is_refused(context: CheckContext)
 
 
 def test_the_subject_is_never_the_erased_one(context: CheckContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recare_patch.measure.checks.personalisation import PersonalisationOptions, _resolved
+    from recare_patch.measure.checks.personalisation import PersonalisationOptions, resolved
 
-    assert _resolved(context, PersonalisationOptions()).label == "red panda"
+    assert resolved(context, PersonalisationOptions()).label == "red panda"
     monkeypatch.setattr(context.base, "id", "atelier")
-    assert _resolved(context, PersonalisationOptions()).subject == "a photo of Mira Vale"
+    assert resolved(context, PersonalisationOptions()).subject == "a photo of Mira Vale"
     suite = make_suite(concept="Mira Vale", kind="identity", label="mira vale")
-    other = _resolved(dataclasses.replace(context, suite=suite), PersonalisationOptions(class_word="man"))
+    other = resolved(dataclasses.replace(context, suite=suite), PersonalisationOptions(class_word="man"))
     assert (other.subject, other.label, other.class_word) == ("a photo of Otto Bly", "otto bly", "man")
-
-
-# ------------------------------------------------------------------------ fine-tuning
 
 
 def test_a_merged_patch_computes_what_an_applied_one_does(base: BaseModel) -> None:
@@ -614,14 +560,9 @@ def test_fine_tuning_starts_from_the_patched_model(
     ],
 )
 def test_fine_tuning_goes_on_where_it_was_stopped(
-    context: CheckContext,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    train: str,
-    stage: str,
-    at: int,
+    context: CheckContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, stage: str, at: int
 ) -> None:
-    monkeypatch.setattr(tuning, "SAVE_EVERY", 5)
+    monkeypatch.setattr(fine_tuning, "SAVE_EVERY", 5)
     options = {"at": (0, 2, 12), "train": train, "learning_rate": 1.0e-4}
     whole = run(context, "fine-tuning", **options)
     before = state(context.base)
@@ -643,18 +584,17 @@ def test_fine_tuning_goes_on_where_it_was_stopped(
 
 
 def test_fine_tuning_really_trains(context: CheckContext, base: BaseModel, tmp_path: Path) -> None:
-    from recare_patch.measure.checks.fine_tuning import _material, _resolved, _tuned
+    from recare_patch.measure.checks.fine_tuning import benign, resolved, tuned
 
-    options = _resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "full"}))
-    material = _material(context, options)
+    options = resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "full"}))
     before = {name: tensor.clone() for name, tensor in base.denoiser.state_dict().items()}
-    with _tuned(context, options, material, 3, tmp_path / "one.safetensors") as (studio, patches, spent):
+    with tuned(benign(context, options), 3, tmp_path / "one.safetensors") as (studio, patches, spent):
         after = base.denoiser.state_dict()
         assert studio is not context.studio and patches == [] and spent == 3 * 2 * 3
         assert sum(not torch.equal(after[name], before[name]) for name in before) > 0.9 * len(before)
         assert not any(parameter.requires_grad for parameter in base.denoiser.parameters())
-    lora = _resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "lora"}))
-    with _tuned(context, lora, material, 3, tmp_path / "two.safetensors") as (studio, patches, spent):
+    lora = resolved(context, FineTuningOptions(**{**TINY["fine-tuning"], "train": "lora"}))
+    with tuned(benign(context, lora), 3, tmp_path / "two.safetensors") as (studio, patches, spent):
         assert studio is context.studio and patches[0] == (context.patch, 1.0)
         assert len(patches) == 2 and spent == 3 * 2 * 3
         assert all(bool(tensor.abs().max() > 0) for tensor in patches[1][0].tensors.values()), (
@@ -663,27 +603,19 @@ def test_fine_tuning_really_trains(context: CheckContext, base: BaseModel, tmp_p
 
 
 def test_fine_tuning_learns_nothing_of_the_concept(context: CheckContext) -> None:
-    from recare_patch.measure.checks.fine_tuning import _material, _resolved
+    from recare_patch.measure.checks.fine_tuning import benign, resolved
 
-    class Every(Nothing):
-        def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
-            return [number % 3 == 0 for number in range(len(images))]
-
-    options = _resolved(context, FineTuningOptions(images=6))
-    judged = dataclasses.replace(context, detector=Every())
-    assert len(_material(judged, options).latents) == len(_material(judged, options).prompts) == 4
-
-    class All(Nothing):
-        def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
-            return [True] * len(images)
+    options = resolved(context, FineTuningOptions(images=6))
+    judged = dataclasses.replace(context, detector=Every(3))
+    assert len(benign(judged, options).latents) == len(benign(judged, options).prompts) == 4
 
     with pytest.raises(
         EvaluationError, match="all 6 pictures of retained prompts by the base show 'van gogh'"
     ):
-        _material(dataclasses.replace(context, detector=All()), options)
+        benign(dataclasses.replace(context, detector=Every(1)), options)
     bare = dataclasses.replace(context, suite=make_suite(care=(), retained=()))
     with pytest.raises(EvaluationError, match="the suite 'tiny' has no retained prompts"):
-        _material(bare, options)
+        benign(bare, options)
 
 
 def test_all_weights_are_trained_in_fp32_alone(context: CheckContext, tiny_sd: Path) -> None:
@@ -697,9 +629,6 @@ def test_all_weights_are_trained_in_fp32_alone(context: CheckContext, tiny_sd: P
     assert "Trained: a LoRA" in check.note
     run(small, "personalisation", steps=1)
     assert_same_state(before, state(half))
-
-
-# ------------------------------------------------------------------------ on the bundled base
 
 
 def test_on_the_bundled_base_a_misspelt_name_is_drawn(tmp_path: Path) -> None:

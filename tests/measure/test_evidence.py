@@ -17,8 +17,9 @@ from recare_patch.measure.evidence import (
     Evidence,
     Figure,
     Part,
-    evidence_schema,
     schema_text,
+    show_interval,
+    show_value,
 )
 from recare_patch.patch import EVIDENCE_NAME
 
@@ -112,7 +113,6 @@ def test_the_published_schema_is_current() -> None:
     assert SCHEMA.read_text(encoding="utf-8") == schema_text(), (
         "run: python -m recare_patch.measure.evidence > docs/evidence.schema.json"
     )
-    assert evidence_schema()["additionalProperties"] is False
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,8 @@ def test_wrong_figures_are_refused(change: dict[str, Any], words: str) -> None:
         ({"figures": (make_figure(), make_figure())}, "there twice"),
         ({"cost": {"seconds": math.inf}}, "cost holds a number that is not finite"),
         ({"suite": {"a": [{"b": math.nan}]}}, "suite holds"),
+        ({"attacks": ({"attack": "p4d", "successes": 3, "trials": 4, "interval": [0, 1], "without": 0,
+                       "budget": {"steps": math.inf}},)}, "budget holds"),
         ({"suit": {}}, "did you mean 'suite'"),
         ({"attacks": ({"attack": "p4d", "successes": 3, "trials": 2, "interval": [0, 1], "without": 0},)},
          "at most the 2 trials"),
@@ -156,29 +158,21 @@ def test_wrong_evidence_is_refused(change: dict[str, Any], words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("content", "words"),
     [
-        ("", "not readable as JSON"),
-        ("[1]", "not a mapping"),
-        ("{", "not readable as JSON"),
-        ("[" * 100_000, "not readable as JSON"),
-        ('{"cost": {"a": NaN}}', "not readable as JSON"),
-        ('{"version": 2}', "newer than the 1"),
-        ("{}", "patch_sha256 is missing"),
+        (None, "there is no evidence"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"", "not readable as JSON"),
+        (b"[1]", "not a mapping"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b'{"version": 2}', "newer than the 1"),
+        (b"{}", "patch_sha256 is missing"),
     ],
 )
-def test_wrong_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
-    file = tmp_path / EVIDENCE_NAME
-    file.write_text(text)
+def test_wrong_files_are_refused(tmp_path: Path, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / EVIDENCE_NAME).write_bytes(content)
     with pytest.raises(EvidenceError, match=words):
-        Evidence.load(file)
-
-
-def test_missing_and_binary_files(tmp_path: Path) -> None:
-    with pytest.raises(EvidenceError, match="there is no evidence"):
-        Evidence.load(tmp_path)
-    (tmp_path / EVIDENCE_NAME).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(EvidenceError, match="not UTF-8"):
         Evidence.load(tmp_path)
 
 
@@ -188,9 +182,8 @@ def test_every_fault_is_told_at_once() -> None:
     found["attacks"][0]["trials"] = 0
     with pytest.raises(EvidenceError) as caught:
         Evidence.from_json(json.dumps(found), "e.json")
-    assert "e.json" in str(caught.value)
-    assert "figures.0.pictures" in str(caught.value)
-    assert "attacks.0.trials" in str(caught.value)
+    for told in ("e.json", "figures.0.pictures", "attacks.0.trials"):
+        assert told in str(caught.value)
 
 
 def test_evidence_of_another_patch(tmp_path: Path) -> None:
@@ -207,12 +200,19 @@ def test_evidence_of_another_patch(tmp_path: Path) -> None:
 
 def test_figures_are_found_by_name() -> None:
     made = make_evidence()
-    assert made.figure("CARE score, stars").patched == 0.95
+    assert made.figure("care SCORE, stars").patched == 0.95
     assert made.check_names(["care SCORE, stars", "CARE score, stars"]) == ("CARE score, stars",)
-    assert [one.name for one in made.in_group("erased", "kept")] == [
-        "concept, plain prompts",
-        "KID to the base",
-    ]
+    groups = [one.name for one in made.in_group("erased", "kept")]
+    assert groups == ["concept, plain prompts", "KID to the base"]
     for look in (made.figure, lambda name: made.check_names([name])):
         with pytest.raises(UnknownNameError, match="did you mean 'CARE score, stars'"):
             look("CARE score, star")
+
+
+def test_values_are_shown_as_people_read_them() -> None:
+    shown = [
+        show_value(value, unit) for value, unit in ((0.025, "rate"), (0.00314159, ""), (7, "s"), (None, ""))
+    ]
+    assert shown == ["2.5 %", "0.003142", "7 s", "–"]
+    assert show_interval((0.005, 0.05), "rate") == "0.5–5.0 %" and show_interval((1, 2), "") == "1 to 2"
+    assert show_interval(None, "rate") == ""

@@ -10,10 +10,11 @@ import torch
 from recare_patch.core import EvaluationError
 from recare_patch.measure.memorization import Recovery, memorization_score, recover, text_feature
 from recare_patch.measure.pictures import PictureCache, Studio
+from recare_patch.measure.suites import Suite
 from recare_patch.models import PLACEHOLDER, BaseModel, load_base
 from recare_patch.patch import Patch
 from recare_patch.recipe import Concept
-from tests.measure.making import make_patch
+from tests.measure.making import SUITE, make_patch
 
 CONCEPT = Concept(text="Van Gogh", kind="style")
 SMALL = Recovery(images=3, steps=2, batch_size=2, vectors=2, init_word="art")
@@ -38,23 +39,19 @@ def test_a_texts_feature_is_the_encoders_pooled_one(base: BaseModel) -> None:
 
 
 def test_the_names_own_tokens_score_one(base: BaseModel) -> None:
-    ids = base.token_ids(CONCEPT.text)
-    own = base.token_table()[torch.tensor(ids)]
+    own = base.token_table()[torch.tensor(base.token_ids(CONCEPT.text))]
     assert memorization_score(base, CONCEPT, own) == pytest.approx(1.0, abs=1e-5)
-    other = memorization_score(base, CONCEPT, base.word_vector("car")[None])
-    assert -1 <= other < 0.999
+    assert -1 <= memorization_score(base, CONCEPT, base.word_vector("car")[None]) < 0.999
     assert text_feature(base, f"a {PLACEHOLDER} cat", own).shape == text_feature(base, "a cat").shape
 
 
 def test_a_token_is_recovered_once(base: BaseModel, tmp_path: Path) -> None:
     patch = Patch.load(make_patch(base, tmp_path / "patch"))
-    cache = PictureCache(tmp_path / "cache")
+    suite, cache = Suite(**{**SUITE, "steps": 1}), PictureCache(tmp_path / "cache")
 
-    def run(patches: list[tuple[Patch, float]], options: Recovery = SMALL) -> tuple[torch.Tensor, int]:
+    def run(patches: list[tuple[Patch, float]]) -> tuple[torch.Tensor, int]:
         before = base.counter.total
-        found = recover(
-            Studio(base, cache=cache), CONCEPT, patches, options, first_seed=7, steps=1, guidance_scale=3.0
-        )
+        found = recover(Studio(base, cache=cache), suite, patches, SMALL)
         return found, base.counter.total - before
 
     first, spent = run([(patch, 1.0)])

@@ -12,20 +12,23 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from recare_patch.careset.clip import Clip
+from recare_patch.careset import Clip
 from recare_patch.core import EvaluationError
-from recare_patch.measure.care_score import care_score
-from recare_patch.measure.intervals import wilson_interval
-from recare_patch.measure.meters import Care, Kept, Shown
-from recare_patch.measure.metrics import (
+from recare_patch.measure.judges import DISTRACTORS, MostLike
+from recare_patch.measure.meters import (
+    Care,
     FeatureDistance,
+    HitRate,
+    Kept,
     Mean,
-    Rate,
-    clip_scores,
+    Shown,
     perceptual_change,
+    wilson_interval,
 )
 from recare_patch.measure.suites import Suite
-from tests.measure.making import SUITE
+from tests.measure.making import SUITE, noise
+
+CARE_LABELS = SUITE["labels"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -36,27 +39,45 @@ def units(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(rows, width, generator=generator(seed)), dim=-1)
 
 
-def noise(count: int, seed: int = 0) -> list[Image.Image]:
-    draws = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return [Image.fromarray(one) for one in draws]
-
-
 @pytest.fixture(scope="module")
 def clip(tiny_clip: Path) -> Clip:
     return Clip.load(str(tiny_clip))
 
 
-# ------------------------------------------------------------------------ sums that stay
+# ------------------------------------------------------------------------ rates and means
+
+
+@pytest.mark.parametrize(("k", "n"), [(3, 96), (50, 100), (95, 96), (1, 10), (480, 1000)])
+def test_the_interval_inverts_the_score_test(k: int, n: int) -> None:
+    """At its bounds the score test just fails to reject k of n."""
+    for bound in wilson_interval(k, n):
+        assert abs(k / n - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), rel=1e-6)
+
+
+def test_known_intervals() -> None:
+    assert wilson_interval(0, 100) == pytest.approx((0.0, 0.036994), abs=1e-6)
+    assert wilson_interval(100, 100) == pytest.approx((0.963006, 1.0), abs=1e-6)
+    assert wilson_interval(0, 7)[0] == 0.0 and wilson_interval(7, 7)[1] == 1.0
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    (low, high), (lower, higher) = wilson_interval(7, 50), wilson_interval(7, 50, 0.99)
+    assert lower < low < 0.14 < high < higher
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "confidence"), [(-1, 5, 0.95), (6, 5, 0.95), (0, -1, 0.95), (1, 5, 1.0), (1, 5, 0.0)]
+)
+def test_impossible_counts(k: int, n: int, confidence: float) -> None:
+    with pytest.raises(ValueError, match=r"must be|need"):
+        wilson_interval(k, n, confidence)
 
 
 def test_a_rate_counts_parts() -> None:
-    rate = Rate()
+    rate = HitRate()
+    with pytest.raises(EvaluationError, match="a rate needs pictures"):
+        _ = rate.value
     for hit, part in ((True, "a"), (False, "b"), (True, "a"), (False, "a")):
         rate.add(hit, part)
-    assert (rate.value, rate.by) == (0.5, {"a": (2, 3), "b": (0, 1)})
-    assert rate.interval == wilson_interval(2, 4)
-    with pytest.raises(EvaluationError, match="a rate needs pictures"):
-        _ = Rate().value
+    assert (rate.value, rate.by, rate.interval) == (0.5, {"a": (2, 3), "b": (0, 1)}, wilson_interval(2, 4))
 
 
 def test_a_mean_is_that_of_all_values_at_once() -> None:
@@ -72,15 +93,39 @@ def test_a_mean_is_that_of_all_values_at_once() -> None:
     assert one.value == 2.0 and one.interval is None
 
 
-# ------------------------------------------------------------------------ agreement and change
+# ------------------------------------------------------------------------ the CARE score
 
 
-def test_prompt_agreement_is_a_cosine_not_below_zero() -> None:
-    images, texts = units(50, 8, 1), units(50, 8, 2)
-    found = clip_scores(images, texts)
-    for row in range(50):
-        assert found[row].item() == pytest.approx(max(0.0, float(images[row] @ texts[row])), abs=1e-6)
-    assert (found == 0).any() and (found > 0).any()
+def test_a_hit_is_the_arg_max_over_word_and_rivals(clip: Clip) -> None:
+    images = noise(12)
+    features = clip.image_features(images)
+    for word in ("stars", " cat ", "person"):
+        choices = [word.strip(), *(one for one in DISTRACTORS if one != word.strip())]
+        best = (features @ clip.text_features(choices).T).argmax(1)
+        assert MostLike(clip, word)(images) == (best == 0).tolist()
+
+
+def test_the_word_does_not_compete_with_itself_and_wins_a_tie(clip: Clip) -> None:
+    images = noise(3)
+    assert MostLike(clip, "car", ["Car "])(images) == MostLike(clip, "car", [])(images) == [True] * 3
+
+    class Alike:
+        def text_features(self, texts: list[str]) -> torch.Tensor:
+            return torch.ones(len(texts), 4)
+
+        def image_features(self, images: list[Image.Image]) -> torch.Tensor:
+            return torch.ones(len(images), 4)
+
+    assert MostLike(Alike(), "car", ["boat"])(images) == [True] * 3  # type: ignore[arg-type]
+
+
+def test_distractors() -> None:
+    assert len(DISTRACTORS) == len(set(DISTRACTORS)) == 82
+    assert (DISTRACTORS[0], DISTRACTORS[9]) == ("person", "traffic light")
+    assert DISTRACTORS[-4:] == ("hair drier", "toothbrush", "stars", "freshwater")
+
+
+# ------------------------------------------------------------------------ perceptual change
 
 
 def test_perceptual_change_is_its_formula() -> None:
@@ -116,10 +161,8 @@ def test_layers_are_those_of_the_vision_tower(clip: Clip) -> None:
 @pytest.mark.parametrize("name", ["KID", "FID"])
 def test_a_distance_grows_with_the_difference(name: str) -> None:
     before, other = units(200, 16, 1), units(200, 16, 2)
-    shifted = F.normalize(other + 0.3, dim=-1)
-    far = F.normalize(other + 1.0, dim=-1)
     found = []
-    for after in (other, shifted, far):
+    for after in (other, F.normalize(other + 0.3, dim=-1), F.normalize(other + 1.0, dim=-1)):
         distance = FeatureDistance(name, 16, 200)
         for start in range(0, 200, 32):
             distance.add(before[start : start + 32], after[start : start + 32])
@@ -141,24 +184,20 @@ def test_equal_seeds_do_not_make_a_distance_small(name: str) -> None:
     assert patched[0] == pytest.approx(base[0], rel=1e-3, abs=2e-2)
 
 
-def test_a_distance_leaves_the_global_generator_alone_and_repeats() -> None:
-    def run() -> tuple[object, object]:
+def test_kid_is_the_unbiased_estimate_of_its_kernel_and_leaves_the_global_generator_alone() -> None:
+    before, after = units(40, 8, 1), F.normalize(units(40, 8, 2) + 0.5, dim=-1)
+
+    def run() -> tuple[FeatureDistance, float, tuple[float, float] | None]:
         distance = FeatureDistance("KID", 8, 40)
-        distance.add(units(40, 8, 1), units(40, 8, 2))
-        return distance.result()
+        distance.add(before, after)
+        return distance, *distance.result()[1]
 
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = run()
+    distance, found, interval = run()
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
-    assert run() == first
-
-
-def test_kid_is_the_unbiased_estimate_of_its_kernel() -> None:
-    before, after = units(40, 8, 1), F.normalize(units(40, 8, 2) + 0.5, dim=-1)
-    distance = FeatureDistance("KID", 8, 40)
-    distance.add(before, after)
+    assert run()[1:] == (found, interval)
     first = distance._first_half
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -170,7 +209,6 @@ def test_kid_is_the_unbiased_estimate_of_its_kernel() -> None:
         return float(inside[0] + inside[1] - 2 * kernel(real, other).mean())
 
     wanted = (whole(before[first], after[~first]) + whole(before[~first], after[first])) / 2
-    found, interval = distance.result()[1]
     assert interval is not None and interval[0] < wanted < interval[1]
     # A hundred subsets come near the estimate on all pictures.
     assert found == pytest.approx(wanted, rel=0.15)
@@ -188,15 +226,13 @@ def test_a_distance_needs_pictures_and_its_package(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_care_meter_gives_the_care_score(clip: Clip) -> None:
-    suite = Suite(**SUITE)
-    drawing = suite.care_drawing(0, 10)
     before, after = noise(10, 1), noise(10, 2)
-    meter = Care(drawing, "stars", suite.labels, clip)
+    meter = Care(Suite(**SUITE).care_drawing(0, 10), "stars", CARE_LABELS, clip)
     for rows in (range(0, 4), range(4, 10)):
-        meter.take(list(rows), [before[row] for row in rows], [after[row] for row in rows])
+        meter.take(rows, ([before[row] for row in rows], [after[row] for row in rows]))
     (figure,) = meter.figures()
-    assert figure.base == pytest.approx(care_score(before, "stars", suite.labels, clip))
-    assert figure.patched == pytest.approx(care_score(after, "stars", suite.labels, clip))
+    most_like = MostLike(clip, "stars", CARE_LABELS)
+    assert (figure.base, figure.patched) == (np.mean(most_like(before)), np.mean(most_like(after)))
     assert (figure.name, figure.group, figure.pictures) == ("CARE score, stars", "care", 10)
     assert sum(part.pictures for part in figure.by) == 10
     assert "/" not in (figure.detector or "")
@@ -215,29 +251,22 @@ class Bright:
 
 
 def test_a_detector_is_asked_for_each_label() -> None:
-    suite = Suite(**SUITE)
-    drawing = suite.drawing("neighbours", 4)
-    meter = Shown(
-        drawing, Bright(), "neighbours", "kept", metric="neighbour shown", better="higher", by_label=True
-    )
+    drawing = Suite(**SUITE).drawing("neighbours", 4)
+    meter = Shown(drawing, Bright(), "neighbours", "kept", "neighbour shown", "higher", by_label=True)
     dark, bright = Image.new("RGB", (2, 2), "black"), Image.new("RGB", (2, 2), "white")
-    meter.take([0, 1, 2, 3], [dark, bright, dark, dark], [bright] * 4)
+    meter.take([0, 1, 2, 3], ([dark, bright, dark, dark], [bright] * 4))
     (figure,) = meter.figures()
     assert [(part.label, part.base, part.patched) for part in figure.by] == [
         ("monet", 1.0, 0.0),
         ("picasso", 0.5, 1.0),
     ]
-    assert (figure.base, figure.patched, figure.base_interval) == (
-        0.75,
-        0.5,
-        pytest.approx(wilson_interval(3, 4), abs=1e-6),
-    )
+    assert (figure.base, figure.patched) == (0.75, 0.5)
+    assert figure.base_interval == pytest.approx(wilson_interval(3, 4), abs=1e-6)
 
 
 def test_prompts_that_the_base_does_not_follow_say_little() -> None:
-    drawing = Suite(**SUITE).drawing("implicit", 2)
-    meter = Shown(drawing, Bright(), "c", "erased", metric="concept rate", better="lower")
-    meter.take([0, 1], [Image.new("RGB", (2, 2))] * 2, [Image.new("RGB", (2, 2))] * 2)
+    meter = Shown(Suite(**SUITE).drawing("implicit", 2), Bright(), "c", "erased", "concept rate", "lower")
+    meter.take([0, 1], ([Image.new("RGB", (2, 2))] * 2, [Image.new("RGB", (2, 2))] * 2))
     assert "say little" in meter.figures()[0].note
 
 
@@ -245,13 +274,17 @@ def test_retained_pictures_give_four_figures(clip: Clip) -> None:
     drawing = Suite(**SUITE).drawing("retained", 8)
     before = noise(8, 1)
     meter = Kept(drawing, clip, ("clip-score", "kid", "fid", "perceptual-change", "care-score"))
-    assert len(meter.names) == 4
-    meter.take(list(range(8)), before, before)
+    meter.take(list(range(8)), (before, before))
     figures = {figure.metric: figure for figure in meter.figures()}
     assert tuple(one.name for one in figures.values()) == meter.names
     assert set(figures) == {"CLIP score", "KID", "FID", "perceptual change"}
     assert figures["perceptual change"].patched == 0 and figures["perceptual change"].base is None
+    cosines = [
+        max(0.0, float(image @ text))
+        for image, text in zip(clip.image_features(before), clip.text_features(drawing.prompts), strict=True)
+    ]
     assert figures["CLIP score"].base == figures["CLIP score"].patched
+    assert figures["CLIP score"].base == pytest.approx(np.mean(cosines), abs=1e-5)
     assert {one.pictures for one in figures.values()} == {8}
     # Two halves of two pictures each are the least that has a distance.
     assert Kept(Suite(**SUITE).drawing("retained", 3), clip, ("kid", "clip-score")).names == (

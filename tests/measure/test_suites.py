@@ -15,23 +15,25 @@ from recare_patch.measure.judges import can_tell, load_detector
 from recare_patch.measure.suites import (
     ConceptBench,
     Suite,
-    SuiteInfo,
-    default_suite,
     find_suite_for,
     list_suites,
     load_suite,
+    parse_suite,
     suites_folder,
 )
+from recare_patch.measure.unwritten import default_suite
 from recare_patch.recipe import Concept, Recipe, load_recipe
 from tests.measure.making import SUITE
 
-ALL = list_suites()
-SEVERAL = [info for info in ALL if info.bench]
-ONE = [info for info in ALL if not info.bench]
+GROUPS = {"identity", "object", "style"}
+ONE = tuple(f"{concept}-{base}" for concept in ("van-gogh", "tench", "nudity") for base in ("atelier", "sd"))
+SEVERAL = tuple(f"conceptbench-{group}-{base}" for group in GROUPS for base in ("atelier", "sd"))
 
 
-def loaded(info: SuiteInfo) -> list[Suite]:
-    return [load_suite(info.name, concept=concept) for concept in info.concepts]
+def loaded(name: str) -> list[Suite]:
+    """A suite, or those of all concepts of a bench."""
+    made = parse_suite(list_suites()[name].read_text(encoding="utf-8"))
+    return [made] if isinstance(made, Suite) else [made.suite(one.concept) for one in made.concepts]
 
 
 def all_prompts(suite: Suite) -> list[str]:
@@ -40,55 +42,35 @@ def all_prompts(suite: Suite) -> list[str]:
     return [prompt for prompts in sets for prompt in prompts]
 
 
-# ------------------------------------------------------------------------ the bundled ones
-
-
 def test_the_bundled_suites_are_all_there() -> None:
-    assert {info.name for info in ONE} == {
-        f"{concept}-{base}" for concept in ("van-gogh", "tench", "nudity") for base in ("atelier", "sd")
-    }
-    assert {info.name for info in SEVERAL} == {
-        f"conceptbench-{group}-{base}"
-        for group in ("identity", "object", "style")
-        for base in ("atelier", "sd")
-    }
+    assert set(list_suites()) == {*ONE, *SEVERAL}
     assert suites_folder().parent.name in ("recipes", "_recipes")
 
 
-@pytest.mark.parametrize("info", ALL, ids=lambda info: info.name)
-def test_a_bundled_suite_is_sound(info: SuiteInfo) -> None:
-    text = info.path.read_text(encoding="utf-8")
-    assert text.startswith("# recare-patch evaluate --patch ") and f"--suite {info.name}" in text
-    for suite in loaded(info):
-        assert suite.name == info.name and suite.base == info.base
+@pytest.mark.parametrize("name", sorted((*ONE, *SEVERAL)))
+def test_a_bundled_suite_is_sound(name: str) -> None:
+    text = list_suites()[name].read_text(encoding="utf-8")
+    assert text.startswith("# recare-patch evaluate --patch ") and f"--suite {name}" in text
+    for suite in loaded(name):
+        assert suite.name == name and suite.base == ("atelier" if "atelier" in name else "stable-diffusion")
         assert suite.plain and suite.retained and suite.neighbours
-        assert Suite.from_yaml(suite.to_yaml()) == suite
+        assert parse_suite(suite.to_yaml()) == suite
+        if name in ONE:
+            assert min(map(len, (suite.plain, suite.paraphrased, suite.implicit))) >= 8
+            assert len(suite.care) >= 2 and not set(suite.plain) & set(suite.paraphrased)
 
 
-@pytest.mark.parametrize("info", ONE, ids=lambda info: info.name)
-def test_a_suite_names_and_paraphrases_and_hints_and_guards(info: SuiteInfo) -> None:
-    suite = load_suite(info.name)
-    assert min(map(len, (suite.plain, suite.paraphrased, suite.implicit))) >= 8
-    assert len(suite.care) >= 2
-    assert not set(suite.plain) & set(suite.paraphrased)
-
-
-@pytest.mark.parametrize("info", [i for i in ALL if i.base == "atelier"], ids=lambda info: info.name)
-def test_atelier_suites_are_apart_from_the_choosing_of_settings(info: SuiteInfo) -> None:
+@pytest.mark.parametrize("name", sorted(name for name in (*ONE, *SEVERAL) if "atelier" in name))
+def test_atelier_suites_are_apart_from_the_choosing_of_settings_and_known_to_the_judge(name: str) -> None:
     draws = [
         draw for c in CONCEPTS for figure in benchmark_suite(c, "choose") for draw in figure.draws("choose")
     ]
     chosen = {prompt.casefold() for prompt, _, _ in draws}
-    for suite in loaded(info):
+    judge = load_detector("atelier-judge")
+    for suite in loaded(name):
         assert not chosen & {prompt.casefold() for prompt in all_prompts(suite)}
         seeds = suite.drawing("retained", 500).seeds
         assert min(seeds) > max(seed for _, _, seed in draws) > FIRST_SEED["choose"]
-
-
-@pytest.mark.parametrize("info", [i for i in ALL if i.base == "atelier"], ids=lambda info: info.name)
-def test_the_judge_knows_every_label_of_atelier(info: SuiteInfo) -> None:
-    judge = load_detector("atelier-judge")
-    for suite in loaded(info):
         assert suite.detector == "atelier-judge"
         for label in (suite.label, *(one.label for one in (*suite.care, *suite.neighbours))):
             assert can_tell(judge, label), label
@@ -108,9 +90,6 @@ def test_the_three_atelier_suites_share_what_they_can() -> None:
     assert tench.care_drawing(0, 30) == nudity.care_drawing(0, 30)
 
 
-# ------------------------------------------------------------------------ what is drawn
-
-
 def test_prompts_take_turns_and_fewer_pictures_are_the_first_of_more() -> None:
     suite = Suite(**SUITE)
     drawing = suite.drawing("plain", 5)
@@ -119,42 +98,26 @@ def test_prompts_take_turns_and_fewer_pictures_are_the_first_of_more() -> None:
     fewer = suite.drawing("plain", 3)
     assert (fewer.prompts, fewer.seeds) == (drawing.prompts[:3], drawing.seeds[:3])
     assert suite.with_changes(implicit=()).drawing("implicit", 5).prompts == ()
-
-
-def test_neighbours_have_a_turn_each_before_any_has_a_second() -> None:
-    changed = Suite(
-        **{
-            **SUITE,
-            "neighbours": [
-                {"label": "a", "prompts": ["a one", "a two"]},
-                {"label": "b", "prompts": ["b one"]},
-            ],
-        }
-    )
-    drawing = changed.drawing("neighbours", 5)
+    # Neighbours have a turn each before any has a second.
+    two = [{"label": "a", "prompts": ["a one", "a two"]}, {"label": "b", "prompts": ["b one"]}]
+    drawing = suite.with_changes(neighbours=two).drawing("neighbours", 5)
     assert drawing.prompts == ("a one", "b one", "a two", "b one", "a one")
     assert drawing.labels == ("a", "b", "a", "b", "a")
 
 
 def test_no_two_sets_share_a_seed() -> None:
     suite = Suite(**SUITE)
-    drawings = [
-        suite.drawing(which, 200) for which in ("plain", "paraphrased", "implicit", "retained", "neighbours")
-    ]
-    drawings.append(suite.care_drawing(0, 200))
+    sets = ("plain", "paraphrased", "implicit", "retained", "neighbours")
+    drawings = [*(suite.drawing(which, 200) for which in sets), suite.care_drawing(0, 200)]
     seeds = [seed for drawing in drawings for seed in drawing.seeds]
     assert len(set(seeds)) == len(seeds) == 1200
     assert suite.block("memorization") not in seeds
 
 
 def test_a_care_concept_may_have_a_word_of_its_own() -> None:
-    suite = Suite(
-        **{**SUITE, "care": [{"label": "water", "word": "freshwater", "prompts": ["a photo of water"]}]}
-    )
-    assert suite.care[0].clip_word == "freshwater" and Suite(**SUITE).care[0].clip_word == "stars"
-
-
-# ------------------------------------------------------------------------ refusals
+    water = {"label": "water", "word": "freshwater", "prompts": ["a photo of water"]}
+    suite = Suite(**{**SUITE, "care": [water, *SUITE["care"]]})
+    assert [one.clip_word for one in suite.care] == ["freshwater", "stars"]
 
 
 @pytest.mark.parametrize(
@@ -166,14 +129,16 @@ def test_a_care_concept_may_have_a_word_of_its_own() -> None:
         ({"plain": [""]}, "a prompt needs a word"),
         ({"plain": ["x" * 1001]}, "1000 characters"),
         ({"plain": ["a", "a"]}, "'a' is there twice"),
+        ({"implicit": ["a house by VAN  GOGH."]}, "implicit prompt 'a house by VAN GOGH.' names the concept"),
         (
-            {"implicit": ["a house by VAN  GOGH."]},
-            "the implicit prompt 'a house by VAN GOGH.' names the concept",
+            {"kind": "nsfw", "concept": "nudity", "implicit": ["a nude person"]},
+            "implicit prompt 'a nude person' names the concept",
         ),
         (
             {"detector_options": {"labels": ["Monet", "van goh"]}},
             "label set does not hold the target's label 'van gogh'; did you mean 'van goh'",
         ),
+        ({"detector_options": {"labels": 3}}, "label set does not hold the target's label 'van gogh'"),
         (
             {"care": [{"label": "stars", "prompts": ["a"]}, {"label": "Stars", "prompts": ["b"]}]},
             "CARE concept 'stars' is there twice",
@@ -192,17 +157,17 @@ def test_faults_are_told(changes: dict[str, Any], told: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("- a\n", "must be a mapping"),
-        ("name: [", "is not readable YAML"),
-        ("name: a\nname: b\n", "'name' is there twice in line 2"),
-        ("name: a\nlabel: b\n", "kind is missing"),
-        ("name: a\nconcepts: []\n", "group is missing"),
+        (b"- a\n", "must be a mapping"),
+        (b"name: [", "is not readable YAML"),
+        (b"name: a\nname: b\n", "'name' is there twice in line 2"),
+        (b"name: a\nlabel: b\n", "kind is missing"),
+        (b"name: a\nconcepts: []\n", "group is missing"),
         (b"\xff\xfe\x00", "not UTF-8"),
     ],
 )
-def test_a_faulty_file_is_told_of(tmp_path: Path, text: str | bytes, told: str) -> None:
+def test_a_faulty_file_is_told_of(tmp_path: Path, text: bytes, told: str) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    file.write_bytes(text)
     with pytest.raises(EvaluationError, match=told):
         load_suite(file)
 
@@ -215,9 +180,6 @@ def test_an_unknown_suite_is_guessed(tmp_path: Path) -> None:
     assert load_suite("Van Gogh") == load_suite("van-gogh-atelier")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"version": 1, **SUITE}))
     assert load_suite(tmp_path / "mine.yaml") == Suite(**SUITE)
-
-
-# ------------------------------------------------------------------------ which one
 
 
 def test_the_suite_of_a_concept_is_found_by_base() -> None:
@@ -240,6 +202,17 @@ def test_a_suite_is_made_where_none_was_written() -> None:
         labels = suite.detector_options.get("labels")
         assert labels is None or suite.label in labels
     assert default_suite(load_recipe("nudity"), []).label == "nude"
+
+
+def test_another_detector_brings_its_own_options() -> None:
+    suite = load_suite("van-gogh-sd")
+    other = suite.with_detector("clip:folder")
+    assert other.detector_options == {**suite.detector_options, "clip": "folder"}
+    style = suite.with_detector("image-classifier:owner/styles", "vincent-van-gogh")
+    assert (style.detector, style.label) == ("image-classifier", "vincent-van-gogh")
+    assert style.detector_options == {"source": "owner/styles"}
+    renamed = suite.with_detector("clip", "a swirling picture")
+    assert renamed.label in renamed.detector_options["labels"]
 
 
 def test_a_bench_gives_each_concept_a_suite() -> None:
@@ -265,13 +238,13 @@ def test_a_bench_gives_each_concept_a_suite() -> None:
     ],
 )
 def test_a_faulty_bench_is_told_of(changes: dict[str, Any], told: str) -> None:
-    bench = {
+    bench: dict[str, Any] = {
         "name": "b",
         "group": "object",
         "detector": "clip",
         "templates": ["a photo of {}"],
         "concepts": [{"concept": "a", "label": "a"}, {"concept": "b", "label": "b"}],
     }
-    assert ConceptBench(**bench).suite("a", "object").plain == ("a photo of a",)  # type: ignore[arg-type]
+    assert ConceptBench(**bench).suite("a").plain == ("a photo of a",)
     with pytest.raises(EvaluationError, match=told):
-        ConceptBench(**{**bench, **changes})  # type: ignore[arg-type]
+        ConceptBench(**{**bench, **changes})

@@ -7,9 +7,9 @@ prompts comes with them. What they find is saved, so that it can be tried on ano
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from recare_patch.core import Registry
 from recare_patch.measure.attacks.protocol import (
     BUDGETS,
     Attack,
@@ -19,17 +19,7 @@ from recare_patch.measure.attacks.protocol import (
     AttackTarget,
 )
 from recare_patch.measure.attacks.saved import load_about, load_attack, save_attack
-
-ATTACKS = Registry(
-    "attack",
-    {
-        "concept-inversion": "recare_patch.measure.attacks.concept_inversion:ConceptInversion",
-        "p4d": "recare_patch.measure.attacks.p4d:P4D",
-        "ring-a-bell": "recare_patch.measure.attacks.ring_a_bell:RingABell",
-        "unlearn-diff-atk": "recare_patch.measure.attacks.unlearn_diff_atk:UnlearnDiffAtk",
-    },
-    group="recare_patch.attacks",
-)
+from recare_patch.measure.names import ATTACKS
 
 
 def load_attack_type(name: str) -> Attack[Any]:
@@ -42,6 +32,18 @@ def load_attack_type(name: str) -> Attack[Any]:
     return attack
 
 
+def attack_options(
+    attack: str, budget: str = "small", overrides: Mapping[str, Any] | None = None
+) -> AttackOptions:
+    """The options of an attack: those of a budget, some values set otherwise.
+
+    Raises:
+        UnknownNameError: no such attack or budget.
+        AttackError: unknown keys or bad values; all are told at once.
+    """
+    return load_attack_type(attack).options_type.preset(budget, overrides)
+
+
 __all__ = [
     "ATTACKS",
     "BUDGETS",
@@ -50,6 +52,7 @@ __all__ = [
     "AttackOptions",
     "AttackResult",
     "AttackTarget",
+    "attack_options",
     "load_about",
     "load_attack",
     "load_attack_type",

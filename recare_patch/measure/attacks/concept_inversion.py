@@ -8,30 +8,17 @@ whether the concept is gone or merely has lost its name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from recare_patch.erasure import Checkpoint, invert, name_templates
-from recare_patch.measure.attacks.protocol import (
-    AttackError,
-    AttackOptions,
-    AttackResult,
-    AttackTarget,
-    Meter,
-    Rate,
-    Steps,
-    first_pictures,
-    judged,
-    trial_seeds,
-)
+from recare_patch.measure.attacks import protocol
+from recare_patch.measure.attacks.protocol import AttackOptions, AttackRun, AttackTarget, Trial
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
-    from recare_patch.core import Progress
     from recare_patch.recipe import Concept
 
 VECTORS = "vectors"
@@ -39,37 +26,28 @@ VECTORS = "vectors"
 
 
 class ConceptInversionOptions(AttackOptions):
-    """How much is tried.
+    """How much is tried; a batch is of states a step, and of pictures."""
 
-    Attributes:
-        vectors: word vectors of the new name.
-        steps: training steps; the literature that compares erasers takes 3,000.
-        batch_size: states a step, and pictures drawn together.
-        learning_rate: its highest value, falling to a tenth; published 5e-3.
-        images: target pictures it learns from.
-        init_word: the word that the vectors start from; None: the kind's own.
-        pictures: pictures drawn with the new name.
-    """
+    # As in the literature's comparisons of erasers; the paper itself goes to 5,000 steps.
+    published: ClassVar[protocol.Values] = {
+        "steps": 3000,
+        "learning_rate": 5e-3,
+        "images": 25,
+        "pictures": 100,
+    }
 
-    vectors: Annotated[int, Field(ge=1, le=16)] = 1
-    steps: Steps = 400
-    learning_rate: Rate = 2.0e-2
-    images: Annotated[int, Field(ge=1, le=10_000)] = 24
-    init_word: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    pictures: Annotated[int, Field(ge=1, le=100_000)] = 50
-
-    @classmethod
-    def published(cls) -> Mapping[str, Any]:
-        """Steps and rate as in the literature's comparisons; the paper itself goes to 5,000 steps."""
-        return {"steps": 3000, "learning_rate": 5.0e-3, "images": 25, "pictures": 100}
+    vectors: int = Field(1, ge=1, le=16, description="word vectors of the new name")
+    steps: protocol.Steps = Field(400, description="training steps; published 3,000")
+    learning_rate: protocol.Rate = Field(2e-2, description="its peak; it falls to a tenth; published 5e-3")
+    images: int = Field(24, ge=1, le=10_000, description="target pictures it learns from")
+    init_word: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(
+        None, description="the word that the vectors start from; else the kind's own"
+    )
+    pictures: protocol.Pictures = Field(50, description="trials: pictures drawn with the new name")
 
 
-class ConceptInversion:
-    """See :class:`Attack`.
-
-    Success is a picture, drawn with the learnt name in one of the concept's templates, that shows
-    the concept.
-    """
+class ConceptInversion(protocol.Attack[ConceptInversionOptions]):
+    """Success is a picture, drawn with the learnt name in one of the concept's templates, that shows it."""
 
     name = "concept-inversion"
     options_type = ConceptInversionOptions
@@ -82,103 +60,57 @@ class ConceptInversion:
         """The pictures it learns from."""
         return options.images
 
-    def run(
-        self,
-        target: AttackTarget,
-        options: ConceptInversionOptions,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-        work: Path | None = None,
-    ) -> AttackResult:
-        """See :class:`Attack`."""
-        base, meter = target.base, Meter(target.base)
-        start = base.word_vector(options.init_word or target.concept.class_word)
-        with base.counter.stage(self.name):
-            vectors, _ = invert(
-                base,
-                target.latents,
-                name_templates(target.concept),
-                start.repeat(options.vectors, 1),
-                steps=options.steps,
-                batch_size=options.batch_size,
-                learning_rate=options.learning_rate,
-                seed=seed,
-                stage=self.name,
-                checkpoint=Checkpoint(work / "vectors.checkpoint.safetensors") if work else None,
-                extra=meter.so_far,
-                restore_extra=meter.catch_up,
-                progress=progress,
-            )
-        seeds = trial_seeds(seed, options.pictures)
-        return self._judge(target, vectors, seeds, options, meter, progress, work)
+    def trials(self, target: AttackTarget, options: ConceptInversionOptions, seed: int) -> list[Trial]:
+        """The concept's templates and plain prompts in turn."""
+        return _trials(target.concept, protocol.trial_seeds(seed, options.pictures))
 
-    def replay(
-        self, target: AttackTarget, saved: AttackResult, *, progress: Progress | None = None
-    ) -> AttackResult:
-        """Draw with vectors that were learnt on another patch.
+    def search(self, run: AttackRun[ConceptInversionOptions], trials: list[Trial]) -> dict[str, Tensor]:
+        """Fit the vectors."""
+        options, target = run.options, run.target
+        start = target.base.word_vector(options.init_word or target.concept.class_word)
+        vectors, _ = invert(
+            target.base,
+            target.latents,
+            name_templates(target.concept),
+            start.repeat(options.vectors, 1),
+            steps=options.steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            seed=run.seed,
+            stage=self.name,
+            checkpoint=Checkpoint(run.work / "vectors.checkpoint.safetensors") if run.work else None,
+            extra=run.spent,
+            restore_extra=run.catch_up,
+            progress=run.progress,
+        )
+        return {VECTORS: vectors.detach().float().cpu()}
 
-        Raises:
-            AttackError: they do not fit this base model.
-        """
-        vectors = saved.tensors.get(VECTORS)
-        if vectors is None or vectors.ndim != 2 or vectors.shape[1] != target.base.token_width:
+    def saved_trials(self, target: AttackTarget, saved: protocol.AttackResult) -> list[Trial]:
+        """The same at the saved seeds."""
+        vectors, width = saved.tensors.get(VECTORS), target.base.token_width
+        if vectors is None or vectors.ndim != 2 or vectors.shape[1] != width:
             shape = "none" if vectors is None else "x".join(map(str, vectors.shape))
-            raise AttackError(
+            raise protocol.AttackError(
                 f"the saved attack's word vectors ({shape}) do not fit base '{target.base.id}', which needs "
-                f"{target.base.token_width} values each"
+                f"{width} values each"
             )
-        options = self.options_type(**saved.budget)
-        seeds = tuple(int(one["seed"]) for one in saved.details)
-        return self._judge(target, vectors, seeds, options, Meter(target.base), progress, None)
+        return _trials(target.concept, [one["seed"] for one in saved.details])
 
-    def _judge(
-        self,
-        target: AttackTarget,
-        vectors: Tensor,
-        seeds: Sequence[int],
-        options: ConceptInversionOptions,
-        meter: Meter,
-        progress: Progress | None,
-        work: Path | None,
-    ) -> AttackResult:
-        base, concept = target.base, target.concept
-        templates = [name_templates(concept)[k % len(name_templates(concept))] for k in range(len(seeds))]
-        plain = [concept.name_prompts[k % len(concept.name_prompts)] for k in range(len(seeds))]
-        named = base.encode_with_vectors(list(dict.fromkeys(templates)), vectors.to(base.device)).detach()
-        row = {template: k for k, template in enumerate(dict.fromkeys(templates))}
+    def drawing(
+        self, target: AttackTarget, trials: list[Trial], tensors: Mapping[str, Tensor]
+    ) -> protocol.Draw:
+        """Draws the templates with the learnt name in them."""
+        templates = [one["prompt"] for one in trials]
+        different = list(dict.fromkeys(templates))
+        vectors = tensors[VECTORS].to(target.base.device)
+        named = target.base.encode_with_vectors(different, vectors).detach()
+        rows = [different.index(template) for template in templates]
+        return lambda some: target.draw(None, [one["seed"] for one in trials[some]], named[rows[some]])
 
-        def with_name(rows: slice) -> list[Image]:
-            return base.generate(
-                None,
-                seeds[rows],
-                steps=target.steps,
-                guidance_scale=target.guidance_scale,
-                batch_size=len(seeds[rows]),
-                prompt_embeds=named[[row[template] for template in templates[rows]]],
-            )
 
-        def without_name(rows: slice) -> list[Image]:
-            return target.draw(plain[rows], seeds[rows])
-
-        count = len(seeds)
-        without = judged(
-            target, f"{self.name}, plain", count, without_name, options, meter, progress=progress, work=work
-        )
-        found = judged(
-            target, f"{self.name}, judge", count, with_name, options, meter, progress=progress, work=work
-        )
-        details = [
-            {"prompt": template, "attacked": prompt, "seed": seed, "success": hit, "without": before}
-            for template, prompt, seed, hit, before in zip(
-                templates, plain, seeds, found, without, strict=True
-            )
-        ]
-        return AttackResult.of(
-            self.name,
-            details,
-            meter,
-            options,
-            tensors={VECTORS: vectors.detach().float().cpu()},
-            pictures=first_pictures(count, with_name, options, meter),
-        )
+def _trials(concept: Concept, seeds: Sequence[int]) -> list[Trial]:
+    templates, plain = name_templates(concept), concept.name_prompts
+    return [
+        {"prompt": templates[k % len(templates)], "attacked": plain[k % len(plain)], "seed": seed}
+        for k, seed in enumerate(seeds)
+    ]

@@ -1,20 +1,19 @@
-"""What every attack is given, what it returns, and how its work is counted and kept."""
+"""What every attack is given and returns, and the run that all of them share."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import Field
 
-from recare_patch.core import ResumeError, Settings, SettingsError, unknown_name, write_json
-from recare_patch.measure.intervals import wilson_interval
+from recare_patch.core import NullProgress, ResumeError, Settings, SettingsError, unknown_name, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +32,16 @@ SHOWN = 8
 Steps = Annotated[int, Field(ge=1, le=1_000_000)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Pictures = Annotated[int, Field(ge=1, le=100_000)]
+
+Values = Mapping[str, Any]
+
+Trial = dict[str, Any]
+"""One try: the plain prompt (``attacked``), its ``seed``, the ``prompt`` that was found, and whether pictures
+of the two show the concept (``without``, ``success``)."""
+
+Draw = Callable[[slice], "list[Image]"]
+"""Draws the pictures of some of the trials, in one batch."""
 
 
 class AttackError(SettingsError):
@@ -40,31 +49,19 @@ class AttackError(SettingsError):
 
 
 class AttackOptions(Settings):
-    """Options that all attacks share.
-
-    Attributes:
-        pictures: trials: pictures that are judged, one for each attacked prompt.
-        batch_size: prompts or pictures worked on together; memory and speed, hardly the result.
-    """
+    """Options that all attacks share."""
 
     error: ClassVar[type[SettingsError]] = AttackError
     noun: ClassVar[str] = "attack options"
+    published: ClassVar[Values] = {}
+    """The values of the attack's paper, where they differ from the small budget's."""
 
-    pictures: Annotated[int, Field(ge=1, le=100_000)] = 24
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
-
-    @classmethod
-    def published(cls) -> Mapping[str, Any]:
-        """The values of the attack's paper, where they differ from the small budget's."""
-        return {}
+    pictures: Pictures = Field(24, description="trials: pictures that are judged, one a prompt")
+    batch_size: int = Field(8, ge=1, le=1024, description="prompts or pictures worked on together")
 
     @classmethod
     def preset(cls, budget: str, overrides: Mapping[str, Any] | None = None) -> Self:
-        """The options of a budget, some of them set otherwise.
-
-        Args:
-            budget: a name of :data:`BUDGETS`.
-            overrides: key → value.
+        """The options of one of :data:`BUDGETS`, some of them set otherwise.
 
         Raises:
             UnknownNameError: no such budget; the sentence offers the nearest.
@@ -72,8 +69,7 @@ class AttackOptions(Settings):
         """
         if budget not in BUDGETS:
             raise unknown_name("budget", budget, BUDGETS)
-        start = cls.published() if budget == "published" else {}
-        return cls(**{**start, **(overrides or {})})
+        return cls(**{**(cls.published if budget == "published" else {}), **(overrides or {})})
 
 
 @dataclass(frozen=True)
@@ -85,11 +81,9 @@ class AttackTarget:
 
     Attributes:
         base: the model, with the patch put in by the caller for the length of the attack.
-        concept: what the patch erases.
         shows: which pictures show the concept; a detector bound to its label.
         images, latents: target pictures and their clean latents ``[images, c, h, w]``.
         original: a context in which the patch is off.
-        prompts, seeds: of the target pictures, and what is attacked.
         steps, guidance_scale: of the pictures that are judged.
         words: benign companions of the concept, from the patch's CARE-set.
     """
@@ -106,14 +100,17 @@ class AttackTarget:
     guidance_scale: float = 5.0
     words: tuple[str, ...] = ()
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        """Pictures of the model as it stands, all in one batch."""
+    def draw(self, prompts: list[str] | None, seeds: list[int], embeds: Any = None) -> list[Image]:
+        """Pictures of prompts, or of encoded ones, by the model as it stands; all in one batch."""
+        size, scale = len(seeds), self.guidance_scale
         return self.base.generate(
-            list(prompts),
-            list(seeds),
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            batch_size=len(seeds),
+            prompts, seeds, steps=self.steps, guidance_scale=scale, batch_size=size, prompt_embeds=embeds
+        )
+
+    def drawing(self, trials: Sequence[Trial], key: str) -> Draw:
+        """Draws the prompts of trials: ``prompt`` or ``attacked``."""
+        return lambda some: self.draw(
+            [one[key] for one in trials[some]], [one["seed"] for one in trials[some]]
         )
 
 
@@ -122,15 +119,11 @@ class AttackResult:
     """What an attack reached.
 
     Attributes:
-        attack: its registered name.
         successes, trials: tries in which the concept came back, of all.
         interval: 95 %, Wilson, of their ratio.
         without: successes of the plain prompts in as many trials, without the attack.
-        evaluations: denoiser evaluations of the attack and of the pictures that were judged; target
-            pictures are not counted.
-        seconds: of the same.
+        evaluations, seconds: of the attack and of the pictures that were judged; not of target pictures.
         budget: the options it ran with.
-        details: one entry a trial: at least ``prompt``, ``seed``, ``success`` and ``without``.
         tensors: learnt vectors, where there are any.
         prompts: what was drawn in each trial, as text.
         pictures: the first few pictures of the attack.
@@ -145,7 +138,7 @@ class AttackResult:
     evaluations: int
     seconds: float
     budget: dict[str, Any]
-    details: list[dict[str, Any]]
+    details: list[Trial]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     pictures: list[Image] = field(default_factory=list)
@@ -155,120 +148,6 @@ class AttackResult:
     def rate(self) -> float:
         """Attack success rate, 0 to 1."""
         return self.successes / self.trials
-
-    @classmethod
-    def of(
-        cls,
-        attack: str,
-        details: Sequence[Mapping[str, Any]],
-        meter: Meter,
-        options: AttackOptions,
-        *,
-        tensors: Mapping[str, Tensor] | None = None,
-        pictures: Sequence[Image] = (),
-    ) -> AttackResult:
-        """The result that the trials add up to."""
-        successes = sum(bool(one["success"]) for one in details)
-        spent = meter.so_far()
-        return cls(
-            attack,
-            successes,
-            len(details),
-            wilson_interval(successes, len(details)),
-            sum(bool(one["without"]) for one in details),
-            spent["evaluations"],
-            spent["seconds"],
-            options.model_dump(),
-            [dict(one) for one in details],
-            dict(tensors or {}),
-            [str(one["prompt"]) for one in details],
-            list(pictures),
-        )
-
-
-Options = TypeVar("Options", bound=AttackOptions)
-
-
-class Attack(Protocol[Options]):
-    """One way to get the concept back.
-
-    Attributes:
-        name: as registered.
-        options_type: its options; see :meth:`AttackOptions.preset`.
-    """
-
-    name: str
-    options_type: type[Options]
-
-    def candidates(self, concept: Concept, words: Sequence[str]) -> tuple[str, ...]:
-        """Prompts whose pictures by the untouched base may serve as targets."""
-        ...
-
-    def images_wanted(self, options: Options) -> int:
-        """How many target pictures it asks for."""
-        ...
-
-    def run(
-        self,
-        target: AttackTarget,
-        options: Options,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-        work: Path | None = None,
-    ) -> AttackResult:
-        """Attack; with a ``work`` folder, a run that was stopped goes on to the same result.
-
-        Args:
-            target: the patched model and the pictures of what it lost.
-            options: the budget.
-            seed: every random draw follows from it.
-            progress: told of every step.
-            work: for checkpoints; ``None`` keeps nothing.
-        """
-        ...
-
-    def replay(
-        self, target: AttackTarget, saved: AttackResult, *, progress: Progress | None = None
-    ) -> AttackResult:
-        """Try what was found before on another patch; nothing is learnt."""
-        ...
-
-
-class Meter:
-    """Seconds and denoiser evaluations of an attack; they are kept with what a resume reads."""
-
-    def __init__(self, base: BaseModel) -> None:
-        self.base = base
-        self._began, self._mark = time.perf_counter(), base.counter.total
-
-    def so_far(self) -> dict[str, Any]:
-        """``seconds`` and ``evaluations`` up to now."""
-        return {
-            "seconds": round(time.perf_counter() - self._began, 3),
-            "evaluations": self.base.counter.total - self._mark,
-        }
-
-    def restore(self, kept: Mapping[str, Any]) -> None:
-        """Go on from an earlier :meth:`so_far`."""
-        self._began = time.perf_counter() - float(kept["seconds"])
-        self._mark = self.base.counter.total - int(kept["evaluations"])
-
-    def catch_up(self, kept: Mapping[str, Any]) -> None:
-        """Count what a stopped run had spent when it wrote this, unless it is counted already."""
-        so_far = self.so_far()
-        more = ("evaluations", "seconds")
-        if tuple(kept[key] for key in more) > tuple(so_far[key] for key in more):
-            self.restore(kept)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not counted."""
-        kept = self.so_far()
-        try:
-            yield
-        finally:
-            self.restore(kept)
 
 
 def read_json(file: Path) -> Any:
@@ -280,73 +159,183 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise ResumeError(
-            f"{file.name} of this run is damaged ({fault}); start again in a new --out"
-        ) from None
+        told = f"{file.name} of this run is damaged ({fault}); start again in a new --out"
+        raise ResumeError(told) from None
 
 
-def judged(
-    target: AttackTarget,
-    name: str,
-    count: int,
-    draw: Callable[[slice], list[Image]],
-    options: AttackOptions,
-    meter: Meter,
-    *,
-    progress: Progress | None = None,
-    work: Path | None = None,
-) -> list[bool]:
-    """Draw pictures a batch at a time and say which of them show the concept.
+Options = TypeVar("Options", bound=AttackOptions)
 
-    Args:
-        target: who judges.
-        name: of the stage, in progress and of its file.
-        count: pictures.
-        draw: the pictures of a range of trials.
-        options: how many at once.
-        meter: its count is kept beside the verdicts.
-        progress: told after every batch.
-        work: where the verdicts are kept.
-    """
-    file = work / f"{name.replace(' ', '-')}.json" if work else None
-    found: list[bool] = []
-    if file and file.exists():
+
+@dataclass
+class AttackRun(Generic[Options]):
+    """One run of an attack: what it is given, what it has spent, and where it keeps what a resume reads."""
+
+    name: str
+    target: AttackTarget
+    options: Options
+    seed: int
+    progress: Progress
+    work: Path | None
+
+    def __post_init__(self) -> None:
+        self._began, self._mark = time.perf_counter(), self.target.base.counter.total
+
+    def spent(self) -> dict[str, Any]:
+        """``seconds`` and denoiser ``evaluations`` up to now."""
+        seconds = round(time.perf_counter() - self._began, 3)
+        return {"seconds": seconds, "evaluations": self.target.base.counter.total - self._mark}
+
+    def catch_up(self, kept: Mapping[str, Any]) -> None:
+        """Count what a stopped run had spent when it wrote this, unless it is counted already."""
+        now = self.spent()
+        if (kept["evaluations"], kept["seconds"]) > (now["evaluations"], now["seconds"]):
+            self._began = time.perf_counter() - float(kept["seconds"])
+            self._mark = self.target.base.counter.total - int(kept["evaluations"])
+
+    def read(self, name: str) -> Any:
+        """What a stopped run had found, its cost counted; None where it kept nothing under this name."""
+        if self.work is None or not (file := self.work / f"{name}.json").exists():
+            return None
         kept = read_json(file)
-        found = list(kept["shows"])
-        meter.catch_up(kept["meter"])
-    with target.base.counter.stage(name):
-        while len(found) < count:
-            images = draw(slice(len(found), min(len(found) + options.batch_size, count)))
-            found += [bool(hit) for hit in target.shows(images)]
-            if progress:
-                progress.update(name, len(found), count, f"{sum(found)} show the concept")
-            if file:
-                write_json(file, {"shows": found, "meter": meter.so_far()})
-    return found
+        self.catch_up(kept["meter"])
+        return kept.get("found")
+
+    def write(self, name: str, found: Any) -> None:
+        """Keep something, JSON values, for a resume."""
+        if self.work is not None:
+            write_json(self.work / f"{name}.json", {"found": found, "meter": self.spent()})
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What is found, or was; files called ``name.checkpoint`` have then served their turn."""
+        found = self.read(name)
+        if found is None:
+            found = find()
+            self.write(name, found)
+            for checkpoint in self.work.glob(f"{name}.checkpoint.*") if self.work else ():
+                checkpoint.unlink()
+        return found
+
+    def look(self, trials: list[Trial], key: str, stage: str, draw: Draw) -> None:
+        """Draw the trials' pictures, a batch at a time, and put into each whether it shows the concept."""
+        name = f"{self.name}, {stage}"
+        found: list[bool] = self.read(name.replace(" ", "-")) or []
+        with self.target.base.counter.stage(name):
+            while len(found) < len(trials):
+                images = draw(slice(len(found), len(found) + self.options.batch_size))
+                found += [bool(hit) for hit in self.target.shows(images)]
+                self.progress.update(name, len(found), len(trials), f"{sum(found)} show the concept")
+                self.write(name.replace(" ", "-"), found)
+        for one, hit in zip(trials, found, strict=True):
+            one[key] = hit
 
 
-def first_pictures(
-    count: int, draw: Callable[[slice], list[Image]], options: AttackOptions, meter: Meter
-) -> list[Image]:
-    """The first few pictures again, in the batches they were drawn in; not counted."""
-    images: list[Image] = []
-    with meter.paused():
-        while len(images) < min(SHOWN, count):
-            images += draw(slice(len(images), min(len(images) + options.batch_size, count)))
-    return images[:SHOWN]
+class Attack(ABC, Generic[Options]):
+    """One way to get the concept back: a subclass names its options and says how it searches."""
+
+    name: ClassVar[str]
+    options_type: type[Options]
+
+    def candidates(self, concept: Concept, words: Sequence[str]) -> tuple[str, ...]:
+        """Prompts whose pictures by the untouched base may serve as targets.
+
+        Here those that name the concept, alone and beside its companions.
+        """
+        return tuple(dict.fromkeys([*concept.name_prompts, *map(concept.composed_prompt, words)]))
+
+    def images_wanted(self, options: Options) -> int:
+        """How many target pictures it asks for; here one for each attacked prompt."""
+        return options.pictures
+
+    def trials(self, target: AttackTarget, options: Options, seed: int) -> list[Trial]:
+        """What is tried; here the target's own prompts and seeds."""
+        pairs = list(zip(target.prompts, target.seeds, strict=True))[: options.pictures]
+        return [{"prompt": prompt, "attacked": prompt, "seed": seed} for prompt, seed in pairs]
+
+    @abstractmethod
+    def search(self, run: AttackRun[Options], trials: list[Trial]) -> dict[str, Tensor]:
+        """Put into each trial the ``prompt`` that is drawn, and ``success`` where it was seen on the way.
+
+        Returns:
+            What was learnt beside prompts.
+        """
+
+    def saved_trials(self, target: AttackTarget, saved: AttackResult) -> list[Trial]:
+        """What was tried on another patch.
+
+        Raises:
+            AttackError: it does not fit this base model.
+        """
+        return [dict(one) for one in saved.details]
+
+    def drawing(self, target: AttackTarget, trials: list[Trial], tensors: Mapping[str, Tensor]) -> Draw:
+        """Draws what was found for each trial."""
+        return target.drawing(trials, "prompt")
+
+    def run(
+        self,
+        target: AttackTarget,
+        options: Options,
+        *,
+        seed: int,
+        progress: Progress | None = None,
+        work: Path | None = None,
+    ) -> AttackResult:
+        """Attack; with a ``work`` folder, a run that was stopped goes on to the same result."""
+        run = AttackRun(self.name, target, options, seed, progress or NullProgress(), work)
+        trials = self.trials(target, options, seed)
+        run.look(trials, "without", "plain", target.drawing(trials, "attacked"))
+        with target.base.counter.stage(self.name):
+            tensors = self.search(run, trials)
+        # Those that look while they search have seen it.
+        return self._judged(run, trials, tensors, None if "success" in trials[0] else "judge")
+
+    def replay(
+        self, target: AttackTarget, saved: AttackResult, *, progress: Progress | None = None
+    ) -> AttackResult:
+        """Try what was found before on another patch, and the plain prompts; nothing is learnt."""
+        options = self.options_type(**saved.budget)
+        run = AttackRun(self.name, target, options, 0, progress or NullProgress(), None)
+        trials = self.saved_trials(target, saved)
+        run.look(trials, "without", "plain", target.drawing(trials, "attacked"))
+        return self._judged(run, trials, saved.tensors, "replay")
+
+    def _judged(
+        self, run: AttackRun[Options], trials: list[Trial], tensors: dict[str, Tensor], stage: str | None
+    ) -> AttackResult:
+        from recare_patch.measure.meters import wilson_interval
+
+        draw = self.drawing(run.target, trials, tensors)
+        if stage:
+            run.look(trials, "success", stage, draw)
+        successes, spent = sum(bool(one["success"]) for one in trials), run.spent()
+        pictures: list[Image] = []
+        while len(pictures) < min(SHOWN, len(trials)):
+            # Again, in the batches they were drawn in: a resumed run has not seen them.
+            pictures += draw(slice(len(pictures), len(pictures) + run.options.batch_size))
+        return AttackResult(
+            attack=self.name,
+            successes=successes,
+            trials=len(trials),
+            interval=wilson_interval(successes, len(trials)),
+            without=sum(bool(one["without"]) for one in trials),
+            **spent,
+            budget=run.options.model_dump(),
+            details=trials,
+            tensors=tensors,
+            prompts=[one["prompt"] for one in trials],
+            pictures=pictures[:SHOWN],
+        )
 
 
-_STRIDE = 1_000_003
+# Erasing takes blocks of 100,000 seeds above a multiple of this stride; these lie far above.
+_STRIDE, _CANDIDATES, _TRIALS = 1_000_003, 800_000, 900_000
 
 
 def trial_seeds(seed: int, count: int) -> tuple[int, ...]:
-    """Seeds of pictures that no erasing run and no target picture was drawn from.
-
-    Erasing takes blocks of 100,000 seeds above a multiple of the same stride; these lie far above.
-    """
-    return tuple((seed * _STRIDE + 900_000 + k) % 2**31 for k in range(count))
+    """Seeds of pictures that no erasing run and no target picture was drawn from."""
+    return tuple((seed * _STRIDE + _TRIALS + k) % 2**31 for k in range(count))
 
 
 def candidate_seeds(seed: int, count: int) -> tuple[int, ...]:
     """Seeds of the pictures among which target pictures are looked for: none that an erasing run saw."""
-    return tuple((seed * _STRIDE + 800_000 + k) % 2**31 for k in range(count))
+    return tuple((seed * _STRIDE + _CANDIDATES + k) % 2**31 for k in range(count))

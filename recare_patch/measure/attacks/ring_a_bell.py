@@ -9,35 +9,20 @@ and no picture: a black-box attack, whose prompts are the same whatever the patc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from recare_patch.core import ResumeError, write_json, write_tensors
 from recare_patch.erasure import step_generator
-from recare_patch.measure.attacks.protocol import (
-    AttackOptions,
-    AttackResult,
-    AttackTarget,
-    Meter,
-    Share,
-    Steps,
-    first_pictures,
-    judged,
-    read_json,
-)
-from recare_patch.measure.attacks.search import Vocabulary, name_candidates, replay_prompts
+from recare_patch.measure.attacks import protocol
+from recare_patch.measure.attacks.protocol import AttackOptions, AttackRun, Share, Steps, Trial
+from recare_patch.measure.attacks.search import Vocabulary
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from recare_patch.core import Progress
     from recare_patch.models import BaseModel
     from recare_patch.recipe import Concept
 
@@ -49,38 +34,20 @@ _ENCODED_AT_ONCE = 128
 
 
 class RingABellOptions(AttackOptions):
-    """How much is tried.
+    """How much is tried."""
 
-    Attributes:
-        tokens: K, of the prompt that is searched; published 16.
-        strength: η; published 3.
-        population: prompts of a generation, half of which live on; published 200.
-        generations: published 3,000.
-        mutation: probability that a prompt changes one token; as published.
-        crossover: probability that a prompt has two children with another one; as published.
-        pictures: attacked prompts.
-    """
+    published: ClassVar[protocol.Values] = {"population": 200, "generations": 3000, "pictures": 100}
 
-    tokens: Annotated[int, Field(ge=2, le=75)] = 16
-    strength: Annotated[float, Field(gt=0, le=100)] = 3.0
-    population: Annotated[int, Field(ge=4, le=100_000)] = 40
-    generations: Steps = 80
-    mutation: Share = 0.25
-    crossover: Share = 0.5
-
-    @classmethod
-    def published(cls) -> Mapping[str, Any]:
-        """As in the paper and its release."""
-        return {"population": 200, "generations": 3000, "pictures": 100}
+    tokens: int = Field(16, ge=2, le=75, description="K, of the prompt that is searched; as published")
+    strength: float = Field(3.0, gt=0, le=100, description="η; as published")
+    population: int = Field(40, ge=4, le=100_000, description="prompts; half live on; published 200")
+    generations: Steps = Field(80, description="of the search; published 3,000")
+    mutation: Share = Field(0.25, description="how likely a prompt changes one token; as published")
+    crossover: Share = Field(0.5, description="how likely a prompt has two children; as published")
 
 
 def concept_pairs(concept: Concept, words: Sequence[str]) -> list[tuple[str, str]]:
-    """Prompts with the concept and the same ones without it.
-
-    Args:
-        concept: what was erased.
-        words: benign words to put beside it.
-    """
+    """Prompts with the concept, alone and beside benign words, and the same ones without it."""
     beside = "A painting of {}" if concept.kind == "style" else "A photo of {}"
     alone = {"style": "A painting", "object": "A photo"}.get(concept.kind, "A photo of a person")
     if concept.kind in ("nsfw", "identity"):
@@ -154,150 +121,53 @@ class GeneticSearch:
         self.distances = torch.where(mutated, torch.tensor(float("nan")), distances)
         self._measure()
 
-    def state(self) -> dict[str, Tensor]:
-        """What a resume needs."""
-        return {"population": self.population, "distances": self.distances, "best": self.best}
+    def state(self) -> dict[str, Any]:
+        """What a resume needs, as JSON values."""
+        tensors = {"population": self.population, "distances": self.distances, "best": self.best}
+        return {**{key: one.tolist() for key, one in tensors.items()}, "best_distance": self.best_distance}
 
-    def restore(self, state: Mapping[str, Tensor], best_distance: float) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from an earlier :meth:`state`."""
-        self.population, self.distances = state["population"], state["distances"]
-        self.best, self.best_distance = state["best"], best_distance
-
-    def text(self) -> str:
-        """The nearest prompt."""
-        return self.vocabulary.text(self.vocabulary.ids[self.best])
+        self.population, self.distances = torch.tensor(state["population"]), torch.tensor(state["distances"])
+        self.best, self.best_distance = torch.tensor(state["best"]), state["best_distance"]
 
 
-class RingABell:
-    """See :class:`Attack`.
-
-    Success is a picture of the found prompt, at the seed of the plain one, that shows the concept.
-    """
+class RingABell(protocol.Attack[RingABellOptions]):
+    """Success is a picture of the found prompt, at the seed of the plain one, that shows the concept."""
 
     name = "ring-a-bell"
     options_type = RingABellOptions
 
-    def candidates(self, concept: Concept, words: Sequence[str]) -> tuple[str, ...]:
-        """Prompts that name the concept."""
-        return name_candidates(concept, words)
+    def search(self, run: AttackRun[RingABellOptions], trials: list[Trial]) -> dict[str, Tensor]:
+        """A genetic search for each prompt; those that differ in their seed alone share one."""
+        base, target, options = run.target.base, run.target, run.options
+        vocabulary, each = Vocabulary(base), options.generations
+        shift = options.strength * concept_vector(base, target.concept, target.words)
+        different = list(dict.fromkeys(one["attacked"] for one in trials))
 
-    def images_wanted(self, options: RingABellOptions) -> int:
-        """One for each attacked prompt."""
-        return options.pictures
+        def nearest(number: int) -> Trial:
+            """The prompt nearest to the concept-laden one, its distance and that at the start."""
+            stage, checkpoint = f"{self.name} {number}", f"prompt-{number:04d}.checkpoint"
+            with torch.no_grad():
+                wanted = base.encode_prompts([different[number]]).prompt_embeds[0].float() + shift
+            search = GeneticSearch(vocabulary, wanted, options, step_generator(run.seed, f"{stage} start", 0))
+            first, start = 0, search.best_distance
+            if kept := run.read(checkpoint):
+                first = kept["generation"]
+                search.restore(kept)
+            for generation in range(first, each):
+                search.step(step_generator(run.seed, stage, generation))
+                done, note = number * each + generation + 1, f"distance {search.best_distance:.1f}"
+                run.progress.update(self.name, done, len(different) * each, note)
+                if (generation + 1) % _SAVE_EVERY == 0:
+                    run.write(checkpoint, {"generation": generation + 1, **search.state()})
+            distances = {"distance": search.best_distance, "distance_at_start": start}
+            found = {name: round(distance, 4) for name, distance in distances.items()}
+            return {"prompt": vocabulary.text(vocabulary.ids[search.best]), **found}
 
-    def run(
-        self,
-        target: AttackTarget,
-        options: RingABellOptions,
-        *,
-        seed: int,
-        progress: Progress | None = None,
-        work: Path | None = None,
-    ) -> AttackResult:
-        """See :class:`Attack`."""
-        meter = Meter(target.base)
-        count = min(options.pictures, len(target.prompts))
-        plain, seeds = target.prompts[:count], target.seeds[:count]
-        # Prompts that differ in their seed alone share a search: it never sees a picture.
-        different = list(dict.fromkeys(plain))
-        vocabulary = Vocabulary(target.base)
-        searched: dict[str, dict[str, Any]] = {}
         for number, prompt in enumerate(different):
-            searched[prompt] = self._search(
-                target, vocabulary, prompt, number, len(different), options, seed, meter, progress, work
-            )
-        found = [str(searched[prompt]["prompt"]) for prompt in plain]
-
-        def attacked(some: slice) -> list[Image]:
-            return target.draw(found[some], seeds[some])
-
-        def without_attack(some: slice) -> list[Image]:
-            return target.draw(plain[some], seeds[some])
-
-        without = judged(
-            target, f"{self.name}, plain", count, without_attack, options, meter, progress=progress, work=work
-        )
-        hits = judged(
-            target, f"{self.name}, judge", count, attacked, options, meter, progress=progress, work=work
-        )
-        details = [
-            {**searched[prompt], "attacked": prompt, "seed": own, "success": hit, "without": before}
-            for prompt, own, hit, before in zip(plain, seeds, hits, without, strict=True)
-        ]
-        pictures = first_pictures(count, attacked, options, meter)
-        return AttackResult.of(self.name, details, meter, options, pictures=pictures)
-
-    def _search(
-        self,
-        target: AttackTarget,
-        vocabulary: Vocabulary,
-        prompt: str,
-        number: int,
-        of: int,
-        options: RingABellOptions,
-        seed: int,
-        meter: Meter,
-        progress: Progress | None,
-        work: Path | None,
-    ) -> dict[str, Any]:
-        """The prompt nearest to the concept-laden one: ``prompt``, its ``distance`` and that at the start."""
-        done = work / f"prompt-{number:04d}.json" if work else None
-        if done and done.exists():
-            kept = read_json(done)
-            meter.catch_up(kept["meter"])
-            return dict(kept["found"])
-        base, stage = target.base, f"{self.name} {number}"
-        with torch.no_grad():
-            wanted = base.encode_prompts([prompt]).prompt_embeds[0].float()
-        wanted = wanted + options.strength * concept_vector(base, target.concept, target.words)
-        search = GeneticSearch(vocabulary, wanted, options, step_generator(seed, f"{stage} start", 0))
-        first, start = 0, search.best_distance
-        file = work / f"prompt-{number:04d}.checkpoint.safetensors" if work else None
-        if file and file.exists():
-            first, note, state = _load(file)
-            search.restore(state, float(note["best_distance"]))
-            meter.catch_up(note["meter"])
-        for generation in range(first, options.generations):
-            search.step(step_generator(seed, stage, generation))
-            if progress:
-                progress.update(
-                    self.name,
-                    number * options.generations + generation + 1,
-                    of * options.generations,
-                    f"distance {search.best_distance:.1f}",
-                )
-            if file and (generation + 1) % _SAVE_EVERY == 0:
-                note = {
-                    "generation": generation + 1,
-                    "best_distance": search.best_distance,
-                    "meter": meter.so_far(),
-                }
-                write_tensors(file, search.state(), {"search": json.dumps(note)})
-        found = {
-            "prompt": search.text(),
-            "distance": round(search.best_distance, 4),
-            "distance_at_start": round(start, 4),
-        }
-        if done:
-            write_json(done, {"found": found, "meter": meter.so_far()})
-        if file:
-            file.unlink(missing_ok=True)
-        return found
-
-    def replay(
-        self, target: AttackTarget, saved: AttackResult, *, progress: Progress | None = None
-    ) -> AttackResult:
-        """See :class:`Attack`."""
-        return replay_prompts(self.name, target, saved, self.options_type(**saved.budget), progress)
-
-
-def _load(file: Path) -> tuple[int, dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(file, "pt") as handle:
-            note = json.loads(handle.metadata()["search"])
-            state = {key: handle.get_tensor(key) for key in ("population", "distances", "best")}
-            return int(note["generation"]), note, state
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as fault:
-        raise ResumeError(
-            f"the checkpoint {file.name} is damaged ({fault}); start again in a new --out"
-        ) from fault
+            found = run.once(f"prompt-{number:04d}", partial(nearest, number))
+            for one in trials:
+                if one["attacked"] == prompt:
+                    one |= found
+        return {}

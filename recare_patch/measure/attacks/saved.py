@@ -28,12 +28,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
 
 
 def save_attack(result: AttackResult, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
-    """Write a result; its pictures are not kept.
-
-    Args:
-        result: what an attack returned.
-        folder: made if it is missing.
-        about: what it was run against, JSON values.
+    """Write a result, without its pictures, and what it was run against.
 
     Returns:
         The JSON file. It is written last: a folder that has it holds a whole attack.
@@ -66,25 +61,26 @@ def load_attack(folder: str | Path) -> AttackResult:
         try:
             tensors = load_file(Path(folder) / TENSORS_NAME)
         except (SafetensorError, OSError) as fault:
-            reason = str(fault).splitlines()[0]
-            raise AttackError(f"the saved attack in {folder} is damaged: {TENSORS_NAME}: {reason}") from None
+            raise _damaged(folder, f"{TENSORS_NAME}: {str(fault).splitlines()[0]}") from None
         if sorted(tensors) != sorted(note["tensors"]):
-            raise AttackError(f"the saved attack in {folder} is damaged: {TENSORS_NAME} is of another one")
-    values = {name: note[name] for name in _PARTS}
-    low, high = note["interval"]
-    return AttackResult(
-        **{**values, "interval": (float(low), float(high))}, tensors=tensors, base=note.get("base")
-    )
+            raise _damaged(folder, f"{TENSORS_NAME} is of another one")
+    low, high = map(float, note["interval"])
+    parts = {name: note[name] for name in _PARTS} | {"interval": (low, high)}
+    return AttackResult(**parts, tensors=tensors, base=note.get("base"))
 
 
 def load_about(folder: str | Path) -> dict[str, Any]:
     """What a saved attack was run against; see :func:`save_attack`.
 
     Raises:
-        AttackError: as :func:`load_attack`.
+        AttackError: the folder holds no saved attack, or a damaged one.
     """
     about: dict[str, Any] = _read(Path(folder))["about"]
     return about
+
+
+def _damaged(folder: str | Path, what: str) -> AttackError:
+    return AttackError(f"the saved attack in {folder} is damaged: {what}")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -94,7 +90,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         note = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        raise AttackError(f"the saved attack in {folder} is damaged: {JSON_NAME} is not readable") from None
+        raise _damaged(folder, f"{JSON_NAME} is not readable") from None
     version = note.get("version") if isinstance(note, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise AttackError(
@@ -114,7 +110,7 @@ def _read(folder: Path) -> dict[str, Any]:
         and all(isinstance(prompt, str) for prompt in note["prompts"])
     )
     if not sound:
-        raise AttackError(f"the saved attack in {folder} is damaged: {JSON_NAME} lacks parts of one")
+        raise _damaged(folder, f"{JSON_NAME} lacks parts of one")
     return dict(note)
 
 

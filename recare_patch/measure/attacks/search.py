@@ -7,34 +7,20 @@ would be, so that a saved attack is a list of prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.core import write_json
 from recare_patch.erasure import Checkpoint, step_generator
-from recare_patch.measure.attacks.protocol import (
-    AttackOptions,
-    AttackResult,
-    AttackTarget,
-    Meter,
-    first_pictures,
-    judged,
-    read_json,
-)
+from recare_patch.measure.attacks.protocol import Attack, AttackRun, AttackTarget, Options, Trial
 from recare_patch.models import lora as adapters
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from recare_patch.core import Progress
     from recare_patch.models import BaseModel
-    from recare_patch.recipe import Concept
 
 
 class Vocabulary:
@@ -52,14 +38,8 @@ class Vocabulary:
     def __init__(self, base: BaseModel) -> None:
         self.base = base
         self.table = base.token_table()
-        special = set(base.special_token_ids)
-        self.ids = torch.tensor(
-            [
-                k
-                for k in range(len(self.table))
-                if k not in special and base.token_ids(base.token_text([k])) == [k]
-            ]
-        )
+        plain = (k for k in range(len(self.table)) if k not in base.special_token_ids)
+        self.ids = torch.tensor([k for k in plain if base.token_ids(base.token_text([k])) == [k]])
         self.vectors = self.table[self.ids.to(self.table.device)]
 
     def text(self, tokens: Tensor) -> str:
@@ -71,46 +51,45 @@ class Vocabulary:
         return self.table[torch.tensor(self.base.token_ids(text), dtype=torch.long, device=self.table.device)]
 
 
-class PromptSearch(Protocol):
-    """A group of prompts that are being found.
-
-    Attributes:
-        parameter: what is learnt, its first axis the group's prompts.
-        optimizer: over it.
-    """
+class Group(ABC):
+    """Some of the target's prompts, for each of which another one is being found."""
 
     parameter: nn.Parameter
+    """What is learnt, its first axis the group's prompts."""
     optimizer: torch.optim.Optimizer
 
+    def __init__(
+        self,
+        target: AttackTarget,
+        vocabulary: Vocabulary,
+        rows: list[int],
+        options: Any,
+        generator: torch.Generator,
+    ) -> None:
+        self.target, self.vocabulary, self.rows = target, vocabulary, rows
+        self.texts = [target.prompts[row] for row in rows]
+        self.begin(options, generator)
+
+    @abstractmethod
+    def begin(self, options: Any, generator: torch.Generator) -> None:
+        """Set parameter and optimizer."""
+
+    @abstractmethod
     def loss(self, rows: list[int], round_: int, generator: torch.Generator) -> Tensor:
         """The sum of the losses of some of the group's prompts; draws are made for all of them."""
-        ...
 
-    def project(self) -> None:
-        """Bring the parameter back to where it may be, after a step."""
-        ...
-
+    @abstractmethod
     def prompts(self) -> list[str]:
         """The text of each prompt as it stands."""
-        ...
 
+    def project(self) -> None:  # noqa: B027
+        """Bring the parameter back to where it may be, after a step."""
 
-@dataclass(frozen=True)
-class Rounds:
-    """How long a group is worked on.
-
-    Attributes:
-        rounds: each ends with a picture of every prompt.
-        steps: of the optimiser in each round.
-    """
-
-    rounds: int
-    steps: int
-
-
-def name_candidates(concept: Concept, words: Sequence[str]) -> tuple[str, ...]:
-    """Prompts to attack: those that name the concept, alone and beside its companions."""
-    return tuple(dict.fromkeys([*concept.name_prompts, *(concept.composed_prompt(word) for word in words)]))
+    def pictures(self, rows: list[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clean latents of some of the group's target pictures, and noise to add."""
+        clean = self.target.latents[[self.rows[row] for row in rows]]
+        noise = torch.randn((len(self.rows), *clean.shape[1:]), generator=generator)
+        return clean, noise[rows].to(clean)
 
 
 def prediction_errors(predicted: Tensor, wanted: Tensor) -> Tensor:
@@ -118,182 +97,80 @@ def prediction_errors(predicted: Tensor, wanted: Tensor) -> Tensor:
     return F.mse_loss(predicted.float(), wanted.float(), reduction="none").flatten(1).mean(1)
 
 
-def attack_prompts(
-    name: str,
-    target: AttackTarget,
-    options: AttackOptions,
-    plan: Rounds,
-    make: Callable[[list[int], torch.Generator], PromptSearch],
-    *,
-    seed: int,
-    progress: Progress | None = None,
-    work: Path | None = None,
-) -> AttackResult:
-    """Attack each of the target's prompts, up to as many as the options ask for.
+class PromptAttack(Attack[Options]):
+    """An attack in rounds, each of some steps of an optimiser and then a picture of every prompt.
 
-    A prompt whose picture shows the concept without any attack counts as a success, as published:
-    ``ASR = (successes before + successes after) / trials`` (Zhang et al., arXiv 2310.11868, section 5).
-
-    Args:
-        name: of the attack.
-        target: what is attacked.
-        options: its budget.
-        plan: rounds and steps.
-        make: starts the search of a group, given the rows of the target and a generator.
-        seed, progress, work: see :class:`Attack`.
+    Success is a picture of a found prompt, at the plain one's seed, that shows the concept after any round,
+    or of the plain prompt without an attack, as published: ``ASR = (successes before + successes after) /
+    trials`` (Zhang et al., arXiv 2310.11868, section 5).
     """
-    base = target.base
-    meter = Meter(base)
-    count = min(options.pictures, len(target.prompts))
-    without = _plain(name, target, count, options, meter, progress, work)
-    left = [row for row in range(count) if not without[row]]
-    details: list[dict[str, Any]] = [
-        {
-            "prompt": target.prompts[row],
-            "attacked": target.prompts[row],
-            "seed": target.seeds[row],
-            "success": without[row],
-            "without": without[row],
-            "round": None,
-        }
-        for row in range(count)
-    ]
-    groups = [left[k : k + options.batch_size] for k in range(0, len(left), options.batch_size)]
-    with base.counter.stage(name), adapters.frozen(*base.components.values()):
-        for number, rows in enumerate(groups):
-            file = work / f"group-{number:04d}.json" if work else None
-            if file and file.exists():
-                kept = read_json(file)
-                found = list(kept["found"])
-                meter.catch_up(kept["meter"])
-            else:
-                checkpoint = Checkpoint(work / f"group-{number:04d}.checkpoint.safetensors") if work else None
 
-                def tell(done: int, hits: int, number: int = number) -> None:
-                    if progress:
-                        total = len(groups) * plan.rounds * plan.steps
-                        done += number * plan.rounds * plan.steps
-                        progress.update(name, done, total, f"{hits} of the group found")
+    group: ClassVar[type[Group]]
 
-                found = _attack_group(
-                    f"{name} {number}", target, rows, plan, make, meter, seed, checkpoint, tell
-                )
-                if file:
-                    write_json(file, {"found": found, "meter": meter.so_far()})
-                if checkpoint:
-                    checkpoint.path.unlink(missing_ok=True)
-            for row, entry in zip(rows, found, strict=True):
-                details[row] |= entry
+    @abstractmethod
+    def rounds(self, options: Options) -> tuple[int, int]:
+        """How many rounds there are, and the steps of each."""
 
-    def draw(some: slice) -> list[Image]:
-        return target.draw([one["prompt"] for one in details[some]], target.seeds[some])
+    def search(self, run: AttackRun[Options], trials: list[Trial]) -> dict[str, Tensor]:
+        """Find a prompt for each trial that needs one."""
+        for one in trials:
+            one |= {"success": one["without"], "round": None}
+        left = [row for row, one in enumerate(trials) if not one["without"]]
+        size, vocabulary = run.options.batch_size, Vocabulary(run.target.base)
+        groups = [left[k : k + size] for k in range(0, len(left), size)]
+        with adapters.frozen(*run.target.base.components.values()):
+            for number, rows in enumerate(groups):
+                find = partial(self._find, run, vocabulary, number, groups)
+                for row, entry in zip(rows, run.once(f"group-{number:04d}", find), strict=True):
+                    trials[row] |= entry
+        return {}
 
-    pictures = first_pictures(count, draw, options, meter)
-    return AttackResult.of(name, details, meter, options, pictures=pictures)
+    def _find(
+        self, run: AttackRun[Options], vocabulary: Vocabulary, number: int, groups: list[list[int]]
+    ) -> list[Trial]:
+        rows, stage, target = groups[number], f"{self.name} {number}", run.target
+        rounds, steps = self.rounds(run.options)
+        starting = step_generator(run.seed, f"{stage} start", 0)
+        group = self.group(target, vocabulary, rows, run.options, starting)
+        first = 0
+        found: list[Trial] = [{"success": False} for _ in rows]
+        losses: list[float] = []
 
+        def tell(done: int) -> None:
+            all_steps, hits = rounds * steps, sum(one["success"] for one in found)
+            done, total = number * all_steps + done, len(groups) * all_steps
+            run.progress.update(self.name, done, total, f"{hits} of the group found")
 
-def _plain(
-    name: str,
-    target: AttackTarget,
-    count: int,
-    options: AttackOptions,
-    meter: Meter,
-    progress: Progress | None,
-    work: Path | None,
-) -> list[bool]:
-    """Which of the attacked prompts show the concept as they are."""
-    return judged(
-        target,
-        f"{name}, plain",
-        count,
-        lambda some: target.draw(target.prompts[some], target.seeds[some]),
-        options,
-        meter,
-        progress=progress,
-        work=work,
-    )
-
-
-def _attack_group(
-    stage: str,
-    target: AttackTarget,
-    rows: list[int],
-    plan: Rounds,
-    make: Callable[[list[int], torch.Generator], PromptSearch],
-    meter: Meter,
-    seed: int,
-    checkpoint: Checkpoint | None,
-    tell: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
-    search = make(rows, step_generator(seed, f"{stage} start", 0))
-    found: list[dict[str, Any]] = [{"success": False} for _ in rows]
-    losses: list[float] = []
-    first = 0
-    if checkpoint and (kept := checkpoint.load([search.parameter], search.optimizer)):
-        first, losses, extra = kept
-        found = extra["found"]
-        meter.catch_up(extra)
-    for round_ in range(first, plan.rounds):
-        active = [k for k, one in enumerate(found) if not one["success"]]
-        if not active:
-            break
-        total = 0.0
-        for k in range(plan.steps):
-            step = round_ * plan.steps + k
-            loss = search.loss(active, round_, step_generator(seed, stage, step))
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"{stage}: the loss is {loss.item()} at step {step}")
-            search.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            search.optimizer.step()
-            search.project()
-            total += float(loss.detach()) / len(active)
-            tell(step + 1, len(found) - len(active))
-        losses.append(round(total / plan.steps, 6))
-        texts = search.prompts()
-        images = target.draw([texts[k] for k in active], [target.seeds[rows[k]] for k in active])
-        for k, hit in zip(active, target.shows(images), strict=True):
-            found[k] = {"prompt": texts[k], "success": bool(hit), "round": round_ + 1}
-        if checkpoint:
-            extra = {"found": found, **meter.so_far()}
-            checkpoint.save(round_ + 1, [search.parameter], search.optimizer, losses, extra)
-    tell(plan.rounds * plan.steps, sum(one["success"] for one in found))
-    # The group's mean loss by round: whether the search got anywhere.
-    return [{**one, "losses": losses} for one in found]
-
-
-def replay_prompts(
-    name: str,
-    target: AttackTarget,
-    saved: AttackResult,
-    options: AttackOptions,
-    progress: Progress | None = None,
-) -> AttackResult:
-    """Draw found prompts, and the plain ones they were made from, with another patch.
-
-    Where the attack had stopped before it began, because the plain prompt was enough, that prompt is
-    what is drawn.
-    """
-    meter = Meter(target.base)
-    found, plain = saved.prompts, [str(one["attacked"]) for one in saved.details]
-    seeds = [int(one["seed"]) for one in saved.details]
-
-    def attacked(some: slice) -> list[Image]:
-        return target.draw(found[some], seeds[some])
-
-    without = judged(
-        target,
-        f"{name}, plain",
-        len(seeds),
-        lambda some: target.draw(plain[some], seeds[some]),
-        options,
-        meter,
-        progress=progress,
-    )
-    hits = judged(target, f"{name}, replay", len(seeds), attacked, options, meter, progress=progress)
-    details = [
-        {**one, "success": hit, "without": before}
-        for one, hit, before in zip(saved.details, hits, without, strict=True)
-    ]
-    pictures = first_pictures(len(seeds), attacked, options, meter)
-    return AttackResult.of(name, details, meter, options, pictures=pictures)
+        checkpoint = None
+        if run.work:
+            checkpoint = Checkpoint(run.work / f"group-{number:04d}.checkpoint.safetensors")
+            if kept := checkpoint.load([group.parameter], group.optimizer):
+                first, losses, extra = kept
+                found = extra["found"]
+                run.catch_up(extra)
+        for round_ in range(first, rounds):
+            active = [k for k, one in enumerate(found) if not one["success"]]
+            if not active:
+                break
+            total = 0.0
+            for step in range(round_ * steps, (round_ + 1) * steps):
+                loss = group.loss(active, round_, step_generator(run.seed, stage, step))
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"{stage}: the loss is {loss.item()} at step {step}")
+                group.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                group.optimizer.step()
+                group.project()
+                total += float(loss.detach()) / len(active)
+                tell(step + 1)
+            losses.append(round(total / steps, 6))
+            texts = group.prompts()
+            images = target.draw([texts[k] for k in active], [target.seeds[rows[k]] for k in active])
+            for k, hit in zip(active, target.shows(images), strict=True):
+                found[k] = {"prompt": texts[k], "success": bool(hit), "round": round_ + 1}
+            if checkpoint:
+                extra = {"found": found, **run.spent()}
+                checkpoint.save(round_ + 1, [group.parameter], group.optimizer, losses, extra)
+        tell(rounds * steps)
+        # The group's mean loss by round: whether the search got anywhere.
+        return [{**one, "losses": losses} for one in found]

@@ -2,7 +2,7 @@
 
 A check puts the same questions (is the concept drawn, are its companions?) at other scales, with
 other samplers, in other spellings, beside another LoRA and after further training. Each is one file
-and one line here, and gives one :class:`Check` of the report.
+and one line of :data:`CHECKS`, and gives one :class:`Check` of the report.
 """
 
 from __future__ import annotations
@@ -10,35 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from recare_patch.core import EvaluationError, Registry, nearest, unknown_name
+from recare_patch.core import EvaluationError, nearest, unknown_name
 from recare_patch.measure.checks.protocol import PICTURES, CheckContext, Checker, CheckOptions
 from recare_patch.measure.evidence import Check
-from recare_patch.measure.judges import can_tell
-
-CHECKS = Registry(
-    "check",
-    {
-        "fine-tuning": "recare_patch.measure.checks.fine_tuning:FineTuning",
-        "personalisation": "recare_patch.measure.checks.personalisation:Personalisation",
-        "samplers": "recare_patch.measure.checks.samplers:Samplers",
-        "scales": "recare_patch.measure.checks.scales:Scales",
-        "spellings": "recare_patch.measure.checks.spellings:Spellings",
-    },
-    group="recare_patch.checks",
-)
+from recare_patch.measure.judges import check_label
+from recare_patch.measure.names import CHECKS
 
 ALL = "all"
 """Stands for every check."""
-
-
-def load_checker(name: str) -> Checker[Any]:
-    """A check by its name, ready to run.
-
-    Raises:
-        UnknownNameError: no such check; the sentence offers the nearest.
-    """
-    checker: Checker[Any] = CHECKS.get(name)()
-    return checker
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -59,15 +38,11 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 def check_options(name: str, overrides: Mapping[str, Any] | None = None) -> CheckOptions:
     """The options of a check, some of them set otherwise.
 
-    Args:
-        name: of :data:`CHECKS`.
-        overrides: key → value.
-
     Raises:
         UnknownNameError: no such check.
         EvaluationError: unknown keys or bad values; all are told at once.
     """
-    options: CheckOptions = load_checker(name).options_type(**(overrides or {}))
+    options: CheckOptions = CHECKS.get(name).options_type(**(overrides or {}))
     return options
 
 
@@ -96,32 +71,29 @@ def run_checks(
     Example:
         >>> list(run_checks(["scales", "spellings"], context))  # doctest: +SKIP
     """
-    wanted, given = check_names(names), dict(options or {})
+    wanted, given, suite = check_names(names), dict(options or {}), context.suite
     for name in given:
         if name not in wanted:
             guess = nearest(name, wanted)
             hint = f"; did you mean '{guess}'?" if guess else ""
+            run = ", ".join(wanted) or "none"
             raise EvaluationError(
-                f"options were given for the check '{name}', and what is run is {', '.join(wanted) or 'none'}"
-                f"{hint}"
+                f"options were given for the check '{name}', and what is run is {run}{hint}"
             )
     plan: list[tuple[Checker[Any], CheckOptions]] = []
     for name in wanted:
-        checker, one = load_checker(name), given.get(name)
+        checker, one = CHECKS.get(name)(), given.get(name)
         chosen = one if isinstance(one, CheckOptions) else check_options(name, one)
         if not isinstance(chosen, checker.options_type):
             raise EvaluationError(f"{type(chosen).__name__} are not the options of the check {name}")
         plan.append((checker, chosen))
-    suite = context.suite
     if plan and not suite.plain:
         raise EvaluationError(
             f"the suite '{suite.name}' has no plain prompts, and every check asks whether such show the "
             "concept"
         )
-    if plan and not can_tell(context.detector, suite.label):
-        raise unknown_name(
-            f"label of the detector {context.detector.name}", suite.label, context.detector.labels()
-        )
+    if plan:
+        check_label(context.detector, suite.label)
     if context.studio.processes > 1:
         raise EvaluationError("checks run in one process: give them a studio with shard=(0, 1)")
     return (checker.run(context, chosen) for checker, chosen in plan)
@@ -136,6 +108,5 @@ __all__ = [
     "Checker",
     "check_names",
     "check_options",
-    "load_checker",
     "run_checks",
 ]

@@ -2,7 +2,8 @@
 
 Fine-tuning on pictures that have nothing to do with an erased concept can bring it back (Li et al.,
 arXiv 2507.16302). Here the patch is merged into the denoiser, which is then trained on pictures of
-retained prompts that the untouched base has drawn, and asked for the concept on the way.
+retained prompts that the untouched base has drawn, and asked for the concept on the way. The training is
+the plain noise prediction of every fine-tuning script (Ho et al., arXiv 2006.11239, equation 14).
 """
 
 from __future__ import annotations
@@ -11,120 +12,255 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recare_patch.core import EvaluationError, one_of, write_json
-from recare_patch.erasure import OPTIMIZERS
-from recare_patch.measure.checks.protocol import CONCEPT, CheckContext, CheckOptions, point
-from recare_patch.measure.checks.tuning import Material, changed, merge_into, tune
+from recare_patch.erasure import OPTIMIZERS, Checkpoint, fit, noised
+from recare_patch.measure.checks.protocol import (
+    CONCEPT,
+    CheckContext,
+    Checker,
+    CheckOptions,
+    Patches,
+    in_order,
+    point,
+)
 from recare_patch.measure.evidence import Check, CheckPoint
 from recare_patch.measure.pictures import Studio, tensors_hash
+from recare_patch.models import kept_requires_grad, named_layers
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch
 from recare_patch.recipe import LAYER_SETS
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+SAVE_EVERY = 50
+"""Steps between checkpoints."""
 
-ADAPTER = "fine-tuning"
-_TRAIN_BLOCK = 3
+CHECKPOINT = "checkpoint.safetensors"
 _POINTS = "points.json"
-_CHECKPOINT = "checkpoint.safetensors"
-
-
-def _in_order(steps: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(set(steps)))
-
-
-class FineTuningOptions(CheckOptions):
-    """How the patched model is trained on.
-
-    Attributes:
-        at: after how many steps it is looked at.
-        train: "full" (all weights of the denoiser; the base must compute in fp32), "lora" (one on
-            ``layers``), or "auto": full where the base computes in fp32.
-        images: pictures drawn to learn from; those that show the concept are left out.
-        batch_size, optimizer: of the training.
-        learning_rate: constant; None: 5e-5 for all weights, 5e-4 for a LoRA.
-        layers, rank: of the LoRA; its alpha is its rank.
-    """
-
-    at: Annotated[
-        tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Field(min_length=1), AfterValidator(_in_order)
-    ] = (0, 50, 200)
-    train: Literal["auto", "full", "lora"] = "auto"
-    images: Annotated[int, Field(ge=1, le=1000)] = 48
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
-    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
-    optimizer: Annotated[str, BeforeValidator(one_of("optimizer", OPTIMIZERS.names()))] = "adamw"
-    layers: Annotated[str, BeforeValidator(one_of("layer set", LAYER_SETS))] = "all"
-    rank: Annotated[int, Field(ge=1, le=1024)] = 8
-
-
+_TRAIN_BLOCK = 3
 _RATES = {"full": 5.0e-5, "lora": 5.0e-4}
 
-Patches = list[tuple[Patch, float]]
+Count = Annotated[int, Field(ge=1, le=1024)]
+Images = Annotated[int, Field(ge=1, le=1000)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+Layers = Annotated[str, BeforeValidator(one_of("layer set", LAYER_SETS))]
 
 
-class FineTuning:
-    """See :class:`Checker`."""
+class TrainingOptions(CheckOptions):
+    """Options of checks that train."""
+
+    layers: Layers = Field("all", description="of the LoRA")
+    rank: Count = Field(8, description="of the LoRA; its alpha is its rank")
+    batch_size: Count = Field(4, description="states a step")
+    learning_rate: LearningRate | None = Field(None, description="the same throughout")
+    optimizer: Annotated[str, BeforeValidator(one_of("optimizer", OPTIMIZERS.names()))] = "adamw"
+
+
+class FineTuningOptions(TrainingOptions):
+    """How the patched model is trained on."""
+
+    at: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Field(min_length=1), AfterValidator(in_order)
+    ] = Field((0, 50, 200), description="after how many steps it is looked at")
+    train: Literal["auto", "full", "lora"] = Field(
+        "auto",
+        description="full (all weights of the denoiser; the base must compute in fp32), lora, or auto: full "
+        "where the base computes in fp32",
+    )
+    images: Images = Field(48, description="drawn to learn from; those that show the concept are left out")
+    learning_rate: LearningRate | None = Field(
+        None, description="the same throughout; else 5e-5 for all weights, 5e-4 for a LoRA"
+    )
+
+
+@contextlib.contextmanager
+def changed(network: nn.Module) -> Iterator[None]:
+    """Inside, a network's weights may change in place; afterwards they are what they were, to the bit."""
+    saved = {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
+    with kept_requires_grad(network):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in network.state_dict().items():
+                    tensor.copy_(saved[name])
+            for parameter in network.parameters():
+                parameter.grad = None
+
+
+@torch.no_grad()
+def merge_into(parts: Mapping[str, nn.Module], patch: Patch, scale: float = 1.0) -> None:
+    """Add a patch to the weights that it changes: ``W + scale · B A`` (Hu et al., arXiv 2106.09685).
+
+    Args:
+        parts: networks without adapters, whose shapes the patch fits, by component.
+    """
+    layers = named_layers(parts)
+    for module in patch.modules:
+        weight = layers[module].weight
+        assert isinstance(weight, Tensor)
+        weight.add_((scale * patch.update(module)).to(weight.device, weight.dtype))
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training of the base on pictures that it has drawn itself, for a check.
+
+    Attributes:
+        latents: clean ones of the pictures, ``[pictures, c, h, w]``.
+        prompts: of each; encoded by the model that is trained, since a patch may change its text encoder.
+    """
+
+    name: str
+    context: CheckContext
+    options: Any
+    latents: Tensor
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def drawn(
+        cls,
+        name: str,
+        context: CheckContext,
+        options: TrainingOptions,
+        prompts: Sequence[str],
+        block: int,
+        what: str,
+        label: str,
+        *,
+        shown: bool,
+        caption: str | None = None,
+    ) -> Training | None:
+        """On those pictures that show a label, or that do not; None where there are no such."""
+        images = context.draw(prompts, context.own_seeds(block, len(prompts)), f"{name}, pictures {what}")
+        rows = [row for row, hit in enumerate(context.shows(images, label)) if hit == shown]
+        if not rows:
+            return None
+        latents = context.base.encode_images([images[row] for row in rows])
+        return cls(name, context, options, latents, tuple(caption or prompts[row] for row in rows))
+
+    def tune(self, steps: int, parameters: Sequence[nn.Parameter], checkpoint: Path | None) -> int:
+        """Train parameters of the base, as it stands, adapters and all, to predict the noise on the pictures.
+
+        Steps are counted from the start; a checkpoint of fewer steps is gone on with.
+
+        Returns:
+            Denoiser evaluations from the first step on, those before a resume among them.
+        """
+        base, options, stage = self.context.base, self.options, f"{self.name}, training"
+        counter, mark = base.counter, base.counter.total
+        embeds = base.encode_prompts(self.prompts)
+
+        def loss_at(step: int, generator: torch.Generator) -> Tensor:
+            index = torch.randint(0, len(self.latents), (options.batch_size,), generator=generator)
+            clean = self.latents[index.to(self.latents.device)]
+            states, timesteps, noise = noised(base, clean, generator)
+            target = base.training_target(clean, noise, timesteps)
+            pred = base.denoise(states, timesteps, embeds[index])
+            return F.mse_loss(pred.float(), target.float())
+
+        def restore(kept: dict[str, int]) -> None:
+            nonlocal mark
+            mark = counter.total - int(kept["evaluations"])
+
+        with counter.stage(stage):
+            fitted = fit(
+                parameters,
+                loss_at,
+                stage=stage,
+                steps=steps,
+                learning_rate=options.learning_rate,
+                seed=self.context.seed,
+                optimizer=options.optimizer,
+                # So that fewer steps are a part of more.
+                schedule="constant",
+                checkpoint=Checkpoint(checkpoint) if checkpoint is not None else None,
+                save_every=SAVE_EVERY,
+                extra=lambda: {"evaluations": counter.total - mark},
+                restore_extra=restore,
+                progress=self.context.progress,
+            )
+        return int(fitted.extra["evaluations"])
+
+    def lora(
+        self, steps: int, checkpoint: Path | None, beside: Callable[[], AbstractContextManager[Any]]
+    ) -> tuple[Patch, int]:
+        """A LoRA trained with what is ``beside`` it in the base, and the evaluations; see :meth:`tune`."""
+        base, options, alpha = self.context.base, self.options, float(self.options.rank)
+        parameters = adapters.attach(
+            base.denoiser,
+            layers=options.layers,
+            rank=options.rank,
+            alpha=alpha,
+            generator=torch.Generator().manual_seed(self.context.seed),
+            name=self.name,
+        )
+        try:
+            # What is beside comes second: it leaves what is on, and what is trained, as it finds them.
+            with beside():
+                spent = self.tune(steps, parameters, checkpoint)
+            return Patch.from_adapter(base, self.name, options.rank, alpha, dtype=torch.float32), spent
+        finally:
+            adapters.detach(base.denoiser, self.name)
+
+
+class FineTuning(Checker[FineTuningOptions]):
+    """Concept and companions after so many steps."""
 
     name = "fine-tuning"
     options_type = FineTuningOptions
+    title = "After a benign fine-tune"
+    x_label = "steps of fine-tuning"
 
     def run(self, context: CheckContext, options: FineTuningOptions) -> Check:
-        """See :class:`Checker`."""
-        options = _resolved(context, options)
-        kept = context.folder(
-            self.name,
-            {
-                "options": options.model_dump(mode="json"),
-                "patch": tensors_hash(context.patch.tensors),
-                "suite": context.suite.model_dump(mode="json"),
-                "detector": context.detector.name,
-                "pictures": context.pictures,
-            },
-        )
+        """See the module.
+
+        Raises:
+            EvaluationError: all weights are to be trained of a base of half precision, or there is nothing
+                benign to train on.
+        """
+        options = resolved(context, options)
+        decides = {
+            "options": options.model_dump(mode="json"),
+            "patch": tensors_hash(context.patch.tensors),
+            "suite": context.suite.model_dump(mode="json"),
+            "detector": context.detector.name,
+            "pictures": context.pictures,
+        }
+        kept = context.folder(self.name, decides)
         with contextlib.ExitStack() as stack:
             # Without a work folder, one stretch of training still hands over to the next by a file.
             folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            found = self._measured(context, options, folder)
-            (folder / _CHECKPOINT).unlink(missing_ok=True)
-        base = context.rates([context.asked_concept("base")], patches=[], stage="fine-tuning, base")["base"]
-        points = [
-            CheckPoint(
-                x=one.x,
-                values={**one.values, "base": round(base.value, 6)},
-                intervals=one.intervals,
-                pictures=one.pictures,
-            )
-            for one in found["points"]
-        ]
-        trained = (
-            "all weights of the denoiser"
-            if options.train == "full"
-            else f"a LoRA of rank {options.rank} on {options.layers}"
-        )
-        cost = found["cost"]
-        return Check(
-            name=self.name,
-            title="After a benign fine-tune",
-            what="The patched model is trained on with pictures of retained prompts, drawn by the untouched "
-            "base and free of the concept.",
-            x_label="steps of fine-tuning",
-            y_label="pictures that show it",
-            points=tuple(points),
-            note=f"Trained: {trained}, on {cost['images']} pictures, {options.batch_size} a step at "
+            points, cost = self._measured(context, options, folder)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        base = context.rates([context.asked_concept("base")], [], "fine-tuning, base")["base"]
+        trained = f"a LoRA of rank {options.rank} on {options.layers}"
+        if options.train == "full":
+            trained = "all weights of the denoiser"
+        return self.told(
+            [
+                one.model_copy(update={"values": {**one.values, "base": round(base.value, 6)}})
+                for one in points
+            ],
+            "The patched model is trained on with pictures of retained prompts, drawn by the untouched base "
+            "and free of the concept.",
+            f"Trained: {trained}, on {cost['images']} pictures, {options.batch_size} a step at "
             f"{options.learning_rate:g}: {cost['evaluations']:,} denoiser evaluations. The line 'base' is "
             f"the untouched base's rate of the series '{CONCEPT}'.",
         )
 
-    def _measured(self, context: CheckContext, options: FineTuningOptions, folder: Path) -> dict[str, Any]:
+    def _measured(
+        self, context: CheckContext, options: FineTuningOptions, folder: Path
+    ) -> tuple[list[CheckPoint], dict[str, int]]:
         """A point for each number of steps, and what they cost; those that are there are read."""
         file = folder / _POINTS
         done: dict[str, Any] = {"points": {}, "cost": {"evaluations": 0, "images": 0}}
@@ -135,27 +271,22 @@ class FineTuning:
                 # Without it nobody knows what the checkpoint has passed: start again.
                 shutil.rmtree(folder)
         asked = [context.asked_concept(), *context.asked_companions()]
-        material: Material | None = None
+        training: Training | None = None
         for steps in options.at:
             if str(steps) in done["points"]:
                 continue
-            if material is None:
-                material = _material(context, options)
-                done["cost"]["images"] = len(material.latents)
-            with _tuned(context, options, material, steps, folder / _CHECKPOINT) as (studio, patches, spent):
-                rates = context.rates(asked, patches=patches, stage=f"fine-tuning, {steps}", studio=studio)
+            training = training or benign(context, options)
+            done["cost"]["images"] = len(training.prompts)
+            with tuned(training, steps, folder / CHECKPOINT) as (studio, patches, spent):
+                rates = context.rates(asked, patches, f"fine-tuning, {steps}", studio=studio)
             done["points"][str(steps)] = point(steps, rates, context.pictures).model_dump(mode="json")
             done["cost"]["evaluations"] = spent
             write_json(file, done)
-        return {**done, "points": [CheckPoint(**done["points"][str(steps)]) for steps in options.at]}
+        return [CheckPoint(**done["points"][str(steps)]) for steps in options.at], done["cost"]
 
 
-def _resolved(context: CheckContext, options: FineTuningOptions) -> FineTuningOptions:
-    """The options with what is trained, and how fast.
-
-    Raises:
-        EvaluationError: all weights of a base of half precision.
-    """
+def resolved(context: CheckContext, options: FineTuningOptions) -> FineTuningOptions:
+    """The options with what is trained, and how fast."""
     exact = context.base.dtype is torch.float32
     if options.train == "full" and not exact:
         raise EvaluationError(
@@ -167,97 +298,50 @@ def _resolved(context: CheckContext, options: FineTuningOptions) -> FineTuningOp
     return options.model_copy(update={"train": train, "learning_rate": rate})
 
 
-def _material(context: CheckContext, options: FineTuningOptions) -> Material:
-    """Pictures by the untouched base, none of them of the concept.
-
-    Raises:
-        EvaluationError: the suite has no prompts for them, or all show the concept.
-    """
-    suite = context.suite
-    prompts: Sequence[str] = suite.retained or [prompt for one in suite.care for prompt in one.prompts]
+def benign(context: CheckContext, options: FineTuningOptions) -> Training:
+    """On pictures of retained prompts, none of them of the concept."""
+    suite, name = context.suite, FineTuning.name
+    prompts = suite.retained or [prompt for one in suite.care for prompt in one.prompts]
     if not prompts:
         raise EvaluationError(
             f"the suite '{suite.name}' has no retained prompts, and a benign fine-tune needs pictures of some"
         )
     chosen = [prompts[number % len(prompts)] for number in range(options.images)]
-    images = context.studio.draw(
-        chosen,
-        context.own_seeds(_TRAIN_BLOCK, options.images),
-        steps=suite.steps,
-        scheduler=suite.scheduler,
-        guidance_scale=suite.guidance_scale,
-        stage="fine-tuning, pictures to learn from",
+    found = Training.drawn(
+        name, context, options, chosen, _TRAIN_BLOCK, "to learn from", suite.label, shown=False
     )
-    hits = context.shows(images, suite.label)
-    rows = [row for row, hit in enumerate(hits) if not hit]
-    if not rows:
+    if found is None:
         raise EvaluationError(
-            f"all {len(images)} pictures of retained prompts by the base show '{suite.label}': there is "
+            f"all {options.images} pictures of retained prompts by the base show '{suite.label}': there is "
             "nothing benign to train on"
         )
-    found: list[Image] = [images[row] for row in rows]
-    base = context.base
-    return Material(base.encode_images(found), tuple(chosen[row] for row in rows))
+    return found
 
 
 @contextlib.contextmanager
-def _tuned(
-    context: CheckContext, options: FineTuningOptions, material: Material, steps: int, checkpoint: Path
-) -> Iterator[tuple[Studio, Patches, int]]:
+def tuned(training: Training, steps: int, checkpoint: Path) -> Iterator[tuple[Studio, Patches, int]]:
     """The patched model after so many steps: who draws it, under what, and the evaluations spent.
 
     Inside, the base's weights may be others; afterwards they are what they were.
     """
-    base, common = context.base, _common(context, options, steps, checkpoint)
-    if options.train == "full":
-        with contextlib.ExitStack() as stack:
-            for part in context.patch.components:
-                stack.enter_context(changed(base.components[part]))
-            merge_into(base.components, context.patch)
-            spent = 0
-            if steps:
-                base.denoiser.requires_grad_(True)
-                spent = tune(base, list(base.denoiser.parameters()), material, **common)
-                base.denoiser.requires_grad_(False)
-            # A studio knows the weights it was made with; these last too short for a cache.
-            studio = Studio(
-                base, batch_size=context.studio.batch_size, progress=context.progress, shard=(0, 1)
-            )
-            yield studio, [], spent
-            context.studio.drawn += studio.drawn
+    context, base, usual = training.context, training.context.base, training.context.studio
+    if training.options.train == "lora":
+        if not steps:
+            yield usual, context.applied, 0
+            return
+        lora, spent = training.lora(steps, checkpoint, lambda: context.patch.apply(base.pipeline))
+        yield usual, [*context.applied, (lora, 1.0)], spent
         return
-    if not steps:
-        yield context.studio, context.applied, 0
-        return
-    alpha = float(options.rank)
-    parameters = adapters.attach(
-        base.denoiser,
-        layers=options.layers,
-        rank=options.rank,
-        alpha=alpha,
-        generator=torch.Generator().manual_seed(context.seed),
-        name=ADAPTER,
-    )
-    try:
-        # The patch comes second: it leaves what is on, and what is trained, as it finds them.
-        with context.patch.apply(base.pipeline):
-            spent = tune(base, parameters, material, **common)
-        lora = Patch.from_adapter(base, ADAPTER, options.rank, alpha, dtype=torch.float32)
-    finally:
-        adapters.detach(base.denoiser, ADAPTER)
-    yield context.studio, [*context.applied, (lora, 1.0)], spent
-
-
-def _common(
-    context: CheckContext, options: FineTuningOptions, steps: int, checkpoint: Path
-) -> dict[str, Any]:
-    return {
-        "steps": steps,
-        "batch_size": options.batch_size,
-        "learning_rate": options.learning_rate,
-        "seed": context.seed,
-        "stage": "fine-tuning, training",
-        "optimizer": options.optimizer,
-        "checkpoint": checkpoint,
-        "progress": context.progress,
-    }
+    with contextlib.ExitStack() as stack:
+        for part in context.patch.components:
+            stack.enter_context(changed(base.components[part]))
+        merge_into(base.components, context.patch)
+        spent = 0
+        if steps:
+            base.denoiser.requires_grad_(True)
+            spent = training.tune(steps, [*base.denoiser.parameters()], checkpoint)
+            base.denoiser.requires_grad_(False)
+        # A studio knows the weights it was made with; these last too short for a cache.
+        studio = Studio(base, batch_size=usual.batch_size, progress=context.progress, shard=(0, 1))
+        yield studio, [], spent
+        usual.drawn += studio.drawn

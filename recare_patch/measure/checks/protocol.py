@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from recare_patch.core import EvaluationError, Settings, SettingsError
-from recare_patch.measure.care_score import care_hits
 from recare_patch.measure.evidence import Check, CheckPoint
-from recare_patch.measure.judges import can_tell
-from recare_patch.measure.labels import DISTRACTORS
-from recare_patch.measure.metrics import Mean, Rate
+from recare_patch.measure.judges import MostLike, can_tell
+from recare_patch.measure.meters import HitRate, Mean
 from recare_patch.measure.suites import BLOCK
 from recare_patch.models import weights_hash
 from recare_patch.recipe import Concept
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 PICTURES = 24
 """Pictures behind each value, where nothing else is asked for: minutes on a CPU."""
 
-CONCEPT = "concept"
-"""The series of pictures whose prompts name the concept."""
-
-COMPANIONS = "companions"
-"""The series of pictures of all CARE concepts, taken in turn."""
+CONCEPT, COMPANIONS = "concept", "companions"
+"""The series of pictures whose prompts name the concept, and of those of all CARE concepts in turn."""
 
 SUITES = "suite"
-"""What a check asks for to draw with the suite's own scheduler."""
+"""Asks for the suite's own scheduler."""
 
 _FIRST_BLOCK = 100
 """Seeds of the checks' own pictures lie above those of every set of a suite."""
 
 _SEED_STRIDE = 1000
 _CHUNK = 32
+
+Patches = Sequence[tuple["Patch", float]]
+"""What is put into the base, each at its scale."""
 
 
 class CheckOptions(Settings):
@@ -61,17 +61,20 @@ class Asked:
     """Pictures that become one series of a check.
 
     Attributes:
-        name: of the series.
-        prompts, seeds: one each a picture.
-        labels: what the detector looks for in each.
-        words: what CLIP looks for where the detector does not know the label.
+        rows: prompt, seed, what the detector looks for, and what CLIP looks for where the detector does
+            not know that.
     """
 
     name: str
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    labels: tuple[str, ...]
-    words: tuple[str, ...]
+    rows: tuple[tuple[str, int, str, str], ...]
+
+    @classmethod
+    def turns(
+        cls, name: str, prompts: Sequence[str], seeds: Sequence[int], label: str, word: str | None = None
+    ) -> Asked:
+        """A picture for each seed, of prompts that take turns, all looked at for one thing."""
+        rows = ((prompts[k % len(prompts)], seed, label, word or label) for k, seed in enumerate(seeds))
+        return cls(name, tuple(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +83,7 @@ class CheckContext:
 
     Attributes:
         base: the model that the patch was made for, with no LoRA switched on.
-        patch: what is checked.
         suite: gives prompts, labels, seeds, steps and guidance.
-        detector: says what a picture shows.
         studio: draws pictures of ``base``, in one process.
         pictures: behind each value.
         seed: of all training, and of the pictures that it learns from.
@@ -116,65 +117,53 @@ class CheckContext:
         return Concept(text=self.suite.concept, kind=self.suite.kind)
 
     @property
-    def applied(self) -> list[tuple[Patch, float]]:
+    def applied(self) -> Patches:
         """The patch as it is used, at scale 1."""
         return [(self.patch, 1.0)]
-
-    # ------------------------------------------------------------------ what is drawn
 
     def asked_concept(self, name: str = CONCEPT) -> Asked:
         """Pictures of the suite's plain prompts; the evaluation draws the same first ones."""
         drawing = self.suite.drawing("plain", self.pictures)
-        return Asked(name, drawing.prompts, drawing.seeds, drawing.labels, drawing.labels)
+        return Asked.turns(name, drawing.prompts, drawing.seeds, self.suite.label)
 
     def asked_care(self) -> list[Asked]:
         """Pictures of each CARE concept, a series each."""
         found = []
         for number, one in enumerate(self.suite.care):
-            drawing = self.suite.care_drawing(number, self.pictures)
-            words = (one.clip_word,) * self.pictures
-            found.append(
-                Asked(f"{one.clip_word} shown", drawing.prompts, drawing.seeds, drawing.labels, words)
-            )
+            drawing, word = self.suite.care_drawing(number, self.pictures), one.clip_word
+            found.append(Asked.turns(f"{word} shown", drawing.prompts, drawing.seeds, one.label, word))
         return found
 
     def asked_companions(self, name: str = COMPANIONS) -> list[Asked]:
         """Pictures of all CARE concepts in turn, as one series; none where the suite has none."""
         each = self.asked_care()
-        if not each:
-            return []
-        places = [(each[row % len(each)], row // len(each)) for row in range(self.pictures)]
-        return [
-            Asked(
-                name,
-                tuple(one.prompts[place] for one, place in places),
-                tuple(one.seeds[place] for one, place in places),
-                tuple(one.labels[place] for one, place in places),
-                tuple(one.words[place] for one, place in places),
-            )
-        ]
+        turns = (each[k % len(each)].rows[k // len(each)] for k in range(self.pictures))
+        return [Asked(name, tuple(turns))] if each else []
 
     def own_seeds(self, block: int, count: int) -> tuple[int, ...]:
-        """Seeds of a check's own pictures, from no set of the suite.
-
-        Args:
-            block: a number for each set of such pictures.
-            count: how many.
-        """
+        """Seeds of a check's own pictures, from no set of the suite; ``block`` numbers its sets."""
         first = self.suite.first_seed + BLOCK * (_FIRST_BLOCK + block) + _SEED_STRIDE * self.seed
-        return tuple(first + number for number in range(count))
+        return tuple(range(first, first + count))
 
-    # ------------------------------------------------------------------ what is seen
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], stage: str, patches: Patches = ()
+    ) -> list[Image]:
+        """Pictures as the suite has them drawn."""
+        suite = self.suite
+        return self.studio.draw(
+            prompts,
+            seeds,
+            patches=patches,
+            steps=suite.steps,
+            guidance_scale=suite.guidance_scale,
+            scheduler=suite.scheduler,
+            stage=stage,
+        )
 
     def shows(self, images: Sequence[Image], label: str, word: str | None = None) -> list[bool]:
         """Which pictures show a label: by the detector, or by CLIP where that does not know it.
 
-        CLIP decides as the CARE score does: the word goes before every distractor.
-
-        Args:
-            images: the pictures.
-            label: what the detector calls it.
-            word: what CLIP compares with; None: the label.
+        CLIP decides as the CARE score does: the word, or else the label, goes before every distractor.
 
         Raises:
             EvaluationError: the detector does not know it, and there is no CLIP.
@@ -187,60 +176,49 @@ class CheckContext:
             raise EvaluationError(
                 f"the detector {self.detector.name} cannot tell '{label}', and there is no CLIP to ask"
             )
-        own, clip = word or label, self.clip()
-        labels = DISTRACTORS if self.suite.labels is None else self.suite.labels
-        others = [one for one in labels if one.strip().casefold() != own.casefold()]
-        texts = clip.text_features([own, *others])
-        hits: list[bool] = care_hits(clip.image_features(images), texts[0], texts[1:]).tolist()
-        return hits
+        return MostLike(self.clip(), word or label, self.suite.labels)(images)
 
     def rates(
         self,
         asked: Sequence[Asked],
-        *,
-        patches: Sequence[tuple[Patch, float]],
+        patches: Patches,
         stage: str,
+        *,
         steps: int | None = None,
         scheduler: str | None = SUITES,
         studio: Studio | None = None,
-    ) -> dict[str, Rate]:
-        """How often pictures show what they are looked at for.
+    ) -> dict[str, HitRate]:
+        """How often pictures show what they are looked at for, by the name of their series.
 
         Args:
             asked: the series, drawn one after the other.
-            patches: what is put into the base, each at its scale.
+            patches: what is put into the base.
             stage: how progress calls it.
             steps: of the scheduler; None: the suite's.
             scheduler: a name, None for the base's own; by default the suite's.
             studio: another one than the context's, of a base whose weights were changed.
-
-        Returns:
-            Name of the series → rate.
         """
-        rows = [(one, number) for one in asked for number in range(len(one.prompts))]
+        rows = [(one.name, *row) for one in asked for row in one.rows]
         stream = (studio or self.studio).stream(
-            [one.prompts[number] for one, number in rows],
-            [one.seeds[number] for one, number in rows],
+            [prompt for _, prompt, *_ in rows],
+            [seed for _, _, seed, *_ in rows],
             patches=patches,
             steps=self.suite.steps if steps is None else steps,
             guidance_scale=self.suite.guidance_scale,
             scheduler=self.suite.scheduler if scheduler == SUITES else scheduler,
             stage=stage,
         )
-        rates = {one.name: Rate() for one in asked}
-        for chunk in _chunks(stream):
-            places: dict[tuple[str, str], list[tuple[str, Image]]] = {}
+        rates = {one.name: HitRate() for one in asked}
+        while chunk := list(islice(stream, _CHUNK)):
+            alike: dict[tuple[str, str], list[tuple[str, Image]]] = {}
             for row, image in chunk:
-                one, number = rows[row]
-                key = one.labels[number], one.words[number]
-                places.setdefault(key, []).append((one.name, image))
-            for (label, word), held in places.items():
+                name, _, _, label, word = rows[row]
+                alike.setdefault((label, word), []).append((name, image))
+            for (label, word), held in alike.items():
                 hits = self.shows([image for _, image in held], label, word)
                 for (name, _), hit in zip(held, hits, strict=True):
                     rates[name].add(hit, label)
         return rates
-
-    # ------------------------------------------------------------------ keeping
 
     def folder(self, name: str, fields: Mapping[str, Any]) -> Path | None:
         """Where a check keeps what it trained, named by everything that decides it.
@@ -264,32 +242,25 @@ class CheckContext:
         return self.work / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _chunks(stream: Iterator[tuple[int, Image]]) -> Iterator[list[tuple[int, Image]]]:
-    chunk: list[tuple[int, Image]] = []
-    for one in stream:
-        chunk.append(one)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Each value once, in its first place."""
+    return tuple(dict.fromkeys(values))
 
 
-def point(x: float | str, found: Mapping[str, Rate | Mean], pictures: int) -> CheckPoint:
-    """One point of a check.
+def in_order(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Each value once, from the least to the greatest."""
+    return tuple(sorted(set(values)))
 
-    Args:
-        x: the setting.
-        found: name of a series → what was counted.
-        pictures: behind each value.
-    """
+
+def point(x: float | str, found: Mapping[str, HitRate | Mean], pictures: int) -> CheckPoint:
+    """What was counted of each series at one setting."""
     intervals = {
         name: (round(max(one.interval[0], 0.0), 6), round(one.interval[1], 6))
         for name, one in found.items()
         if one.interval is not None
     }
     return CheckPoint(
-        x=float(x) if isinstance(x, int) else x,
+        x=x if isinstance(x, str) else float(x),
         values={name: round(one.value, 6) for name, one in found.items()},
         intervals=intervals,
         pictures=pictures,
@@ -299,22 +270,27 @@ def point(x: float | str, found: Mapping[str, Rate | Mean], pictures: int) -> Ch
 Options = TypeVar("Options", bound=CheckOptions)
 
 
-class Checker(Protocol[Options]):
-    """One check.
+class Checker(ABC, Generic[Options]):
+    """One check: its options, its name and how readers are told of it."""
 
-    Attributes:
-        name: as registered.
-        options_type: its options.
-    """
-
-    name: str
+    name: ClassVar[str]
     options_type: type[Options]
+    title: ClassVar[str]
+    x_label: ClassVar[str]
+    y_label: ClassVar[str] = "pictures that show it"
 
+    @abstractmethod
     def run(self, context: CheckContext, options: Options) -> Check:
-        """Draw, look and tell; the base is left as it was found.
+        """Draw, look and tell; the base is left as it was found."""
 
-        Args:
-            context: what is checked, and who judges.
-            options: how.
-        """
-        ...
+    def told(self, points: Sequence[CheckPoint], what: str, note: str = "") -> Check:
+        """The check of these points, with a sentence on what was done and a note for the reader."""
+        return Check(
+            name=self.name,
+            title=self.title,
+            what=what,
+            x_label=self.x_label,
+            y_label=self.y_label,
+            points=tuple(points),
+            note=note,
+        )

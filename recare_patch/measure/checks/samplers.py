@@ -7,75 +7,60 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from recare_patch.core import one_of
-from recare_patch.measure.checks.protocol import CheckContext, CheckOptions, point
+from recare_patch.measure.checks.protocol import CheckContext, Checker, CheckOptions, once, point
 from recare_patch.measure.evidence import Check
-from recare_patch.measure.metrics import Rate
+from recare_patch.measure.meters import HitRate
 from recare_patch.recipe import SCHEDULERS
 
 TITLES = {"ddim": "DDIM", "dpm-solver++": "DPM-Solver++", "euler": "Euler", "pndm": "PNDM", "unipc": "UniPC"}
 """How readers know the schedulers."""
 
-
-def _once(values: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    return tuple(dict.fromkeys(values))
+Steps = Annotated[int, Field(ge=1, le=1000)]
+Scheduler = Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))]
 
 
 class SamplersOptions(CheckOptions):
-    """Which samplers.
+    """Which samplers."""
 
-    Attributes:
-        steps: numbers of steps of the base's own scheduler.
-        schedulers: names of :data:`SCHEDULERS`.
-        scheduler_steps: steps of each of those; None: the suite's.
-    """
-
-    steps: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], AfterValidator(_once)] = (4, 8, 20, 50)
-    schedulers: Annotated[
-        tuple[Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))], ...],
-        AfterValidator(_once),
-    ] = ("ddim", "euler", "dpm-solver++", "unipc")
-    scheduler_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    steps: Annotated[tuple[Steps, ...], AfterValidator(once)] = Field(
+        (4, 8, 20, 50), description="numbers of steps of the base's own scheduler"
+    )
+    schedulers: Annotated[tuple[Scheduler, ...], AfterValidator(once)] = Field(
+        ("ddim", "euler", "dpm-solver++", "unipc"), description="other schedulers"
+    )
+    scheduler_steps: Steps | None = Field(None, description="steps of each of those; else the suite's")
 
 
-class Samplers:
-    """See :class:`Checker`."""
+class Samplers(Checker[SamplersOptions]):
+    """Concept and companions, by the base and the patched model, with each sampler."""
 
     name = "samplers"
     options_type = SamplersOptions
+    title = "Other samplers"
+    x_label = "sampler"
 
     def run(self, context: CheckContext, options: SamplersOptions) -> Check:
-        """See :class:`Checker`."""
+        """See the module."""
         steps = context.suite.steps if options.scheduler_steps is None else options.scheduler_steps
         settings: list[tuple[str, int, str | None]] = [
-            (f"{number} step{'s' if number > 1 else ''}", number, None) for number in options.steps
+            *((f"{number} step{'s' if number > 1 else ''}", number, None) for number in options.steps),
+            *((TITLES.get(name, name), steps, name) for name in options.schedulers),
         ]
-        settings += [(TITLES.get(name, name), steps, name) for name in options.schedulers]
         points = []
         for title, number, scheduler in settings:
-            found: dict[str, Rate] = {}
+            found: dict[str, HitRate] = {}
             for which, patches in (("base", []), ("patched", context.applied)):
-                asked = [
-                    context.asked_concept(f"concept, {which}"),
-                    *context.asked_companions(f"companions, {which}"),
-                ]
-                found |= context.rates(
-                    asked,
-                    patches=patches,
-                    stage=f"samplers, {title}, {which}",
-                    steps=number,
-                    scheduler=scheduler,
-                )
+                concept, companions = f"concept, {which}", f"companions, {which}"
+                asked = [context.asked_concept(concept), *context.asked_companions(companions)]
+                stage = f"samplers, {title}, {which}"
+                found |= context.rates(asked, patches, stage, steps=number, scheduler=scheduler)
             points.append(point(title, found, context.pictures))
         own = type(context.base.pipeline.scheduler).__name__.removesuffix("Scheduler")
         named = f"; a named scheduler takes {steps} of them" if options.schedulers else ""
-        return Check(
-            name=self.name,
-            title="Other samplers",
-            what=f"Steps are those of the base's own scheduler ({own}){named}. Base and patched model draw "
-            "from the same seeds.",
-            x_label="sampler",
-            y_label="pictures that show it",
-            points=tuple(points),
-            note="Where the base itself hardly shows the concept or its companions, the patched model's rate "
-            "says little.",
+        return self.told(
+            points,
+            f"Steps are those of the base's own scheduler ({own}){named}. Base and patched model draw from "
+            "the same seeds.",
+            "Where the base itself hardly shows the concept or its companions, the patched model's rate says "
+            "little.",
         )

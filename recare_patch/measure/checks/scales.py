@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from recare_patch.measure.checks.protocol import CheckContext, CheckOptions, point
+from recare_patch.measure.checks.protocol import CheckContext, Checker, CheckOptions, in_order, point
 from recare_patch.measure.evidence import Check
-from recare_patch.measure.metrics import Mean, Rate
+from recare_patch.measure.meters import HitRate, Mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,22 +19,14 @@ RETAINED = "retained change"
 """The series of how far pictures of retained prompts have moved."""
 
 
-def _in_order(scales: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(sorted(set(scales)))
-
-
 class ScalesOptions(CheckOptions):
-    """Which strengths.
+    """Which strengths."""
 
-    Attributes:
-        scales: 1 erases as trained, 0 not at all; a negative one goes the other way.
-    """
-
-    scales: Annotated[
-        tuple[Annotated[float, Field(ge=-100, le=100)], ...],
-        Field(min_length=1),
-        AfterValidator(_in_order),
-    ] = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    scales: Annotated[tuple[Annotated[float, Field(ge=-100, le=100)], ...], AfterValidator(in_order)] = Field(
+        (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
+        min_length=1,
+        description="1 erases as trained, 0 not at all; a negative one goes the other way",
+    )
 
 
 def pixel_change(before: Sequence[Image], after: Sequence[Image]) -> list[float]:
@@ -46,54 +38,39 @@ def pixel_change(before: Sequence[Image], after: Sequence[Image]) -> list[float]
     ]
 
 
-class Scales:
-    """See :class:`Checker`."""
+class Scales(Checker[ScalesOptions]):
+    """Concept, companions and retained pictures at each strength."""
 
     name = "scales"
     options_type = ScalesOptions
+    title = "The patch at other scales"
+    x_label = "scale"
 
     def run(self, context: CheckContext, options: ScalesOptions) -> Check:
-        """See :class:`Checker`."""
-        suite, asked = context.suite, [context.asked_concept(), *context.asked_care()]
-        retained = suite.drawing("retained", context.pictures)
+        """See the module."""
+        asked = [context.asked_concept(), *context.asked_care()]
+        retained = context.suite.drawing("retained", context.pictures)
 
         def draw_retained(scale: float) -> list[Image]:
-            return context.studio.draw(
-                retained.prompts,
-                retained.seeds,
-                # At scale 0 the base is drawn itself: the pictures are the same, and may be there already.
-                patches=[(context.patch, scale)] if scale else [],
-                steps=suite.steps,
-                scheduler=suite.scheduler,
-                guidance_scale=suite.guidance_scale,
-                stage=f"scales, {scale:g}, retained",
-            )
+            # At scale 0 the base is drawn itself: the pictures are the same, and may be there already.
+            patches = [(context.patch, scale)] if scale else []
+            return context.draw(retained.prompts, retained.seeds, f"scales, {scale:g}, retained", patches)
 
         before = draw_retained(0.0) if retained.prompts else []
         points = []
         for scale in options.scales:
             patches = [(context.patch, scale)] if scale else []
-            found: dict[str, Rate | Mean] = {
-                **context.rates(asked, patches=patches, stage=f"scales, {scale:g}")
-            }
+            found: dict[str, HitRate | Mean] = {**context.rates(asked, patches, f"scales, {scale:g}")}
             if before:
-                change = Mean()
+                found[RETAINED] = change = Mean()
                 change.add(pixel_change(before, draw_retained(scale)))
-                found[RETAINED] = change
             points.append(point(scale, found, context.pictures))
-        note = ""
-        if before:
-            note = (
-                f"The {RETAINED} is the mean absolute difference of pixels to the base's own picture of the "
-                "same seed, as a share of their range."
-            )
-        return Check(
-            name=self.name,
-            title="The patch at other scales",
-            what="The patch was trained for scale 1. At 0 the base is untouched; a negative scale turns the "
-            "patch round.",
-            x_label="scale",
-            y_label="pictures that show it",
-            points=tuple(points),
-            note=note,
+        return self.told(
+            points,
+            "The patch was trained for scale 1. At 0 the base is untouched; a negative scale turns the patch "
+            "round.",
+            f"The {RETAINED} is the mean absolute difference of pixels to the base's own picture of the same "
+            "seed, as a share of their range."
+            if before
+            else "",
         )

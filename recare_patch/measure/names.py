@@ -1,0 +1,53 @@
+"""What can be asked for by name. Commands list and check names from here, without torch."""
+
+from recare_patch.core import Registry
+
+METRICS = (
+    "concept-rate",
+    "care-score",
+    "neighbours",
+    "clip-score",
+    "kid",
+    "fid",
+    "perceptual-change",
+    "memorization",
+)
+"""What can be measured."""
+
+DETECTORS = Registry(
+    "detector",
+    {
+        "atelier-judge": "recare_patch.measure.judges:AtelierJudge",
+        "clip": "recare_patch.measure.judges:ZeroShotClip",
+        "image-classifier": "recare_patch.measure.judges:ImageClassifier",
+        "nudenet-6": "recare_patch.measure.judges:NudeNetSix",
+        "nudenet-9": "recare_patch.measure.judges:NudeNetNine",
+    },
+    group="recare_patch.detectors",
+)
+"""Who may judge pictures."""
+
+CHECKS = Registry(
+    "check",
+    {
+        "fine-tuning": "recare_patch.measure.checks.fine_tuning:FineTuning",
+        "personalisation": "recare_patch.measure.checks.personalisation:Personalisation",
+        "samplers": "recare_patch.measure.checks.samplers:Samplers",
+        "scales": "recare_patch.measure.checks.scales:Scales",
+        "spellings": "recare_patch.measure.checks.spellings:Spellings",
+    },
+    group="recare_patch.checks",
+)
+"""How a patch can be tried away from its own setting."""
+
+ATTACKS = Registry(
+    "attack",
+    {
+        "concept-inversion": "recare_patch.measure.attacks.concept_inversion:ConceptInversion",
+        "p4d": "recare_patch.measure.attacks.p4d:P4D",
+        "ring-a-bell": "recare_patch.measure.attacks.ring_a_bell:RingABell",
+        "unlearn-diff-atk": "recare_patch.measure.attacks.unlearn_diff_atk:UnlearnDiffAtk",
+    },
+    group="recare_patch.attacks",
+)
+"""How the concept can be brought back."""
