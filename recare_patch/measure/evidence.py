@@ -371,6 +371,8 @@ class Evidence(_Evidence):
             return cls(**found)
         except EvidenceError as fault:
             raise EvidenceError(f"{source}: {'; '.join(fault.faults)}", fault.faults) from None
+        except RecursionError:
+            raise EvidenceError(f"{source} is not evidence: it is nested too deeply") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file whole, or not at all; ``path`` is its own or the patch's folder.
