@@ -118,7 +118,7 @@ def sample(
 ) -> None:
     """Draw a sheet of pictures with Atelier."""
     from recare_patch.cli.patch import save_pairs
-    from recare_patch.erasure import generate_pictures
+    from recare_patch.patch import generate_pictures
 
     chosen = list(prompts) or [
         "A painting in the style of Van Gogh",

@@ -15,8 +15,9 @@ from recare_patch.core import EvaluationError, OutputError, PatchError
 from recare_patch.measure import AttackOptions, AttackResult, Evidence, attack_options
 from recare_patch.measure.attacks import run as attacking
 from recare_patch.measure.evidence import AttackFigure, Figure
+from recare_patch.measure.integrity import Finding
 from recare_patch.measure.suites import Suite
-from recare_patch.measure.verify import TOLERANCE, Finding, Verification
+from recare_patch.measure.verify import TOLERANCE, Verification
 from recare_patch.models import load_base
 from recare_patch.patch import Patch
 from tests.cli.conftest import Fake, Invoke, one_sentence

@@ -20,7 +20,7 @@ from recare_patch.combine import save_stack, stack
 from recare_patch.core import EvaluationError
 from recare_patch.erasure import EraseResult, erase
 from recare_patch.measure import attack_options, attack_patch, check_integrity, evaluate
-from recare_patch.measure.subject import subject_of
+from recare_patch.measure.suites import subject_of
 from recare_patch.models import BaseModel
 from recare_patch.patch import Gate, Patch, PatchMetadata, all_names, card_text, concepts_of, is_unsafe
 from recare_patch.recipe import Recipe

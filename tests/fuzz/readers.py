@@ -23,10 +23,11 @@ from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, evidence_section, with_evidence
 from recare_patch.measure.evidence import Evidence
+from recare_patch.measure.integrity import check_integrity
 from recare_patch.measure.suites import load_suite, parse_suite, read_prompts, subject_of, suites_folder
-from recare_patch.measure.verify import check_integrity
-from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, concepts_of, to_kohya, write_kohya
+from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, concepts_of, write_kohya
 from recare_patch.patch.card import card_text
+from recare_patch.patch.kohya import to_kohya
 from recare_patch.patch.metadata import Erased, PatchMetadata
 from recare_patch.patch.reading import from_any
 from recare_patch.recipe import WEIGHTS_NAME, Concept, Recipe, load_recipe, parse_assignment, recipes_folder

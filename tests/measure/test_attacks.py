@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from recare_patch.careset import CareSet
-from recare_patch.core.errors import OutputError, PatchError, RecarePatchError, ResumeError, UnknownNameError
-from recare_patch.erasure.states import noised
+from recare_patch.core import OutputError, PatchError, RecarePatchError, ResumeError, UnknownNameError
+from recare_patch.erasure.loop import noised
 from recare_patch.measure.attacks import (
     ATTACKS,
     AttackResult,
@@ -46,13 +46,10 @@ from recare_patch.measure.attacks.run import _detector, attack_patch, run_attack
 from recare_patch.measure.attacks.search import Vocabulary
 from recare_patch.measure.attacks.unlearn_diff_atk import UnlearnDiffAtkOptions, _Draw, project_to_simplex
 from recare_patch.measure.attacks.unlearn_diff_atk import _Group as UnlearnGroup
+from recare_patch.models import PLACEHOLDER, BaseModel, load_base, tuner_layers
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import PLACEHOLDER, BaseModel
-from recare_patch.models.loading import load_base
-from recare_patch.models.peft_layers import tuner_layers
-from recare_patch.patch.patch import Patch, PatchMetadata
-from recare_patch.recipe.concept import Concept
-from recare_patch.recipe.recipe import Recipe
+from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.recipe import Concept, Recipe
 
 TINY: dict[str, dict[str, Any]] = {
     "concept-inversion": {"steps": 3, "images": 3, "pictures": 4, "batch_size": 2, "vectors": 2},

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from recare_patch.careset.clip import Clip
-from recare_patch.core.errors import EvaluationError, UnknownNameError
+from recare_patch.core import EvaluationError, UnknownNameError
 from recare_patch.measure.checks import (
     CHECKS,
     CheckContext,
@@ -40,12 +40,10 @@ from recare_patch.measure.checks.spellings import (
 from recare_patch.measure.evidence import Check
 from recare_patch.measure.pictures import PictureCache, Studio
 from recare_patch.measure.suites import PromptSet, Suite
+from recare_patch.models import BaseModel, load_base, tuner_layers
 from recare_patch.models import lora as adapters
-from recare_patch.models.embeds import BaseModel
-from recare_patch.models.loading import load_base
-from recare_patch.models.peft_layers import tuner_layers
-from recare_patch.patch.patch import Patch
-from recare_patch.recipe.concept import Concept
+from recare_patch.patch import Patch
+from recare_patch.recipe import Concept
 from tests.measure.test_attacks import Killed, Killer
 
 CONCEPT = Concept(text="Van Gogh", kind="style")

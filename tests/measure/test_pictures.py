@@ -170,7 +170,7 @@ def test_shards_draw_the_pictures_of_one(base: BaseModel, tmp_path: Path, count:
     assert files_in(tmp_path / "one") == files_in(tmp_path / "many")
 
 
-@pytest.mark.parametrize("name", SCHEDULERS.names())
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_draws_and_the_own_one_returns(base: BaseModel, name: str) -> None:
     own = base.pipeline.scheduler
     images = Studio(base).draw(["a cat"], [1], steps=3, scheduler=name)

@@ -15,14 +15,13 @@ from click.testing import Result
 
 from recare_patch.combine import stacking as composing
 from recare_patch.core import EvaluationError
+from recare_patch.measure import attack_options, attack_patch
 from recare_patch.measure import stack as stack_evidence
 from recare_patch.measure import verify as verifying
-from recare_patch.measure.attacks.run import attack_options, attack_patch
 from recare_patch.measure.evidence import Evidence
-from recare_patch.measure.run import evaluate, resolve_suite
+from recare_patch.measure.run import evaluate
 from recare_patch.measure.stack import CHANGE_NAME, FigureChange, change_in_evidence
-from recare_patch.measure.subject import subject_of
-from recare_patch.measure.suites import Suite
+from recare_patch.measure.suites import Suite, resolve_suite, subject_of
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch, concepts_of, write_kohya
 from tests.cli.conftest import invoke

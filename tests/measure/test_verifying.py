@@ -13,11 +13,11 @@ import pytest
 from recare_patch.core import BaseModelError, EvidenceError, PatchError, UnknownNameError, file_sha256
 from recare_patch.erasure.run import erase
 from recare_patch.measure import verify as verifying
+from recare_patch.measure import wilson_interval
 from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.card import EVIDENCE_END, with_evidence
 from recare_patch.measure.evidence import Check, CheckPoint, Evidence, Part
 from recare_patch.measure.integrity import Findings, check_integrity
-from recare_patch.measure.intervals import wilson_interval
 from recare_patch.measure.run import evaluate
 from recare_patch.measure.suites import Suite, load_suite
 from recare_patch.measure.verify import Plan, Verification, check_suite, compare, verify

@@ -22,7 +22,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from recare_patch.core import IncompatiblePatchError, OutputError, PatchError, read_safetensors_header
-from recare_patch.patch import MODULES_KEY, RANKS_KEY, Patch, has_kohya_names, to_kohya, write_kohya
+from recare_patch.patch import Patch, has_kohya_names, write_kohya
+from recare_patch.patch.kohya import MODULES_KEY, RANKS_KEY, to_kohya
 from recare_patch.patch.reading import from_any
 from recare_patch.recipe import WEIGHTS_NAME
 from tests.patch.making import difference, draw, factors, file_of, pair, plain, same, trained

@@ -28,7 +28,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from recare_patch.patch import Patch, to_kohya, write_kohya
+from recare_patch.patch import Patch, write_kohya
+from recare_patch.patch.kohya import to_kohya
 from recare_patch.patch.original_layout import unet_name
 from recare_patch.patch.reading import from_any
 

@@ -15,7 +15,7 @@ from recare_patch.cli import cli
 from recare_patch.combine import merging
 from recare_patch.combine.stacking import save_stack
 from recare_patch.core import EvaluationError, IncompatiblePatchError, NoMatchingModuleError
-from recare_patch.measure.checks.tuning import changed, merge_into
+from recare_patch.measure.checks.fine_tuning import changed, merge_into
 from recare_patch.measure.pictures import Studio
 from recare_patch.models import load_base
 from recare_patch.models import lora as adapters

@@ -11,7 +11,8 @@ import torch
 from recare_patch.erasure import EraseResult
 from recare_patch.erasure.methods.adversaries import Adversaries
 from recare_patch.models import BaseModel
-from recare_patch.recipe import ADVERSARY_SPACES, AdversaryOptions, Concept, Recipe
+from recare_patch.recipe import AdversaryOptions, Concept, Recipe
+from recare_patch.recipe.recipe import ADVERSARY_SPACES
 from tests.erasure.making import TENCH, Killed, Killer, attach
 
 pytestmark = pytest.mark.parametrize("space", ADVERSARY_SPACES)
