@@ -10,11 +10,11 @@ from .attacks.run import attack_patch as attack_patch
 from .attacks.run import replayed_concept as replayed_concept
 from .attacks.run import run_attacks as run_attacks
 from .card import with_evidence as with_evidence
-from .card import worst_erased as worst_erased
-from .card import worst_kept as worst_kept
 from .evidence import RATE as RATE
 from .evidence import Evidence as Evidence
 from .evidence import show_value as show_value
+from .evidence import worst_erased as worst_erased
+from .evidence import worst_kept as worst_kept
 from .integrity import Integrity as Integrity
 from .integrity import check_integrity as check_integrity
 from .judges import load_detector as load_detector

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from recare_patch.core import EvidenceError
-from recare_patch.measure.evidence import RATE, Evidence, Figure, Group, show_value
+from recare_patch.measure.evidence import Evidence, intervals_meet, show_value, worst_erased, worst_kept
 from recare_patch.patch import MEASURED, UNMEASURED, join_card, split_card, template
 from recare_patch.recipe import Concept
 
@@ -16,34 +16,6 @@ EVIDENCE_END = "<!-- recare-patch: end of evidence -->"
 
 _SECTION = re.compile(rf"{re.escape(EVIDENCE_START)}.*?{re.escape(EVIDENCE_END)}\n*", re.DOTALL)
 _FOLLOWING = re.compile(r"^## (?:Use it|Limits)[ \t]*$", re.MULTILINE)
-
-
-def worst_first(evidence: Evidence, *groups: Group) -> list[Figure]:
-    """The rates of some groups, from the one that speaks most against the patch to the one that does least.
-
-    Of what is erased, rates by how much still shows; of what should stay, by what was lost against the base.
-    """
-    rates = [one for one in evidence.in_group(*groups) if one.unit == RATE]
-    if groups == ("erased",):
-        return sorted((one for one in rates if one.better == "lower"), key=lambda one: -one.patched)
-    kept = [(one.patched - one.base, one) for one in rates if one.better == "higher" and one.base is not None]
-    return [one for _, one in sorted(kept, key=lambda pair: pair[0])]
-
-
-def worst_erased(evidence: Evidence) -> Figure | None:
-    """Of the rates that the patch should bring down, the highest under it."""
-    return next(iter(worst_first(evidence, "erased")), None)
-
-
-def worst_kept(evidence: Evidence) -> Figure | None:
-    """Of the rates that the patch should leave alone, the one that lost most against the base."""
-    return next(iter(worst_first(evidence, "care", "kept")), None)
-
-
-def intervals_meet(figure: Figure) -> bool:
-    """Whether base and patched model may be alike: their intervals have a value in common."""
-    before, after = figure.base_interval, figure.interval
-    return before is not None and after is not None and after[1] >= before[0] and before[1] >= after[0]
 
 
 def model_index(evidence: Evidence) -> dict[str, Any]:

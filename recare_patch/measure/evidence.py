@@ -420,3 +420,31 @@ if __name__ == "__main__":
     import sys
 
     sys.stdout.write(schema_text())
+
+
+def worst_first(evidence: Evidence, *groups: Group) -> list[Figure]:
+    """The rates of some groups, from the one that speaks most against the patch to the one that does least.
+
+    Of what is erased, rates by how much still shows; of what should stay, by what was lost against the base.
+    """
+    rates = [one for one in evidence.in_group(*groups) if one.unit == RATE]
+    if groups == ("erased",):
+        return sorted((one for one in rates if one.better == "lower"), key=lambda one: -one.patched)
+    kept = [(one.patched - one.base, one) for one in rates if one.better == "higher" and one.base is not None]
+    return [one for _, one in sorted(kept, key=lambda pair: pair[0])]
+
+
+def worst_erased(evidence: Evidence) -> Figure | None:
+    """Of the rates that the patch should bring down, the highest under it."""
+    return next(iter(worst_first(evidence, "erased")), None)
+
+
+def worst_kept(evidence: Evidence) -> Figure | None:
+    """Of the rates that the patch should leave alone, the one that lost most against the base."""
+    return next(iter(worst_first(evidence, "care", "kept")), None)
+
+
+def intervals_meet(figure: Figure) -> bool:
+    """Whether base and patched model may be alike: their intervals have a value in common."""
+    before, after = figure.base_interval, figure.interval
+    return before is not None and after is not None and after[1] >= before[0] and before[1] >= after[0]

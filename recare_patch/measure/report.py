@@ -20,7 +20,6 @@ from markupsafe import Markup
 from PIL import Image
 
 from recare_patch.core import Comparison, OutputError, write_text
-from recare_patch.measure.card import intervals_meet, worst_first
 from recare_patch.measure.evidence import (
     RATE,
     AttackFigure,
@@ -28,8 +27,10 @@ from recare_patch.measure.evidence import (
     Evidence,
     Figure,
     Group,
+    intervals_meet,
     show_interval,
     show_value,
+    worst_first,
 )
 from recare_patch.measure.plots import Series, bar_chart, line_chart, radar_chart, thinned
 from recare_patch.patch import REPORT_NAME, finite, spent

@@ -22,6 +22,7 @@ from recare_patch.core import (
     EvaluationError,
     Settings,
     SettingsError,
+    bundled,
     nearest,
     one_of,
     unknown_name,
@@ -36,7 +37,6 @@ from recare_patch.recipe import (
     Concept,
     Kind,
     Recipe,
-    recipes_folder,
     same_concept,
     slug_of,
 )
@@ -304,7 +304,7 @@ class ConceptBench(_Drawn):
 
 def suites_folder() -> Path:
     """The folder of bundled suites."""
-    return recipes_folder() / "suites"
+    return bundled("recipes") / "suites"
 
 
 def list_suites() -> dict[str, Path]:

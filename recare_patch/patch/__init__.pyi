@@ -9,18 +9,15 @@ from .card import Identity as Identity
 from .card import base_tag as base_tag
 from .card import card_text as card_text
 from .card import concept_tag as concept_tag
-from .card import finite as finite
 from .card import identity_in as identity_in
 from .card import is_unsafe as is_unsafe
 from .card import join_card as join_card
 from .card import plain as plain
-from .card import spent as spent
 from .card import split_card as split_card
 from .card import template as template
 from .card import yaml_text as yaml_text
 from .folder import CARD_NAME as CARD_NAME
 from .folder import EVIDENCE_NAME as EVIDENCE_NAME
-from .folder import FORMATS as FORMATS
 from .folder import PICKLES as PICKLES
 from .folder import PREVIEW_NAME as PREVIEW_NAME
 from .folder import RECORD_NAME as RECORD_NAME
@@ -29,7 +26,6 @@ from .folder import STACK_NAME as STACK_NAME
 from .folder import TRAINING_NAME as TRAINING_NAME
 from .folder import SharedFile as SharedFile
 from .folder import all_names as all_names
-from .folder import check_formats as check_formats
 from .folder import git_hash as git_hash
 from .folder import kohya_name as kohya_name
 from .folder import previews_of as previews_of
@@ -44,6 +40,8 @@ from .gate import gated as gated
 from .generate import GeneratedPair as GeneratedPair
 from .generate import generate as generate
 from .generate import generate_pictures as generate_pictures
+from .kohya import FORMATS as FORMATS
+from .kohya import check_formats as check_formats
 from .kohya import has_kohya_names as has_kohya_names
 from .kohya import output_name as output_name
 from .kohya import write_kohya as write_kohya
@@ -51,6 +49,8 @@ from .metadata import Erased as Erased
 from .metadata import PatchMetadata as PatchMetadata
 from .metadata import PatchPart as PatchPart
 from .metadata import Stacking as Stacking
+from .metadata import finite as finite
+from .metadata import spent as spent
 from .original_layout import has_known_sizes as has_known_sizes
 from .original_layout import plan as plan
 from .original_layout import write_single_file as write_single_file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import html
 import importlib.metadata
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,9 @@ import jinja2
 import yaml
 
 from recare_patch.core import EvidenceError, PatchError, load_yaml
-from recare_patch.patch.metadata import PatchMetadata
-from recare_patch.patch.papers import citation
+from recare_patch.patch.metadata import PatchMetadata, finite, spent
 from recare_patch.patch.patch import concept_name
-from recare_patch.recipe import KINDS, METHODS, WEIGHTS_NAME, method_info, slug_of
+from recare_patch.recipe import KINDS, METHODS, WEIGHTS_NAME, Paper, method_info, slug_of
 
 TAG = "recare-patch"
 """The tag of every patch that this package makes."""
@@ -277,22 +275,46 @@ def card_text(
         residual=finite(training.get("rank_residual")),
         unmeasured=UNMEASURED,
         warnings=[str(one) for one in (warnings if isinstance(warnings, list) else ())],
-        papers=[paper for one in dict.fromkeys(methods) if (paper := citation(one)) is not None],
+        papers=[_citation(paper) for one in dict.fromkeys(methods) if (paper := _paper_of(one)) is not None],
     )
 
 
-def finite(value: Any) -> float | None:
-    """A finite number, or ``None``: records are files that anyone may have edited."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+_STACKING = {
+    "regmean": Paper(
+        *("RegMean", "Jin et al.", "ICLR 2023", "2212.09849"),
+        "Jin, Xisen and Ren, Xiang and Preotiuc-Pietro, Daniel and Cheng, Pengxiang",
+        "Dataless Knowledge Fusion by Merging Weights of Language Models",
+        "International Conference on Learning Representations",
+    ),
+    "ties": Paper(
+        *("TIES", "Yadav et al.", "NeurIPS 2023", "2306.01708"),
+        "Yadav, Prateek and Tam, Derek and Choshen, Leshem and Raffel, Colin and Bansal, Mohit",
+        "{TIES}-Merging: Resolving Interference When Merging Models",
+        "Advances in Neural Information Processing Systems",
+    ),
+    "dare": Paper(
+        *("DARE", "Yu et al.", "ICML 2024", "2311.03099"),
+        "Yu, Le and Yu, Bowen and Yu, Haiyang and Huang, Fei and Li, Yongbin",
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+        "International Conference on Machine Learning",
+    ),
+}
 
 
-def spent(training: Mapping[str, Any]) -> list[str]:
-    """What a run cost beside its time, in words, as far as its record tells."""
-    evaluations, memory = (
-        finite(training.get("denoiser_evaluations")),
-        finite(training.get("peak_memory_bytes")),
-    )
-    facts = [] if evaluations is None else [f"{evaluations:,.0f} denoiser evaluations"]
-    return facts + ([f"{memory / 2**30:.1f} GiB of memory at most"] if memory else [])
+def _paper_of(method: str | None) -> Paper | None:
+    """Its method's file says it, or the table of ways of stacking; ``None`` where there is none, such as for a sum."""
+    if method in METHODS:
+        return method_info(method or "").paper
+    return _STACKING.get(method or "")
+
+
+def _citation(paper: Paper) -> dict[str, str]:
+    """How a reader finds a paper, and how an author cites it."""
+    year = paper.venue[-4:]
+    fields = {"author": paper.author, "title": paper.title, "booktitle": paper.booktitle, "year": year}
+    fields |= {"eprint": paper.arxiv, "archiveprefix": "arXiv"}
+    kind = "inproceedings" if paper.booktitle else "misc"
+    lines = [f"  {key} = {{{value}}}," for key, value in fields.items() if value]
+    entry = "\n".join([f"@{kind}{{{paper.name.casefold()}{year},", *lines, "}"])
+    url = f"https://arxiv.org/abs/{paper.arxiv}"
+    return {"name": paper.name, "authors": paper.authors, "venue": paper.venue, "url": url, "bibtex": entry}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recare_patch.core import OutputError, PatchError, file_sha256, unknown_name
+from recare_patch.core import OutputError, PatchError, file_sha256
 from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
 if TYPE_CHECKING:
@@ -24,9 +23,6 @@ RECORD_NAME = "hub.json"
 """Where a fetched patch came from."""
 PREVIEW_NAME = "preview.png"
 TRAINING_NAME = "training.json"
-
-FORMATS = ("diffusers", "kohya")
-"""What can be written; PEFT's shape is read as well."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -76,25 +72,6 @@ def target_file(path: str | Path, name: str) -> Path:
     if path.suffix in PICKLES and not path.is_dir():
         raise OutputError(f"cannot write {path}: LoRA files are written as .safetensors")
     return path if path.suffix == ".safetensors" and not path.is_dir() else path / name
-
-
-def check_formats(names: Iterable[str]) -> tuple[str, ...]:
-    """The formats of a patch folder, checked.
-
-    Raises:
-        UnknownNameError: for another name.
-        PatchError: "diffusers" is not among them: that file is the patch, of which the others are made.
-    """
-    chosen = tuple(dict.fromkeys(name.strip().casefold() for name in names))
-    for name in chosen:
-        if name not in FORMATS:
-            raise unknown_name("format", name, FORMATS)
-    if "diffusers" not in chosen:
-        raise PatchError(
-            f"a patch folder always has the diffusers file, got '{', '.join(chosen)}': give diffusers or "
-            f"{','.join(FORMATS)}"
-        )
-    return chosen
 
 
 @dataclass(frozen=True)

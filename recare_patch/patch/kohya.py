@@ -24,6 +24,7 @@ from recare_patch.core import (
     IncompatiblePatchError,
     PatchError,
     nearest,
+    unknown_name,
     write_tensors,
 )
 from recare_patch.models import COMPONENTS, TRANSFORMER, split_name
@@ -37,6 +38,9 @@ from recare_patch.patch.patch import (
 from recare_patch.recipe import KINDS
 
 logger = logging.getLogger(__name__)
+
+FORMATS = ("diffusers", "kohya")
+"""What can be written; PEFT's shape is read as well."""
 
 RANKS_KEY = "recare_patch_ranks"
 """Header entry of our kohya files: the ranks before padding, JSON, kohya name → rank."""
@@ -345,3 +349,22 @@ def write_kohya(
     tensors, header = to_kohya(patch, dtype=dtype, date=date)
     write_tensors(file, tensors, header)
     return file
+
+
+def check_formats(names: Iterable[str]) -> tuple[str, ...]:
+    """The formats of a patch folder, checked.
+
+    Raises:
+        UnknownNameError: for another name.
+        PatchError: "diffusers" is not among them: that file is the patch, of which the others are made.
+    """
+    chosen = tuple(dict.fromkeys(name.strip().casefold() for name in names))
+    for name in chosen:
+        if name not in FORMATS:
+            raise unknown_name("format", name, FORMATS)
+    if "diffusers" not in chosen:
+        raise PatchError(
+            f"a patch folder always has the diffusers file, got '{', '.join(chosen)}': give diffusers or "
+            f"{','.join(FORMATS)}"
+        )
+    return chosen

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -249,3 +250,20 @@ class PatchMetadata(_Told):
             ) from None
         except (ValueError, RecursionError):
             raise PatchError(f"{source} has a malformed header entry under '{HEADER_PREFIX}'") from None
+
+
+def finite(value: Any) -> float | None:
+    """A finite number, or ``None``: records are files that anyone may have edited."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def spent(training: Mapping[str, Any]) -> list[str]:
+    """What a run cost beside its time, in words, as far as its record tells."""
+    evaluations, memory = (
+        finite(training.get("denoiser_evaluations")),
+        finite(training.get("peak_memory_bytes")),
+    )
+    facts = [] if evaluations is None else [f"{evaluations:,.0f} denoiser evaluations"]
+    return facts + ([f"{memory / 2**30:.1f} GiB of memory at most"] if memory else [])

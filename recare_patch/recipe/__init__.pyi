@@ -11,7 +11,6 @@ from .bundled import parse_assignment as parse_assignment
 from .bundled import parts_in_header as parts_in_header
 from .bundled import preset_overrides as preset_overrides
 from .bundled import recipe_for as recipe_for
-from .bundled import recipes_folder as recipes_folder
 from .bundled import stack_has_no_recipe as stack_has_no_recipe
 from .concept import KINDS as KINDS
 from .concept import Concept as Concept

@@ -16,6 +16,7 @@ from recare_patch.core import (
     PatchError,
     RecarePatchError,
     RecipeError,
+    bundled,
     load_yaml,
     read_safetensors_header,
     unknown_name,
@@ -98,17 +99,10 @@ class RecipeInfo:
     kind: str
 
 
-def recipes_folder() -> Path:
-    """The folder of bundled recipes: inside an installed package, beside it in a source checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "_recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
-
-
 def list_recipes() -> list[RecipeInfo]:
     """All bundled recipes, by name."""
     found = []
-    for path in sorted(recipes_folder().glob("*.yaml")):
+    for path in sorted(bundled("recipes").glob("*.yaml")):
         recipe = _read_yaml(path)
         found.append(RecipeInfo(path.stem, path, recipe.concept.text, recipe.base, recipe.concept.kind))
     return found
@@ -146,7 +140,7 @@ def load_recipe(source: str) -> Recipe:
         PatchError: the safetensors file cannot be read.
     """
     source = source.strip()
-    by_name = {path.stem.casefold(): path for path in sorted(recipes_folder().glob("*.yaml"))}
+    by_name = {path.stem.casefold(): path for path in sorted(bundled("recipes").glob("*.yaml"))}
     wanted = re.sub(r"[\s_]+", "-", source.casefold())
     for name in (wanted, f"{wanted}-atelier"):
         if name in by_name:

@@ -46,24 +46,9 @@ class Paper:
     booktitle: str = ""
 
     @property
-    def url(self) -> str:
-        """Its page."""
-        return f"https://arxiv.org/abs/{self.arxiv}"
-
-    @property
     def short(self) -> str:
         """In plain text: "Kim et al., ICLR 2026, arXiv 2606.24192"."""
         return f"{self.authors}, {self.venue}, arXiv {self.arxiv}"
-
-    @property
-    def bibtex(self) -> str:
-        """Its entry."""
-        year = self.venue[-4:]
-        fields = {"author": self.author, "title": self.title, "booktitle": self.booktitle, "year": year}
-        fields |= {"eprint": self.arxiv, "archiveprefix": "arXiv"}
-        kind = "inproceedings" if self.booktitle else "misc"
-        lines = [f"  {key} = {{{value}}}," for key, value in fields.items() if value]
-        return "\n".join([f"@{kind}{{{self.name.casefold()}{year},", *lines, "}"])
 
 
 @dataclass(frozen=True)

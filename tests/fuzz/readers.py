@@ -18,7 +18,7 @@ from recare_patch.cli import base_of, several_concepts
 from recare_patch.cli import patch as patch_commands
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
-from recare_patch.core import read_safetensors_header, write_bytes
+from recare_patch.core import bundled, read_safetensors_header, write_bytes
 from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, evidence_section, with_evidence
@@ -30,7 +30,7 @@ from recare_patch.patch.card import card_text
 from recare_patch.patch.kohya import to_kohya
 from recare_patch.patch.metadata import Erased, PatchMetadata
 from recare_patch.patch.reading import from_any
-from recare_patch.recipe import WEIGHTS_NAME, Concept, Recipe, load_recipe, parse_assignment, recipes_folder
+from recare_patch.recipe import WEIGHTS_NAME, Concept, Recipe, load_recipe, parse_assignment
 from tests.measure.test_evidence import make_evidence
 
 RECIPE = Recipe(concept={"text": "Van Gogh", "kind": "style"})  # type: ignore[arg-type]
@@ -225,7 +225,7 @@ def readers() -> list[Reader]:
     patch, stack = a_patch(), a_stack()
     ours = _as_file(patch), _as_file(stack), _as_file(a_patch_of_several())
     kohya, foreign = (_kohya(patch), _kohya(stack)), _foreign()
-    recipes = (RECIPE.to_yaml().encode(), *_bundled(recipes_folder())[:3])
+    recipes = (RECIPE.to_yaml().encode(), *_bundled(bundled("recipes"))[:3])
     card = with_evidence(card_text(patch.metadata, {}), make_evidence())
     assignments = b"erase.steps=50\nconcept.text=Van Gogh\nadapter={rank: 2}\nseed=1e-4\nnotes=\n"
     return [
