@@ -1,5 +1,6 @@
 from .loop import OPTIMIZERS as OPTIMIZERS
 from .loop import Checkpoint as Checkpoint
+from .loop import Loop as Loop
 from .loop import fit as fit
 from .loop import invert as invert
 from .loop import name_templates as name_templates

@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -216,37 +216,46 @@ def learning_rate_at(step: int, steps: int, peak: float, schedule: str) -> float
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / (steps - 1))))
 
 
+@dataclass(frozen=True)
+class Loop:
+    """How a loop runs, where its state is kept, and whom it tells.
+
+    Attributes:
+        stage: names it in progress, seeds and messages.
+        learning_rate: peak of the ``schedule``, ``cosine`` (to a tenth) or ``constant``.
+        optimizer: a name in :data:`OPTIMIZERS`.
+        checkpoint: where to save and resume every ``save_every`` steps; ``None`` keeps nothing.
+        extra, restore_extra: JSON values to carry across a resume.
+        crew: processes that train together, each of which runs the loop; their gradients are averaged, and the
+            first of them writes.
+    """
+
+    stage: str
+    steps: int
+    learning_rate: float
+    seed: int
+    optimizer: str = "adamw8bit"
+    schedule: str = "cosine"
+    checkpoint: Checkpoint | None = None
+    save_every: int = 20
+    extra: Callable[[], Mapping[str, Any]] = dict
+    restore_extra: Callable[[dict[str, Any]], None] | None = None
+    progress: Progress | None = None
+    crew: Crew | None = None
+
+
 def fit(
     parameters: Sequence[nn.Parameter],
     loss_at: Callable[[int, torch.Generator], Tensor],
+    loop: Loop,
     *,
-    stage: str,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    optimizer: str = "adamw8bit",
-    schedule: str = "cosine",
-    max_grad_norm: float = 1.0,
-    checkpoint: Checkpoint | None = None,
-    save_every: int = 20,
-    extra: Callable[[], Mapping[str, Any]] = dict,
-    restore_extra: Callable[[dict[str, Any]], None] | None = None,
-    progress: Progress | None = None,
-    crew: Crew | None = None,
     carried: Carried | None = None,
     stop: EarlyStop | None = None,
 ) -> Fitted:
-    """Minimise a loss over ``parameters``.
+    """Minimise a loss over ``parameters``, which come in an order that does not change between runs.
 
     Args:
-        parameters: what is trained, in an order that does not change between runs.
-        loss_at: the scalar loss of a step, given its number and its generator.
-        stage: names the loop in progress, seeds and messages.
-        learning_rate: peak of the ``schedule``, ``cosine`` (to a tenth) or ``constant``.
-        checkpoint: where to save and resume every ``save_every`` steps; ``None`` keeps nothing.
-        extra, restore_extra: JSON values to carry across a resume.
-        crew: processes that train together, each of which calls this; their gradients are averaged, and
-            the first of them writes.
+        loss_at: the scalar loss of a step, given its number and its generator; gradients are clipped to norm 1.
         carried: what else must go on where it stopped.
         stop: may end the loop before its last step; not together with ``carried``.
 
@@ -254,48 +263,51 @@ def fit(
         ResumeError: if the checkpoint does not fit.
         FloatingPointError: if the loss is not finite.
     """
-    make = OPTIMIZERS.get(optimizer)
-    assert callable(make)
-    optimiser: torch.optim.Optimizer = make(list(parameters), learning_rate)
     assert stop is None or carried is None
-    carried = carried or stop
-    start = 0
+    optimizer: torch.optim.Optimizer = OPTIMIZERS.get(loop.optimizer)(list(parameters), loop.learning_rate)
+    carried, steps, start = carried or stop, loop.steps, 0
     losses: list[float] = []
-    if checkpoint is not None and (found := checkpoint.load(parameters, optimiser, carried)):
+    if loop.checkpoint is not None and (found := loop.checkpoint.load(parameters, optimizer, carried)):
         start, losses, kept = found
-        if restore_extra:
-            restore_extra(kept)
+        if loop.restore_extra:
+            loop.restore_extra(kept)
     for step in range(start, steps):
         if stop is not None and stop.over:
             break
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate_at(step, steps, learning_rate, schedule)
-        loss = loss_at(step, step_generator(seed, stage, step))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, steps, loop.learning_rate, loop.schedule)
+        loss = loss_at(step, step_generator(loop.seed, loop.stage, step))
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"{stage}: the loss is {loss.item()} at step {step}")
-        optimiser.zero_grad(set_to_none=True)
-        if loss.requires_grad:
-            # Else all of this process's share is others'.
-            loss.backward()
-        if crew is not None:
-            crew.mean_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        optimiser.step()
+            raise FloatingPointError(f"{loop.stage}: the loss is {loss.item()} at step {step}")
+        _step(parameters, optimizer, loss, loop.crew)
         losses.append(round(loss.item(), 6))
         last = step + 1 == steps
         if stop is not None and (last or (step + 1) % stop.every == 0):
             stop.look()
             last = last or stop.over
-        if progress:
-            progress.update(stage, steps if last else step + 1, steps, f"loss {losses[-1]:.4f}")
-        if checkpoint is not None and (last or (step + 1) % save_every == 0):
-            note = extra()
-            if crew is None or crew.main:
+        if loop.progress:
+            loop.progress.update(loop.stage, steps if last else step + 1, steps, f"loss {losses[-1]:.4f}")
+        if loop.checkpoint is not None and (last or (step + 1) % loop.save_every == 0):
+            note = loop.extra()
+            if loop.crew is None or loop.crew.main:
                 state = carried.state() if carried is not None else None
-                checkpoint.save(step + 1, parameters, optimiser, losses, note, state)
+                loop.checkpoint.save(step + 1, parameters, optimizer, losses, note, state)
     if stop is not None:
         stop.settle()
-    return Fitted(losses, dict(extra()))
+    return Fitted(losses, dict(loop.extra()))
+
+
+def _step(
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, loss: Tensor, crew: Crew | None
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    if loss.requires_grad:
+        # Else all of this process's share is others'.
+        loss.backward()
+    if crew is not None:
+        crew.mean_gradients(parameters)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
 
 
 class StateSource(Protocol):
@@ -382,28 +394,20 @@ def invert(
     latents: Tensor,
     prompts: Sequence[str],
     start: Tensor,
+    loop: Loop,
     *,
-    steps: int,
     batch_size: int,
-    learning_rate: float,
-    seed: int,
-    stage: str,
     patience: int | None = None,
     noise_up_to: float = 1.0,
-    checkpoint: Checkpoint | None = None,
-    extra: Callable[[], Mapping[str, Any]] = dict,
-    restore_extra: Callable[[dict[str, Any]], None] | None = None,
-    progress: Progress | None = None,
 ) -> tuple[Tensor, Fitted]:
     """Fit token vectors so that the model, as it stands, predicts the noise on ``latents``.
-
-    The latents are encoded once by the caller; only the vectors are trained.
 
     Args:
         base: the model to invert; an adapter that is on stays on.
         latents: clean latents of the pictures, ``[images, c, h, w]``.
         prompts: templates that hold :data:`PLACEHOLDER`.
         start: initial vectors ``[vectors, width]``.
+        loop: its optimizer is AdamW whatever it says.
         patience: looks at a held-out fifth of the pictures without a new best that end the loop; the best
             vectors are returned then. None: all steps, on all pictures.
         noise_up_to: the share of the process, from its clean end, that states are drawn from.
@@ -411,12 +415,11 @@ def invert(
     Returns:
         The vectors ``[vectors, width]``, fp32, and the fitted loop.
     """
-    vectors = nn.Parameter(start.detach().clone().float())
-    stop = None
+    vectors, stop = nn.Parameter(start.detach().clone().float()), None
     if patience is not None:
         kept = max(1, len(latents) // 5)
         latents, held = latents[:-kept], latents[-kept:]
-        generator = step_generator(seed, f"{stage} held out", 0)
+        generator = step_generator(loop.seed, f"{loop.stage} held out", 0)
         look = _held_out(base, held, prompts, vectors, noise_up_to, generator)
         stop = EarlyStop([vectors], look, patience=patience, every=_LOOK_EVERY)
 
@@ -429,23 +432,8 @@ def invert(
         return F.mse_loss(base.denoise(states, timesteps, embeds).float(), target.float())
 
     with frozen(*base.components.values()):
-        fitted = fit(
-            [vectors],
-            loss_at,
-            stage=stage,
-            steps=steps,
-            learning_rate=learning_rate,
-            seed=seed,
-            optimizer="adamw",
-            checkpoint=checkpoint,
-            save_every=50,
-            extra=extra,
-            restore_extra=restore_extra,
-            progress=progress,
-            crew=base.crew,
-            stop=stop,
-        )
-    return vectors.detach(), fitted
+        loop = replace(loop, optimizer="adamw", save_every=50, crew=base.crew)
+        return vectors.detach(), fit([vectors], loss_at, loop, stop=stop)
 
 
 def _held_out(

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from recare_patch.core import (
     write_json,
     write_tensors,
 )
-from recare_patch.erasure.loop import Carried, Checkpoint, fit, invert, state_source, step_generator
+from recare_patch.erasure.loop import Carried, Checkpoint, Loop, fit, invert, state_source, step_generator
 from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory, scheduled
 from recare_patch.patch import Patch
 from recare_patch.recipe import Recipe
@@ -218,26 +219,29 @@ class Stages:
             every: checkpoints fall on multiples of this many steps.
             carried: what else goes on where it stopped.
         """
-        run, options, stage = self.run, self.run.recipe.erase, stage_name(stage, self.number)
-        with run.ledger.stage(stage):
-            fitted = fit(
-                self.parameters,
-                loss_at,
-                stage=stage,
-                steps=steps,
-                learning_rate=options.learning_rate,
-                seed=run.recipe.seed,
-                optimizer=options.optimizer,
-                schedule=options.schedule,
-                checkpoint=Checkpoint(run.file(stage, ".checkpoint.safetensors")),
-                save_every=every,
-                extra=run.ledger.so_far,
-                restore_extra=run.ledger.restore,
-                progress=run.progress,
-                crew=run.base.crew,
-                carried=carried,
-            )
-        run.losses[stage] = fitted.losses
+        run, options = self.run, self.run.recipe.erase
+        loop = replace(
+            self._loop(stage, steps, options.learning_rate),
+            optimizer=options.optimizer,
+            schedule=options.schedule,
+            save_every=every,
+            crew=run.base.crew,
+        )
+        with run.ledger.stage(loop.stage):
+            run.losses[loop.stage] = fit(self.parameters, loss_at, loop, carried=carried).losses
+
+    def _loop(self, stage: str, steps: int, learning_rate: float) -> Loop:
+        run, stage = self.run, stage_name(stage, self.number)
+        return Loop(
+            stage,
+            steps,
+            learning_rate,
+            run.recipe.seed,
+            checkpoint=Checkpoint(run.file(stage, ".checkpoint.safetensors")),
+            extra=run.ledger.so_far,
+            restore_extra=run.ledger.restore,
+            progress=run.progress,
+        )
 
     def fit_losses(self, methods: Sequence[LossMethod]) -> None:
         """One loop, in which the concepts take turns; each has as many steps as it would have alone."""
@@ -273,26 +277,20 @@ class Stages:
 
     def invert(self, stage: str, latents: Tensor, prompt: str, start: Tensor, steps: int) -> Tensor:
         """Textual inversion against the model as it stands; see :func:`invert`."""
-        run, options, stage = self.run, self.run.recipe.search, stage_name(stage, self.number)
-        with run.ledger.stage(stage):
+        run, options = self.run, self.run.recipe.search
+        loop = self._loop(stage, steps, options.learning_rate)
+        with run.ledger.stage(loop.stage):
             vectors, fitted = invert(
                 run.base,
                 latents,
                 [prompt],
                 start,
-                steps=steps,
+                loop,
                 batch_size=options.batch_size,
-                learning_rate=options.learning_rate,
-                seed=run.recipe.seed,
-                stage=stage,
                 patience=options.patience,
                 noise_up_to=options.noise_up_to,
-                checkpoint=Checkpoint(run.file(stage, ".checkpoint.safetensors")),
-                extra=run.ledger.so_far,
-                restore_extra=run.ledger.restore,
-                progress=run.progress,
             )
-        run.losses[stage] = fitted.losses
+        run.losses[loop.stage] = fitted.losses
         return vectors
 
     def set_adapter(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recare_patch.core import EvaluationError, write_tensors
-from recare_patch.erasure import invert
+from recare_patch.erasure import Loop, invert
 from recare_patch.measure.evidence import Figure
 from recare_patch.measure.meters import HitRate, rate_figure
 from recare_patch.models import PLACEHOLDER
@@ -126,12 +126,8 @@ def recover(
             latents,
             [concept.target_prompt_for(PLACEHOLDER)],
             start,
-            steps=options.steps,
+            Loop(stage, options.steps, options.learning_rate, options.seed, progress=progress),
             batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            seed=options.seed,
-            stage=stage,
-            progress=progress,
         )
     vectors = vectors.float().cpu()
     if file is not None:

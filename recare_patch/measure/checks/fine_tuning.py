@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch.core import EvaluationError, one_of, write_json
-from recare_patch.erasure import OPTIMIZERS, Checkpoint, fit, noised
+from recare_patch.erasure import OPTIMIZERS, Checkpoint, Loop, fit, noised
 from recare_patch.measure.checks.protocol import (
     CONCEPT,
     CheckContext,
@@ -176,18 +176,20 @@ class Training:
             fitted = fit(
                 parameters,
                 loss_at,
-                stage=stage,
-                steps=steps,
-                learning_rate=options.learning_rate,
-                seed=self.context.seed,
-                optimizer=options.optimizer,
-                # So that fewer steps are a part of more.
-                schedule="constant",
-                checkpoint=Checkpoint(checkpoint) if checkpoint is not None else None,
-                save_every=SAVE_EVERY,
-                extra=lambda: {"evaluations": counter.total - mark},
-                restore_extra=restore,
-                progress=self.context.progress,
+                Loop(
+                    stage,
+                    steps,
+                    options.learning_rate,
+                    self.context.seed,
+                    options.optimizer,
+                    # So that fewer steps are a part of more.
+                    schedule="constant",
+                    checkpoint=Checkpoint(checkpoint) if checkpoint is not None else None,
+                    save_every=SAVE_EVERY,
+                    extra=lambda: {"evaluations": counter.total - mark},
+                    restore_extra=restore,
+                    progress=self.context.progress,
+                ),
             )
         return int(fitted.extra["evaluations"])
 
