@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from recare_patch.measure.attacks.protocol import Attack, AttackOptions
+from recare_patch.core import unknown_name
+from recare_patch.measure.attacks.protocol import BUDGETS, Attack, AttackOptions
 from recare_patch.measure.attacks.protocol import AttackError as AttackError
 from recare_patch.measure.attacks.protocol import AttackResult as AttackResult
 from recare_patch.measure.attacks.protocol import AttackTarget as AttackTarget
@@ -29,10 +30,13 @@ def load_attack_type(name: str) -> Attack[Any]:
 def attack_options(
     attack: str, budget: str = "small", overrides: Mapping[str, Any] | None = None
 ) -> AttackOptions:
-    """The options of an attack: those of a budget, some values set otherwise.
+    """The options of an attack: those of one of :data:`BUDGETS`, some values set otherwise.
 
     Raises:
         UnknownNameError: no such attack or budget.
         AttackError: unknown keys or bad values; all are told at once.
     """
-    return load_attack_type(attack).options_type.preset(budget, overrides)
+    kind: type[AttackOptions] = load_attack_type(attack).options_type
+    if budget not in BUDGETS:
+        raise unknown_name("budget", budget, BUDGETS)
+    return kind(**{**(kind.published if budget == "published" else {}), **(overrides or {})})

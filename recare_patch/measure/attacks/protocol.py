@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
-from recare_patch.core import NullProgress, ResumeError, Settings, SettingsError, unknown_name, write_json
+from recare_patch.core import NullProgress, ResumeError, Settings, SettingsError, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,13 +58,6 @@ class AttackOptions(Settings):
 
     pictures: Pictures = Field(24, description="trials: pictures that are judged, one a prompt")
     batch_size: int = Field(8, ge=1, le=1024, description="prompts or pictures worked on together")
-
-    @classmethod
-    def preset(cls, budget: str, overrides: Mapping[str, Any] | None = None) -> Self:
-        """The options of one of :data:`BUDGETS`, some of them set otherwise."""
-        if budget not in BUDGETS:
-            raise unknown_name("budget", budget, BUDGETS)
-        return cls(**{**(cls.published if budget == "published" else {}), **(overrides or {})})
 
 
 @dataclass(frozen=True)

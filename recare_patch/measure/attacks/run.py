@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from recare_patch.careset import default_clip
 from recare_patch.core import (
     NullProgress,
-    PatchError,
     Progress,
     ResumeError,
     SheetRow,
@@ -32,7 +31,7 @@ from recare_patch.core import (
     write_json,
     write_tensors,
 )
-from recare_patch.measure.attacks import load_attack_type
+from recare_patch.measure.attacks import attack_options, load_attack_type
 from recare_patch.measure.attacks.protocol import (
     Attack,
     AttackError,
@@ -107,15 +106,10 @@ def attack_patch(
     saved = load_attack(replay) if replay is not None else None
     kind = _kind(attack, saved, replay)
     if saved or options is None:
-        options = kind.options_type(**saved.budget) if saved else kind.options_type.preset(budget)
+        options = kind.options_type(**saved.budget) if saved else attack_options(kind.name, budget)
     if not isinstance(options, kind.options_type):
         raise AttackError(f"{type(options).__name__} are not the options of the attack {kind.name}")
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    if loaded.metadata is None:
-        raise PatchError(
-            f"{loaded.source} was not made by recare-patch: it does not say what it erases, so that nothing "
-            "can be attacked"
-        )
     after = replayed_concept(replay) if replay is not None else None
     subject = subject_of(loaded, after if concept is None and len(concepts_of(loaded)) > 1 else concept)
     recipe, drawn = subject.recipe, subject.recipe.target_images
@@ -162,8 +156,6 @@ def attack_patch(
 
 
 def _kind(name: str | None, saved: AttackResult | None, replay: Path | str | None) -> Attack[Any]:
-    if name is not None:
-        ATTACKS.get(name)
     if saved is not None:
         if name not in (None, saved.attack):
             raise AttackError(f"{replay} holds a saved {saved.attack}, not a {name}")
@@ -329,9 +321,7 @@ def run_attacks(
     Each result comes when it is there; ``common`` are other arguments of :func:`attack_patch`.
     """
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    if loaded.metadata is not None:
-        base = _base(subject_of(loaded, concept).recipe, base, device)
-    common |= {"concept": concept, "base": base}
+    common |= {"concept": concept, "base": _base(subject_of(loaded, concept).recipe, base, device)}
     for name, options in attacks.items():
         place = Path(out) / name if out is not None else None
         yield name, attack_patch(loaded, name, options=options, out=place, **common)
