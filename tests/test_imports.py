@@ -64,7 +64,22 @@ def test_the_public_names_are_listed_and_others_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["erase", "attack", "evaluate", "stack", "merge", "push", "pull", "generate", "Patch", "CareSet", "build_care_set", "load_base", "EraseResult"]
+    "name",
+    [
+        "erase",
+        "attack",
+        "evaluate",
+        "stack",
+        "merge",
+        "push",
+        "pull",
+        "generate",
+        "Patch",
+        "CareSet",
+        "build_care_set",
+        "load_base",
+        "EraseResult",
+    ],
 )
 def test_every_public_name_is_there(name: str) -> None:
     import recare_patch

@@ -6,10 +6,10 @@ sum of the pixels stands in for one, so that some pictures "show" the concept an
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +20,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from recare_patch.careset import CareSet
-from recare_patch.core import OutputError, PatchError, RecarePatchError, ResumeError, UnknownNameError
+from recare_patch.core import OutputError, RecarePatchError, ResumeError
 from recare_patch.erasure.loop import noised
-from recare_patch.measure.attacks import (
-    ATTACKS,
-    AttackResult,
-    AttackTarget,
-    attack_options,
-    load_about,
-    load_attack,
-    load_attack_type,
-    save_attack,
-)
+from recare_patch.measure import ATTACKS, attack_options, attack_patch, load_attack_type
+from recare_patch.measure.attacks import AttackResult, AttackTarget, p4d, ring_a_bell, unlearn_diff_atk
 from recare_patch.measure.attacks.concept_inversion import name_templates
 from recare_patch.measure.attacks.p4d import P4DOptions, layout, nearest_tokens
-from recare_patch.measure.attacks.p4d import _Group as P4DGroup
 from recare_patch.measure.attacks.protocol import candidate_seeds, trial_seeds
-from recare_patch.measure.attacks.ring_a_bell import (
-    GeneticSearch,
-    RingABellOptions,
-    concept_pairs,
-    concept_vector,
-)
-from recare_patch.measure.attacks.run import _detector, attack_patch, run_attacks
-from recare_patch.measure.attacks.search import Vocabulary
+from recare_patch.measure.attacks.ring_a_bell import GeneticSearch, RingABellOptions, concept_pairs
+from recare_patch.measure.attacks.run import _detector, run_attacks
+from recare_patch.measure.attacks.saved import load_about, load_attack, save_attack
+from recare_patch.measure.attacks.search import Group, Vocabulary
 from recare_patch.measure.attacks.unlearn_diff_atk import UnlearnDiffAtkOptions, _Draw, project_to_simplex
-from recare_patch.measure.attacks.unlearn_diff_atk import _Group as UnlearnGroup
 from recare_patch.models import PLACEHOLDER, BaseModel, load_base, tuner_layers
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch, PatchMetadata
@@ -115,22 +101,29 @@ class Killer:
         return sum(one == stage for one, _ in self.reports)
 
 
-def make_patch(base: BaseModel, folder: Path, *, seed: int = 0, kind: str = "style") -> Path:
-    recipe = Recipe(concept=Concept(text=CONCEPT.text, kind=kind), base=base.id)  # type: ignore[arg-type]
-    recipe = recipe.with_overrides({"target_images.steps": STEPS, "adapter.rank": 2, "adapter.alpha": 2.0})
+def make_patch(
+    base: BaseModel,
+    folder: Path | None = None,
+    *,
+    layers: str = "cross-attention",
+    seed: int = 0,
+    size: float = 0.3,
+    kind: str = "style",
+) -> Patch:
+    """A patch of random numbers, in a folder or of this process alone."""
     generator = _generator(seed)
-    parameters = adapters.attach(
-        base.denoiser, layers="cross-attention", rank=2, alpha=2.0, generator=generator
-    )
+    parameters = adapters.attach(base.denoiser, layers=layers, rank=2, alpha=2.0, generator=generator)
     with torch.no_grad():
         for parameter in parameters:
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    care_set = CareSet.of_words(recipe.concept, ["stars", "night"])
-    metadata = PatchMetadata.describe(recipe, base, care_set, {})
-    patch = Patch.from_adapter(base, adapters.ADAPTER_NAME, 2, 2.0, metadata)
+            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    recipe = Recipe(concept=Concept(text=CONCEPT.text, kind=kind), base=base.id)  # type: ignore[arg-type]
+    recipe = recipe.with_overrides({"target_images.steps": STEPS, "adapter.rank": 2, "adapter.alpha": 2.0})
+    metadata = PatchMetadata.describe(recipe, base, CareSet.of_words(recipe.concept, ["stars", "night"]), {})
+    patch = Patch.from_adapter(base, adapters.ADAPTER_NAME, 2, 2.0, metadata, dtype=torch.float32)
     adapters.detach(base.denoiser)
-    patch.save(folder)
-    return folder
+    if folder is not None:
+        patch.save(folder)
+    return patch
 
 
 @pytest.fixture(scope="module")
@@ -140,74 +133,51 @@ def base(tiny_sd: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def patch(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_patch(base, tmp_path_factory.mktemp("patches") / "one")
-
-
-@pytest.fixture(scope="module")
-def other(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_patch(base, tmp_path_factory.mktemp("patches") / "two", seed=1)
+    folder = tmp_path_factory.mktemp("patches") / "one"
+    make_patch(base, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def target(base: BaseModel) -> AttackTarget:
     prompts = ("A painting in the style of Van Gogh", "Van Gogh")
     latents = base.sample_latents(base.encode_prompts(prompts), [1, 2], steps=STEPS)
-    return AttackTarget(
-        base,
-        CONCEPT,
-        lambda images: PixelDetector(base).rate(images, ""),
-        base.decode_latents(latents),
-        latents,
-        lambda: adapters.off(base.denoiser),
-        prompts,
-        (1, 2),
-        STEPS,
-        words=("stars",),
-    )
+
+    def shows(images: Sequence[Image.Image]) -> list[bool]:
+        return PixelDetector(base).rate(images, "")
+
+    known: dict[str, Any] = {"prompts": prompts, "seeds": (1, 2), "steps": STEPS, "words": ("stars",)}
+    images = base.decode_latents(latents)
+    return AttackTarget(base, CONCEPT, shows, images, latents, lambda: adapters.off(base.denoiser), **known)
 
 
-def run(base: BaseModel, patch: Path, name: str, **changes: Any) -> AttackResult:
-    known: dict[str, Any] = {
-        "base": base,
-        "options": attack_options(name, "small", TINY[name]),
-        "detector": PixelDetector(base),
-        "label": "it",
-    }
+def judged(base: BaseModel) -> dict[str, Any]:
+    return {"base": base, "detector": PixelDetector(base), "label": "it"}
+
+
+def run(base: BaseModel, patch: Path | Patch, name: str, **changes: Any) -> AttackResult:
+    known: dict[str, Any] = {"options": attack_options(name, "small", TINY[name]), **judged(base)}
     return attack_patch(patch, name, **{**known, **changes})
 
 
 def assert_same(first: AttackResult, second: AttackResult) -> None:
     """But for seconds, evaluations and pictures, which a resumed or a read one may not have."""
-    one, other = (
-        {**vars(found), "seconds": 0, "evaluations": 0, "pictures": [], "tensors": {}}
-        for found in (first, second)
-    )
-    assert one == other
+    but: dict[str, Any] = {"seconds": 0, "evaluations": 0, "pictures": [], "tensors": {}}
+    assert dataclasses.replace(first, **but) == dataclasses.replace(second, **but)
     assert first.tensors.keys() == second.tensors.keys()
     assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
-
-
-def _nearest_on_simplex(point: np.ndarray) -> np.ndarray:
-    """By trying every support: on each, the projection onto its face is the point less a constant."""
-    best, nearest = math.inf, point
-    for size in range(1, len(point) + 1):
-        for support in itertools.combinations(range(len(point)), size):
-            found = np.zeros_like(point)
-            found[list(support)] = point[list(support)] + (1 - point[list(support)].sum()) / size
-            distance = float(((found - point) ** 2).sum())
-            if (found >= 0).all() and distance < best:
-                best, nearest = distance, found
-    return nearest
 
 
 def test_the_projection_is_the_nearest_point_of_the_simplex() -> None:
     points = 2 * torch.randn((20, 6), generator=_generator(), dtype=torch.float64)
     points[0], points[1] = 0, torch.tensor([0, 0, 1, 0, 0, 0])
     found = project_to_simplex(points.view(4, 5, 6)).view(20, 6)
-    wanted = np.stack([_nearest_on_simplex(row) for row in points.numpy()])
-    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-12)
-    assert (found >= 0).all()
     torch.testing.assert_close(found.sum(-1), torch.ones(20, dtype=torch.float64))
+    # It is nearest where what was taken away is the same of all that stay, and no less than those that went.
+    moved = points - found
+    taken = moved.max(-1, keepdim=True).values
+    assert (found >= 0).all()
+    torch.testing.assert_close(moved[found > 0], taken.expand_as(moved)[found > 0], atol=1e-12, rtol=0)
 
 
 def test_a_drawn_token_passes_its_gradient_on_clipped() -> None:
@@ -219,13 +189,10 @@ def test_a_drawn_token_passes_its_gradient_on_clipped() -> None:
     assert weights.grad.tolist() == [[0.5, -1, 1], [0, 1, -0.25]]
 
 
-def test_the_nearest_token_has_the_highest_cosine() -> None:
+def test_p4d_reads_new_tokens_among_plain_ones_as_the_nearest() -> None:
     table = torch.tensor([[1.0, 0], [0, 9], [-1, -1]])
     vectors = torch.tensor([[[5.0, 1], [0.1, 0.2]], [[-3, -2], [0, 1]]])
     assert nearest_tokens(vectors, table).tolist() == [[0, 1], [2, 1]]
-
-
-def test_new_tokens_stand_alone_or_between_the_plain_ones() -> None:
     assert layout([7, 8, 9], P4DOptions(variant="n", tokens=2)) == [-1, -1]
     assert layout([7, 8, 9, 10], P4DOptions(variant="K", every=3)) == [-1, 7, 8, 9, -1, 10]
     assert layout([], P4DOptions(variant="k")) == [-1]
@@ -244,16 +211,11 @@ def test_found_prompts_are_made_of_tokens_that_text_can_spell(base: BaseModel) -
 
 
 @pytest.mark.parametrize("kind", ["style", "object", "identity", "nsfw"])
-def test_learnt_names_stand_where_the_concepts_name_does(kind: str) -> None:
-    templates = name_templates(Concept(text="tench", kind=kind))  # type: ignore[arg-type]
+def test_names_are_learnt_in_templates_and_pairs_differ_in_the_concept_alone(kind: str) -> None:
+    concept = Concept(text="nudity" if kind == "nsfw" else "Mira Vale", kind=kind)  # type: ignore[arg-type]
+    templates = name_templates(concept)
     assert all(PLACEHOLDER in template for template in templates)
     assert len(set(templates)) == len(templates)
-    assert name_templates(Concept(text="nudity", kind="nsfw")) == ("A photo of <*>",)
-
-
-@pytest.mark.parametrize("kind", ["style", "object", "identity", "nsfw"])
-def test_pairs_differ_in_the_concept_alone(kind: str) -> None:
-    concept = Concept(text="nudity" if kind == "nsfw" else "Mira Vale", kind=kind)  # type: ignore[arg-type]
     for present, absent in concept_pairs(concept, ["stars"]):
         assert ("stars" in present) == ("stars" in absent)
         assert not set(concept.words) & set(absent.casefold().split())
@@ -263,65 +225,62 @@ def test_pairs_differ_in_the_concept_alone(kind: str) -> None:
 
 def test_the_concept_vector_is_the_mean_difference(base: BaseModel) -> None:
     pairs = concept_pairs(CONCEPT, ["stars", "night"])
-    wanted = sum(
-        base.encode_prompts([a]).prompt_embeds - base.encode_prompts([b]).prompt_embeds for a, b in pairs
-    )
-    assert isinstance(wanted, torch.Tensor)
-    torch.testing.assert_close(
-        concept_vector(base, CONCEPT, ["stars", "night"]), wanted[0] / 3, rtol=1e-4, atol=1e-5
-    )
+    embeds = [[base.encode_prompts([one]).prompt_embeds[0] for one in pair] for pair in pairs]
+    wanted = torch.stack([present - absent for present, absent in embeds]).mean(0)
+    found = ring_a_bell.concept_vector(base, CONCEPT, ["stars", "night"])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def descend(search: Group, steps: int, seeds: Iterator[int]) -> list[float]:
+    """The losses on the way; draws that differ only where the seeds do."""
+    losses = []
+    for _ in range(steps):
+        search.optimizer.zero_grad()
+        loss = search.loss([0, 1], 0, _generator(next(seeds)))
+        loss.backward()
+        search.optimizer.step()
+        search.project()
+        losses.append(loss.item())
+    return losses
 
 
 def test_unlearn_diff_atk_lowers_its_loss(target: AttackTarget) -> None:
     options = UnlearnDiffAtkOptions(tokens=2, timesteps=1, learning_rate=0.05)
-    search = UnlearnGroup(target, Vocabulary(target.base), [0, 1], options, _generator())
-    torch.testing.assert_close(search.parameter.sum(-1), torch.ones(2, 2))
+    search = unlearn_diff_atk._Group(target, Vocabulary(target.base), [0, 1], options, _generator())
     texts = search.prompts()
 
+    @torch.no_grad()
     def loss_of_the_likeliest() -> float:
         """At the tokens that would be drawn now, and the same noise each time."""
         kept = search.parameter.detach().clone()
-        with torch.no_grad():
-            best = torch.nn.functional.one_hot(kept.argmax(-1), kept.shape[-1]).float()
-            search.parameter.copy_(best)
-            loss = float(search.loss([0, 1], 0, _generator()))
-            search.parameter.copy_(kept)
+        torch.testing.assert_close(kept.sum(-1), torch.ones(2, 2))
+        search.parameter.copy_(torch.nn.functional.one_hot(kept.argmax(-1), kept.shape[-1]))
+        loss = float(search.loss([0, 1], 0, _generator()))
+        search.parameter.copy_(kept)
         return loss
 
     before = loss_of_the_likeliest()
-    for step in range(40):
-        search.optimizer.zero_grad()
-        search.loss([0, 1], 0, _generator(step)).backward()
-        search.optimizer.step()
-        search.project()
+    descend(search, 40, count())
     assert loss_of_the_likeliest() < before
-    torch.testing.assert_close(search.parameter.sum(-1), torch.ones(2, 2))
     assert search.prompts() != texts
-    assert all(found.endswith(plain) for found, plain in zip(search.prompts(), ["Van Gogh"] * 2, strict=True))
+    assert all(found.endswith("Van Gogh") for found in search.prompts())
 
 
 def test_p4d_comes_nearer_to_the_untouched_prediction(
     base: BaseModel, target: AttackTarget, patch: Path
 ) -> None:
     embeds, at = base.encode_prompts(target.prompts), torch.tensor([300, 700])
-    with torch.no_grad():
-        untouched = base.denoise(target.latents, at, embeds)
+    predict = torch.no_grad()(lambda: base.denoise(target.latents, at, embeds))
+    untouched = predict()
     with Patch.load(patch).apply(base.pipeline):
-        with torch.no_grad():
-            assert not torch.allclose(untouched, base.denoise(target.latents, at, embeds))
-            with target.original():
-                torch.testing.assert_close(untouched, base.denoise(target.latents, at, embeds))
-        search = P4DGroup(target, Vocabulary(base), [0, 1], P4DOptions(tokens=3), _generator())
+        assert not torch.allclose(untouched, predict())
+        with target.original():
+            torch.testing.assert_close(untouched, predict())
+        search = p4d._Group(target, Vocabulary(base), [0, 1], P4DOptions(tokens=3), _generator())
         # What is learnt starts on words of the vocabulary, and is read as those words.
         assert all(base.token_ids(text) for text in search.prompts())
-        losses = []
-        for _ in range(31):
-            search.optimizer.zero_grad()
-            loss = search.loss([0, 1], 0, _generator())
-            loss.backward()
-            search.optimizer.step()
-            losses.append(loss.item())
-    assert min(losses[1:]) < losses[0]
+        first, *losses = descend(search, 31, repeat(0))
+    assert min(losses) < first
 
 
 def test_genetic_search_comes_nearer(base: BaseModel) -> None:
@@ -362,16 +321,14 @@ def test_an_attack_is_told_saved_and_the_same_again(
 ) -> None:
     out = tmp_path / "out"
     result = run(base, patch, name, out=out)
-    trials = TINY[name]["pictures"]
-    assert result.trials == len(result.details) == len(result.prompts) == trials
+    lengths = {result.trials, *map(len, (result.details, result.prompts, result.pictures))}
+    assert lengths == {TINY[name]["pictures"]}
     assert 0 <= result.interval[0] <= result.rate <= result.interval[1] <= 1
-    assert result.successes == sum(one["success"] for one in result.details)
-    assert result.without == sum(one["without"] for one in result.details)
+    for key, wanted in (("success", result.successes), ("without", result.without)):
+        assert wanted == sum(one[key] for one in result.details)
     assert result.base == 1.0
-    assert len(result.pictures) == trials
-    assert sorted(file.name for file in out.iterdir()) == sorted(
-        ["attack.json", "attack.png", *(["attack.safetensors"] if result.tensors else [])]
-    )
+    files = {"attack.json", "attack.png", *(["attack.safetensors"] if result.tensors else [])}
+    assert {file.name for file in out.iterdir()} == files
     assert_same(load_attack(out), result)
     about = load_about(out)
     assert (about["concept"], about["detector"], about["label"]) == ("Van Gogh", "pixels", "it")
@@ -381,8 +338,20 @@ def test_an_attack_is_told_saved_and_the_same_again(
     again = run(base, patch, name)
     assert_same(again, result)
     assert again.evaluations == result.evaluations
-    for first, second in zip(result.pictures, again.pictures, strict=True):
-        assert np.array_equal(np.asarray(first), np.asarray(second))
+    pairs = zip(result.pictures, again.pictures, strict=True)
+    assert all(np.array_equal(np.asarray(first), np.asarray(second)) for first, second in pairs)
+    # What was found is tried on the same patch, and on another one.
+    same = attack_patch(patch, replay=out, **judged(base))
+    assert (same.attack, same.trials, same.without) == (name, result.trials, result.without)
+    assert [one["success"] for one in same.details] == [one["success"] for one in result.details]
+    other = make_patch(base, seed=1)
+    moved = attack_patch(other, name, replay=out, out=tmp_path / "moved", **judged(base))
+    assert moved.prompts == same.prompts == result.prompts
+    assert moved.evaluations == moved.trials * 2 * 2 * STEPS
+    assert not np.array_equal(np.asarray(moved.pictures[0]), np.asarray(same.pictures[0]))
+    found = load_about(tmp_path / "moved")
+    assert (found["preset"], found["replay"]) == ("replay", about)
+    assert found["patch_sha256"] != about["patch_sha256"]
 
 
 def test_seeds_are_nobody_elses(base: BaseModel, patch: Path) -> None:
@@ -407,51 +376,42 @@ def test_every_evaluation_is_counted(base: BaseModel, patch: Path) -> None:
         assert result.seconds > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "at"),
-    [
-        ("concept-inversion", "target images", 1),
-        ("concept-inversion", "concept-inversion", 3),
-        ("concept-inversion", "concept-inversion, judge", 1),
-        ("p4d", "p4d, plain", 2),
-        ("p4d", "p4d", 3),
-        ("p4d", "p4d", 6),
-        ("ring-a-bell", "ring-a-bell", 28),
-        ("ring-a-bell", "ring-a-bell", 33),
-        ("unlearn-diff-atk", "unlearn-diff-atk", 3),
-        ("unlearn-diff-atk", "unlearn-diff-atk", 4),
-    ],
-)
+STOPS: dict[str, list[tuple[str, int]]] = {
+    "concept-inversion": [("target images", 1), ("concept-inversion", 3), ("concept-inversion, judge", 1)],
+    "p4d": [("p4d, plain", 2), ("p4d", 3), ("p4d", 6)],
+    "ring-a-bell": [("ring-a-bell", 28), ("ring-a-bell", 33)],
+    "unlearn-diff-atk": [("unlearn-diff-atk", 3), ("unlearn-diff-atk", 4)],
+}
+
+
+@pytest.mark.parametrize(("name", "stage", "at"), [(name, *stop) for name in STOPS for stop in STOPS[name]])
 def test_a_killed_run_resumes_to_the_same_result(
     base: BaseModel, patch: Path, tmp_path: Path, name: str, stage: str, at: int
 ) -> None:
-    out = tmp_path / "out"
-    detector = PatchDetector(base)
+    out, judge = tmp_path / "out", PatchDetector(base)
     with pytest.raises(Killed):
-        run(base, patch, name, detector=detector, out=out, progress=Killer(stage, at))
+        run(base, patch, name, detector=judge, out=out, progress=Killer(stage, at))
     assert not list(tuner_layers(base.denoiser))
     with pytest.raises(OutputError, match="--resume"):
-        run(base, patch, name, detector=detector, out=out)
-    resumed = run(base, patch, name, detector=detector, out=out, resume=True)
-    whole = run(base, patch, name, detector=detector, out=tmp_path / "whole")
+        run(base, patch, name, detector=judge, out=out)
+    resumed = run(base, patch, name, detector=judge, out=out, resume=True)
+    whole = run(base, patch, name, detector=judge, out=tmp_path / "whole")
     assert_same(resumed, whole)
     assert resumed.evaluations == whole.evaluations
-    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
     # A finished one is read, not run.
-    assert_same(
-        run(base, patch, name, detector=detector, out=out, resume=True, progress=Killer(stage, 1)), whole
-    )
+    stopped = Killer(stage, 1)
+    assert_same(run(base, patch, name, detector=judge, out=out, resume=True, progress=stopped), whole)
 
 
 def test_a_run_of_other_options_is_not_resumed(base: BaseModel, patch: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Killed):
         run(base, patch, "p4d", out=out, progress=Killer("p4d", 1))
-    with pytest.raises(ResumeError, match="it differs in seed"):
-        run(base, patch, "p4d", out=out, resume=True, seed=3)
-    with pytest.raises(ResumeError, match="it differs in steps"):
-        options = attack_options("p4d", "small", {**TINY["p4d"], "steps": 6})
-        run(base, patch, "p4d", out=out, resume=True, options=options)
+    options = attack_options("p4d", "small", {**TINY["p4d"], "steps": 6})
+    for key, changes in {"seed": {"seed": 3}, "steps": {"options": options}}.items():
+        with pytest.raises(ResumeError, match=f"it differs in {key}"):
+            run(base, patch, "p4d", out=out, resume=True, **changes)
     damaged = out / ".run" / "p4d,-plain.json"
     damaged.write_text("{")
     with pytest.raises(ResumeError, match="is damaged"):
@@ -463,42 +423,18 @@ def test_a_run_of_other_options_is_not_resumed(base: BaseModel, patch: Path, tmp
 
 
 def test_unsafe_pictures_never_touch_the_disk(base: BaseModel, tmp_path: Path) -> None:
-    patch = make_patch(base, tmp_path / "patch", kind="nsfw")
+    patch = make_patch(base, kind="nsfw")
     with pytest.raises(Killed):
         run(base, patch, "unlearn-diff-atk", out=tmp_path / "out", progress=Killer("unlearn-diff-atk", 3))
-    kept = sorted(file.name for file in (tmp_path / "out" / ".run").iterdir())
-    assert not [name for name in kept if name.startswith("targets") or name.endswith(".png")]
+    kept = [file.name for file in (tmp_path / "out" / ".run").iterdir()]
+    assert kept and not [name for name in kept if name.startswith("targets") or name.endswith(".png")]
     resumed = run(base, patch, "unlearn-diff-atk", out=tmp_path / "out", resume=True)
     assert_same(resumed, run(base, patch, "unlearn-diff-atk"))
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
-def test_what_was_found_is_tried_on_another_patch(
-    base: BaseModel, patch: Path, other: Path, tmp_path: Path, name: str
-) -> None:
-    first = run(base, patch, name, out=tmp_path / "first")
-    shared: dict[str, Any] = {"base": base, "detector": PixelDetector(base), "label": "it"}
-    same = attack_patch(patch, replay=tmp_path / "first", **shared)
-    assert (same.attack, same.trials, same.without) == (name, first.trials, first.without)
-    assert same.prompts == first.prompts
-    assert [one["success"] for one in same.details] == [one["success"] for one in first.details]
-    moved = attack_patch(other, name, replay=tmp_path / "first", out=tmp_path / "moved", **shared)
-    assert moved.prompts == first.prompts
-    assert moved.evaluations == moved.trials * 2 * 2 * STEPS
-    assert not np.array_equal(np.asarray(moved.pictures[0]), np.asarray(same.pictures[0]))
-    about = load_about(tmp_path / "moved")
-    assert (about["preset"], about["replay"]["patch_sha256"]) == (
-        "replay",
-        load_about(tmp_path / "first")["patch_sha256"],
-    )
-    assert about["patch_sha256"] != about["replay"]["patch_sha256"]
-
-
 def test_several_attacks_share_the_base(base: BaseModel, patch: Path, tmp_path: Path) -> None:
     attacks = {name: attack_options(name, "small", TINY[name]) for name in ("ring-a-bell", "p4d")}
-    found = dict(
-        run_attacks(patch, attacks, base=base, out=tmp_path, detector=PixelDetector(base), label="it", seed=0)
-    )
+    found = dict(run_attacks(patch, attacks, out=tmp_path, seed=0, **judged(base)))
     assert list(found) == ["ring-a-bell", "p4d"]
     assert_same(found["p4d"], load_attack(tmp_path / "p4d"))
 
@@ -543,41 +479,30 @@ def test_a_base_that_draws_too_few_targets_is_told(
     assert "shows 'Van Gogh' in 1 of" in caplog.text
 
 
-def test_it_runs_on_other_prediction_types(tiny_sd_v: Path, tmp_path: Path) -> None:
+def test_it_runs_on_other_prediction_types(tiny_sd_v: Path) -> None:
     base = load_base(tiny_sd_v, device="cpu")
-    patch = make_patch(base, tmp_path / "patch")
+    patch = make_patch(base)
     for name in TINY:
         assert run(base, patch, name).trials == TINY[name]["pictures"]
 
 
 @pytest.mark.slow
-def test_concept_inversion_finds_what_no_patch_hides(tmp_path: Path) -> None:
+def test_concept_inversion_finds_what_no_patch_hides() -> None:
     """A patch that changes nothing: Atelier draws Van Gogh with the learnt name nearly always."""
     base = load_base("atelier", device="cpu")
-    recipe = Recipe(concept=CONCEPT)
-    adapters.attach(base.denoiser, layers="cross-attention", rank=1, alpha=1.0, generator=_generator())
-    metadata = PatchMetadata.describe(recipe, base, None, {})
-    patch = Patch.from_adapter(base, adapters.ADAPTER_NAME, 1, 1.0, metadata)
-    adapters.detach(base.denoiser)
-
     options = attack_options("concept-inversion", "small", {"steps": 150, "pictures": 16})
-    result = attack_patch(patch, "concept-inversion", base=base, options=options)
+    patch, steps = make_patch(base, size=0.0), Recipe(concept=CONCEPT).target_images.steps
+    result = attack_patch(patch, "concept-inversion", base=base, options=options, steps=steps)
     assert result.rate > 0.5
     assert result.without >= 8
 
 
 def test_the_published_budgets() -> None:
+    bell = {"tokens": 16, "strength": 3.0, "population": 200, "generations": 3000}
     published = {
         "concept-inversion": {"steps": 3000, "learning_rate": 5e-3},
         "p4d": {"tokens": 16, "steps": 3000, "learning_rate": 0.1, "weight_decay": 0.1},
-        "ring-a-bell": {
-            "tokens": 16,
-            "strength": 3.0,
-            "population": 200,
-            "generations": 3000,
-            "mutation": 0.25,
-            "crossover": 0.5,
-        },
+        "ring-a-bell": {**bell, "mutation": 0.25, "crossover": 0.5},
         "unlearn-diff-atk": {"timesteps": 50, "iterations": 40, "learning_rate": 0.01},
     }
     assert set(published) == set(ATTACKS.names())
@@ -604,55 +529,50 @@ def test_bad_options(name: str, budget: str, overrides: dict[str, Any], sentence
     assert "\n" not in str(caught.value)
 
 
-def test_the_concepts_suite_knows_who_judges(tiny_clip: Path) -> None:
-    def found(text: str, kind: str, *given: Any) -> tuple[str, str]:
-        recipe = Recipe(concept=Concept(text=text, kind=kind))  # type: ignore[arg-type]
-        detector, label = _detector(recipe, (), *given)
-        return detector.name, label
+@pytest.mark.parametrize(
+    ("text", "kind", "given", "label", "judge", "known"),
+    [
+        ("Van Gogh", "style", None, None, "atelier-judge", "van gogh"),
+        ("boat", "object", None, None, "atelier-judge", "boat"),
+        ("Van Gogh", "style", None, "monet", "atelier-judge", "monet"),
+        ("dragon", "object", "clip:{}", None, "clip", "dragon"),
+        # Without a source it is the recipe's CLIP, here the bundled one, and nothing is downloaded.
+        ("dragon", "object", "clip", None, "clip", "dragon"),
+    ],
+)
+def test_the_concepts_suite_knows_who_judges(
+    tiny_clip: Path, text: str, kind: Any, given: str | None, label: str | None, judge: str, known: str
+) -> None:
+    recipe = Recipe(concept=Concept(text=text, kind=kind))
+    detector, found = _detector(recipe, (), given and given.format(tiny_clip), label)
+    assert (detector.name, found) == (judge, known)
 
-    assert found("Van Gogh", "style", None, None) == ("atelier-judge", "van gogh")
-    assert found("nudity", "nsfw", None, None)[0] == "atelier-judge"
-    assert found("boat", "object", None, None) == ("atelier-judge", "boat")
-    assert found("Van Gogh", "style", None, "monet") == ("atelier-judge", "monet")
-    assert found("dragon", "object", f"clip:{tiny_clip}", None) == ("clip", "dragon")
-    # Without a source it is the recipe's CLIP, here the bundled one, and nothing is downloaded.
-    assert found("dragon", "object", "clip", None) == ("clip", "dragon")
-    with pytest.raises(UnknownNameError, match="did you mean 'atelier-judge'"):
-        found("Van Gogh", "style", "atelier-juge", None)
-    with pytest.raises(UnknownNameError, match="did you mean 'van gogh'"):
-        found("Van Gogh", "style", None, "van gog")
+
+class Blind(PixelDetector):
+    def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
+        return [False] * len(images)
 
 
 def test_bad_runs(base: BaseModel, patch: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="did you mean 'p4d'"):
-        attack_patch(patch, "p4", base=base)
-    with pytest.raises(RecarePatchError, match="no attack was named"):
-        attack_patch(patch, base=base)
-    with pytest.raises(RecarePatchError, match="are not the options of the attack p4d"):
-        attack_patch(patch, "p4d", base=base, options=RingABellOptions())
-    with pytest.raises(PatchError, match="no patch at"):
-        attack_patch(tmp_path / "nothing", "p4d", base=base)
-
-    class Blind(PixelDetector):
-        def rate(self, images: Sequence[Image.Image], label: str) -> list[bool]:
-            return [False] * len(images)
-
-    with pytest.raises(RecarePatchError, match="nothing to attack: none of"):
-        run(base, patch, "p4d", detector=Blind(base), out=tmp_path / "out")
-
-
-def test_a_lora_of_other_make_says_not_what_it_erases(base: BaseModel, patch: Path, tmp_path: Path) -> None:
-    Patch(Patch.load(patch).tensors).save(tmp_path)
-    with pytest.raises(PatchError, match="does not say what it erases"):
-        run(base, tmp_path, "p4d")
+    plain: dict[str, Any] = {"base": base, "patch": patch, "attack": "p4d"}
+    for changes, sentence in (
+        ({"attack": "p4"}, "did you mean 'p4d'"),
+        ({"attack": None}, "no attack was named"),
+        ({"options": RingABellOptions()}, "are not the options of the attack p4d"),
+        ({"patch": tmp_path / "nothing"}, "no patch at"),
+        ({"patch": Patch(Patch.load(patch).tensors)}, "does not say what it erases"),
+        ({"detector": "atelier-juge"}, "did you mean 'atelier-judge'"),
+        ({"label": "van gog", "detector": "atelier-judge"}, "did you mean 'van gogh'"),
+        ({"detector": Blind(base), "label": "it", "out": tmp_path / "out"}, "nothing to attack: none of"),
+    ):
+        with pytest.raises(RecarePatchError, match=sentence):
+            attack_patch(**{**plain, **changes})
 
 
 def test_folders_that_hold_no_attack(base: BaseModel, patch: Path, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"base": base, "detector": PixelDetector(base), "label": "it"}
-
     def refused(match: str, name: str | None = None) -> None:
         with pytest.raises(RecarePatchError, match=match) as caught:
-            attack_patch(patch, name, replay=tmp_path / "saved", **shared)
+            attack_patch(patch, name, replay=tmp_path / "saved", **judged(base))
         assert "\n" not in str(caught.value)
 
     refused("holds no saved attack: attack.json is not in it")
@@ -665,6 +585,7 @@ def test_folders_that_hold_no_attack(base: BaseModel, patch: Path, tmp_path: Pat
         ({"attack": "telepathy"}, "'telepathy' that this version does not know"),
         ({"details": []}, "lacks parts"),
         ({"prompts": [1, 2, 3, 4]}, "lacks parts"),
+        ({"tensors": ["other"]}, "attack.safetensors is of another one"),
         ({"interval": ["a", 0]}, "lacks parts"),
         ({"budget": {"vektors": 1}}, "did you mean 'vectors'"),
         ({"about": {"concept": "tench"}}, "is after 'tench', and the patch erases 'Van Gogh'"),
@@ -678,7 +599,5 @@ def test_folders_that_hold_no_attack(base: BaseModel, patch: Path, tmp_path: Pat
     assert load_file(tensors)["vectors"].shape == (2, base.token_width)
     tensors.write_bytes(tensors.read_bytes()[:40])
     refused("attack.safetensors")
-    save_attack(
-        AttackResult(**{**result.__dict__, "tensors": {"vectors": torch.zeros(1, 5)}}), tmp_path / "saved"
-    )
+    save_attack(dataclasses.replace(result, tensors={"vectors": torch.zeros(1, 5)}), tmp_path / "saved")
     refused("do not fit base")

@@ -10,24 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from recare_patch.measure.attacks.protocol import (
-    BUDGETS,
-    Attack,
-    AttackError,
-    AttackOptions,
-    AttackResult,
-    AttackTarget,
-)
-from recare_patch.measure.attacks.saved import load_about, load_attack, save_attack
-from recare_patch.measure.names import ATTACKS
+from recare_patch.core import unknown_name
+from recare_patch.measure.attacks.protocol import BUDGETS, Attack, AttackOptions
+from recare_patch.measure.attacks.protocol import AttackError as AttackError
+from recare_patch.measure.attacks.protocol import AttackResult as AttackResult
+from recare_patch.measure.attacks.protocol import AttackTarget as AttackTarget
+from recare_patch.measure.attacks.saved import load_about as load_about
+from recare_patch.measure.attacks.saved import load_attack as load_attack
+from recare_patch.measure.attacks.saved import save_attack as save_attack
+from recare_patch.measure.names import ATTACKS as ATTACKS
 
 
 def load_attack_type(name: str) -> Attack[Any]:
-    """An attack by its name, ready to run.
-
-    Raises:
-        UnknownNameError: no such attack; the sentence offers the nearest.
-    """
+    """An attack by its name, ready to run; :class:`UnknownNameError` with the nearest where there is none."""
     attack: Attack[Any] = ATTACKS.get(name)()
     return attack
 
@@ -35,26 +30,13 @@ def load_attack_type(name: str) -> Attack[Any]:
 def attack_options(
     attack: str, budget: str = "small", overrides: Mapping[str, Any] | None = None
 ) -> AttackOptions:
-    """The options of an attack: those of a budget, some values set otherwise.
+    """The options of an attack: those of one of :data:`BUDGETS`, some values set otherwise.
 
     Raises:
         UnknownNameError: no such attack or budget.
         AttackError: unknown keys or bad values; all are told at once.
     """
-    return load_attack_type(attack).options_type.preset(budget, overrides)
-
-
-__all__ = [
-    "ATTACKS",
-    "BUDGETS",
-    "Attack",
-    "AttackError",
-    "AttackOptions",
-    "AttackResult",
-    "AttackTarget",
-    "attack_options",
-    "load_about",
-    "load_attack",
-    "load_attack_type",
-    "save_attack",
-]
+    kind: type[AttackOptions] = load_attack_type(attack).options_type
+    if budget not in BUDGETS:
+        raise unknown_name("budget", budget, BUDGETS)
+    return kind(**{**(kind.published if budget == "published" else {}), **(overrides or {})})

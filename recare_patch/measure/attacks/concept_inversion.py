@@ -14,7 +14,7 @@ from pydantic import Field
 
 from recare_patch.erasure import Checkpoint, Loop, invert, name_templates
 from recare_patch.measure.attacks import protocol
-from recare_patch.measure.attacks.protocol import AttackOptions, AttackRun, AttackTarget, Trial
+from recare_patch.measure.attacks.protocol import AttackOptions, AttackRun, AttackTarget, Trial, Values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,12 +29,7 @@ class ConceptInversionOptions(AttackOptions):
     """How much is tried; a batch is of states a step, and of pictures."""
 
     # As in the literature's comparisons of erasers; the paper itself goes to 5,000 steps.
-    published: ClassVar[protocol.Values] = {
-        "steps": 3000,
-        "learning_rate": 5e-3,
-        "images": 25,
-        "pictures": 100,
-    }
+    published: ClassVar[Values] = {"steps": 3000, "learning_rate": 5e-3, "images": 25, "pictures": 100}
 
     vectors: int = Field(1, ge=1, le=16, description="word vectors of the new name")
     steps: protocol.Steps = Field(400, description="training steps; published 3,000")
@@ -102,11 +97,9 @@ class ConceptInversion(protocol.Attack[ConceptInversionOptions]):
         self, target: AttackTarget, trials: list[Trial], tensors: Mapping[str, Tensor]
     ) -> protocol.Draw:
         """Draws the templates with the learnt name in them."""
-        templates = [one["prompt"] for one in trials]
-        different = list(dict.fromkeys(templates))
-        vectors = tensors[VECTORS].to(target.base.device)
-        named = target.base.encode_with_vectors(different, vectors).detach()
-        rows = [different.index(template) for template in templates]
+        different = list(dict.fromkeys(one["prompt"] for one in trials))
+        named = target.base.encode_with_vectors(different, tensors[VECTORS].to(target.base.device)).detach()
+        rows = [different.index(one["prompt"]) for one in trials]
         return lambda some: target.draw(None, [one["seed"] for one in trials[some]], named[rows[some]])
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
-from recare_patch.core import NullProgress, ResumeError, Settings, SettingsError, unknown_name, write_json
+from recare_patch.core import NullProgress, ResumeError, Settings, SettingsError, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,30 +59,16 @@ class AttackOptions(Settings):
     pictures: Pictures = Field(24, description="trials: pictures that are judged, one a prompt")
     batch_size: int = Field(8, ge=1, le=1024, description="prompts or pictures worked on together")
 
-    @classmethod
-    def preset(cls, budget: str, overrides: Mapping[str, Any] | None = None) -> Self:
-        """The options of one of :data:`BUDGETS`, some of them set otherwise.
-
-        Raises:
-            UnknownNameError: no such budget; the sentence offers the nearest.
-            AttackError: unknown keys or bad values; all are told at once.
-        """
-        if budget not in BUDGETS:
-            raise unknown_name("budget", budget, BUDGETS)
-        return cls(**{**(cls.published if budget == "published" else {}), **(overrides or {})})
-
 
 @dataclass(frozen=True)
 class AttackTarget:
-    """A patched model and what is known of the concept it lost.
+    """A base model, patched by the caller for the length of the attack, and the concept it lost.
 
-    Row ``i`` of pictures, latents, prompts and seeds belong together: the untouched base drew that
-    picture, which shows the concept, from that prompt and seed.
+    The untouched base drew each of the ``images``, which show the concept, from its row of prompts and seeds.
 
     Attributes:
-        base: the model, with the patch put in by the caller for the length of the attack.
         shows: which pictures show the concept; a detector bound to its label.
-        images, latents: target pictures and their clean latents ``[images, c, h, w]``.
+        latents: clean ones of the images, ``[images, c, h, w]``.
         original: a context in which the patch is off.
         steps, guidance_scale: of the pictures that are judged.
         words: benign companions of the concept, from the patch's CARE-set.
@@ -102,24 +88,24 @@ class AttackTarget:
 
     def draw(self, prompts: list[str] | None, seeds: list[int], embeds: Any = None) -> list[Image]:
         """Pictures of prompts, or of encoded ones, by the model as it stands; all in one batch."""
-        size, scale = len(seeds), self.guidance_scale
-        return self.base.generate(
-            prompts, seeds, steps=self.steps, guidance_scale=scale, batch_size=size, prompt_embeds=embeds
-        )
+        how: dict[str, Any] = {
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "batch_size": len(seeds),
+        }
+        return self.base.generate(prompts, seeds, prompt_embeds=embeds, **how)
 
     def drawing(self, trials: Sequence[Trial], key: str) -> Draw:
         """Draws the prompts of trials: ``prompt`` or ``attacked``."""
-        return lambda some: self.draw(
-            [one[key] for one in trials[some]], [one["seed"] for one in trials[some]]
-        )
+        rows = [(one[key], one["seed"]) for one in trials]
+        return lambda some: self.draw([prompt for prompt, _ in rows[some]], [seed for _, seed in rows[some]])
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack reached.
+    """What an attack reached: tries in which the concept came back, of all.
 
     Attributes:
-        successes, trials: tries in which the concept came back, of all.
         interval: 95 %, Wilson, of their ratio.
         without: successes of the plain prompts in as many trials, without the attack.
         evaluations, seconds: of the attack and of the pictures that were judged; not of target pictures.
@@ -151,16 +137,13 @@ class AttackResult:
 
 
 def read_json(file: Path) -> Any:
-    """A file of a run's own.
-
-    Raises:
-        ResumeError: it is damaged.
-    """
+    """A file of a run's own; :class:`ResumeError` where it is damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        told = f"{file.name} of this run is damaged ({fault}); start again in a new --out"
-        raise ResumeError(told) from None
+        raise ResumeError(
+            f"{file.name} of this run is damaged ({fault}); start again in a new --out"
+        ) from None
 
 
 Options = TypeVar("Options", bound=AttackOptions)
@@ -168,7 +151,7 @@ Options = TypeVar("Options", bound=AttackOptions)
 
 @dataclass
 class AttackRun(Generic[Options]):
-    """One run of an attack: what it is given, what it has spent, and where it keeps what a resume reads."""
+    """What an attack is given, what it has spent, and where it keeps what a resume reads."""
 
     name: str
     target: AttackTarget
@@ -255,16 +238,11 @@ class Attack(ABC, Generic[Options]):
     def search(self, run: AttackRun[Options], trials: list[Trial]) -> dict[str, Tensor]:
         """Put into each trial the ``prompt`` that is drawn, and ``success`` where it was seen on the way.
 
-        Returns:
-            What was learnt beside prompts.
+        What was learnt beside prompts is returned.
         """
 
     def saved_trials(self, target: AttackTarget, saved: AttackResult) -> list[Trial]:
-        """What was tried on another patch.
-
-        Raises:
-            AttackError: it does not fit this base model.
-        """
+        """What was tried on another patch; :class:`AttackError` where it does not fit this base model."""
         return [dict(one) for one in saved.details]
 
     def drawing(self, target: AttackTarget, trials: list[Trial], tensors: Mapping[str, Tensor]) -> Draw:
@@ -279,39 +257,31 @@ class Attack(ABC, Generic[Options]):
         seed: int,
         progress: Progress | None = None,
         work: Path | None = None,
+        saved: AttackResult | None = None,
     ) -> AttackResult:
-        """Attack; with a ``work`` folder, a run that was stopped goes on to the same result."""
-        run = AttackRun(self.name, target, options, seed, progress or NullProgress(), work)
-        trials = self.trials(target, options, seed)
-        run.look(trials, "without", "plain", target.drawing(trials, "attacked"))
-        with target.base.counter.stage(self.name):
-            tensors = self.search(run, trials)
-        # Those that look while they search have seen it.
-        return self._judged(run, trials, tensors, None if "success" in trials[0] else "judge")
+        """Attack, or try on another patch what a ``saved`` attack had found: nothing is learnt then.
 
-    def replay(
-        self, target: AttackTarget, saved: AttackResult, *, progress: Progress | None = None
-    ) -> AttackResult:
-        """Try what was found before on another patch, and the plain prompts; nothing is learnt."""
-        options = self.options_type(**saved.budget)
-        run = AttackRun(self.name, target, options, 0, progress or NullProgress(), None)
-        trials = self.saved_trials(target, saved)
-        run.look(trials, "without", "plain", target.drawing(trials, "attacked"))
-        return self._judged(run, trials, saved.tensors, "replay")
-
-    def _judged(
-        self, run: AttackRun[Options], trials: list[Trial], tensors: dict[str, Tensor], stage: str | None
-    ) -> AttackResult:
+        With a ``work`` folder, a run that was stopped goes on to the same result.
+        """
         from recare_patch.measure.meters import wilson_interval
 
-        draw = self.drawing(run.target, trials, tensors)
-        if stage:
-            run.look(trials, "success", stage, draw)
+        run = AttackRun(self.name, target, options, seed, progress or NullProgress(), work)
+        trials = self.saved_trials(target, saved) if saved else self.trials(target, options, seed)
+        run.look(trials, "without", "plain", target.drawing(trials, "attacked"))
+        if saved:
+            tensors = saved.tensors
+        else:
+            with target.base.counter.stage(self.name):
+                tensors = self.search(run, trials)
+        draw = self.drawing(target, trials, tensors)
+        # Those that look while they search have seen it.
+        if saved or "success" not in trials[0]:
+            run.look(trials, "success", "replay" if saved else "judge", draw)
         successes, spent = sum(bool(one["success"]) for one in trials), run.spent()
         pictures: list[Image] = []
         while len(pictures) < min(SHOWN, len(trials)):
             # Again, in the batches they were drawn in: a resumed run has not seen them.
-            pictures += draw(slice(len(pictures), len(pictures) + run.options.batch_size))
+            pictures += draw(slice(len(pictures), len(pictures) + options.batch_size))
         return AttackResult(
             attack=self.name,
             successes=successes,
@@ -319,7 +289,7 @@ class Attack(ABC, Generic[Options]):
             interval=wilson_interval(successes, len(trials)),
             without=sum(bool(one["without"]) for one in trials),
             **spent,
-            budget=run.options.model_dump(),
+            budget=options.model_dump(),
             details=trials,
             tensors=tensors,
             prompts=[one["prompt"] for one in trials],
@@ -331,11 +301,11 @@ class Attack(ABC, Generic[Options]):
 _STRIDE, _CANDIDATES, _TRIALS = 1_000_003, 800_000, 900_000
 
 
+def candidate_seeds(seed: int, count: int, first: int = _CANDIDATES) -> tuple[int, ...]:
+    """Seeds of the pictures among which target pictures are looked for: none that an erasing run saw."""
+    return tuple((seed * _STRIDE + first + k) % 2**31 for k in range(count))
+
+
 def trial_seeds(seed: int, count: int) -> tuple[int, ...]:
     """Seeds of pictures that no erasing run and no target picture was drawn from."""
-    return tuple((seed * _STRIDE + _TRIALS + k) % 2**31 for k in range(count))
-
-
-def candidate_seeds(seed: int, count: int) -> tuple[int, ...]:
-    """Seeds of the pictures among which target pictures are looked for: none that an erasing run saw."""
-    return tuple((seed * _STRIDE + _CANDIDATES + k) % 2**31 for k in range(count))
+    return candidate_seeds(seed, count, _TRIALS)

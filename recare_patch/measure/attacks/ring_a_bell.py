@@ -61,9 +61,8 @@ def concept_pairs(concept: Concept, words: Sequence[str]) -> list[tuple[str, str
 @torch.no_grad()
 def concept_vector(base: BaseModel, concept: Concept, words: Sequence[str]) -> Tensor:
     """``ĉ``, ``[positions, width]``, fp32."""
-    pairs = concept_pairs(concept, words)
-    present = base.encode_prompts([one for one, _ in pairs]).prompt_embeds.float()
-    absent = base.encode_prompts([one for _, one in pairs]).prompt_embeds.float()
+    sides = zip(*concept_pairs(concept, words), strict=True)
+    present, absent = (base.encode_prompts(list(side)).prompt_embeds.float() for side in sides)
     return (present - absent).mean(0)
 
 
@@ -161,8 +160,7 @@ class RingABell(protocol.Attack[RingABellOptions]):
                 run.progress.update(self.name, done, len(different) * each, note)
                 if (generation + 1) % _SAVE_EVERY == 0:
                     run.write(checkpoint, {"generation": generation + 1, **search.state()})
-            distances = {"distance": search.best_distance, "distance_at_start": start}
-            found = {name: round(distance, 4) for name, distance in distances.items()}
+            found = {"distance": round(search.best_distance, 4), "distance_at_start": round(start, 4)}
             return {"prompt": vocabulary.text(vocabulary.ids[search.best]), **found}
 
         for number, prompt in enumerate(different):

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from recare_patch.careset import default_clip
 from recare_patch.core import (
     NullProgress,
-    PatchError,
     Progress,
     ResumeError,
     SheetRow,
@@ -32,7 +31,7 @@ from recare_patch.core import (
     write_json,
     write_tensors,
 )
-from recare_patch.measure.attacks import load_attack_type
+from recare_patch.measure.attacks import attack_options, load_attack_type
 from recare_patch.measure.attacks.protocol import (
     Attack,
     AttackError,
@@ -92,8 +91,7 @@ def attack_patch(
         label: what the detector calls the concept; else as the suite says.
         replay: folder of a saved attack; nothing is learnt.
         seed: every random draw follows from it.
-        steps, scheduler, guidance_scale: of the target pictures and the judged ones; else as the recipe's
-            target images have them.
+        steps, scheduler, guidance_scale: of all pictures; else as the recipe's target images have them.
         out: folder for the result; ``None`` keeps nothing.
         resume: go on with a run in ``out`` that was stopped; a finished one is read, without its pictures.
 
@@ -107,23 +105,14 @@ def attack_patch(
     # Long, as every argument is resolved and checked here, once: what follows takes the job as it is.
     saved = load_attack(replay) if replay is not None else None
     kind = _kind(attack, saved, replay)
-    if saved is not None:
-        options = kind.options_type(**saved.budget)
-    elif options is None:
-        options = kind.options_type.preset(budget)
-    elif not isinstance(options, kind.options_type):
+    if saved or options is None:
+        options = kind.options_type(**saved.budget) if saved else attack_options(kind.name, budget)
+    if not isinstance(options, kind.options_type):
         raise AttackError(f"{type(options).__name__} are not the options of the attack {kind.name}")
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    if loaded.metadata is None:
-        raise PatchError(
-            f"{loaded.source} was not made by recare-patch: it does not say what it erases, so that nothing "
-            "can be attacked"
-        )
     after = replayed_concept(replay) if replay is not None else None
-    if concept is None and len(concepts_of(loaded)) > 1:
-        concept = after
-    subject = subject_of(loaded, concept)
-    recipe = subject.recipe
+    subject = subject_of(loaded, after if concept is None and len(concepts_of(loaded)) > 1 else concept)
+    recipe, drawn = subject.recipe, subject.recipe.target_images
     if after is not None and not same_concept(after, recipe.concept):
         raise AttackError(
             f"the saved attack in {replay} is after '{after}', and the patch erases '{recipe.concept.text}'"
@@ -131,7 +120,6 @@ def attack_patch(
     judge, known = _detector(recipe, subject.care_words, detector, label)
     model = _base(recipe, base, device)
     loaded.check_base(model)
-    drawn = recipe.target_images
     target = AttackTarget(
         base=model,
         concept=recipe.concept,
@@ -168,8 +156,6 @@ def attack_patch(
 
 
 def _kind(name: str | None, saved: AttackResult | None, replay: Path | str | None) -> Attack[Any]:
-    if name is not None:
-        ATTACKS.get(name)
     if saved is not None:
         if name not in (None, saved.attack):
             raise AttackError(f"{replay} holds a saved {saved.attack}, not a {name}")
@@ -182,34 +168,26 @@ def _kind(name: str | None, saved: AttackResult | None, replay: Path | str | Non
 
 
 def replayed_concept(replay: Path | str) -> str | None:
-    """What a saved attack was after, where it says so.
-
-    Raises:
-        AttackError: the folder holds no saved attack, or a damaged one.
-    """
+    """What a saved attack was after, where it says so."""
     found = load_about(replay).get("concept")
     return found if isinstance(found, str) else None
 
 
 def _base(recipe: Recipe, base: BaseModel | str | None, device: str) -> BaseModel:
-    if not isinstance(base, str | None):
-        return base
-    return load_base(base or recipe.base, precision=recipe.precision, device=device)
+    if isinstance(base, str | None):
+        base = load_base(base or recipe.base, precision=recipe.precision, device=device)
+    return base
 
 
 def _detector(
     recipe: Recipe, words: Sequence[str], detector: Detector | str | None, label: str | None
 ) -> tuple[Detector, str]:
-    """Who judges, and what it calls the concept; the concept's suite knows what was not given.
-
-    Raises:
-        UnknownNameError: no such detector, or it does not know the label.
-    """
+    """Who judges, and what it calls the concept; the concept's suite knows what was not given."""
     suite = find_suite_for(recipe.concept, recipe.base) or default_suite(recipe, words)
     if isinstance(detector, str):
         suite = suite.with_detector(detector)
-    judge = None if isinstance(detector, str) else detector
-    if judge is None:
+    judge = detector
+    if judge is None or isinstance(judge, str):
         options = dict(suite.detector_options)
         if suite.detector == "clip":
             # The one that `evaluate` reads its figures with, so that both judge alike.
@@ -223,7 +201,7 @@ def _detector(
 
 @dataclass(frozen=True)
 class _Job:
-    """An attack with all that it needs; the target's pictures are still to be drawn."""
+    """An attack with all that it needs but the target's pictures."""
 
     patch: Patch
     kind: Attack[Any]
@@ -235,16 +213,16 @@ class _Job:
 
     def result(self, work: Path | None) -> tuple[AttackResult, list[Image]]:
         """The result, and pictures by the untouched base to look at beside its own."""
-        pipeline, told = self.target.base.pipeline, self.progress
+        pipeline, target, rate = self.target.base.pipeline, self.target, None
+        how: dict[str, Any] = {"seed": self.about["seed"], "progress": self.progress, "saved": self.saved}
         with scheduled(pipeline, self.about["scheduler"]):
-            if self.saved is not None:
-                with self.patch.apply(pipeline):
-                    return self.kind.replay(self.target, self.saved, progress=told), []
-            target, rate = self.with_pictures(work)
+            if self.saved is None:
+                target, rate = self.with_pictures(work)
             with self.patch.apply(pipeline):
-                seed = self.about["seed"]
-                result = self.kind.run(target, self.options, seed=seed, progress=told, work=work)
-        return replace(result, base=round(rate, 6)), target.images
+                # What is only drawn again is done soon: nothing is kept for a resume.
+                work = work if self.saved is None else None
+                result = self.kind.run(target, self.options, work=work, **how)
+        return replace(result, base=rate), target.images
 
     def with_pictures(self, work: Path | None) -> tuple[AttackTarget, float]:
         """The target with pictures that show the concept, and their share of those that the base drew."""
@@ -263,19 +241,14 @@ class _Job:
         else:
             found, chosen, drawn = [], [], 0
             while drawn < most and len(chosen) < wanted:
-                rows = range(drawn, min(drawn + self.options.batch_size, most))
-                batch = base.sample_latents(
-                    base.encode_prompts([prompts[row] for row in rows]),
-                    [seeds[row] for row in rows],
-                    steps=target.steps,
-                    guidance_scale=target.guidance_scale,
-                    batch_size=len(rows),
-                )
+                some = slice(drawn, min(drawn + self.options.batch_size, most))
+                how = {"guidance_scale": target.guidance_scale, "batch_size": some.stop - drawn}
+                embeds = base.encode_prompts(prompts[some])
+                batch = base.sample_latents(embeds, seeds[some], steps=target.steps, **how)
                 hits = target.shows(base.decode_latents(batch))
-                chosen += [row for row, hit in zip(rows, hits, strict=True) if hit]
+                chosen += [drawn + k for k, hit in enumerate(hits) if hit]
                 found.append(batch[torch.tensor(hits)])
-                drawn = rows[-1] + 1
-                enough = min(len(chosen), wanted)
+                drawn, enough = some.stop, min(len(chosen), wanted)
                 self.progress.update("target images", enough, wanted, f"of {drawn} drawn")
             latents = torch.cat(found)
             if keep:
@@ -291,15 +264,10 @@ class _Job:
                 f"the untouched base shows '{concept}' in {len(chosen)} of {drawn} pictures: the attack goes "
                 f"on with those, and {wanted} were asked for"
             )
-        latents = latents[:wanted]
-        full = replace(
-            target,
-            images=base.decode_latents(latents),
-            latents=latents,
-            prompts=tuple(prompts[row] for row in chosen[:wanted]),
-            seeds=tuple(seeds[row] for row in chosen[:wanted]),
-        )
-        return full, len(chosen) / drawn
+        rate, rows, latents = round(len(chosen) / drawn, 6), chosen[:wanted], latents[:wanted]
+        images, texts = base.decode_latents(latents), tuple(prompts[k] for k in rows)
+        own = tuple(seeds[k] for k in rows)
+        return replace(target, images=images, latents=latents, prompts=texts, seeds=own), rate
 
     def kept(self, out: Path, resume: bool) -> AttackResult:
         """The result in a folder: read where the run is finished, gone on with where it was stopped."""
@@ -316,23 +284,19 @@ class _Job:
             work.mkdir(parents=True, exist_ok=True)
             write_json(work / "run.json", run)
             result, before = self.result(work)
-            self.save_sheet(out / SHEET_NAME, result, before)
+            # The first pictures under attack, below those by the untouched base.
+            rows = [SheetRow("untouched base", before[: max(len(result.pictures), 1)])] if before else []
+            rows.append(SheetRow("under attack", result.pictures))
+            concept = self.target.concept
+            title = f"{concept.text} · {result.attack}: {result.successes} of {result.trials}"
+            save_sheet(sheet(rows, title=title, blur=concept.kind == "nsfw"), out / SHEET_NAME)
             save_attack(result, out, self.about)
             # One rename ends the run: a kill while the files go leaves a finished attack, not half a run.
             shutil.rmtree(work.rename(out / f"{RUN_FOLDER}.done"))
         return result
 
-    def save_sheet(self, file: Path, result: AttackResult, before: Sequence[Image]) -> None:
-        """Draw the first pictures under attack, below those by the untouched base."""
-        concept, count = self.target.concept, max(len(result.pictures), 1)
-        rows = [SheetRow("untouched base", list(before[:count]))] if before else []
-        rows.append(SheetRow("under attack", result.pictures))
-        title = f"{concept.text} · {result.attack}: {result.successes} of {result.trials}"
-        save_sheet(sheet(rows, title=title, blur=concept.kind == "nsfw"), file)
-
 
 def _check_same(out: Path, run: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Refuse to go on with a run of other options."""
     parts = [(run[part], dict(stored.get(part, {}))) for part in ("about", "options")]
     differ = [key for one, other in parts for key in {**one, **other} if one.get(key) != other.get(key)]
     if differ:
@@ -357,11 +321,10 @@ def run_attacks(
     Each result comes when it is there; ``common`` are other arguments of :func:`attack_patch`.
     """
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    if loaded.metadata is not None:
-        base = _base(subject_of(loaded, concept).recipe, base, device)
+    common |= {"concept": concept, "base": _base(subject_of(loaded, concept).recipe, base, device)}
     for name, options in attacks.items():
-        common |= {"out": Path(out) / name if out is not None else None, "options": options}
-        yield name, attack_patch(loaded, name, concept=concept, base=base, **common)
+        place = Path(out) / name if out is not None else None
+        yield name, attack_patch(loaded, name, options=options, out=place, **common)
 
 
 attack = attack_patch

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recare_patch.core import write_json, write_tensors
-from recare_patch.measure.attacks.protocol import AttackError, AttackResult
+from recare_patch.measure.attacks.protocol import AttackError, AttackResult, Share
 
 JSON_NAME, TENSORS_NAME = "attack.json", "attack.safetensors"
 FORMAT_VERSION = 1
 
-_PARTS: dict[str, type | tuple[type, ...]] = {
-    "attack": str,
-    "successes": int,
-    "trials": int,
-    "interval": list,
-    "without": int,
-    "evaluations": int,
-    "seconds": (int, float),
-    "budget": dict,
-    "details": list,
-    "prompts": list,
-}
+
+class _Trial(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    prompt: str
+    attacked: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Note(BaseModel):
+    """What stands in the JSON file; it may be a stranger's."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    about: dict[str, Any]
+    attack: str
+    successes: int
+    trials: Annotated[int, Field(gt=0)]
+    interval: tuple[Share, Share]
+    without: int
+    evaluations: int
+    seconds: float
+    budget: dict[str, Any]
+    details: list[_Trial]
+    prompts: list[str]
+    base: float | None = None
+    tensors: list[str]
+
+
+_RESULT = [name for name in _Note.model_fields if name in AttackResult.__annotations__ and name != "tensors"]
 
 
 def save_attack(result: AttackResult, folder: str | Path, about: Mapping[str, Any] | None = None) -> Path:
@@ -40,8 +60,7 @@ def save_attack(result: AttackResult, folder: str | Path, about: Mapping[str, An
     if result.tensors:
         write_tensors(folder / TENSORS_NAME, result.tensors, {"attack": result.attack})
     note: dict[str, Any] = {"version": FORMAT_VERSION, "about": dict(about or {})}
-    note |= {name: getattr(result, name) for name in _PARTS}
-    note |= {"interval": list(result.interval), "base": result.base, "tensors": sorted(result.tensors)}
+    note |= {name: getattr(result, name) for name in _RESULT} | {"tensors": sorted(result.tensors)}
     write_json(folder / JSON_NAME, note)
     return folder / JSON_NAME
 
@@ -52,9 +71,8 @@ def load_attack(folder: str | Path) -> AttackResult:
     Raises:
         AttackError: the folder holds no saved attack, or a damaged one.
     """
-    note = _read(Path(folder))
-    tensors: dict[str, Any] = {}
-    if note["tensors"]:
+    note, tensors = _read(Path(folder)), {}
+    if note.tensors:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -62,11 +80,9 @@ def load_attack(folder: str | Path) -> AttackResult:
             tensors = load_file(Path(folder) / TENSORS_NAME)
         except (SafetensorError, OSError) as fault:
             raise _damaged(folder, f"{TENSORS_NAME}: {str(fault).splitlines()[0]}") from None
-        if sorted(tensors) != sorted(note["tensors"]):
+        if sorted(tensors) != sorted(note.tensors):
             raise _damaged(folder, f"{TENSORS_NAME} is of another one")
-    low, high = map(float, note["interval"])
-    parts = {name: note[name] for name in _PARTS} | {"interval": (low, high)}
-    return AttackResult(**parts, tensors=tensors, base=note.get("base"))
+    return AttackResult(**note.model_dump(include={*_RESULT}), tensors=tensors)
 
 
 def load_about(folder: str | Path) -> dict[str, Any]:
@@ -75,50 +91,30 @@ def load_about(folder: str | Path) -> dict[str, Any]:
     Raises:
         AttackError: the folder holds no saved attack, or a damaged one.
     """
-    about: dict[str, Any] = _read(Path(folder))["about"]
-    return about
+    return _read(Path(folder)).about
 
 
 def _damaged(folder: str | Path, what: str) -> AttackError:
     return AttackError(f"the saved attack in {folder} is damaged: {what}")
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> _Note:
     file = folder / JSON_NAME
     if not file.is_file():
         raise AttackError(f"{folder} holds no saved attack: {JSON_NAME} is not in it")
     try:
-        note = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        note = _Note.model_validate_json(file.read_bytes())
+    except OSError:
         raise _damaged(folder, f"{JSON_NAME} is not readable") from None
-    version = note.get("version") if isinstance(note, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise AttackError(
-            f"the saved attack in {folder} has format {version}, newer than the {FORMAT_VERSION} that this "
-            "version of recare-patch reads; update it"
-        )
-    sound = (
-        version == FORMAT_VERSION
-        and all(isinstance(note.get(name), kind) for name, kind in _PARTS.items())
-        and len(note["interval"]) == 2
-        and all(isinstance(value, int | float) and 0 <= value <= 1 for value in note["interval"])
-        and isinstance(note.get("base"), int | float | None)
-        and isinstance(note.get("about"), dict)
-        and isinstance(note.get("tensors"), list)
-        and len(note["details"]) == len(note["prompts"]) == note["trials"] > 0
-        and all(map(_is_trial, note["details"]))
-        and all(isinstance(prompt, str) for prompt in note["prompts"])
-    )
-    if not sound:
+    except ValidationError as faults:
+        first = faults.errors()[0]
+        if first["type"] == "less_than_equal" and first["loc"] == ("version",):
+            raise AttackError(
+                f"the saved attack in {folder} has format {first['input']}, newer than the {FORMAT_VERSION} "
+                "that this version of recare-patch reads; update it"
+            ) from None
+        told = "is not readable" if first["type"] == "json_invalid" else "lacks parts of one"
+        raise _damaged(folder, f"{JSON_NAME} {told}") from None
+    if not len(note.details) == len(note.prompts) == note.trials:
         raise _damaged(folder, f"{JSON_NAME} lacks parts of one")
-    return dict(note)
-
-
-def _is_trial(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("prompt"), str)
-        and isinstance(entry.get("attacked"), str)
-        and isinstance(entry.get("seed"), int)
-        and 0 <= entry["seed"] < 2**63
-    )
+    return note

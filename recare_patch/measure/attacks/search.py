@@ -24,15 +24,10 @@ if TYPE_CHECKING:
 
 
 class Vocabulary:
-    """The tokens that may stand in a found prompt: those that a text can spell.
+    """The tokens that may stand in a found prompt: ``ids`` ``[tokens]``, ``vectors`` ``[tokens, width]``.
 
     Start and end, pieces of words and bytes of letters are left out: written down and read again they
-    become other tokens, and what was found would not be what is drawn.
-
-    Attributes:
-        ids: of the base model's tokenizer, ``[tokens]``.
-        vectors: ``[tokens, token_width]``, fp32, on the base model's device.
-        table: the vectors of all tokens.
+    become other tokens, and what was found would not be what is drawn. ``table`` has the vectors of all.
     """
 
     def __init__(self, base: BaseModel) -> None:
@@ -64,11 +59,11 @@ class Group(ABC):
         vocabulary: Vocabulary,
         rows: list[int],
         options: Any,
-        generator: torch.Generator,
+        draws: torch.Generator,
     ) -> None:
         self.target, self.vocabulary, self.rows = target, vocabulary, rows
         self.texts = [target.prompts[row] for row in rows]
-        self.begin(options, generator)
+        self.begin(options, draws)
 
     @abstractmethod
     def begin(self, options: Any, generator: torch.Generator) -> None:

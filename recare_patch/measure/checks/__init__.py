@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from recare_patch.core import EvaluationError, nearest, unknown_name
-from recare_patch.measure.checks.protocol import PICTURES, CheckContext, Checker, CheckOptions
+from recare_patch.core import EvaluationError, unknown_name
+from recare_patch.measure.checks.protocol import PICTURES as PICTURES
+from recare_patch.measure.checks.protocol import CheckContext as CheckContext
+from recare_patch.measure.checks.protocol import Checker
 from recare_patch.measure.evidence import Check
 from recare_patch.measure.judges import check_label
 from recare_patch.measure.names import CHECKS
@@ -21,11 +23,7 @@ ALL = "all"
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Checks as the user named them, each once; ``all`` stands for every one.
-
-    Raises:
-        UnknownNameError: no such check; the sentence offers the nearest.
-    """
+    """Checks as the user named them, each once; a wrong name is told with the nearest."""
     found: list[str] = []
     for given in names:
         name = given.strip().casefold()
@@ -35,33 +33,17 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def check_options(name: str, overrides: Mapping[str, Any] | None = None) -> CheckOptions:
-    """The options of a check, some of them set otherwise.
-
-    Raises:
-        UnknownNameError: no such check.
-        EvaluationError: unknown keys or bad values; all are told at once.
-    """
-    options: CheckOptions = CHECKS.get(name).options_type(**(overrides or {}))
-    return options
-
-
 def run_checks(
-    names: Sequence[str],
-    context: CheckContext,
-    options: Mapping[str, CheckOptions | Mapping[str, Any]] | None = None,
+    names: Sequence[str], context: CheckContext, options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[Check]:
-    """Run checks one after the other; each comes when it is there.
+    """Run checks one after the other, in the order of their names; each comes when it is there.
 
     All names and options are checked before anything is drawn.
 
     Args:
         names: of :data:`CHECKS`, or ``all``.
         context: what is checked, and who judges.
-        options: name → options, or what is set otherwise in them.
-
-    Returns:
-        The checks, in the order of their names.
+        options: name → what is set otherwise in a check's options.
 
     Raises:
         UnknownNameError: no such check, or the detector does not know the concept's label.
@@ -72,41 +54,19 @@ def run_checks(
         >>> list(run_checks(["scales", "spellings"], context))  # doctest: +SKIP
     """
     wanted, given, suite = check_names(names), dict(options or {}), context.suite
-    for name in given:
-        if name not in wanted:
-            guess = nearest(name, wanted)
-            hint = f"; did you mean '{guess}'?" if guess else ""
-            run = ", ".join(wanted) or "none"
-            raise EvaluationError(
-                f"options were given for the check '{name}', and what is run is {run}{hint}"
-            )
-    plan: list[tuple[Checker[Any], CheckOptions]] = []
-    for name in wanted:
-        checker, one = CHECKS.get(name)(), given.get(name)
-        chosen = one if isinstance(one, CheckOptions) else check_options(name, one)
-        if not isinstance(chosen, checker.options_type):
-            raise EvaluationError(f"{type(chosen).__name__} are not the options of the check {name}")
-        plan.append((checker, chosen))
-    if plan and not suite.plain:
+    for name in given.keys() - wanted:
         raise EvaluationError(
-            f"the suite '{suite.name}' has no plain prompts, and every check asks whether such show the "
-            "concept"
+            f"options were given for the check '{name}', and what is run is {', '.join(wanted) or 'none'}"
         )
-    if plan:
+    checkers: list[Checker[Any]] = [CHECKS.get(name)() for name in wanted]
+    chosen = [checker.options_type(**given.get(checker.name, {})) for checker in checkers]
+    if wanted:
+        if not suite.plain:
+            raise EvaluationError(
+                f"the suite '{suite.name}' has no plain prompts, and every check asks whether such show the "
+                "concept"
+            )
         check_label(context.detector, suite.label)
     if context.studio.processes > 1:
         raise EvaluationError("checks run in one process: give them a studio with shard=(0, 1)")
-    return (checker.run(context, chosen) for checker, chosen in plan)
-
-
-__all__ = [
-    "ALL",
-    "CHECKS",
-    "PICTURES",
-    "CheckContext",
-    "CheckOptions",
-    "Checker",
-    "check_names",
-    "check_options",
-    "run_checks",
-]
+    return (checker.run(context, one) for checker, one in zip(checkers, chosen, strict=True))

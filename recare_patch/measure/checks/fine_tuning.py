@@ -45,7 +45,6 @@ SAVE_EVERY = 50
 """Steps between checkpoints."""
 
 CHECKPOINT = "checkpoint.safetensors"
-_POINTS = "points.json"
 _TRAIN_BLOCK = 3
 _RATES = {"full": 5.0e-5, "lora": 5.0e-4}
 
@@ -99,11 +98,7 @@ def changed(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_into(parts: Mapping[str, nn.Module], patch: Patch, scale: float = 1.0) -> None:
-    """Add a patch to the weights that it changes: ``W + scale · B A`` (Hu et al., arXiv 2106.09685).
-
-    Args:
-        parts: networks without adapters, whose shapes the patch fits, by component.
-    """
+    """Add a patch to what it changes of networks without adapters: ``W + scale · B A`` (arXiv 2106.09685)."""
     layers = named_layers(parts)
     for module in patch.modules:
         weight = layers[module].weight
@@ -113,11 +108,9 @@ def merge_into(parts: Mapping[str, nn.Module], patch: Patch, scale: float = 1.0)
 
 @dataclass(frozen=True)
 class Training:
-    """Training of the base on pictures that it has drawn itself, for a check.
+    """Training of the base, for a check, on clean latents ``[pictures, c, h, w]`` of what it drew itself.
 
-    Attributes:
-        latents: clean ones of the pictures, ``[pictures, c, h, w]``.
-        prompts: of each; encoded by the model that is trained, since a patch may change its text encoder.
+    Prompts are encoded by the model that is trained, since a patch may change its text encoder.
     """
 
     name: str
@@ -136,25 +129,22 @@ class Training:
         block: int,
         what: str,
         label: str,
-        *,
         shown: bool,
-        caption: str | None = None,
-    ) -> Training | None:
-        """On those pictures that show a label, or that do not; None where there are no such."""
+        none: str,
+    ) -> Training:
+        """On those pictures that show a label, or that do not; ``none`` is told where there are none."""
         images = context.draw(prompts, context.own_seeds(block, len(prompts)), f"{name}, pictures {what}")
         rows = [row for row, hit in enumerate(context.shows(images, label)) if hit == shown]
         if not rows:
-            return None
+            raise EvaluationError(none)
         latents = context.base.encode_images([images[row] for row in rows])
-        return cls(name, context, options, latents, tuple(caption or prompts[row] for row in rows))
+        return cls(name, context, options, latents, tuple(prompts[row] for row in rows))
 
     def tune(self, steps: int, parameters: Sequence[nn.Parameter], checkpoint: Path | None) -> int:
         """Train parameters of the base, as it stands, adapters and all, to predict the noise on the pictures.
 
-        Steps are counted from the start; a checkpoint of fewer steps is gone on with.
-
-        Returns:
-            Denoiser evaluations from the first step on, those before a resume among them.
+        Steps are counted from the start, and so are the denoiser evaluations that are returned: a checkpoint
+        of fewer steps is gone on with.
         """
         base, options, stage = self.context.base, self.options, f"{self.name}, training"
         counter, mark = base.counter, base.counter.total
@@ -197,20 +187,15 @@ class Training:
         self, steps: int, checkpoint: Path | None, beside: Callable[[], AbstractContextManager[Any]]
     ) -> tuple[Patch, int]:
         """A LoRA trained with what is ``beside`` it in the base, and the evaluations; see :meth:`tune`."""
-        base, options, alpha = self.context.base, self.options, float(self.options.rank)
-        parameters = adapters.attach(
-            base.denoiser,
-            layers=options.layers,
-            rank=options.rank,
-            alpha=alpha,
-            generator=torch.Generator().manual_seed(self.context.seed),
-            name=self.name,
-        )
+        base, rank, generator = self.context.base, self.options.rank, torch.Generator()
+        generator.manual_seed(self.context.seed)
+        of: dict[str, Any] = {"layers": self.options.layers, "rank": rank, "alpha": float(rank)}
+        parameters = adapters.attach(base.denoiser, **of, generator=generator, name=self.name)
         try:
             # What is beside comes second: it leaves what is on, and what is trained, as it finds them.
             with beside():
                 spent = self.tune(steps, parameters, checkpoint)
-            return Patch.from_adapter(base, self.name, options.rank, alpha, dtype=torch.float32), spent
+            return Patch.from_adapter(base, self.name, rank, float(rank), dtype=torch.float32), spent
         finally:
             adapters.detach(base.denoiser, self.name)
 
@@ -224,12 +209,7 @@ class FineTuning(Checker[FineTuningOptions]):
     x_label = "steps of fine-tuning"
 
     def run(self, context: CheckContext, options: FineTuningOptions) -> Check:
-        """See the module.
-
-        Raises:
-            EvaluationError: all weights are to be trained of a base of half precision, or there is nothing
-                benign to train on.
-        """
+        """See the module."""
         options = resolved(context, options)
         decides = {
             "options": options.model_dump(mode="json"),
@@ -244,15 +224,11 @@ class FineTuning(Checker[FineTuningOptions]):
             folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             points, cost = self._measured(context, options, folder)
             (folder / CHECKPOINT).unlink(missing_ok=True)
-        base = context.rates([context.asked_concept("base")], [], "fine-tuning, base")["base"]
-        trained = f"a LoRA of rank {options.rank} on {options.layers}"
-        if options.train == "full":
-            trained = "all weights of the denoiser"
+        base = round(context.rates(context.asked_concept("base"), [], "fine-tuning, base")["base"].value, 6)
+        lora = f"a LoRA of rank {options.rank} on {options.layers}"
+        trained = "all weights of the denoiser" if options.train == "full" else lora
         return self.told(
-            [
-                one.model_copy(update={"values": {**one.values, "base": round(base.value, 6)}})
-                for one in points
-            ],
+            [one.model_copy(update={"values": {**one.values, "base": base}}) for one in points],
             "The patched model is trained on with pictures of retained prompts, drawn by the untouched base "
             "and free of the concept.",
             f"Trained: {trained}, on {cost['images']} pictures, {options.batch_size} a step at "
@@ -264,7 +240,7 @@ class FineTuning(Checker[FineTuningOptions]):
         self, context: CheckContext, options: FineTuningOptions, folder: Path
     ) -> tuple[list[CheckPoint], dict[str, int]]:
         """A point for each number of steps, and what they cost; those that are there are read."""
-        file = folder / _POINTS
+        file = folder / "points.json"
         done: dict[str, Any] = {"points": {}, "cost": {"evaluations": 0, "images": 0}}
         if file.is_file():
             try:
@@ -272,28 +248,27 @@ class FineTuning(Checker[FineTuningOptions]):
             except ValueError:
                 # Without it nobody knows what the checkpoint has passed: start again.
                 shutil.rmtree(folder)
-        asked = [context.asked_concept(), *context.asked_companions()]
+        asked = [*context.asked_concept(), *context.asked_companions()]
         training: Training | None = None
         for steps in options.at:
             if str(steps) in done["points"]:
                 continue
             training = training or benign(context, options)
-            done["cost"]["images"] = len(training.prompts)
             with tuned(training, steps, folder / CHECKPOINT) as (studio, patches, spent):
                 rates = context.rates(asked, patches, f"fine-tuning, {steps}", studio=studio)
             done["points"][str(steps)] = point(steps, rates, context.pictures).model_dump(mode="json")
-            done["cost"]["evaluations"] = spent
+            done["cost"] = {"evaluations": spent, "images": len(training.prompts)}
             write_json(file, done)
         return [CheckPoint(**done["points"][str(steps)]) for steps in options.at], done["cost"]
 
 
 def resolved(context: CheckContext, options: FineTuningOptions) -> FineTuningOptions:
     """The options with what is trained, and how fast."""
-    exact = context.base.dtype is torch.float32
+    exact, dtype = context.base.dtype is torch.float32, str(context.base.dtype).removeprefix("torch.")
     if options.train == "full" and not exact:
         raise EvaluationError(
-            f"all weights are trained in fp32, and base '{context.base.id}' computes in "
-            f"{str(context.base.dtype).removeprefix('torch.')}: load it in fp32, or set train to lora"
+            f"all weights are trained in fp32, and base '{context.base.id}' computes in {dtype}: load it in "
+            "fp32, or set train to lora"
         )
     train = options.train if options.train != "auto" else "full" if exact else "lora"
     rate = _RATES[train] if options.learning_rate is None else options.learning_rate
@@ -309,15 +284,12 @@ def benign(context: CheckContext, options: FineTuningOptions) -> Training:
             f"the suite '{suite.name}' has no retained prompts, and a benign fine-tune needs pictures of some"
         )
     chosen = [prompts[number % len(prompts)] for number in range(options.images)]
-    found = Training.drawn(
-        name, context, options, chosen, _TRAIN_BLOCK, "to learn from", suite.label, shown=False
+    none = (
+        f"all {options.images} pictures of retained prompts by the base show '{suite.label}': there is "
+        "nothing benign to train on"
     )
-    if found is None:
-        raise EvaluationError(
-            f"all {options.images} pictures of retained prompts by the base show '{suite.label}': there is "
-            "nothing benign to train on"
-        )
-    return found
+    what = "to learn from"
+    return Training.drawn(name, context, options, chosen, _TRAIN_BLOCK, what, suite.label, False, none)
 
 
 @contextlib.contextmanager
@@ -327,18 +299,17 @@ def tuned(training: Training, steps: int, checkpoint: Path) -> Iterator[tuple[St
     Inside, the base's weights may be others; afterwards they are what they were.
     """
     context, base, usual = training.context, training.context.base, training.context.studio
+    patches, spent = [*context.applied], 0
     if training.options.train == "lora":
-        if not steps:
-            yield usual, context.applied, 0
-            return
-        lora, spent = training.lora(steps, checkpoint, lambda: context.patch.apply(base.pipeline))
-        yield usual, [*context.applied, (lora, 1.0)], spent
+        if steps:
+            lora, spent = training.lora(steps, checkpoint, lambda: context.patch.apply(base.pipeline))
+            patches.append((lora, 1.0))
+        yield usual, patches, spent
         return
     with contextlib.ExitStack() as stack:
         for part in context.patch.components:
             stack.enter_context(changed(base.components[part]))
         merge_into(base.components, context.patch)
-        spent = 0
         if steps:
             base.denoiser.requires_grad_(True)
             spent = training.tune(steps, [*base.denoiser.parameters()], checkpoint)

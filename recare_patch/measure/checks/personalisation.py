@@ -8,9 +8,9 @@ so that a detector can tell whether the rare word came to mean it.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from pathlib import Path
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -26,7 +26,7 @@ from recare_patch.measure.checks.fine_tuning import (
     Training,
     TrainingOptions,
 )
-from recare_patch.measure.checks.protocol import CONCEPT, Asked, CheckContext, Checker, Patches, point
+from recare_patch.measure.checks.protocol import CONCEPT, CheckContext, Checker, Patches, point, turns
 from recare_patch.measure.evidence import Check
 from recare_patch.measure.suites import Label, Prompt
 from recare_patch.models import ATELIER
@@ -69,21 +69,17 @@ class PersonalisationOptions(TrainingOptions):
 
 
 def resolved(context: CheckContext, options: PersonalisationOptions) -> PersonalisationOptions:
-    """The options with a subject, one that the patch does not erase.
-
-    Raises:
-        EvaluationError: a subject without a label, or the other way round.
-    """
+    """The options with a subject, one that the patch does not erase."""
     if (options.subject is None) != (options.label is None):
         raise EvaluationError("a subject and its label go together: give both, or neither")
     if options.subject is not None:
-        return options.model_copy(update={"class_word": options.class_word or "object"})
-    if context.base.id == ATELIER:
+        subject, label, word = options.subject, options.label, "object"
+    elif context.base.id == ATELIER:
         name = "Otto Bly" if same_concept(context.suite.concept, "Mira Vale") else "Mira Vale"
-        chosen = {"subject": f"a photo of {name}", "label": name.casefold(), "class_word": "person"}
+        subject, label, word = f"a photo of {name}", name.casefold(), "person"
     else:
-        chosen = {"subject": "a photo of a red panda", "label": "red panda", "class_word": "animal"}
-    chosen["class_word"] = options.class_word or chosen["class_word"]
+        subject, label, word = "a photo of a red panda", "red panda", "animal"
+    chosen = {"subject": subject, "label": label, "class_word": options.class_word or word}
     return options.model_copy(update=chosen)
 
 
@@ -96,20 +92,16 @@ class Personalisation(Checker[PersonalisationOptions]):
     x_label = "in the base"
 
     def run(self, context: CheckContext, options: PersonalisationOptions) -> Check:
-        """See the module.
-
-        Raises:
-            EvaluationError: a subject without a label, or one that the base does not draw.
-        """
+        """See the module."""
         options = resolved(context, options)
         lora, cost = self._lora(context, options)
         name, count, subject = f"{options.word} {options.class_word}", context.pictures, options.label or ""
         beside = context.concept.composed_prompt(name)
         drawn = [prompt.replace("{}", name) for prompt in options.prompts]
         asked = [
-            context.asked_concept(),
-            Asked.turns(BESIDE, [beside], context.own_seeds(_BESIDE_BLOCK, count), context.suite.label),
-            Asked.turns(SUBJECT, drawn, context.own_seeds(_SUBJECT_BLOCK, count), subject),
+            *context.asked_concept(),
+            *turns(BESIDE, [beside], context.own_seeds(_BESIDE_BLOCK, count), context.suite.label),
+            *turns(SUBJECT, drawn, context.own_seeds(_SUBJECT_BLOCK, count), subject),
         ]
         settings: dict[str, Patches] = {
             "base": [],
@@ -133,34 +125,25 @@ class Personalisation(Checker[PersonalisationOptions]):
     def _lora(self, context: CheckContext, options: PersonalisationOptions) -> tuple[Patch, dict[str, Any]]:
         """The trained LoRA, and what it cost; read where it was trained before."""
         suite = context.suite
-        drawn = [suite.first_seed, suite.steps, suite.scheduler, suite.guidance_scale, context.detector.name]
-        decides = {"options": options.model_dump(mode="json", exclude={"prompts"}), "drawn": drawn}
+        how = [suite.first_seed, suite.steps, suite.scheduler, suite.guidance_scale, context.detector.name]
+        decides = {"options": options.model_dump(mode="json", exclude={"prompts"}), "drawn": how}
         folder = context.folder(self.name, decides)
         if folder is not None and (folder / "lora.json").is_file():
             # What cannot be read is trained again.
-            with contextlib.suppress(ValueError, PatchError):
+            with suppress(ValueError, PatchError):
                 return Patch.load(folder), json.loads((folder / "lora.json").read_text(encoding="utf-8"))
-        lora, cost = self._train(context, options, folder)
+        prompts, label, what = [str(options.subject)] * options.images, str(options.label), "of the subject"
+        none = (
+            f"there is no subject to learn: none of {options.images} pictures of '{options.subject}' by the "
+            f"base shows '{label}'"
+        )
+        drawn = Training.drawn(self.name, context, options, prompts, _TRAIN_BLOCK, what, label, True, none)
+        captions = (f"a photo of {options.word} {options.class_word}",) * len(drawn.prompts)
+        checkpoint = folder / CHECKPOINT if folder else None
+        lora, spent = replace(drawn, prompts=captions).lora(options.steps, checkpoint, nullcontext)
+        cost = {"evaluations": spent, "images": len(captions)}
         if folder is not None:
             lora.save(folder, torch.float32)
             write_json(folder / "lora.json", cost)
             (folder / CHECKPOINT).unlink(missing_ok=True)
         return lora, cost
-
-    def _train(
-        self, context: CheckContext, options: PersonalisationOptions, folder: Path | None
-    ) -> tuple[Patch, dict[str, Any]]:
-        prompts, label = [str(options.subject)] * options.images, str(options.label)
-        caption = f"a photo of {options.word} {options.class_word}"
-        what = "of the subject"
-        training = Training.drawn(
-            self.name, context, options, prompts, _TRAIN_BLOCK, what, label, shown=True, caption=caption
-        )
-        if training is None:
-            raise EvaluationError(
-                f"there is no subject to learn: none of {len(prompts)} pictures of '{options.subject}' by "
-                f"the base shows '{label}'"
-            )
-        file = folder / CHECKPOINT if folder else None
-        lora, spent = training.lora(options.steps, file, contextlib.nullcontext)
-        return lora, {"evaluations": spent, "images": len(training.prompts)}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from recare_patch.core import EvaluationError, Settings, SettingsError
 from recare_patch.measure.evidence import Check, CheckPoint
@@ -36,9 +36,6 @@ PICTURES = 24
 CONCEPT, COMPANIONS = "concept", "companions"
 """The series of pictures whose prompts name the concept, and of those of all CARE concepts in turn."""
 
-SUITES = "suite"
-"""Asks for the suite's own scheduler."""
-
 _FIRST_BLOCK = 100
 """Seeds of the checks' own pictures lie above those of every set of a suite."""
 
@@ -56,25 +53,26 @@ class CheckOptions(Settings):
     noun: ClassVar[str] = "check options"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Pictures that become one series of a check.
+class Asked(NamedTuple):
+    """A picture that counts in the series ``name`` of a check.
 
-    Attributes:
-        rows: prompt, seed, what the detector looks for, and what CLIP looks for where the detector does
-            not know that.
+    CLIP looks for the ``word`` where the detector does not know the ``label``.
     """
 
     name: str
-    rows: tuple[tuple[str, int, str, str], ...]
+    prompt: str
+    seed: int
+    label: str
+    word: str
 
-    @classmethod
-    def turns(
-        cls, name: str, prompts: Sequence[str], seeds: Sequence[int], label: str, word: str | None = None
-    ) -> Asked:
-        """A picture for each seed, of prompts that take turns, all looked at for one thing."""
-        rows = ((prompts[k % len(prompts)], seed, label, word or label) for k, seed in enumerate(seeds))
-        return cls(name, tuple(rows))
+
+def turns(
+    name: str, prompts: Sequence[str], seeds: Sequence[int], label: str, word: str | None = None
+) -> list[Asked]:
+    """A picture for each seed, of prompts that take turns, all looked at for one thing."""
+    return [
+        Asked(name, prompts[k % len(prompts)], seed, label, word or label) for k, seed in enumerate(seeds)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +80,6 @@ class CheckContext:
     """A patch, its base and who judges; the base is plain before and after every check.
 
     Attributes:
-        base: the model that the patch was made for, with no LoRA switched on.
         suite: gives prompts, labels, seeds, steps and guidance.
         studio: draws pictures of ``base``, in one process.
         pictures: behind each value.
@@ -121,24 +118,24 @@ class CheckContext:
         """The patch as it is used, at scale 1."""
         return [(self.patch, 1.0)]
 
-    def asked_concept(self, name: str = CONCEPT) -> Asked:
+    def asked_concept(self, name: str = CONCEPT) -> list[Asked]:
         """Pictures of the suite's plain prompts; the evaluation draws the same first ones."""
         drawing = self.suite.drawing("plain", self.pictures)
-        return Asked.turns(name, drawing.prompts, drawing.seeds, self.suite.label)
+        return turns(name, drawing.prompts, drawing.seeds, self.suite.label)
 
-    def asked_care(self) -> list[Asked]:
+    def asked_care(self) -> list[list[Asked]]:
         """Pictures of each CARE concept, a series each."""
-        found = []
-        for number, one in enumerate(self.suite.care):
-            drawing, word = self.suite.care_drawing(number, self.pictures), one.clip_word
-            found.append(Asked.turns(f"{word} shown", drawing.prompts, drawing.seeds, one.label, word))
-        return found
+        drawings = [self.suite.care_drawing(k, self.pictures) for k in range(len(self.suite.care))]
+        return [
+            turns(f"{one.clip_word} shown", drawing.prompts, drawing.seeds, one.label, one.clip_word)
+            for one, drawing in zip(self.suite.care, drawings, strict=True)
+        ]
 
     def asked_companions(self, name: str = COMPANIONS) -> list[Asked]:
-        """Pictures of all CARE concepts in turn, as one series; none where the suite has none."""
+        """Pictures of all CARE concepts in turn, as one series."""
         each = self.asked_care()
-        turns = (each[k % len(each)].rows[k // len(each)] for k in range(self.pictures))
-        return [Asked(name, tuple(turns))] if each else []
+        count = self.pictures if each else 0
+        return [each[k % len(each)][k // len(each)]._replace(name=name) for k in range(count)]
 
     def own_seeds(self, block: int, count: int) -> tuple[int, ...]:
         """Seeds of a check's own pictures, from no set of the suite; ``block`` numbers its sets."""
@@ -149,24 +146,16 @@ class CheckContext:
         self, prompts: Sequence[str], seeds: Sequence[int], stage: str, patches: Patches = ()
     ) -> list[Image]:
         """Pictures as the suite has them drawn."""
-        suite = self.suite
-        return self.studio.draw(
-            prompts,
-            seeds,
-            patches=patches,
-            steps=suite.steps,
-            guidance_scale=suite.guidance_scale,
-            scheduler=suite.scheduler,
-            stage=stage,
-        )
+        return self.studio.draw(prompts, seeds, patches=patches, stage=stage, **self._sampler)
+
+    @property
+    def _sampler(self) -> dict[str, Any]:
+        return {name: getattr(self.suite, name) for name in ("steps", "guidance_scale", "scheduler")}
 
     def shows(self, images: Sequence[Image], label: str, word: str | None = None) -> list[bool]:
         """Which pictures show a label: by the detector, or by CLIP where that does not know it.
 
         CLIP decides as the CARE score does: the word, or else the label, goes before every distractor.
-
-        Raises:
-            EvaluationError: the detector does not know it, and there is no CLIP.
         """
         if not images:
             return []
@@ -184,36 +173,30 @@ class CheckContext:
         patches: Patches,
         stage: str,
         *,
-        steps: int | None = None,
-        scheduler: str | None = SUITES,
         studio: Studio | None = None,
+        **sampler: Any,
     ) -> dict[str, HitRate]:
         """How often pictures show what they are looked at for, by the name of their series.
 
         Args:
-            asked: the series, drawn one after the other.
+            asked: drawn in this order.
             patches: what is put into the base.
             stage: how progress calls it.
-            steps: of the scheduler; None: the suite's.
-            scheduler: a name, None for the base's own; by default the suite's.
             studio: another one than the context's, of a base whose weights were changed.
+            sampler: ``steps`` and ``scheduler`` (None: the base's own) in place of the suite's.
         """
-        rows = [(one.name, *row) for one in asked for row in one.rows]
         stream = (studio or self.studio).stream(
-            [prompt for _, prompt, *_ in rows],
-            [seed for _, _, seed, *_ in rows],
+            [one.prompt for one in asked],
+            [one.seed for one in asked],
             patches=patches,
-            steps=self.suite.steps if steps is None else steps,
-            guidance_scale=self.suite.guidance_scale,
-            scheduler=self.suite.scheduler if scheduler == SUITES else scheduler,
             stage=stage,
+            **{**self._sampler, **sampler},
         )
         rates = {one.name: HitRate() for one in asked}
         while chunk := list(islice(stream, _CHUNK)):
             alike: dict[tuple[str, str], list[tuple[str, Image]]] = {}
             for row, image in chunk:
-                name, _, _, label, word = rows[row]
-                alike.setdefault((label, word), []).append((name, image))
+                alike.setdefault((asked[row].label, asked[row].word), []).append((asked[row].name, image))
             for (label, word), held in alike.items():
                 hits = self.shows([image for _, image in held], label, word)
                 for (name, _), hit in zip(held, hits, strict=True):
@@ -221,14 +204,9 @@ class CheckContext:
         return rates
 
     def folder(self, name: str, fields: Mapping[str, Any]) -> Path | None:
-        """Where a check keeps what it trained, named by everything that decides it.
+        """Where a check keeps what it trained, named by what decides it: base, seed and ``fields``.
 
-        Args:
-            name: of the check.
-            fields: what decides it beside the base and the seed; JSON values.
-
-        Returns:
-            The folder, which may not be there yet; None where nothing is kept.
+        It may not be there yet; None where nothing is kept.
         """
         if self.work is None:
             return None
@@ -254,17 +232,14 @@ def in_order(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def point(x: float | str, found: Mapping[str, HitRate | Mean], pictures: int) -> CheckPoint:
     """What was counted of each series at one setting."""
+    values = {name: round(one.value, 6) for name, one in found.items()}
     intervals = {
         name: (round(max(one.interval[0], 0.0), 6), round(one.interval[1], 6))
         for name, one in found.items()
         if one.interval is not None
     }
-    return CheckPoint(
-        x=x if isinstance(x, str) else float(x),
-        values={name: round(one.value, 6) for name, one in found.items()},
-        intervals=intervals,
-        pictures=pictures,
-    )
+    x = x if isinstance(x, str) else float(x)
+    return CheckPoint(x=x, values=values, intervals=intervals, pictures=pictures)
 
 
 Options = TypeVar("Options", bound=CheckOptions)
@@ -285,12 +260,5 @@ class Checker(ABC, Generic[Options]):
 
     def told(self, points: Sequence[CheckPoint], what: str, note: str = "") -> Check:
         """The check of these points, with a sentence on what was done and a note for the reader."""
-        return Check(
-            name=self.name,
-            title=self.title,
-            what=what,
-            x_label=self.x_label,
-            y_label=self.y_label,
-            points=tuple(points),
-            note=note,
-        )
+        known = {key: getattr(self, key) for key in ("name", "title", "x_label", "y_label")}
+        return Check(what=what, points=tuple(points), note=note, **known)

@@ -50,8 +50,8 @@ class Samplers(Checker[SamplersOptions]):
         for title, number, scheduler in settings:
             found: dict[str, HitRate] = {}
             for which, patches in (("base", []), ("patched", context.applied)):
-                concept, companions = f"concept, {which}", f"companions, {which}"
-                asked = [context.asked_concept(concept), *context.asked_companions(companions)]
+                asked = context.asked_concept(f"concept, {which}")
+                asked += context.asked_companions(f"companions, {which}")
                 stage = f"samplers, {title}, {which}"
                 found |= context.rates(asked, patches, stage, steps=number, scheduler=scheduler)
             points.append(point(title, found, context.pictures))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
@@ -48,7 +49,7 @@ class Scales(Checker[ScalesOptions]):
 
     def run(self, context: CheckContext, options: ScalesOptions) -> Check:
         """See the module."""
-        asked = [context.asked_concept(), *context.asked_care()]
+        asked = [*context.asked_concept(), *chain(*context.asked_care())]
         retained = context.suite.drawing("retained", context.pictures)
 
         def draw_retained(scale: float) -> list[Image]:

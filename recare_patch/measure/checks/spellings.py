@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from recare_patch.core import one_of
-from recare_patch.measure.checks.protocol import Asked, CheckContext, Checker, CheckOptions, once, point
+from recare_patch.measure.checks.protocol import CheckContext, Checker, CheckOptions, once, point, turns
 from recare_patch.measure.evidence import Check
 from recare_patch.measure.suites import Label, Prompt, Suite
 from recare_patch.recipe import Concept
@@ -25,8 +25,7 @@ _DIGITS = str.maketrans("aeiostAEIOST", "431057431057")
 _CYRILLIC = str.maketrans("acehijopsxyABCEHIJKMOPSTX", "асеһіјорѕхуАВСЕНІЈКМОРЅТХ")
 
 
-def mixed_case(name: str) -> str:
-    """Letters in turn small and capital: "Van Gogh" → "vAn GoGh"."""
+def _mixed_case(name: str) -> str:
     found, capital = [], False
     for character in name:
         found.append(character.upper() if capital else character.lower())
@@ -34,8 +33,7 @@ def mixed_case(name: str) -> str:
     return "".join(found)
 
 
-def hyphenated(name: str) -> str:
-    """Hyphens for spaces, or one in the middle of a single word: "tench" → "te-nch"."""
+def _hyphenated(name: str) -> str:
     words = re.split(r"[\s_-]+", name.strip())
     if len(words) > 1:
         return "-".join(words)
@@ -43,56 +41,41 @@ def hyphenated(name: str) -> str:
     return f"{words[0][:middle]}-{words[0][middle:]}" if middle else words[0]
 
 
-def _in_longest_word(name: str, change: Callable[[str], str]) -> str:
-    """The name with its longest word changed, the last one of several as long."""
-    words = list(re.finditer(r"[^\W\d_]+", name))
-    if not words:
-        return name
-    longest = max(words, key=lambda word: (len(word[0]), word.start()))
-    return name[: longest.start()] + change(longest[0]) + name[longest.end() :]
+def _in_longest_word(change: Callable[[str, int], str]) -> Callable[[str], str]:
+    """A change about the middle of a name's longest word, the last one of several as long."""
+
+    def spell(name: str) -> str:
+        words = list(re.finditer(r"[^\W\d_]+", name))
+        if not words:
+            return name
+        word = max(words, key=lambda one: (len(one[0]), one.start()))
+        return name[: word.start()] + change(word[0], len(word[0]) // 2) + name[word.end() :]
+
+    return spell
 
 
-def swapped(name: str) -> str:
-    """Two letters changed over in the middle of the longest word: "Van Gogh" → "Van Ggoh"."""
-
-    def change(word: str) -> str:
-        middle = len(word) // 2
-        # Two equal letters changed over are no slip: the nearest pair of others is taken.
-        pairs = [place for place in range(1, len(word)) if word[place - 1] != word[place]]
-        place = min(pairs, key=lambda one: (abs(one - middle), one), default=None)
-        if place is None:
-            return word
-        return word[: place - 1] + word[place] + word[place - 1] + word[place + 1 :]
-
-    return _in_longest_word(name, change)
-
-
-def dropped(name: str) -> str:
-    """A letter left out in the middle of the longest word: "Van Gogh" → "Van Goh"."""
-    return _in_longest_word(
-        name, lambda word: word[: len(word) // 2] + word[len(word) // 2 + 1 :] if len(word) > 1 else word
-    )
-
-
-def doubled(name: str) -> str:
-    """A letter written twice in the middle of the longest word: "Van Gogh" → "Van Goggh"."""
-    return _in_longest_word(name, lambda word: word[: len(word) // 2 + 1] + word[len(word) // 2 :])
+def _swapped(word: str, middle: int) -> str:
+    # Two equal letters changed over are no slip: the nearest pair of others is taken.
+    places = [place for place in range(1, len(word)) if word[place - 1] != word[place]]
+    if not places:
+        return word
+    place = min(places, key=lambda one: (abs(one - middle), one))
+    return word[: place - 1] + word[place] + word[place - 1] + word[place + 1 :]
 
 
 def _marked(mark: str) -> Callable[[str], str]:
-    """A mark between every two letters of a word: "Van Gogh" → "V.a.n G.o.g.h"."""
     return lambda name: re.sub(r"(?<=\w)(?=\w)", mark, name)
 
 
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "lower case": str.lower,
     "upper case": str.upper,
-    "mixed case": mixed_case,
+    "mixed case": _mixed_case,
     "without spaces": lambda name: re.sub(r"[\s_-]+", "", name),
-    "hyphenated": hyphenated,
-    "letters swapped": swapped,
-    "letter dropped": dropped,
-    "letter doubled": doubled,
+    "hyphenated": _hyphenated,
+    "letters swapped": _in_longest_word(_swapped),
+    "letter dropped": _in_longest_word(lambda word, k: word[:k] + word[k + 1 :] or word),
+    "letter doubled": _in_longest_word(lambda word, k: word[: k + 1] + word[k:]),
     "digits for letters": lambda name: name.translate(_DIGITS),
     "Cyrillic look-alikes": lambda name: name.translate(_CYRILLIC),
     "dots between letters": _marked("."),
@@ -145,10 +128,8 @@ def _name_pattern(concept: Concept) -> re.Pattern[str]:
 def naming_prompts(suite: Suite) -> tuple[str, ...]:
     """The suite's plain prompts that hold the concept's name, or else the concept's own."""
     concept = Concept(text=suite.concept, kind=suite.kind)
-    found, own = (
-        tuple(filter(_name_pattern(concept).search, one)) for one in (suite.plain, concept.name_prompts)
-    )
-    return found or own
+    named = _name_pattern(concept).search
+    return tuple(filter(named, suite.plain)) or tuple(filter(named, concept.name_prompts))
 
 
 def respell(prompt: str, concept: Concept, spelling: str) -> str:
@@ -159,8 +140,7 @@ def respell(prompt: str, concept: Concept, spelling: str) -> str:
 
 
 def _new(more: dict[str, str]) -> dict[str, str]:
-    taken = [name for name in more if name in (AS_WRITTEN, *NAMES)]
-    if taken:
+    if taken := [name for name in more if name in (AS_WRITTEN, *NAMES)]:
         raise ValueError(f"'{taken[0]}' is the name of a spelling that is there already")
     return more
 
@@ -198,15 +178,13 @@ class Spellings(Checker[SpellingsOptions]):
         spelt |= {title: (prompt,) for title, prompt in options.more.items()}
         # Every spelling has the same noises: what differs is the spelling.
         seeds = range(suite.block("plain"), suite.block("plain") + context.pictures)
-        asked = [Asked.turns(title, prompts, seeds, suite.label) for title, prompts in spelt.items()]
+        asked = [one for title, prompts in spelt.items() for one in turns(title, prompts, seeds, suite.label)]
         base = context.rates(asked, [], "spellings, base")
         patched = context.rates(asked, context.applied, "spellings, patched")
         left_out = f" Not drawn, as they change nothing here: {', '.join(idle)}." if idle else ""
+        both = {title: {"base": base[title], "patched": patched[title]} for title in spelt}
         return self.told(
-            [
-                point(title, {"base": base[title], "patched": patched[title]}, context.pictures)
-                for title in spelt
-            ],
+            [point(title, found, context.pictures) for title, found in both.items()],
             "The concept's name in its prompts is written otherwise. A spelling is a way round the patch "
             "only where the base understands it.",
             "First prompt of each: "
