@@ -124,9 +124,8 @@ class MostLike:
         """Whether each picture is most like the word."""
         features = self._clip.image_features(images)
         own = features @ self._texts[0]
-        if len(self._texts) == 1:
-            return [True] * len(own)
-        hits: list[bool] = (own >= (features @ self._texts[1:].T).amax(1)).tolist()
+        rivals = features @ self._texts[1:].T
+        hits: list[bool] = (own[:, None] >= rivals).all(1).tolist()
         return hits
 
 

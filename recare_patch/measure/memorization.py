@@ -24,6 +24,7 @@ from recare_patch.core import EvaluationError, write_tensors
 from recare_patch.erasure import invert
 from recare_patch.measure.evidence import Figure
 from recare_patch.measure.meters import HitRate, rate_figure
+from recare_patch.measure.suites import Suite, own_recipe
 from recare_patch.models import PLACEHOLDER
 from recare_patch.recipe import Concept
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from recare_patch.core import Progress
     from recare_patch.measure.judges import Detector
     from recare_patch.measure.pictures import Studio
-    from recare_patch.measure.suites import Suite
     from recare_patch.models import BaseModel
     from recare_patch.patch import Patch
 
@@ -139,13 +139,9 @@ def memorization_figures(
     """
     concept = Concept(text=suite.concept, kind=suite.kind)
     options = Recovery(init_word=concept.class_word)
-    if patch.metadata is not None and not patch.metadata.parts:
-        search = patch.metadata.parsed_recipe.search
-        options = Recovery(
-            init_word=search.init_word or concept.class_word,
-            learning_rate=search.learning_rate,
-            batch_size=search.batch_size,
-        )
+    if recipe := own_recipe(patch):
+        search = {name: getattr(recipe.search, name) for name in ("learning_rate", "batch_size")}
+        options = Recovery(init_word=recipe.search.init_word or concept.class_word, **search)
     first = suite.block("memorization") + options.images
     prompts, seeds = [concept.target_prompt_for(PLACEHOLDER)] * pictures, range(first, first + pictures)
     scores: list[float] = []

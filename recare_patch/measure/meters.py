@@ -66,16 +66,11 @@ def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
 
 
 class HitRate:
-    """A share of pictures, counted as they come, with its 95 % Wilson interval.
-
-    Attributes:
-        hits, pictures: so far.
-        by: part → (hits, pictures), in the order in which parts came.
-    """
+    """A share of pictures, counted as they come, with its 95 % Wilson interval."""
 
     def __init__(self) -> None:
         self.hits = self.pictures = 0
-        self.by: dict[str, tuple[int, int]] = {}
+        self.by: dict[str, tuple[int, int]] = {}  # part → (hits, pictures), in the order in which parts came
 
     def add(self, hit: bool, part: str = "") -> None:
         """Count one picture."""
@@ -98,10 +93,9 @@ class HitRate:
 
 
 class Mean:
-    """Mean and 95 % interval of values that come one after the other.
+    """Mean and normal 95 % interval of values that come one after the other.
 
-    The variance is summed as Welford's recurrence has it (Technometrics 4, 1962), which loses no
-    digits however many values there are. The interval is the normal one, mean ± 1.96 s/√n.
+    The variance is summed as Welford's recurrence has it (Technometrics 4, 1962): it loses no digits.
     """
 
     def __init__(self) -> None:
@@ -157,14 +151,14 @@ class _AsTheyAre(nn.Module):
 class FeatureDistance:
     """KID or FID of the patched model's pictures to the base's own, by torchmetrics.
 
-    Pictures of equal seeds resemble each other, which would draw any distance below its true value.
-    So the pictures fall into two halves by lot, and one model's half is compared with the other
-    model's other half, both ways. The base's own two halves give what chance alone makes of it.
+    Pictures of equal seeds resemble each other, which would draw any distance below its true value. So they
+    fall into two halves by lot, and one model's half is compared with the other's other half, both ways.
+    The base's own two halves give what chance alone makes of it.
 
-    The features are those of a CLIP's image tower, of length √width so that their values have a
-    mean square of 1, and not Inception's: figures on other features cannot be compared. KID is
-    Binkowski et al., arXiv 1801.01401 (cubic kernel, unbiased), FID Heusel et al., arXiv 1706.08500,
-    whose bias grows as pictures get fewer, for the base's own halves alike.
+    The features are those of a CLIP's image tower, of length √width so that their values have a mean square
+    of 1, and not Inception's: figures on other features cannot be compared. KID is Binkowski et al., arXiv
+    1801.01401 (cubic kernel, unbiased), FID Heusel et al., arXiv 1706.08500, whose bias grows as pictures get
+    fewer, for the base's own halves alike.
     """
 
     def __init__(self, name: str, width: int, pictures: int) -> None:

@@ -45,6 +45,7 @@ from recare_patch.measure.suites import (
     check_lengths,
     folder_of,
     list_suites,
+    own_recipe,
     read_prompts,
     resolve_suite,
 )
@@ -153,7 +154,7 @@ def evaluate(
     """
     loaded, crew = patch if isinstance(patch, Patch) else Patch.load(patch), launched()
     weights, metadata = _weights_file(loaded), loaded.metadata
-    recipe = metadata.parsed_recipe if metadata is not None and not metadata.parts else None
+    recipe = own_recipe(loaded)
     retained = None if prompts_file is None else read_prompts(prompts_file)
     if base is None:
         if metadata is None:
@@ -196,10 +197,9 @@ def evaluate(
         check_lengths(base, retained, prompts_file or "")
     scores = score(loaded, base, chosen, options)
     if scores is not None:
-        words = ["--detector", _told_detector(named)] if named is not None else []
-        words += ["--label", label] if label is not None else []
+        words = ["--label", label] if label is not None else []
         words += ["--prompts", "FILE"] if retained is not None else []
-        written = {"attacks": found, "command": _command(chosen, options, base.id, words)}
+        written = {"attacks": found, "command": _command(chosen, options, base.id, named, words)}
         evidence = scores.evidence.model_copy(update=written)
         _write(evidence, weights, loaded, scores.pictures, folder, card)
     if crew is not None:
@@ -301,9 +301,8 @@ def _studios(
 
 
 def _judges(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Judges:
-    made = patch.metadata
-    recorded = made.parsed_recipe.clip if made is not None and not made.parts else None
-    clip = options.clip if options.clip is not None else recorded or default_clip(base.id)
+    recipe = own_recipe(patch)
+    clip = options.clip if options.clip is not None else (recipe and recipe.clip) or default_clip(base.id)
     device = str(base.device) if options.device == "auto" else options.device
     return Judges(suite, clip, device, options.detector)
 
@@ -360,19 +359,18 @@ def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) ->
     }
 
 
-def _told_detector(detector: str) -> str:
-    name, colon, source = detector.partition(":")
-    return f"{name}{colon}{short_name(source) if source else ''}"
-
-
-def _command(suite: Suite, asked: Options, base_id: str, more: Sequence[str]) -> str:
+def _command(suite: Suite, asked: Options, base_id: str, detector: str | None, more: Sequence[str]) -> str:
     """The command line that measures the same; folders are left for the reader to name."""
     words = ["recare-patch", "evaluate", "--patch", "FOLDER"]
     words += ["--base", base_id] if base_id != ATELIER else []
     words += ["--suite", suite.name] if suite.name in list_suites() else []
     for flag, names in (("--metric", asked.metrics or ()), ("--check", asked.checks)):
         words += [word for name in names for word in (flag, name)]
-    return shlex.join([*words, "--pictures", str(asked.pictures), *more])
+    words += ["--pictures", str(asked.pictures)]
+    if detector is not None:
+        name, colon, source = detector.partition(":")
+        words += ["--detector", name + colon + (short_name(source) if source else "")]
+    return shlex.join([*words, *more])
 
 
 def _attack_figures(

@@ -403,11 +403,15 @@ def subject_of(patch: Patch, concept: str | None = None) -> Subject:
             f"patch '{metadata.concept}' does not say what kind of concept '{told.concept}' is: make it "
             "again from patches that do"
         )
-    if metadata.parts:
-        recipe = Recipe(concept=one, base=metadata.base)
-    else:
-        recipe = metadata.parsed_recipe.model_copy(update={"concept": one, "also": (), "subject": None})
-    return Subject(recipe, told.care_words, metadata.method)
+    recipe = own_recipe(patch) or Recipe(concept=one, base=metadata.base)
+    alone = recipe.model_copy(update={"concept": one, "also": (), "subject": None})
+    return Subject(alone, told.care_words, metadata.method)
+
+
+def own_recipe(patch: Patch) -> Recipe | None:
+    """The recipe that one run made a patch by; None for stacks, and where the patch does not say."""
+    metadata = patch.metadata
+    return None if metadata is None or metadata.parts else metadata.parsed_recipe
 
 
 def folder_of(patch: Patch, folder: Path, concept: str) -> Path:
@@ -447,14 +451,15 @@ def resolve_suite(
     elif suite is not None:
         found = load_suite(suite, **({"concept": erased.text, "kind": erased.kind} if erased else {}))
     else:
-        assert subject is not None and erased is not None
-        # The recipe knows a hub id or "atelier" where the base is a folder of any name.
-        bundled = find_suite_for(erased, base_id) or find_suite_for(erased, subject.recipe.base)
-        if bundled is None:
-            from recare_patch.measure.unwritten import default_suite
+        from recare_patch.measure.unwritten import default_suite
 
-            bundled = default_suite(subject.recipe, subject.care_words)
-        found = bundled
+        assert subject is not None and erased is not None
+        found = (
+            find_suite_for(erased, base_id)
+            # The recipe knows a hub id or "atelier" where the base is a folder of any name.
+            or find_suite_for(erased, subject.recipe.base)
+            or default_suite(subject.recipe, subject.care_words)
+        )
     if erased is not None and not same_concept(found.concept, erased):
         told = f"is for '{found.concept}', and the patch erases '{erased.text}'"
         raise EvaluationError(f"the suite '{found.name}' {told}")
