@@ -47,21 +47,19 @@ def default_metrics(retained_pictures: int) -> tuple[str, ...]:
     return tuple(name for name in METRICS if name not in left_out)
 
 
-def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a rate of ``k`` hits of ``n`` (JASA 22, 1927); (0, 1) without trials.
+def wilson_interval(k: int, n: int) -> Interval:
+    """Wilson's 95 % interval of a rate of ``k`` hits of ``n`` (JASA 22, 1927); (0, 1) without trials.
 
     Unlike the normal one it has a width at rates of 0 and 1, where erasure is measured.
     """
     if n < 0 or not 0 <= k <= n:
         raise ValueError(f"k hits of n trials need 0 <= k <= n, got k={k}, n={n}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if n == 0:
         return 0.0, 1.0
     # scipy.stats takes half a second to import, and not every command that reads evidence needs it.
     from scipy.stats import binomtest
 
-    found = binomtest(k, n).proportion_ci(confidence, method="wilson")
+    found = binomtest(k, n).proportion_ci(0.95, method="wilson")
     return float(found.low), float(found.high)
 
 
@@ -221,14 +219,10 @@ def rate_figure(rates: tuple[HitRate, HitRate], **told: Any) -> Figure:
     """A figure of two rates, the base's and the patched model's; ``told`` are its other fields."""
     before, after = rates
     if 1 < len(after.by) <= _MOST_PARTS:
+        parts = [(label, before.by[label][0], *counted) for label, counted in after.by.items()]
         told["by"] = tuple(
-            Part(
-                label=label,
-                base=round(before.by[label][0] / pictures, 6),
-                patched=round(hits / pictures, 6),
-                pictures=pictures,
-            )
-            for label, (hits, pictures) in after.by.items()
+            Part(label=label, base=round(old / count, 6), patched=round(new / count, 6), pictures=count)
+            for label, old, new, count in parts
         )
     values = _compared(*((one.value, one.interval) for one in rates))
     return Figure(**told, **values, pictures=after.pictures, unit=RATE)
@@ -241,10 +235,8 @@ def _compared(*found: tuple[float, Interval | None] | None) -> dict[str, Any]:
         if one is not None:
             value, interval = one
             told[name] = round(value, 6)
-            told["interval" if name == "patched" else "base_interval"] = interval and (
-                round(interval[0], 6),
-                round(interval[1], 6),
-            )
+            rounded = None if interval is None else tuple(round(bound, 6) for bound in interval)
+            told["interval" if name == "patched" else "base_interval"] = rounded
     return told
 
 
