@@ -79,16 +79,17 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
+    """The pictures that one call asks of a studio."""
+
     prompts: Sequence[str]
-    seeds: Sequence[int]
-    batches: Sequence[range]
-    patches: Sequence[tuple[Patch, float]]
-    steps: int
-    guidance_scale: float
-    scheduler: str | None
-    stage: str
-    vectors: Tensor | None
+    seeds: Sequence[int]  # one a picture, of its starting noise
+    patches: Sequence[tuple[Patch, float]] = ()  # what is put into the base, each at its scale
+    steps: int = 20
+    guidance_scale: float = 5.0  # at 1 or less there is no guidance
+    scheduler: str | None = None  # a name of SCHEDULERS; None: the base's own
+    stage: str = "pictures"  # how progress and the base's counter call it
+    vectors: Tensor | None = None  # [vectors, token_width], for prompts that hold PLACEHOLDER
 
 
 def launched() -> Any | None:
@@ -150,56 +151,41 @@ class Studio:
         }
         self._hashes: dict[int, tuple[Patch, str]] = {}
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
+    def draw(self, *asked: Any, **options: Any) -> list[Image.Image]:
         """All pictures of :meth:`stream`, in their order."""
-        return [image for _, image in self.stream(prompts, seeds, **options)]
+        return [image for _, image in self.stream(*asked, **options)]
 
-    def fill(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> None:
+    def fill(self, *asked: Any, **options: Any) -> None:
         """Draw what the cache lacks of :meth:`stream`, and hand nothing out."""
         if self.cache is None:
             raise EvaluationError("there is no cache to draw into")
         # Asking for the first picture is what draws them all.
-        next(self.stream(prompts, seeds, **options), None)
+        next(self.stream(*asked, **options), None)
 
     def stream(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        patches: Sequence[tuple[Patch, float]] = (),
-        steps: int = 20,
-        guidance_scale: float = 5.0,
-        scheduler: str | None = None,
-        stage: str = "pictures",
-        vectors: Tensor | None = None,
+        self, prompts: Sequence[str], seeds: Sequence[int], **options: Any
     ) -> Iterator[tuple[int, Image.Image]]:
-        """Numbers and pictures of prompts one by one, so that memory does not grow with their number.
+        """Numbers and pictures of a :class:`Request` one by one, so that memory does not grow with them.
 
         With a cache, everything missing is drawn before the first picture comes. A batch of which any
         picture is missing is drawn as a whole, so that no picture depends on what else was there.
-
-        Args:
-            prompts, seeds: one each a picture; the seed is of its starting noise.
-            patches: what is put into the base, each at its scale.
-            steps, guidance_scale: of the sampler; at a scale of 1 or less there is no guidance.
-            scheduler: a name of :data:`SCHEDULERS`; None: the base's own.
-            stage: how progress and the base's counter call it.
-            vectors: token vectors ``[vectors, token_width]`` for prompts that hold :data:`PLACEHOLDER`.
 
         Raises:
             RecarePatchError: as soon as it is called, for prompts without seeds, an unknown scheduler or a
                 LoRA that is switched on in the base; later for a patch that does not fit it.
         """
+        request = Request(prompts, seeds, **options)
         if (count := len(prompts)) != len(seeds):
             told = f"{count} prompts were given with {len(seeds)} seeds: one seed a picture is needed"
             raise EvaluationError(told)
-        if scheduler is not None:
-            SCHEDULERS.get(scheduler)
+        if request.scheduler is not None:
+            SCHEDULERS.get(request.scheduler)
         self._check_plain()
-        starts = range(0, count, self.batch_size)
-        batches = [range(start, min(start + self.batch_size, count)) for start in starts]
-        request = _Request(prompts, seeds, batches, patches, steps, guidance_scale, scheduler, stage, vectors)
         return self._drawn(request) if self.cache is None else self._through(self.cache, request)
+
+    def _batches(self, request: Request) -> list[range]:
+        count, size = len(request.prompts), self.batch_size
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def key(self, patches: Sequence[tuple[Patch, float]], fields: Mapping[str, Any]) -> str:
         """The key of something made with the base under patches; ``fields`` are all else that decides it."""
@@ -212,7 +198,7 @@ class Studio:
         hashed = [[self._hashes[id(patch)][1], float(scale)] for patch, scale in patches]
         return self.cache.key({**self._model, "patches": hashed, **fields})
 
-    def _keys(self, request: _Request) -> list[str]:
+    def _keys(self, request: Request) -> list[str]:
         own = self.base.pipeline.scheduler
         config = {key: value for key, value in dict(own.config).items() if not key.startswith("_")}
         fields: dict[str, Any] = {
@@ -235,16 +221,16 @@ class Studio:
                     "out, and name it with the patches to draw under"
                 )
 
-    def _drawn(self, request: _Request) -> Iterator[tuple[int, Image.Image]]:
-        for rows in request.batches:
+    def _drawn(self, request: Request) -> Iterator[tuple[int, Image.Image]]:
+        for rows in self._batches(request):
             # The base is plain again before a picture is handed out: the caller may draw others between.
             with self._set_up(request):
                 images = self._generate(request, rows)
             self._progress.update(request.stage, rows.stop, len(request.prompts))
             yield from zip(rows, images, strict=True)
 
-    def _through(self, cache: PictureCache, request: _Request) -> Iterator[tuple[int, Image.Image]]:
-        keys = self._keys(request)
+    def _through(self, cache: PictureCache, request: Request) -> Iterator[tuple[int, Image.Image]]:
+        keys, batches = self._keys(request), self._batches(request)
 
         def draw(rows: range) -> dict[int, Image.Image]:
             images = dict(zip(rows, self._generate(request, rows), strict=True))
@@ -254,9 +240,7 @@ class Studio:
 
         # All look before any draws, and none draws the next request while others read this one.
         self._wait()
-        missing = [
-            rows for rows in request.batches if not all(cache.path(keys[row]).is_file() for row in rows)
-        ]
+        missing = [rows for rows in batches if not all(cache.path(keys[row]).is_file() for row in rows)]
         self._wait()
         done = len(keys) - sum(map(len, missing))
         self.from_cache += done
@@ -275,7 +259,7 @@ class Studio:
             if image is None:
                 # A file that was there and cannot be read, or was taken away in the meantime.
                 with self._set_up(request):
-                    mended = draw(request.batches[row // self.batch_size])
+                    mended = draw(batches[row // self.batch_size])
                 image = mended.pop(row)
             yield row, image
 
@@ -284,13 +268,13 @@ class Studio:
             self._launched.wait_for_everyone()
 
     @contextlib.contextmanager
-    def _set_up(self, request: _Request) -> Iterator[None]:
+    def _set_up(self, request: Request) -> Iterator[None]:
         with scheduled(self.base.pipeline, request.scheduler), contextlib.ExitStack() as stack:
             for patch, scale in request.patches:
                 stack.enter_context(patch.apply(self.base.pipeline, scale=scale))
             yield
 
-    def _generate(self, request: _Request, rows: range) -> list[Image.Image]:
+    def _generate(self, request: Request, rows: range) -> list[Image.Image]:
         prompts = [request.prompts[row] for row in rows]
         words: dict[str, Any] = {"prompts": prompts}
         if request.vectors is not None:
