@@ -216,7 +216,7 @@ def _weights_file(patch: Patch) -> Path:
     return file
 
 
-Shown = dict[str, list[Comparison]]
+Comparisons = dict[str, list[Comparison]]
 """Pictures for the report, by their caption."""
 
 
@@ -225,7 +225,7 @@ class Scores:
     """What an evaluation found, not written down yet."""
 
     evidence: Evidence
-    pictures: Shown
+    pictures: Comparisons
 
 
 def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scores | None:
@@ -255,7 +255,7 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
         return None
     drawer, studio = studios
     figures: list[Figure] = []
-    pictures: Shown = {}
+    pictures: Comparisons = {}
     for job in jobs:
         before, after = (studio.stream(**drawing) for drawing in _drawings(job, patch, suite))
         for chunk in chunks((row, old, new) for (row, old), (_, new) in zip(before, after, strict=True)):
@@ -402,7 +402,7 @@ def _attack_figures(
 
 
 def _write(
-    evidence: Evidence, weights: Path, patch: Patch, pictures: Shown, folder: Path, card: bool
+    evidence: Evidence, weights: Path, patch: Patch, pictures: Comparisons, folder: Path, card: bool
 ) -> None:
     """Evidence and report into the folder, and the figures into the patch's card."""
     training = None

@@ -36,7 +36,7 @@ from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.meters import default_metrics
 from recare_patch.measure.names import METRICS
 from recare_patch.measure.run import Options, evaluate, measure_again, score
-from recare_patch.measure.suites import Suite, read_prompts, resolve_suite
+from recare_patch.measure.suites import Suite, read_prompts
 from recare_patch.measure.verify import verify
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch
@@ -83,23 +83,18 @@ def run(patch: Path, base: BaseModel, **changes: Any) -> Evidence:
     return evaluate(patch, base=base, **{**options, **changes})
 
 
-class Killed(BaseException):
-    """A run that ends in the middle."""
-
-
-class Killer:
-    """Stops a run at a stage's first report."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+class Killer(BaseException):
+    """Ends a run at a stage's first report."""
 
     def update(self, stage: str, done: int, total: int, note: str = "") -> None:
         assert 0 <= done <= total
-        if stage == self.stage:
-            raise Killed
+        if stage == self.args[0]:
+            raise self
 
 
-def test_an_evaluation_leaves_evidence_and_a_report(patch: Path, base: BaseModel) -> None:
+def test_an_evaluation_leaves_evidence_and_a_report(
+    patch: Path, base: BaseModel, home: Path, tmp_path: Path
+) -> None:
     evidence = run(patch, base)
     assert sorted(file.name for file in patch.iterdir()) == ["evidence.json", WEIGHTS_NAME, "report.html"]
     assert Evidence.load(patch) == evidence
@@ -113,13 +108,9 @@ def test_an_evaluation_leaves_evidence_and_a_report(patch: Path, base: BaseModel
     text = (patch / "evidence.json").read_text()
     assert str(patch.parent) not in text and "/tmp" not in text
     assert "data:image" in (patch / "report.html").read_text()
-
-
-def test_a_second_run_draws_nothing_and_finds_the_same(
-    patch: Path, base: BaseModel, home: Path, tmp_path: Path
-) -> None:
-    first, second = run(patch, base), run(patch, base)
-    assert second.figures == first.figures
+    # A second run draws nothing and finds the same.
+    second = run(patch, base)
+    assert second.figures == evidence.figures
     assert (second.cost["pictures_drawn"], second.cost["pictures_from_cache"]) == (0, 48)
     more = run(patch, base, pictures=5)
     assert more.cost["pictures_drawn"] <= 2 * 6 * 5 and more.cost["pictures_from_cache"] == 0
@@ -127,7 +118,7 @@ def test_a_second_run_draws_nothing_and_finds_the_same(
     # Without a cache nothing is kept, and the figures are the same.
     shutil.rmtree(home)
     without = run(patch, base, cache=False, out=tmp_path / "elsewhere")
-    assert without.figures == first.figures and not home.exists()
+    assert without.figures == evidence.figures and not home.exists()
     assert {file.name for file in (tmp_path / "elsewhere").iterdir()} == {"evidence.json", "report.html"}
 
 
@@ -142,7 +133,7 @@ def test_a_broken_run_goes_on_where_it_stopped(
         with pytest.raises(ZeroDivisionError):
             run(patch, base, cache=two, batch_size=2)
     assert len(pictures_in(two)) == 8
-    with pytest.raises(Killed):
+    with pytest.raises(Killer):
         run(patch, base, cache=two, batch_size=2, progress=Killer("patched, CARE stars"))
     kept = pictures_in(two)
     assert 4 * 6 < len(kept) < 4 * 9
@@ -177,15 +168,19 @@ def test_the_card_tells_the_figures_and_verification_bears_them_out(
         measure_again(evidence, other, base)
 
 
-def test_a_patch_folder_alone_is_enough(
-    patch: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_patch_folder_alone_is_enough(patch: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The recipe names the base's folder; the concept's own suite is for Stable Diffusion.
     monkeypatch.chdir(tiny_sd.parent)
     evidence = evaluate(str(patch), metrics=["neighbours", "clip-score"], pictures=2, device="cpu")
     assert evidence.suite["name"] == "van-gogh-sd"
     assert evidence.options["metrics"] == ["neighbours", "clip-score"]
     assert "--suite van-gogh-sd --metric neighbours" in evidence.command
+    # A bench is a suite too.
+    evidence = evaluate(
+        patch, suite="conceptbench-style-sd", metrics=["concept-rate"], pictures=1, device="cpu"
+    )
+    assert [one.name for one in evidence.figures] == ["concept, plain prompts"]
+    assert evidence.concept == "Van Gogh" and len(evidence.suite["neighbours"]) == 6
 
 
 def test_every_metric_can_be_asked_for(patch: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,13 +194,6 @@ def test_every_metric_can_be_asked_for(patch: Path, base: BaseModel, monkeypatch
     again = run(patch, base, metrics=METRICS)
     assert again.figures == evidence.figures
     assert again.cost["pictures_drawn"] == 0 and again.cost["denoiser_evaluations"] == 0
-
-
-def test_a_bench_is_a_suite_too(patch: Path, base: BaseModel) -> None:
-    suite = resolve_suite(Patch.load(patch), "conceptbench-style-sd", base.id)
-    assert suite.concept == "Van Gogh" and len(suite.neighbours) == 6
-    evidence = run(patch, base, suite="conceptbench-style-sd", metrics=["concept-rate"], pictures=1)
-    assert [one.name for one in evidence.figures] == ["concept, plain prompts"]
 
 
 def test_a_prompt_file_is_drawn_once_each(patch: Path, base: BaseModel, tmp_path: Path) -> None:

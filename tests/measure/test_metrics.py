@@ -28,7 +28,7 @@ from recare_patch.measure.meters import (
 from recare_patch.measure.suites import Suite
 from tests.measure.making import SUITE, noise
 
-CARE_LABELS = SUITE["labels"]
+LABELS = SUITE["labels"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -132,14 +132,6 @@ def test_perceptual_change_is_its_formula() -> None:
         perceptual_change(before, after[:1])
 
 
-def test_layers_are_those_of_the_vision_tower(clip: Clip) -> None:
-    images = noise(3)
-    features, layers = clip.image_layers(images)
-    assert torch.allclose(features, clip.image_features(images), atol=1e-6)
-    # 32 pixels in patches of 8, without the class token; two layers 32 wide.
-    assert [tuple(layer.shape) for layer in layers] == [(3, 16, 32)] * 2
-
-
 @pytest.mark.parametrize("name", ["KID", "FID"])
 def test_a_distance_grows_with_the_difference(name: str) -> None:
     before, other = units(200, 16, 1), units(200, 16, 2)
@@ -201,11 +193,11 @@ def test_a_distance_needs_pictures_and_its_package(monkeypatch: pytest.MonkeyPat
 
 def test_the_care_meter_gives_the_care_score(clip: Clip) -> None:
     before, after = noise(10, 1), noise(10, 2)
-    meter = Care(Suite(**SUITE).care_drawing(0, 10), "stars", CARE_LABELS, clip)
+    meter = Care(Suite(**SUITE).care_drawing(0, 10), "stars", LABELS, clip)
     for rows in (range(0, 4), range(4, 10)):
         meter.take(rows, ([before[row] for row in rows], [after[row] for row in rows]))
     (figure,) = meter.figures()
-    most_like = MostLike(clip, "stars", CARE_LABELS)
+    most_like = MostLike(clip, "stars", LABELS)
     assert (figure.base, figure.patched) == (np.mean(most_like(before)), np.mean(most_like(after)))
     assert (figure.name, figure.group, figure.pictures) == ("CARE score, stars", "care", 10)
     assert sum(part.pictures for part in figure.by) == 10
@@ -230,23 +222,22 @@ def test_a_detector_is_asked_for_each_label() -> None:
     dark, bright = Image.new("RGB", (2, 2), "black"), Image.new("RGB", (2, 2), "white")
     meter.take([0, 1, 2, 3], ([dark, bright, dark, dark], [bright] * 4))
     (figure,) = meter.figures()
-    assert [(part.label, part.base, part.patched) for part in figure.by] == [
-        ("monet", 1.0, 0.0),
-        ("picasso", 0.5, 1.0),
-    ]
+    parts = [(part.label, part.base, part.patched) for part in figure.by]
+    assert parts == [("monet", 1.0, 0.0), ("picasso", 0.5, 1.0)]
     assert (figure.base, figure.patched) == (0.75, 0.5)
     assert figure.base_interval == pytest.approx(wilson_interval(3, 4), abs=1e-6)
-
-
-def test_prompts_that_the_base_does_not_follow_say_little() -> None:
+    # Prompts that the base does not follow say little.
     meter = Shown(Suite(**SUITE).drawing("implicit", 2), Bright(), "c", "erased", "concept rate", "lower")
-    meter.take([0, 1], ([Image.new("RGB", (2, 2))] * 2, [Image.new("RGB", (2, 2))] * 2))
+    meter.take([0, 1], ([dark] * 2, [dark] * 2))
     assert "say little" in meter.figures()[0].note
 
 
 def test_retained_pictures_give_four_figures(clip: Clip) -> None:
-    drawing = Suite(**SUITE).drawing("retained", 8)
-    before = noise(8, 1)
+    drawing, before = Suite(**SUITE).drawing("retained", 8), noise(8, 1)
+    features, layers = clip.image_layers(before)
+    assert torch.allclose(features, clip.image_features(before), atol=1e-6)
+    # 32 pixels in patches of 8, without the class token; two layers 32 wide.
+    assert [tuple(layer.shape) for layer in layers] == [(8, 16, 32)] * 2
     meter = Kept(drawing, clip, ("clip-score", "kid", "fid", "perceptual-change", "care-score"))
     meter.take(list(range(8)), (before, before))
     figures = {figure.metric: figure for figure in meter.figures()}
@@ -255,7 +246,7 @@ def test_retained_pictures_give_four_figures(clip: Clip) -> None:
     assert figures["perceptual change"].patched == 0 and figures["perceptual change"].base is None
     cosines = [
         max(0.0, float(image @ text))
-        for image, text in zip(clip.image_features(before), clip.text_features(drawing.prompts), strict=True)
+        for image, text in zip(features, clip.text_features(drawing.prompts), strict=True)
     ]
     assert figures["CLIP score"].base == figures["CLIP score"].patched
     assert figures["CLIP score"].base == pytest.approx(np.mean(cosines), abs=1e-5)
