@@ -261,8 +261,7 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
         for chunk in chunks((row, old, new) for (row, old), (_, new) in zip(before, after, strict=True)):
             job.take(*chunk)
         figures += [figure for meter in job.meters for figure in meter.figures()]
-        if some := job.comparisons():
-            pictures.setdefault(job.caption, []).extend(some)
+        pictures.setdefault(job.caption, []).extend(job.comparisons())
     if inverted:
         count, progress = options.pictures, options.progress
         figures += memorization_figures(studio, patch, suite, judges.detector, count, progress)
