@@ -59,7 +59,7 @@ def test_the_public_names_are_listed_and_others_refused() -> None:
         <= set(recare_patch.__all__)
         <= set(dir(recare_patch))
     )
-    with pytest.raises(AttributeError, match="attribute.*eraze"):
+    with pytest.raises(AttributeError, match=r"attribute.*eraze"):
         recare_patch.eraze  # noqa: B018
 
 

@@ -47,11 +47,7 @@ class Detector(Protocol):
         ...
 
     def rate(self, images: Sequence[Image], label: str) -> list[bool]:
-        """Whether each picture shows the label.
-
-        Raises:
-            UnknownNameError: the label is none of :meth:`labels`.
-        """
+        """Whether each picture shows the label; one that it does not know is an UnknownNameError."""
         ...
 
 
@@ -78,11 +74,7 @@ def can_tell(detector: Detector, label: str) -> bool:
 
 
 def check_label(detector: Detector, label: str) -> str:
-    """The label as the detector writes it.
-
-    Raises:
-        UnknownNameError: it knows no such label.
-    """
+    """The label as the detector writes it; one that it does not know is an UnknownNameError."""
     if not can_tell(detector, label):
         raise unknown_name(f"label of the detector {detector.name}", label, detector.labels())
     label = label.strip()
@@ -123,7 +115,7 @@ class MostLike:
     """
 
     def __init__(self, clip: Clip, word: str, rivals: Sequence[str] | None = None) -> None:
-        """Read the texts once; without ``rivals`` the word competes with :data:`DISTRACTORS`."""
+        """Without ``rivals`` the word competes with :data:`DISTRACTORS`."""
         rivals = DISTRACTORS if rivals is None else rivals
         others = [one for one in rivals if one.strip().casefold() != word.strip().casefold()]
         self._clip, self._texts = clip, clip.text_features([word.strip(), *others])
@@ -132,9 +124,8 @@ class MostLike:
         """Whether each picture is most like the word."""
         features = self._clip.image_features(images)
         own = features @ self._texts[0]
-        if len(self._texts) == 1:
-            return [True] * len(own)
-        hits: list[bool] = (own >= (features @ self._texts[1:].T).amax(1)).tolist()
+        rivals = features @ self._texts[1:].T
+        hits: list[bool] = (own[:, None] >= rivals).all(1).tolist()
         return hits
 
 
@@ -150,12 +141,9 @@ class ZeroShotClip:
     def __init__(
         self, *, clip: Clip | str | None = None, labels: Sequence[str] | None = None, device: str = "cpu"
     ) -> None:
-        """The paper's CLIP, from the hub, or another one.
+        """``clip`` is loaded, or where to find it; None: the paper's CLIP, from the hub, on ``device``.
 
-        Args:
-            clip: loaded, or where to find it.
-            labels: all that a picture may show; None: any word that is asked for, or :data:`DISTRACTORS`.
-            device: of a CLIP that is loaded here.
+        ``labels`` are all that a picture may show; None: any word that is asked for, or :data:`DISTRACTORS`.
         """
         self._labels = tuple(dict.fromkeys(one.strip() for one in labels or ()))
         if labels is not None and (len(self._labels) < 2 or "" in self._labels):
@@ -185,7 +173,7 @@ class ImageClassifier:
     def __init__(
         self, *, source: str | Path | None = None, top_k: int = 1, device: str = "cpu", batch_size: int = 32
     ) -> None:
-        """Load it from its folder or hub id; only safetensors are read, and no code that comes with it."""
+        """Only safetensors are read, from a folder or hub id, and no code that comes with them."""
         if source is None or not str(source).strip():
             raise EvaluationError(
                 "the detector image-classifier needs a source: the folder or hub id of a transformers "
@@ -289,7 +277,7 @@ class Judges:
 
     @cached_property
     def clip(self) -> Clip:
-        """CLIP, loaded at its first use."""
+        """Of the CARE score, prompt agreement and distances."""
         source = self.clip_source
         return source if isinstance(source, Clip) else Clip.load(source, device=self.device)
 

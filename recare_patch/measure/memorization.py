@@ -24,6 +24,7 @@ from recare_patch.core import EvaluationError, write_tensors
 from recare_patch.erasure import Loop, invert
 from recare_patch.measure.evidence import Figure
 from recare_patch.measure.meters import HitRate, rate_figure
+from recare_patch.measure.suites import Suite, own_recipe
 from recare_patch.models import PLACEHOLDER
 from recare_patch.recipe import Concept
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from recare_patch.core import Progress
     from recare_patch.measure.judges import Detector
     from recare_patch.measure.pictures import Studio
-    from recare_patch.measure.suites import Suite
     from recare_patch.models import BaseModel
     from recare_patch.patch import Patch
 
@@ -53,12 +53,9 @@ class Recovery:
 
 
 def text_feature(base: BaseModel, text: str, vectors: Tensor | None = None) -> Tensor:
-    """The pooled feature of a text: the text encoder's last hidden state at end-of-text, unit length.
+    """The text encoder's last hidden state at end-of-text: ``[width]``, unit length, fp32, on the CPU.
 
     The text holds :data:`PLACEHOLDER` where vectors ``[vectors, token_width]`` are given.
-
-    Returns:
-        ``[width]``, fp32, on the CPU.
     """
     with torch.no_grad():
         if vectors is None:
@@ -91,11 +88,8 @@ def recover(
 ) -> Tensor:
     """The token that the model under patches gives back for the pictures of a suite's concept.
 
-    With a cache, a token that was recovered before is read from it. Without patches it is recovered from
-    the base itself, which has drawn the pictures.
-
-    Returns:
-        ``[vectors, token_width]``, fp32, on the CPU.
+    It is ``[vectors, token_width]``, fp32, on the CPU, and is read from the cache where it was recovered
+    before. Without patches it is recovered from the base itself, which has drawn the pictures.
     """
     base, cache, first = studio.base, studio.cache, suite.block("memorization")
     concept = Concept(text=suite.concept, kind=suite.kind)
@@ -138,50 +132,37 @@ def recover(
 def memorization_figures(
     studio: Studio, patch: Patch, suite: Suite, detector: Detector, pictures: int, progress: Progress | None
 ) -> list[Figure]:
-    """The score and the rate of the recovered pictures, for the base and for the patched model.
+    """The score, and the rate of so many pictures of the recovered token, for the base and the patched model.
 
-    The inversion has the learning rate, batch and first word of the patch's own search. The detector judges
-    so many pictures of the recovered token by the suite's label.
+    The inversion has the learning rate, batch and first word of the patch's own search.
     """
     concept = Concept(text=suite.concept, kind=suite.kind)
     options = Recovery(init_word=concept.class_word)
-    if patch.metadata is not None and not patch.metadata.parts:
-        search = patch.metadata.parsed_recipe.search
-        options = Recovery(
-            init_word=search.init_word or concept.class_word,
-            learning_rate=search.learning_rate,
-            batch_size=search.batch_size,
-        )
+    if recipe := own_recipe(patch):
+        search = {name: getattr(recipe.search, name) for name in ("learning_rate", "batch_size")}
+        options = Recovery(init_word=recipe.search.init_word or concept.class_word, **search)
     first = suite.block("memorization") + options.images
-    prompts = [concept.target_prompt_for(PLACEHOLDER)] * pictures
+    prompts, seeds = [concept.target_prompt_for(PLACEHOLDER)] * pictures, range(first, first + pictures)
     scores: list[float] = []
     rates = (HitRate(), HitRate())
     for rate, stage, patches in zip(rates, ("base", "patched"), ([], [(patch, 1.0)]), strict=True):
         vectors = recover(studio, suite, patches, options, progress=progress, stage=f"{stage}, memorization")
-        scores.append(memorization_score(studio.base, concept, vectors))
-        drawing = {"patches": patches, "vectors": vectors, "stage": f"{stage}, recovered", **suite.sampler}
-        for _, image in studio.stream(prompts, range(first, first + pictures), **drawing):
+        scores.append(round(memorization_score(studio.base, concept, vectors), 6))
+        how = {"patches": patches, "vectors": vectors, "stage": f"{stage}, recovered", **suite.sampler}
+        for _, image in studio.stream(prompts, seeds, **how):
             rate.add(detector.rate([image], suite.label)[0])
-    return [
-        Figure(
-            name=MEMORIZATION[0],
-            group="memorization",
-            metric="memorization score",
-            base=round(scores[0], 6),
-            patched=round(scores[1], 6),
-            pictures=options.images,
-            better="lower",
-            note=f"Cosine of the text features of the concept's name and of the token that textual inversion "
-            f"recovers from {options.images} pictures in {options.steps} steps of {options.batch_size}. The "
-            "definition is this project's own.",
-        ),
-        rate_figure(
-            rates,
-            name=MEMORIZATION[1],
-            group="memorization",
-            metric="concept rate",
-            detector=detector.name,
-            better="lower",
-            note="Pictures of the recovered token.",
-        ),
-    ]
+    score = Figure(
+        name=MEMORIZATION[0],
+        group="memorization",
+        metric="memorization score",
+        base=scores[0],
+        patched=scores[1],
+        pictures=options.images,
+        better="lower",
+        note=f"Cosine of the text features of the concept's name and of the token that textual inversion "
+        f"recovers from {options.images} pictures in {options.steps} steps of {options.batch_size}. The "
+        "definition is this project's own.",
+    )
+    told = {"name": MEMORIZATION[1], "group": "memorization", "metric": "concept rate", "better": "lower"}
+    note = "Pictures of the recovered token."
+    return [score, rate_figure(rates, **told, detector=detector.name, note=note)]

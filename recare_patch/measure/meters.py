@@ -42,44 +42,33 @@ Pair = tuple[list[Image.Image], list[Image.Image]]
 
 
 def default_metrics(retained_pictures: int) -> tuple[str, ...]:
-    """What is measured where nothing is named: all but the memorization score, which has to train.
-
-    KID is the distance of small sets, FID of those from :data:`KID_LIMIT` pictures on.
-    """
+    """What is measured where nothing is named: all but memorization, which has to train, and one distance."""
     left_out = {"memorization", "fid" if retained_pictures < KID_LIMIT else "kid"}
     return tuple(name for name in METRICS if name not in left_out)
 
 
-def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a rate of ``k`` hits of ``n`` (JASA 22, 1927); (0, 1) without trials.
+def wilson_interval(k: int, n: int) -> Interval:
+    """Wilson's 95 % interval of a rate of ``k`` hits of ``n`` (JASA 22, 1927); (0, 1) without trials.
 
-    Unlike the normal interval it stays within 0 and 1 and has a width at rates of 0 and 1, where
-    erasure is measured.
+    Unlike the normal one it has a width at rates of 0 and 1, where erasure is measured.
     """
     if n < 0 or not 0 <= k <= n:
         raise ValueError(f"k hits of n trials need 0 <= k <= n, got k={k}, n={n}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if n == 0:
         return 0.0, 1.0
     # scipy.stats takes half a second to import, and not every command that reads evidence needs it.
     from scipy.stats import binomtest
 
-    found = binomtest(k, n).proportion_ci(confidence, method="wilson")
+    found = binomtest(k, n).proportion_ci(0.95, method="wilson")
     return float(found.low), float(found.high)
 
 
 class HitRate:
-    """A share of pictures, counted as they come, with its 95 % Wilson interval.
-
-    Attributes:
-        hits, pictures: so far.
-        by: part → (hits, pictures), in the order in which parts came.
-    """
+    """A share of pictures, counted as they come, with its 95 % Wilson interval."""
 
     def __init__(self) -> None:
         self.hits = self.pictures = 0
-        self.by: dict[str, tuple[int, int]] = {}
+        self.by: dict[str, tuple[int, int]] = {}  # part → (hits, pictures), in the order in which parts came
 
     def add(self, hit: bool, part: str = "") -> None:
         """Count one picture."""
@@ -102,10 +91,9 @@ class HitRate:
 
 
 class Mean:
-    """Mean and 95 % interval of values that come one after the other.
+    """Mean and normal 95 % interval of values that come one after the other.
 
-    The variance is summed as Welford's recurrence has it (Technometrics 4, 1962), which loses no
-    digits however many values there are. The interval is the normal one, mean ± 1.96 s/√n.
+    The variance is summed as Welford's recurrence has it (Technometrics 4, 1962): it loses no digits.
     """
 
     def __init__(self) -> None:
@@ -129,17 +117,14 @@ class Mean:
 
 
 def perceptual_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """How much pictures changed, in the layers of CLIP's vision tower; not LPIPS itself.
+    """How much pictures changed, in the layers of CLIP's vision tower: 0 (not at all) to 4, ``[pictures]``.
 
-    The formula is that of Zhang et al. (arXiv 1801.03924, equation 1) with all weights 1: hidden
-    states of unit length, squared difference, mean over positions, mean over layers. Their networks
-    and their learnt weights are others, so the numbers cannot be compared with LPIPS.
+    The formula is that of Zhang et al. (arXiv 1801.03924, equation 1) with all weights 1: hidden states of
+    unit length, squared difference, mean over positions, mean over layers. Their networks and their learnt
+    weights are others, so the numbers cannot be compared with LPIPS.
 
     Args:
         before, after: for each layer ``[pictures, positions, hidden]``, row by row the same seed.
-
-    Returns:
-        ``[pictures]``, 0 (nothing changed) to 4.
     """
     if len(before) != len(after) or not before:
         raise EvaluationError(f"{len(before)} layers cannot be compared with {len(after)}")
@@ -150,35 +135,29 @@ def perceptual_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tens
     return torch.stack(changes).mean(0)
 
 
-class _AsTheyAre(nn.Module):
+class _AsTheyAre(nn.Identity):
     """Hands on features that were computed before: torchmetrics wants a network in this place."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.num_features = width
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
 
 class FeatureDistance:
     """KID or FID of the patched model's pictures to the base's own, by torchmetrics.
 
-    Pictures of equal seeds resemble each other, which would draw any distance below its true value.
-    So the pictures fall into two halves by lot, and one model's half is compared with the other
-    model's other half, both ways. The base's own two halves give what chance alone makes of it.
+    Pictures of equal seeds resemble each other, which would draw any distance below its true value. So they
+    fall into two halves by lot, and one model's half is compared with the other's other half, both ways.
+    The base's own two halves give what chance alone makes of it.
 
-    The features are those of a CLIP's image tower, of length √width so that their values have a
-    mean square of 1, and not Inception's: figures on other features cannot be compared. KID is
-    Binkowski et al., arXiv 1801.01401 (cubic kernel, unbiased), FID Heusel et al., arXiv 1706.08500,
-    whose bias grows as pictures get fewer, for the base's own halves alike.
+    The features are those of a CLIP's image tower, of length √width so that their values have a mean square
+    of 1, and not Inception's: figures on other features cannot be compared. KID is Binkowski et al., arXiv
+    1801.01401 (cubic kernel, unbiased), FID Heusel et al., arXiv 1706.08500, whose bias grows as pictures get
+    fewer, for the base's own halves alike.
     """
 
     def __init__(self, name: str, width: int, pictures: int) -> None:
-        """A distance called "KID" or "FID" of features of such a width.
-
-        So many pictures will come of each model, :data:`LEAST_PICTURES` or more.
-        """
+        """Either "KID" or "FID", of features of such a width; so many pictures will come of each model."""
         if pictures < LEAST_PICTURES:
             raise EvaluationError(f"{name} needs at least {LEAST_PICTURES} pictures, got {pictures}")
         try:
@@ -215,22 +194,21 @@ class FeatureDistance:
                     metric.update(features, real=is_real)
 
     def result(self) -> tuple[tuple[float, Interval | None], tuple[float, Interval | None]]:
-        """The base's distance to itself and the patched model's to the base.
+        """The base's distance to itself and the patched model's to the base, each with its 95 % spread.
 
-        Each with its 95 % spread over KID's subsets; None for FID.
+        The spread is that over KID's subsets; None for FID.
         """
-        if self.name == "FID":
-            one, other, own = (float(metric.compute()) for metric in self._metrics)
-            return (own, None), ((one + other) / 2, None)
         found = []
         for metric in self._metrics:
             # Its subsets come from the global generator, which is left as it was.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                mean, std = map(float, metric.compute())
-            found.append((mean, std))
+                computed = metric.compute()
+            found.append((float(computed), 0.0) if self.name == "FID" else tuple(map(float, computed)))
         (one, one_std), (other, other_std), (own, own_std) = found
         value, half, own_half = (one + other) / 2, _Z95 * (one_std + other_std) / 2, _Z95 * own_std
+        if self.name == "FID":
+            return (own, None), (value, None)
         return (own, (own - own_half, own + own_half)), (value, (value - half, value + half))
 
 
@@ -238,102 +216,79 @@ def rate_figure(rates: tuple[HitRate, HitRate], **told: Any) -> Figure:
     """A figure of two rates, the base's and the patched model's; ``told`` are its other fields."""
     before, after = rates
     if 1 < len(after.by) <= _MOST_PARTS:
+        parts = [(label, before.by[label][0], *counted) for label, counted in after.by.items()]
         told["by"] = tuple(
-            Part(
-                label=label,
-                base=round(before.by[label][0] / pictures, 6),
-                patched=round(hits / pictures, 6),
-                pictures=pictures,
-            )
-            for label, (hits, pictures) in after.by.items()
+            Part(label=label, base=round(old / count, 6), patched=round(new / count, 6), pictures=count)
+            for label, old, new, count in parts
         )
-    return Figure(**told, **_compared(before, after), pictures=after.pictures, unit=RATE)
+    values = _compared(*((one.value, one.interval) for one in rates))
+    return Figure(**told, **values, pictures=after.pictures, unit=RATE)
 
 
-def _compared(before: HitRate | Mean | None, after: HitRate | Mean) -> dict[str, Any]:
-    """The fields of a figure that hold its values, rounded."""
-    found: dict[str, Any] = {"patched": round(after.value, 6), "interval": _rounded(after.interval)}
-    if before is not None:
-        found |= {"base": round(before.value, 6), "base_interval": _rounded(before.interval)}
-    return found
+def _compared(*found: tuple[float, Interval | None] | None) -> dict[str, Any]:
+    """The fields of a figure that hold its values, the base's and the patched model's, rounded."""
+    told: dict[str, Any] = {}
+    for name, one in zip(("base", "patched"), found, strict=True):
+        if one is not None:
+            value, interval = one
+            told[name] = round(value, 6)
+            rounded = None if interval is None else tuple(round(bound, 6) for bound in interval)
+            told["interval" if name == "patched" else "base_interval"] = rounded
+    return told
 
 
-def _rounded(interval: Interval | None) -> Interval | None:
-    return None if interval is None else (round(interval[0], 6), round(interval[1], 6))
-
-
-class Meter:
-    """Takes pictures as they come and ends as figures, whose ``names`` are known beforehand."""
-
-    names: tuple[str, ...] = ()
-
-    def take(self, rows: Sequence[int], pair: Pair) -> None:
-        """Take a chunk of pictures, of these rows of the drawing."""
-        raise NotImplementedError
-
-    def figures(self) -> list[Figure]:
-        """What was found."""
-        raise NotImplementedError
-
-
-class Shown(Meter):
-    """How often a detector sees what the pictures should, or must not, show."""
+class Shown:
+    """How often a detector sees what the pictures should, or must not, show: one figure, with its parts."""
 
     def __init__(
         self,
         drawing: Drawing,
-        detector: Detector,
+        detector: Detector | None,
         name: str,
         group: Group,
         metric: str,
         better: Better,
         by_label: bool = False,
     ) -> None:
-        """A meter of one figure, whose parts are prompts, or labels."""
+        """The parts are those of the prompts, or of the labels."""
         self.names, self._rates = (name,), (HitRate(), HitRate())
-        self._drawing, self._detector, self._by_label = drawing, detector, by_label
-        self._told = {"name": name, "group": group, "metric": metric, "better": better}
+        self._drawing, self._detector = drawing, detector
+        self._parts = drawing.labels if by_label else drawing.prompts
+        self._told: dict[str, Any] = {"name": name, "group": group, "metric": metric, "better": better}
+        if detector is not None:
+            self._told["detector"] = detector.name
+
+    def _see(self, images: list[Image.Image], label: str) -> list[bool]:
+        assert self._detector is not None
+        return self._detector.rate(images, label)
 
     def take(self, rows: Sequence[int], pair: Pair) -> None:
-        """Ask the detector for each label once."""
-        labels = [self._drawing.labels[row] for row in rows]
+        """Ask for each label once."""
         for images, rate in zip(pair, self._rates, strict=True):
-            hits = [False] * len(rows)
-            for label in dict.fromkeys(labels):
-                places = [place for place, one in enumerate(labels) if one == label]
-                found = self._detector.rate([images[place] for place in places], label)
-                for place, hit in zip(places, found, strict=True):
-                    hits[place] = bool(hit)
-            for row, label, hit in zip(rows, labels, hits, strict=True):
-                rate.add(hit, label if self._by_label else self._drawing.prompts[row])
+            seen: dict[int, bool] = {}
+            for label in dict.fromkeys(self._drawing.labels[row] for row in rows):
+                places = [place for place, row in enumerate(rows) if self._drawing.labels[row] == label]
+                seen |= zip(places, self._see([images[place] for place in places], label), strict=True)
+            for place, row in enumerate(rows):
+                rate.add(seen[place], self._parts[row])
 
     def figures(self) -> list[Figure]:
         """One rate."""
         note = ""
         if self._told["group"] == "erased" and self._rates[0].value < _LITTLE:
             note = "The untouched base hardly shows the concept on these prompts, so that they say little."
-        return [rate_figure(self._rates, **self._told, detector=self._detector.name, note=note)]
+        return [rate_figure(self._rates, **self._told, note=note)]
 
 
-class Care(Meter):
+class Care(Shown):
     """The CARE score of one companion; see :class:`MostLike`."""
 
     def __init__(self, drawing: Drawing, word: str, labels: Sequence[str] | None, clip: Clip) -> None:
-        self.names = (f"CARE score, {word}",)
-        self._drawing, self._detector = drawing, clip_name(clip)
-        self._most_like = MostLike(clip, word, labels)
-        self._rates = (HitRate(), HitRate())
+        super().__init__(drawing, None, f"CARE score, {word}", "care", "CARE score", "higher")
+        self._told["detector"], self._most_like = clip_name(clip), MostLike(clip, word, labels)
 
-    def take(self, rows: Sequence[int], pair: Pair) -> None:
-        """Count the pictures that are most like the word."""
-        for images, rate in zip(pair, self._rates, strict=True):
-            for row, hit in zip(rows, self._most_like(images), strict=True):
-                rate.add(hit, self._drawing.prompts[row])
-
-    def figures(self) -> list[Figure]:
-        """One rate."""
-        told = {"name": self.names[0], "group": "care", "metric": "CARE score", "better": "higher"}
-        return [rate_figure(self._rates, **told, detector=self._detector)]
+    def _see(self, images: list[Image.Image], label: str) -> list[bool]:
+        return self._most_like(images)
 
 
 _KEPT = {
@@ -345,7 +300,7 @@ _KEPT = {
 """What is read from the pictures of retained prompts: metric → how figures call it, the figure's name."""
 
 
-class Kept(Meter):
+class Kept:
     """Prompt agreement, distance to the base's own pictures, and change at equal seeds."""
 
     def __init__(self, drawing: Drawing, clip: Clip, metrics: Sequence[str]) -> None:
@@ -385,26 +340,21 @@ class Kept(Meter):
         told: dict[str, Any] = {"name": title, "group": "kept", "metric": metric, "pictures": self._count}
         told |= {"detector": clip_name(self._clip), "better": "higher" if name == "clip-score" else "lower"}
         if name == "clip-score":
-            note = "Mean cosine of picture and prompt, not below 0."
-            return Figure(**told, **_compared(*self._agreement), note=note)
+            told["note"] = "Mean cosine of picture and prompt, not below 0."
+            return Figure(**told, **_compared(*((one.value, one.interval) for one in self._agreement)))
         if name == "perceptual-change":
-            note = (
+            told["note"] = (
                 "Squared distance of unit-length hidden states of CLIP's vision tower at equal seeds, 0 to "
                 "4: the formula of LPIPS with unit weights, not LPIPS itself."
             )
-            return Figure(**told, **_compared(None, self._change), note=note)
+            return Figure(**told, **_compared(None, (self._change.value, self._change.interval)))
         distance = self._distances[name]
-        (floor, floor_interval), (value, interval) = distance.result()
         subsets = f", each over 100 subsets of {distance.subset}" if name == "kid" else ""
-        return Figure(
-            **told,
-            base=round(floor, 6),
-            patched=round(value, 6),
-            base_interval=_rounded(floor_interval),
-            interval=_rounded(interval),
-            note="Half of one model's pictures to the other half of the base's; for the base, its own two "
-            f"halves{subsets}. On {told['detector']}, not on Inception's features.",
+        told["note"] = (
+            "Half of one model's pictures to the other half of the base's; for the base, its own two "
+            f"halves{subsets}. On {told['detector']}, not on Inception's features."
         )
+        return Figure(**told, **_compared(*distance.result()))
 
 
 def clip_name(clip: Clip) -> str:
@@ -412,25 +362,28 @@ def clip_name(clip: Clip) -> str:
     return f"clip-vit ({short_name(clip.id)})"
 
 
+Meter = Shown | Kept
+"""Takes chunks of pictures, of some rows of the drawing, and ends as figures of known ``names``."""
+
+
 class Job:
     """A set of pictures and everything that is read from it."""
 
     def __init__(self, drawing: Drawing, caption: str, prompts: int, meters: Sequence[Meter]) -> None:
-        """What is read, and pictures of the first few prompts to be looked at, under a caption."""
+        """Pictures of the first few prompts are kept to be looked at, under a caption."""
         self.drawing, self.caption, self.meters = drawing, caption, list(meters)
-        self._samples: dict[str, Pair] = {
-            prompt: ([], []) for prompt in list(dict.fromkeys(drawing.prompts))[:prompts]
-        }
+        first = list(dict.fromkeys(drawing.prompts))[:prompts]
+        self._samples: dict[str, Pair] = {prompt: ([], []) for prompt in first}
 
     def take(self, rows: Sequence[int], pair: Pair) -> None:
         """Take a chunk of pictures."""
         for meter in self.meters:
             meter.take(rows, pair)
-        for place, row in enumerate(rows):
+        for row, before, after in zip(rows, *pair, strict=True):
             kept = self._samples.get(self.drawing.prompts[row])
             if kept is not None and len(kept[0]) < _SAMPLES:
-                for side, images in zip(kept, pair, strict=True):
-                    side.append(images[place])
+                kept[0].append(before)
+                kept[1].append(after)
 
     def comparisons(self) -> list[Comparison]:
         """The base's pictures beside the patched model's, prompt by prompt."""
@@ -438,16 +391,9 @@ class Job:
 
 
 def make_jobs(
-    judges: Judges,
-    metrics: Sequence[str],
-    pictures: int,
-    retained_pictures: int,
-    wanted: Set[str] | None = None,
+    judges: Judges, metrics: Sequence[str], pictures: int, retained_pictures: int, wanted: Set[str] | None
 ) -> list[Job]:
-    """What has to be drawn of the judges' suite for some metrics, and what is read from it.
-
-    ``wanted`` are names of figures; None: all of the metrics'.
-    """
+    """What is drawn of the judges' suite for some metrics, or of their wanted figures, and read from it."""
     suite = judges.suite
     jobs: list[Job] = []
     for which in ("plain", "paraphrased", "implicit") if "concept-rate" in metrics else ():
@@ -457,11 +403,11 @@ def make_jobs(
             shown = Shown(drawing, judges.detector, name, "erased", "concept rate", "lower")
             jobs.append(Job(drawing, title, 3, [shown]))
     for number, one in enumerate(suite.care if "care-score" in metrics else ()):
-        drawing = suite.care_drawing(number, pictures)
-        meters: list[Meter] = [Care(drawing, one.clip_word, suite.labels, judges.clip)]
+        drawing, word = suite.care_drawing(number, pictures), one.clip_word
+        meters: list[Meter] = [Care(drawing, word, suite.labels, judges.clip)]
         if can_tell(judges.detector, one.label):
-            name = f"shown, {one.clip_word}"
-            meters.append(Shown(drawing, judges.detector, name, "care", "companion shown", "higher"))
+            shown = Shown(drawing, judges.detector, f"shown, {word}", "care", "companion shown", "higher")
+            meters.append(shown)
         jobs.append(Job(drawing, "Companions", 2, meters))
     if "neighbours" in metrics and suite.neighbours:
         drawing, detector = suite.drawing("neighbours", pictures), judges.of_neighbours()

@@ -3,14 +3,8 @@
 from recare_patch.core import Registry
 
 METRICS = (
-    "concept-rate",
-    "care-score",
-    "neighbours",
-    "clip-score",
-    "kid",
-    "fid",
-    "perceptual-change",
-    "memorization",
+    *("concept-rate", "care-score", "neighbours"),
+    *("clip-score", "kid", "fid", "perceptual-change", "memorization"),
 )
 """What can be measured."""
 

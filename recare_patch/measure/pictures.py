@@ -1,12 +1,9 @@
 """Pictures that are drawn once: a cache by content, and the studio that fills it.
 
 A picture is named by everything that decides it: weights, patches and their scales, scheduler, prompt, seed,
-steps and guidance. What has that name in the cache is never drawn again, so that a broken run goes on where
-it stopped and a second one draws nothing.
-
-The pictures of one batch are drawn together, and the batches of a request are the same whatever the
-cache holds and however many processes share the work. Every picture's noise comes from a generator
-of its own, on the CPU.
+steps and guidance. What has that name in the cache is never drawn again. The pictures of one batch are drawn
+together, and the batches of a request are the same whatever the cache holds and however many processes share
+the work. Every picture's noise comes from a generator of its own, on the CPU.
 """
 
 from __future__ import annotations
@@ -17,15 +14,14 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from recare_patch.core import EvaluationError, NullProgress, processes, write_bytes
+from recare_patch.core import EvaluationError, NullProgress, launched_together, write_bytes
 from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, named_tuner_layers, scheduled, weights_hash
 
 if TYPE_CHECKING:
@@ -44,14 +40,9 @@ def default_cache() -> Path:
 
 
 class PictureCache:
-    """Pictures as PNG files under a folder, named by what decides them.
-
-    A key's first two letters are a folder of their own, so that no folder grows too long. Files are
-    written whole or not at all, by any number of processes.
-    """
+    """Pictures as PNG files under a folder, written whole or not at all by any number of processes."""
 
     def __init__(self, folder: str | Path) -> None:
-        """A cache in ``folder``, which is made when the first picture comes."""
         self.folder = Path(folder).expanduser()
 
     def key(self, fields: Mapping[str, Any]) -> str:
@@ -60,7 +51,7 @@ class PictureCache:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def path(self, key: str, suffix: str = ".png") -> Path:
-        """Where what has this key lies, or would lie."""
+        """Where what has this key lies, or would: its first letters keep folders from growing too long."""
         return self.folder / key[:2] / f"{key}{suffix}"
 
     def get(self, key: str) -> Image.Image | None:
@@ -88,19 +79,26 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """The pictures that one call asks for; see :meth:`Studio.stream`."""
+class Request(NamedTuple):
+    """The pictures that one call asks of a studio."""
 
     prompts: Sequence[str]
-    seeds: Sequence[int]
-    batches: Sequence[range]
-    patches: Sequence[tuple[Patch, float]]
-    steps: int
-    guidance_scale: float
-    scheduler: str | None
-    stage: str
-    vectors: Tensor | None
+    seeds: Sequence[int]  # one a picture, of its starting noise
+    patches: Sequence[tuple[Patch, float]] = ()  # what is put into the base, each at its scale
+    steps: int = 20
+    guidance_scale: float = 5.0  # at 1 or less there is no guidance
+    scheduler: str | None = None  # a name of SCHEDULERS; None: the base's own
+    stage: str = "pictures"  # how progress and the base's counter call it
+    vectors: Tensor | None = None  # [vectors, token_width], for prompts that hold PLACEHOLDER
+
+
+def launched() -> Any | None:
+    """What accelerate knows of this process, where it was launched as one of several; else None."""
+    if not launched_together():
+        return None
+    from recare_patch.core import processes
+
+    return processes()
 
 
 class Studio:
@@ -112,10 +110,8 @@ class Studio:
 
     Attributes:
         base: what draws; nothing may change its weights while the studio is in use.
-        cache: where pictures are kept; None keeps nothing.
         process, processes: the number of this process, from 0, and how many share the work.
-        drawn: pictures drawn so far, by this process.
-        from_cache: pictures handed out that were in the cache already.
+        drawn, from_cache: pictures drawn by this process so far, and found in the cache.
     """
 
     def __init__(
@@ -127,28 +123,19 @@ class Studio:
         progress: Progress | None = None,
         shard: tuple[int, int] | None = None,
     ) -> None:
-        """A studio that draws so many pictures together, and tells ``progress`` after every batch.
-
-        ``shard`` is the number of this process and of all of them; None: as they were launched.
-
-        Raises:
-            EvaluationError: several processes have no cache to share, or a LoRA is switched on in the base.
-        """
+        """``shard`` is the number of this process and of all of them; None: as they were launched."""
         if batch_size < 1:
             raise EvaluationError(f"a batch must have at least 1 picture, got {batch_size}")
-        self._launched = processes() if shard is None else None
+        self._launched = launched() if shard is None else None
         if self._launched is not None:
             shard = (self._launched.process_index, self._launched.num_processes)
         self.process, self.processes = shard or (0, 1)
         if not 0 <= self.process < self.processes:
-            raise EvaluationError(
-                f"there is no process {self.process} of {self.processes}: they are counted from 0"
-            )
+            told = f"there is no process {self.process} of {self.processes}: they are counted from 0"
+            raise EvaluationError(told)
         if self.processes > 1 and cache is None:
-            raise EvaluationError(
-                f"{self.processes} processes need a cache to share their pictures in: name a folder with "
-                "--cache"
-            )
+            told = "processes need a cache to share their pictures in: name a folder with --cache"
+            raise EvaluationError(f"{self.processes} {told}")
         self.base, self.cache, self.batch_size = base, cache, batch_size
         self._progress = progress or NullProgress()
         self.drawn, self.from_cache = 0, 0
@@ -164,61 +151,41 @@ class Studio:
         }
         self._hashes: dict[int, tuple[Patch, str]] = {}
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """Pictures of prompts, in their order; arguments as in :meth:`stream`."""
-        return [image for _, image in self.stream(prompts, seeds, **options)]
+    def draw(self, *asked: Any, **options: Any) -> list[Image.Image]:
+        """All pictures of :meth:`stream`, in their order."""
+        return [image for _, image in self.stream(*asked, **options)]
 
-    def fill(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> None:
-        """Draw what the cache lacks and hand nothing out; arguments as in :meth:`stream`."""
+    def fill(self, *asked: Any, **options: Any) -> None:
+        """Draw what the cache lacks of :meth:`stream`, and hand nothing out."""
         if self.cache is None:
             raise EvaluationError("there is no cache to draw into")
         # Asking for the first picture is what draws them all.
-        next(self.stream(prompts, seeds, **options), None)
+        next(self.stream(*asked, **options), None)
 
     def stream(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        patches: Sequence[tuple[Patch, float]] = (),
-        steps: int = 20,
-        guidance_scale: float = 5.0,
-        scheduler: str | None = None,
-        stage: str = "pictures",
-        vectors: Tensor | None = None,
+        self, prompts: Sequence[str], seeds: Sequence[int], **options: Any
     ) -> Iterator[tuple[int, Image.Image]]:
-        """Pictures of prompts one by one, so that memory does not grow with their number.
+        """Numbers and pictures of a :class:`Request` one by one, so that memory does not grow with them.
 
         With a cache, everything missing is drawn before the first picture comes. A batch of which any
         picture is missing is drawn as a whole, so that no picture depends on what else was there.
-
-        Args:
-            prompts, seeds: one each a picture; the seed is of its starting noise.
-            patches: what is put into the base, each at its scale.
-            steps, guidance_scale: of the sampler; at a scale of 1 or less there is no guidance.
-            scheduler: a name of :data:`SCHEDULERS`; None: the base's own.
-            stage: how progress and the base's counter call it.
-            vectors: token vectors ``[vectors, token_width]`` for prompts that hold :data:`PLACEHOLDER`.
-
-        Yields:
-            The number of the picture and the picture.
 
         Raises:
             RecarePatchError: as soon as it is called, for prompts without seeds, an unknown scheduler or a
                 LoRA that is switched on in the base; later for a patch that does not fit it.
         """
-        count = len(prompts)
-        if count != len(seeds):
-            raise EvaluationError(
-                f"{count} prompts were given with {len(seeds)} seeds: one seed a picture is needed"
-            )
-        if scheduler is not None:
-            SCHEDULERS.get(scheduler)
+        request = Request(prompts, seeds, **options)
+        if (count := len(prompts)) != len(seeds):
+            told = f"{count} prompts were given with {len(seeds)} seeds: one seed a picture is needed"
+            raise EvaluationError(told)
+        if request.scheduler is not None:
+            SCHEDULERS.get(request.scheduler)
         self._check_plain()
-        starts = range(0, count, self.batch_size)
-        batches = [range(start, min(start + self.batch_size, count)) for start in starts]
-        request = _Request(prompts, seeds, batches, patches, steps, guidance_scale, scheduler, stage, vectors)
         return self._drawn(request) if self.cache is None else self._through(self.cache, request)
+
+    def _batches(self, request: Request) -> list[range]:
+        count, size = len(request.prompts), self.batch_size
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def key(self, patches: Sequence[tuple[Patch, float]], fields: Mapping[str, Any]) -> str:
         """The key of something made with the base under patches; ``fields`` are all else that decides it."""
@@ -231,8 +198,7 @@ class Studio:
         hashed = [[self._hashes[id(patch)][1], float(scale)] for patch, scale in patches]
         return self.cache.key({**self._model, "patches": hashed, **fields})
 
-    def _keys(self, request: _Request) -> list[str]:
-        """The key of each picture; texts that are equal share one."""
+    def _keys(self, request: Request) -> list[str]:
         own = self.base.pipeline.scheduler
         config = {key: value for key, value in dict(own.config).items() if not key.startswith("_")}
         fields: dict[str, Any] = {
@@ -255,32 +221,30 @@ class Studio:
                     "out, and name it with the patches to draw under"
                 )
 
-    def _drawn(self, request: _Request) -> Iterator[tuple[int, Image.Image]]:
-        for rows in request.batches:
+    def _drawn(self, request: Request) -> Iterator[tuple[int, Image.Image]]:
+        for rows in self._batches(request):
             # The base is plain again before a picture is handed out: the caller may draw others between.
             with self._set_up(request):
                 images = self._generate(request, rows)
             self._progress.update(request.stage, rows.stop, len(request.prompts))
             yield from zip(rows, images, strict=True)
 
-    def _through(self, cache: PictureCache, request: _Request) -> Iterator[tuple[int, Image.Image]]:
-        keys = self._keys(request)
+    def _through(self, cache: PictureCache, request: Request) -> Iterator[tuple[int, Image.Image]]:
+        keys, batches = self._keys(request), self._batches(request)
 
-        def draw(rows: range) -> list[Image.Image]:
-            images = self._generate(request, rows)
-            for row, image in zip(rows, images, strict=True):
+        def draw(rows: range) -> dict[int, Image.Image]:
+            images = dict(zip(rows, self._generate(request, rows), strict=True))
+            for row, image in images.items():
                 cache.put(keys[row], image)
             return images
 
         # All look before any draws, and none draws the next request while others read this one.
         self._wait()
-        batches = [
-            rows for rows in request.batches if not all(cache.path(keys[row]).is_file() for row in rows)
-        ]
+        missing = [rows for rows in batches if not all(cache.path(keys[row]).is_file() for row in rows)]
         self._wait()
-        done = len(keys) - sum(map(len, batches))
+        done = len(keys) - sum(map(len, missing))
         self.from_cache += done
-        own = [rows for rows in batches if rows.start // self.batch_size % self.processes == self.process]
+        own = [rows for rows in missing if rows.start // self.batch_size % self.processes == self.process]
         with self._set_up(request) if own else contextlib.nullcontext():
             for rows in own:
                 draw(rows)
@@ -294,9 +258,8 @@ class Studio:
             image = mended.pop(row, None) or cache.get(key)
             if image is None:
                 # A file that was there and cannot be read, or was taken away in the meantime.
-                rows = request.batches[row // self.batch_size]
                 with self._set_up(request):
-                    mended = dict(zip(rows, draw(rows), strict=True))
+                    mended = draw(batches[row // self.batch_size])
                 image = mended.pop(row)
             yield row, image
 
@@ -305,23 +268,22 @@ class Studio:
             self._launched.wait_for_everyone()
 
     @contextlib.contextmanager
-    def _set_up(self, request: _Request) -> Iterator[None]:
+    def _set_up(self, request: Request) -> Iterator[None]:
         with scheduled(self.base.pipeline, request.scheduler), contextlib.ExitStack() as stack:
             for patch, scale in request.patches:
                 stack.enter_context(patch.apply(self.base.pipeline, scale=scale))
             yield
 
-    def _generate(self, request: _Request, rows: range) -> list[Image.Image]:
-        prompts: list[str] | None = [request.prompts[row] for row in rows]
-        embeds = None
+    def _generate(self, request: Request, rows: range) -> list[Image.Image]:
+        prompts = [request.prompts[row] for row in rows]
+        words: dict[str, Any] = {"prompts": prompts}
         if request.vectors is not None:
             with torch.no_grad():
-                embeds = self.base.encode_with_vectors(prompts or (), request.vectors.to(self.base.device))
-            prompts = None
+                embeds = self.base.encode_with_vectors(prompts, request.vectors.to(self.base.device))
+            words = {"prompts": None, "prompt_embeds": embeds}
         with self.base.counter.stage(request.stage):
             images = self.base.generate(
-                prompts,
-                prompt_embeds=embeds,
+                **words,
                 seeds=[request.seeds[row] for row in rows],
                 steps=request.steps,
                 guidance_scale=request.guidance_scale,

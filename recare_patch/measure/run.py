@@ -1,13 +1,13 @@
 """One evaluation from a patch to its evidence: resolve what is asked, draw, score, write.
 
-The untouched base and the patched model draw the same prompts from the same seeds, and every figure
-is told for both, with its interval and the number of its pictures. Pictures are drawn once and kept
-in a cache, so that a broken run goes on where it stopped, and scores are computed as the pictures
-come, so that memory does not grow with their number.
+The untouched base and the patched model draw the same prompts from the same seeds, and every figure is told
+for both, with its interval and the number of its pictures. Scores are computed as the pictures come, so that
+memory does not grow with their number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -26,8 +26,6 @@ from recare_patch.core import (
     EvidenceError,
     Progress,
     file_sha256,
-    process_device,
-    processes,
     unknown_name,
     write_text,
 )
@@ -40,13 +38,14 @@ from recare_patch.measure.judges import Detector, Judges, short_name
 from recare_patch.measure.memorization import MEMORIZATION, memorization_figures
 from recare_patch.measure.meters import Job, chunks, default_metrics, make_jobs
 from recare_patch.measure.names import METRICS
-from recare_patch.measure.pictures import PictureCache, Studio, default_cache
+from recare_patch.measure.pictures import PictureCache, Studio, default_cache, launched
 from recare_patch.measure.report import write_report
 from recare_patch.measure.suites import (
     Suite,
     check_lengths,
     folder_of,
     list_suites,
+    own_recipe,
     read_prompts,
     resolve_suite,
 )
@@ -101,6 +100,7 @@ class Options:
         return default_metrics(self.retained) if self.metrics is None else tuple(dict.fromkeys(self.metrics))
 
 
+# Long by its arguments, which are the command's options, and by what is said of them.
 def evaluate(
     patch: Patch | Path | str,
     *,
@@ -133,7 +133,7 @@ def evaluate(
         suite: a suite, its name or file; None: see :func:`resolve_suite`.
         concept: which of several that the patch erases.
         metrics: names of :data:`METRICS`; None: :func:`default_metrics`.
-        pictures: of each figure.
+        pictures, check_pictures: of each figure, and behind each value of a check.
         out: where to write; None: beside the weights, where ``verify`` looks for it. Of several concepts
             each has a folder of its own in it, named as the concept's slug.
         cache: folder of pictures, those of the erased concept too; None: :func:`default_cache`; False: none.
@@ -143,31 +143,29 @@ def evaluate(
         prompts_file: one prompt a line, in place of the suite's retained prompts; each is drawn once.
         attacks: folders of saved attacks on this patch to tell of; None: those beside the patch.
         checks: names of :data:`CHECKS`, or "all".
-        check_pictures: behind each value of a check.
         card: write the figures into the patch's ``README.md`` as well; one that tells figures already
             is always kept in step with the evidence beside it.
-        precision: of the base; None: the recipe's.
+        precision, seed: of the base, and the first seed; None: the recipe's, and the suite's.
         batch_size: pictures drawn together; None: by the size of the base.
-        seed: instead of the suite's first seed.
-        device: ``auto``, ``cpu``, ``cuda`` …
         progress: told of every batch.
 
     Raises:
         RecarePatchError: one sentence on what was wrong; what was drawn stays in the cache.
     """
-    loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
+    loaded, crew = patch if isinstance(patch, Patch) else Patch.load(patch), launched()
     weights, metadata = _weights_file(loaded), loaded.metadata
-    retained = read_prompts(prompts_file) if prompts_file is not None else None
+    recipe = own_recipe(loaded)
+    retained = None if prompts_file is None else read_prompts(prompts_file)
     if base is None:
         if metadata is None:
-            raise EvaluationError(
-                f"{loaded.source} does not say what base it was made for: name one with --base"
-            )
-        base = metadata.base if metadata.parts else metadata.parsed_recipe.base
+            told = "does not say what base it was made for: name one with --base"
+            raise EvaluationError(f"{loaded.source} {told}")
+        base = recipe.base if recipe else metadata.base
     base_id = str(base) if isinstance(base, str | Path) else base.id
     chosen = resolve_suite(loaded, suite, base_id, concept=concept, first_seed=seed)
-    if isinstance(detector, str):
-        chosen = chosen.with_detector(detector, label)
+    named, given = (detector, None) if isinstance(detector, str) else (None, detector)
+    if named is not None:
+        chosen = chosen.with_detector(named, label)
     elif label is not None:
         chosen = chosen.with_changes(label=label)
     if retained is not None:
@@ -178,59 +176,56 @@ def evaluate(
         retained_pictures=None if retained is None else len(retained),
         checks=checks,
         check_pictures=check_pictures,
-        detector=None if isinstance(detector, str) else detector,
+        detector=given,
         clip=clip,
         cache=None if cache is False else PictureCache(default_cache() if cache is None else cache),
         batch_size=batch_size,
-        device=process_device(device),
+        # Under several processes, the device that accelerate gave this one.
+        device=str(crew.device) if crew is not None and device == "auto" else device,
         progress=progress,
     )
     several = metadata is not None and metadata.by_concept
     if several and card:
-        raise EvaluationError(
-            f"patch {loaded.name} is judged by each of its concepts, and its card tells no figures: leave "
-            f"them in {EVIDENCE_NAME}"
-        )
+        told = "is judged by each of its concepts, and its card tells no figures: leave them in"
+        raise EvaluationError(f"patch {loaded.name} {told} {EVIDENCE_NAME}")
     folder = folder_of(loaded, Path(out).expanduser() if out is not None else weights.parent, chosen.concept)
-    told = _attack_figures(weights, attacks, folder, chosen.concept if several else None)
+    found = _attack_figures(weights, attacks, folder, chosen.concept if several else None)
     if isinstance(base, str | Path):
-        recorded = "fp32" if metadata is None or metadata.parts else metadata.parsed_recipe.precision
-        base = load_base(base, precision=precision or recorded, device=options.device)
+        precision = precision or (recipe.precision if recipe else "fp32")
+        base = load_base(base, precision=precision, device=options.device)
     if retained is not None:
         check_lengths(base, retained, prompts_file or "")
     scores = score(loaded, base, chosen, options)
     if scores is not None:
-        command = _command(chosen, options, base.id, detector, label, retained)
-        evidence = scores.evidence.model_copy(update={"attacks": told, "command": command})
+        words = ["--label", label] if label is not None else []
+        words += ["--prompts", "FILE"] if retained is not None else []
+        written = {"attacks": found, "command": _command(chosen, options, base.id, named, words)}
+        evidence = scores.evidence.model_copy(update=written)
         _write(evidence, weights, loaded, scores.pictures, folder, card)
-    if (state := processes()) is not None:
-        state.wait_for_everyone()
+    if crew is not None:
+        crew.wait_for_everyone()
     return evidence if scores is not None else Evidence.load(folder)
-
-
-def is_first_process() -> bool:
-    """Whether this process is the first of those that accelerate launched, or the only one."""
-    state = processes()
-    return state is None or bool(state.process_index == 0)
 
 
 def _weights_file(patch: Patch) -> Path:
     source = Path(patch.source).expanduser()
     file = source / WEIGHTS_NAME if source.is_dir() else source
     if not file.is_file():
-        raise EvaluationError(
-            f"evidence names the weights file that was measured, and {patch.source} is none: save the patch "
-            "and evaluate its folder"
-        )
+        told = f"evidence names the weights file that was measured, and {patch.source} is none"
+        raise EvaluationError(f"{told}: save the patch and evaluate its folder")
     return file
+
+
+Comparisons = dict[str, list[Comparison]]
+"""Pictures for the report, by their caption."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation found, not written down yet: the figures, and pictures by their caption."""
+    """What an evaluation found, not written down yet."""
 
     evidence: Evidence
-    pictures: dict[str, list[Comparison]]
+    pictures: Comparisons
 
 
 def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scores | None:
@@ -241,11 +236,12 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
     Returns:
         What was found; None on all processes but the first, where there are several.
     """
-    began, metrics = time.perf_counter(), options.chosen
+    began, evaluations, metrics = time.perf_counter(), base.counter.total, options.chosen
     sha256 = file_sha256(_weights_file(patch))
     patch.check_base(base)
-    small = max(base.latent_shape[1:]) <= 32
-    batch_size = options.batch_size or (20 if small else 16 if base.device.type == "cuda" else 4)
+    if options.batch_size is None:
+        small = max(base.latent_shape[1:]) <= 32
+        options = replace(options, batch_size=20 if small else 16 if base.device.type == "cuda" else 4)
     judges = _judges(patch, base, suite, options)
     wanted = None if options.figures is None else set(options.figures)
     jobs = make_jobs(judges, metrics, options.pictures, options.retained, wanted)
@@ -254,18 +250,12 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
         raise EvaluationError(
             f"the suite '{suite.name}' has no prompts for {', '.join(metrics) or 'no metric at all'}"
         )
-    evaluations = base.counter.total
-    drawer = studio = Studio(base, cache=options.cache, batch_size=batch_size, progress=options.progress)
-    if drawer.processes > 1:
-        for job in jobs:
-            for drawing in _drawings(job, patch, suite):
-                drawer.fill(**drawing)
-        if drawer.process > 0:
-            return None
-        # From here on one measures what lies in the cache, with a studio that waits for nobody.
-        studio = Studio(base, cache=options.cache, batch_size=batch_size, shard=(0, 1))
+    studios = _studios(patch, base, suite, options, jobs)
+    if studios is None:
+        return None
+    drawer, studio = studios
     figures: list[Figure] = []
-    pictures: dict[str, list[Comparison]] = {}
+    pictures: Comparisons = {}
     for job in jobs:
         before, after = (studio.stream(**drawing) for drawing in _drawings(job, patch, suite))
         for chunk in chunks((row, old, new) for (row, old), (_, new) in zip(before, after, strict=True)):
@@ -289,51 +279,49 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
     else:
         # Each knows only what itself has drawn.
         cost["pictures_drawn"] = 2 * sum(len(job.drawing.prompts) for job in jobs) - drawer.from_cache
-    evidence = Evidence(
-        patch_sha256=sha256,
-        figures=tuple(one for one in figures if wanted is None or one.name in wanted),
-        checks=checks,
-        cost=cost,
-        **_setting(patch, base, judges, replace(options, batch_size=batch_size)),
-    )
-    return Scores(evidence, {caption: some for caption, some in pictures.items() if some})
+    figures = [one for one in figures if wanted is None or one.name in wanted]
+    told = {**_setting(patch, base, judges, options), "patch_sha256": sha256, "cost": cost}
+    return Scores(Evidence(figures=tuple(figures), checks=checks, **told), pictures)
+
+
+def _studios(
+    patch: Patch, base: BaseModel, suite: Suite, options: Options, jobs: Sequence[Job]
+) -> tuple[Studio, Studio] | None:
+    """Who draws, and who hands the pictures to the first process; None for the other processes."""
+    how: dict[str, Any] = {"cache": options.cache, "batch_size": options.batch_size or 1}
+    drawer = Studio(base, progress=options.progress, **how)
+    if drawer.processes == 1:
+        return drawer, drawer
+    for job in jobs:
+        for drawing in _drawings(job, patch, suite):
+            drawer.fill(**drawing)
+    # From here on one measures what lies in the cache, with a studio that waits for nobody.
+    return None if drawer.process > 0 else (drawer, Studio(base, shard=(0, 1), **how))
 
 
 def _judges(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Judges:
-    made = patch.metadata
-    recorded = made.parsed_recipe.clip if made is not None and not made.parts else None
-    clip = options.clip if options.clip is not None else recorded or default_clip(base.id)
+    recipe = own_recipe(patch)
+    clip = options.clip if options.clip is not None else (recipe and recipe.clip) or default_clip(base.id)
     device = str(base.device) if options.device == "auto" else options.device
     return Judges(suite, clip, device, options.detector)
 
 
 def _drawings(job: Job, patch: Patch, suite: Suite) -> list[dict[str, Any]]:
     """What the studio is asked for: the base's pictures, and the patched model's of the same seeds."""
-    patches: dict[str, list[tuple[Patch, float]]] = {"base": [], "patched": [(patch, 1.0)]}
     asked = {"prompts": job.drawing.prompts, "seeds": job.drawing.seeds, **suite.sampler}
     return [
-        {**asked, "patches": applied, "stage": f"{name}, {job.drawing.name}"}
-        for name, applied in patches.items()
+        {**asked, "patches": patches, "stage": f"{name}, {job.drawing.name}"}
+        for name, patches in (("base", []), ("patched", [(patch, 1.0)]))
     ]
 
 
 def _checks(options: Options, studio: Studio, patch: Patch, judges: Judges) -> tuple[Check, ...]:
-    work = None
+    how: dict[str, Any] = {"pictures": options.check_pictures, "progress": options.progress}
     if studio.cache is not None:
         # Checks that train leave checkpoints, to go on from.
-        work = studio.cache.path(studio.key([(patch, 1.0)], {"what": "checks"}), ".work")
-    context = CheckContext(
-        studio.base,
-        patch,
-        judges.suite,
-        judges.detector,
-        studio,
-        pictures=options.check_pictures,
-        progress=options.progress,
-        work=work,
-        clip=lambda: judges.clip,
-    )
-    return tuple(run_checks(options.checks, context))
+        how["work"] = studio.cache.path(studio.key([(patch, 1.0)], {"what": "checks"}), ".work")
+    asked = (studio.base, patch, judges.suite, judges.detector, studio)
+    return tuple(run_checks(options.checks, CheckContext(*asked, clip=lambda: judges.clip, **how)))
 
 
 def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) -> dict[str, Any]:
@@ -370,14 +358,7 @@ def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) ->
     }
 
 
-def _command(
-    suite: Suite,
-    asked: Options,
-    base_id: str,
-    detector: str | Detector | None,
-    label: str | None,
-    prompts: Sequence[str] | None,
-) -> str:
+def _command(suite: Suite, asked: Options, base_id: str, detector: str | None, more: Sequence[str]) -> str:
     """The command line that measures the same; folders are left for the reader to name."""
     words = ["recare-patch", "evaluate", "--patch", "FOLDER"]
     words += ["--base", base_id] if base_id != ATELIER else []
@@ -385,11 +366,10 @@ def _command(
     for flag, names in (("--metric", asked.metrics or ()), ("--check", asked.checks)):
         words += [word for name in names for word in (flag, name)]
     words += ["--pictures", str(asked.pictures)]
-    if isinstance(detector, str):
+    if detector is not None:
         name, colon, source = detector.partition(":")
-        words += ["--detector", f"{name}{colon}{short_name(source) if source else ''}"]
-    words += ["--label", label] if label is not None else []
-    return shlex.join(words + (["--prompts", "FILE"] if prompts is not None else []))
+        words += ["--detector", name + colon + (short_name(source) if source else "")]
+    return shlex.join([*words, *more])
 
 
 def _attack_figures(
@@ -404,8 +384,7 @@ def _attack_figures(
         inner = [file.parent for file in sorted(place.glob(f"*/{JSON_NAME}"))]
         # A named folder without any is told of by the reader of attacks.
         folders += [place] if given and (not inner or (place / JSON_NAME).is_file()) else inner
-    sha256 = file_sha256(weights)
-    figures = []
+    sha256, figures = file_sha256(weights), []
     for folder in folders:
         about = load_about(folder)
         if about.get("patch_sha256") != sha256:
@@ -415,32 +394,19 @@ def _attack_figures(
             logger.warning("%s: it is left out", told)
             continue
         result = load_attack(folder)
-        figures.append(
-            AttackFigure(
-                **{
-                    name: getattr(result, name) for name in AttackFigure.model_fields if hasattr(result, name)
-                },
-                preset=str(about.get("preset", "")),
-                detector=about.get("detector"),
-                folder=Path(os.path.relpath(folder, out)).as_posix(),
-            )
-        )
+        found = {name: getattr(result, name) for name in AttackFigure.model_fields if hasattr(result, name)}
+        found |= {"preset": str(about.get("preset", "")), "detector": about.get("detector")}
+        figures.append(AttackFigure(**found, folder=Path(os.path.relpath(folder, out)).as_posix()))
     return tuple(figures)
 
 
 def _write(
-    evidence: Evidence,
-    weights: Path,
-    patch: Patch,
-    pictures: dict[str, list[Comparison]],
-    folder: Path,
-    card: bool,
+    evidence: Evidence, weights: Path, patch: Patch, pictures: Comparisons, folder: Path, card: bool
 ) -> None:
     """Evidence and report into the folder, and the figures into the patch's card."""
-    try:
+    training = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         training = json.loads((weights.parent / TRAINING_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        training = None
     training = training if isinstance(training, dict) else None
     write_report(evidence, folder, pictures, training)
     file = weights.parent / CARD_NAME
@@ -473,15 +439,11 @@ def measure_again(
     """What evidence tells, measured anew with its own suite, seeds and picture counts.
 
     Args:
-        evidence: the recorded one.
+        evidence: the recorded one; an EvidenceError where it is of another patch.
         patch, base: what it speaks of.
         pictures: of each figure; None: as many as recorded.
         cache: folder of pictures; None keeps none, so that each is drawn anew.
         how: ``figures``, ``clip``, ``device`` and ``progress`` of :class:`Options`.
-
-    Raises:
-        EvidenceError: the evidence is of another patch.
-        RecarePatchError: it cannot be measured as recorded.
     """
     evidence.check_patch(file_sha256(_weights_file(patch)), str(patch.source))
     recorded = int(evidence.options.get("pictures", PICTURES))

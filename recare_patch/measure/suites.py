@@ -25,6 +25,7 @@ from recare_patch.core import (
     bundled,
     nearest,
     one_of,
+    read_text,
     unknown_name,
     yaml_mapping,
 )
@@ -58,8 +59,7 @@ _FIRST_CARE_BLOCK = 10
 
 
 def _a_prompt(text: str) -> str:
-    text = " ".join(text.split())
-    if not text:
+    if not (text := " ".join(text.split())):
         raise ValueError("a prompt needs a word, got an empty one")
     return text
 
@@ -69,14 +69,15 @@ def _plain_words(text: str) -> str:
     return " ".join(["", *re.findall(r"[^\W_]+", text.casefold()), ""])
 
 
-def _twice(names: Sequence[str]) -> str | None:
-    return next((name for name, number in Counter(names).items() if number > 1), None)
+def _distinct(names: Sequence[str], what: str = "") -> Any:
+    if twice := next((name for name, number in Counter(names).items() if number > 1), None):
+        raise ValueError(f"{what}'{twice}' is there twice")
+    return names
 
 
-def _distinct(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    if twice := _twice(prompts):
-        raise ValueError(f"'{twice}' is there twice")
-    return prompts
+def _hint(text: str, names: Sequence[str]) -> str:
+    guess = nearest(text, names)
+    return f"; did you mean '{guess}'?" if guess else ""
 
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_a_prompt)]
@@ -116,6 +117,12 @@ class Drawing:
     labels: tuple[str, ...]
 
 
+def _turns(name: str, rows: Sequence[tuple[str, str]], first: int, pictures: int) -> Drawing:
+    turns = [rows[number % len(rows)] for number in range(pictures if rows else 0)]
+    prompts, labels = tuple(prompt for prompt, _ in turns), tuple(label for _, label in turns)
+    return Drawing(name, prompts, tuple(range(first, first + len(turns))), labels)
+
+
 class _Drawn(_Evaluation):
     """What suites and benches have in common: who judges, and how pictures are drawn."""
 
@@ -133,11 +140,7 @@ class _Drawn(_Evaluation):
 
 
 class Suite(_Drawn):
-    """The prompts that judge how one concept was erased from one base.
-
-    Raises:
-        EvaluationError: with all faults at once.
-    """
+    """The prompts that judge how one concept was erased from one base."""
 
     concept: Label
     kind: AnyKind
@@ -159,11 +162,9 @@ class Suite(_Drawn):
         if given is not None:
             names = [str(one).strip() for one in given] if isinstance(given, list | tuple) else []
             if self.label.casefold() not in map(str.casefold, names):
-                guess = nearest(self.label, names)
-                hint = f"; did you mean '{guess}'?" if guess else ""
+                hint = _hint(self.label, names)
                 raise ValueError(f"the label set does not hold the target's label '{self.label}'{hint}")
-        if twice := _twice([one.clip_word.casefold() for one in self.care]):
-            raise ValueError(f"the CARE concept '{twice}' is there twice")
+        _distinct([one.clip_word.casefold() for one in self.care], "the CARE concept ")
         words = Concept(text=self.concept, kind=self.kind).words if self.kind == "nsfw" else ()
         for prompt in self.implicit:
             if any(_plain_words(name) in _plain_words(prompt) for name in (self.concept, *words)):
@@ -175,63 +176,48 @@ class Suite(_Drawn):
         """How a studio is asked for its pictures."""
         return {name: getattr(self, name) for name in ("steps", "guidance_scale", "scheduler")}
 
+    def block(self, name: str) -> int:
+        """The first seed of a set."""
+        return self.first_seed + BLOCK * _BLOCKS[name]
+
     def drawing(self, which: str, pictures: int) -> Drawing:
         """So many pictures of one set of prompts, which take turns; more pictures go on where fewer end."""
         if which == "neighbours":
             # Each label has its turn before any has a second: a few pictures show them all.
             most = max((len(one.prompts) for one in self.neighbours), default=0)
-            rows = [
-                (one.prompts[turn % len(one.prompts)], one.label)
-                for turn in range(most)
-                for one in self.neighbours
-            ]
+            turns = ((turn, one) for turn in range(most) for one in self.neighbours)
+            rows = [(one.prompts[turn % len(one.prompts)], one.label) for turn, one in turns]
         else:
             label = "" if which == "retained" else self.label
             rows = [(prompt, label) for prompt in getattr(self, which)]
-        return self._drawing(which, rows, _BLOCKS[which], pictures)
+        return _turns(which, rows, self.block(which), pictures)
 
     def care_drawing(self, number: int, pictures: int) -> Drawing:
         """The pictures of a CARE concept, by its place in :attr:`care`."""
-        one = self.care[number]
-        rows = [(prompt, one.label) for prompt in one.prompts]
-        return self._drawing(f"CARE {one.clip_word}", rows, _FIRST_CARE_BLOCK + number, pictures)
-
-    def block(self, name: str) -> int:
-        """The first seed of a set."""
-        return self.first_seed + BLOCK * _BLOCKS[name]
-
-    def _drawing(self, name: str, rows: Sequence[tuple[str, str]], block: int, pictures: int) -> Drawing:
-        turns = [rows[number % len(rows)] for number in range(pictures if rows else 0)]
-        first = self.first_seed + BLOCK * block
-        return Drawing(
-            name,
-            prompts=tuple(prompt for prompt, _ in turns),
-            seeds=tuple(range(first, first + len(turns))),
-            labels=tuple(label for _, label in turns),
-        )
+        one, first = self.care[number], self.first_seed + BLOCK * (_FIRST_CARE_BLOCK + number)
+        return _turns(f"CARE {one.clip_word}", [(text, one.label) for text in one.prompts], first, pictures)
 
     def with_changes(self, **changes: Any) -> Suite:
         """A copy with some values set otherwise, checked again."""
-        return type(self)(**{**self.model_dump(), **changes})
+        return Suite(**{**self.model_dump(), **changes})
 
     def with_detector(self, detector: str, label: str | None = None) -> Suite:
         """The suite judged by another detector, whose name may have the source of its weights behind a colon.
 
         ``label`` is what it calls the concept; None: as the suite says.
         """
-        name, colon, source = detector.partition(":")
-        name = name.strip().casefold()
+        name, colon, source = map(str.strip, detector.partition(":"))
+        name = name.casefold()
         if name not in DETECTORS:
             raise unknown_name("detector", name, DETECTORS.names())
         options = dict(self.detector_options) if name == self.detector else {}
         if colon:
             if name not in ("clip", "image-classifier"):
-                raise EvaluationError(
-                    f"the detector {name} takes no source: only clip:FOLDER and image-classifier:FOLDER do"
-                )
-            if not source.strip():
+                told = "takes no source: only clip:FOLDER and image-classifier:FOLDER do"
+                raise EvaluationError(f"the detector {name} {told}")
+            if not source:
                 raise EvaluationError(f"the source of the detector {name} is empty in '{detector}'")
-            options["clip" if name == "clip" else "source"] = source.strip()
+            options["clip" if name == "clip" else "source"] = source
         if label is not None and "labels" in options:
             options["labels"] = list(dict.fromkeys([label, *options["labels"]]))
         return self.with_changes(detector=name, detector_options=options, label=label or self.label)
@@ -256,8 +242,8 @@ class BenchConcept(_Evaluation):
 class ConceptBench(_Drawn):
     """Several concepts of one group, each of which may be erased while the others stay.
 
-    The groups (identity, object, style) are those of Forget-Me-Not's ConceptBench (Zhang et al.,
-    arXiv 2303.17591); which concepts and prompts, and how they are judged, is our own choice.
+    The groups are those of Forget-Me-Not's ConceptBench (Zhang et al., arXiv 2303.17591); which concepts and
+    prompts, and how they are judged, is our own choice.
     """
 
     noun: ClassVar[str] = "bench"
@@ -268,12 +254,10 @@ class ConceptBench(_Drawn):
 
     @model_validator(mode="after")
     def _check(self) -> ConceptBench:
-        for template in self.templates:
-            if "{}" not in template:
-                raise ValueError(f"the template '{template}' has no {{}} for the concept's name")
-        for one in self.concepts:
-            if not (one.plain or self.templates):
-                raise ValueError(f"the concept '{one.concept}' has no prompts, and there are no templates")
+        if bad := next((one for one in self.templates if "{}" not in one), None):
+            raise ValueError(f"the template '{bad}' has no {{}} for the concept's name")
+        if bare := next((one for one in self.concepts if not (one.plain or self.templates)), None):
+            raise ValueError(f"the concept '{bare.concept}' has no prompts, and there are no templates")
         return self
 
     def suite(self, concept: str, kind: str | None = None) -> Suite:
@@ -281,18 +265,14 @@ class ConceptBench(_Drawn):
 
         A concept that the bench does not hold has no plain prompts here: all of the bench must stay.
         """
-        prompts = {
-            one.concept: one.plain
-            or tuple(form.replace("{}", one.name or one.concept) for form in self.templates)
-            for one in self.concepts
-        }
+        prompts = {one.concept: one.plain or self._filled(one) for one in self.concepts}
         own = next((one for one in self.concepts if same_concept(one.concept, concept)), None)
         others = [one for one in self.concepts if one is not own]
         shared = {name: getattr(self, name) for name in _Drawn.model_fields}
         return Suite(
             **shared,
             concept=concept,
-            kind=(own.kind if own else None) or kind or self.group,
+            kind=(own and own.kind) or kind or self.group,
             # A concept from elsewhere still needs a label that the detector knows: any of the bench's serves.
             label=(own or self.concepts[0]).label,
             plain=prompts[own.concept] if own else (),
@@ -300,6 +280,9 @@ class ConceptBench(_Drawn):
             implicit=own.implicit if own else (),
             neighbours=[PromptSet(label=one.label, prompts=prompts[one.concept]) for one in others],
         )
+
+    def _filled(self, one: BenchConcept) -> tuple[str, ...]:
+        return tuple(form.replace("{}", one.name or one.concept) for form in self.templates)
 
 
 def suites_folder() -> Path:
@@ -328,9 +311,8 @@ def load_suite(name_or_path: str | Path, *, concept: str | None = None, kind: st
     if isinstance(made, Suite):
         return made
     if concept is None:
-        raise EvaluationError(
-            f"{text} is a bench of {len(made.concepts)} concepts: say which of them was erased"
-        )
+        count = len(made.concepts)
+        raise EvaluationError(f"{text} is a bench of {count} concepts: say which of them was erased")
     return made.suite(concept, kind)
 
 
@@ -344,42 +326,29 @@ def parse_suite(text: str, source: str = "suite") -> Suite | ConceptBench:
 
 
 def _read(path: Path) -> Suite | ConceptBench:
-    return parse_suite(read_text(path, f"the suite {path}"), str(path))
-
-
-def read_text(path: str | Path, what: str) -> str:
-    """The text of a UTF-8 file; ``what`` is how messages call it."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise EvaluationError(f"cannot read {what}: it is not UTF-8 text") from None
-    except OSError as fault:
-        raise EvaluationError(f"cannot read {what}: {(fault.strerror or str(fault)).lower()}") from fault
+    return parse_suite(read_text(path, f"the suite {path}", EvaluationError), str(path))
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
     """The prompts of a file, one a line; the first faulty line is named."""
-    text = read_text(path, f"the prompt file {path}")
+    text = read_text(path, f"the prompt file {path}", EvaluationError)
     if not text.strip():
         raise EvaluationError(f"the prompt file {path} is empty: one prompt a line is needed")
-    prompts = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
+    prompts = tuple(" ".join(line.split()) for line in text.removesuffix("\n").split("\n"))
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise EvaluationError(f"line {number} of {path} is empty: one prompt a line is needed")
         if len(prompt) > MAX_PROMPT:
-            raise EvaluationError(
-                f"line {number} of {path} is over-long: it has {len(prompt)} characters, and may have "
-                f"{MAX_PROMPT}"
-            )
-    return tuple(prompts)
+            told = f"it has {len(prompt)} characters, and may have {MAX_PROMPT}"
+            raise EvaluationError(f"line {number} of {path} is over-long: {told}")
+    return prompts
 
 
 def check_lengths(base: BaseModel, prompts: Sequence[str], source: str | Path) -> None:
     """Refuse prompts whose end the text encoder would not read: their pictures would show something else."""
     most = int(base.pipeline.tokenizer.model_max_length) - 2
     for number, prompt in enumerate(prompts, 1):
-        tokens = len(base.token_ids(prompt))
-        if tokens > most:
+        if (tokens := len(base.token_ids(prompt))) > most:
             raise EvaluationError(
                 f"line {number} of {source} is over-long: {tokens} tokens, and base '{base.id}' reads {most}"
             )
@@ -416,16 +385,15 @@ def subject_of(patch: Patch, concept: str | None = None) -> Subject:
     metadata, known = patch.metadata, concepts_of(patch)
     if metadata is None or not known:
         raise EvaluationError(f"{patch.source} does not say what it erases, so that nothing can be judged")
-    chosen = [one for one in known if concept is None or same_concept(one, concept)]
+    chosen = [one for one in metadata.erased if concept is None or same_concept(one.concept, concept)]
     if not chosen:
-        guess = nearest(str(concept), known) if len(known) > 1 else None
-        hint = f"; did you mean '{guess}'?" if guess else ""
+        hint = _hint(str(concept), known) if len(known) > 1 else ""
         raise EvaluationError(f"patch {patch.name} erases {' and '.join(known)}, not '{concept}'{hint}")
     if len(chosen) > 1:
         raise EvaluationError(f"patch {patch.name} erases several concepts: choose one of {', '.join(known)}")
     if not metadata.by_concept:
         return Subject(metadata.parsed_recipe, metadata.care_words, metadata.method)
-    told = next(one for one in metadata.erased if one.concept == chosen[0])
+    (told,) = chosen
     if told.kind is not None:
         one = told.as_concept()
     elif suite := find_suite_for(told.concept, metadata.base):
@@ -435,11 +403,15 @@ def subject_of(patch: Patch, concept: str | None = None) -> Subject:
             f"patch '{metadata.concept}' does not say what kind of concept '{told.concept}' is: make it "
             "again from patches that do"
         )
-    if metadata.parts:
-        recipe = Recipe(concept=one, base=metadata.base)
-    else:
-        recipe = metadata.parsed_recipe.model_copy(update={"concept": one, "also": (), "subject": None})
-    return Subject(recipe, told.care_words, metadata.method)
+    recipe = own_recipe(patch) or Recipe(concept=one, base=metadata.base)
+    alone = recipe.model_copy(update={"concept": one, "also": (), "subject": None})
+    return Subject(alone, told.care_words, metadata.method)
+
+
+def own_recipe(patch: Patch) -> Recipe | None:
+    """The recipe that one run made a patch by; None for stacks, and where the patch does not say."""
+    metadata = patch.metadata
+    return None if metadata is None or metadata.parts else metadata.parsed_recipe
 
 
 def folder_of(patch: Patch, folder: Path, concept: str) -> Path:
@@ -464,16 +436,11 @@ def resolve_suite(
         base_id: of the base.
         concept: which of several; None: the only one, or that of ``suite``.
         first_seed: instead of the suite's own.
-
-    Raises:
-        RecarePatchError: no such suite, or one of another concept; or the patch does not say what it erases,
-            or erases several concepts and none was chosen.
     """
     known = concepts_of(patch)
     if suite is None and not known:
-        raise EvaluationError(
-            f"{patch.source} was not made by recare-patch and does not say what it erases: name a suite"
-        )
+        told = "was not made by recare-patch and does not say what it erases: name a suite"
+        raise EvaluationError(f"{patch.source} {told}")
     if concept is None and len(known) > 1 and suite is not None:
         # A suite that is no bench says itself which of them it is for.
         concept = (suite if isinstance(suite, Suite) else load_suite(suite)).concept
@@ -484,16 +451,16 @@ def resolve_suite(
     elif suite is not None:
         found = load_suite(suite, **({"concept": erased.text, "kind": erased.kind} if erased else {}))
     else:
-        assert subject is not None and erased is not None
-        # The recipe knows a hub id or "atelier" where the base is a folder of any name.
-        bundled = find_suite_for(erased, base_id) or find_suite_for(erased, subject.recipe.base)
-        if bundled is None:
-            from recare_patch.measure.unwritten import default_suite
+        from recare_patch.measure.unwritten import default_suite
 
-            bundled = default_suite(subject.recipe, subject.care_words)
-        found = bundled
-    if erased is not None and not same_concept(found.concept, erased):
-        raise EvaluationError(
-            f"the suite '{found.name}' is for '{found.concept}', and the patch erases '{erased.text}'"
+        assert subject is not None and erased is not None
+        found = (
+            find_suite_for(erased, base_id)
+            # The recipe knows a hub id or "atelier" where the base is a folder of any name.
+            or find_suite_for(erased, subject.recipe.base)
+            or default_suite(subject.recipe, subject.care_words)
         )
+    if erased is not None and not same_concept(found.concept, erased):
+        told = f"is for '{found.concept}', and the patch erases '{erased.text}'"
+        raise EvaluationError(f"the suite '{found.name}' {told}")
     return found if first_seed is None else found.with_changes(first_seed=first_seed)

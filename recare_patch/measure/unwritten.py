@@ -53,12 +53,8 @@ _PARAPHRASES = {
 }
 _RIVALS = {
     "style": (
-        "A photo",
-        "An oil painting",
-        "A watercolour",
-        "A pencil sketch",
-        "A cartoon",
-        "A 3D rendering",
+        *("A photo", "An oil painting", "A watercolour"),
+        *("A pencil sketch", "A cartoon", "A 3D rendering"),
     ),
     "nsfw": ("A photo of a person in clothes", "A photo of a landscape", "A photo of a thing"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -9,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from recare_patch.core import (
     UnknownNameError,
     file_sha256,
 )
+from recare_patch.measure import memorization
 from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.meters import default_metrics
 from recare_patch.measure.names import METRICS
 from recare_patch.measure.run import Options, evaluate, measure_again, score
-from recare_patch.measure.suites import Suite, read_prompts, resolve_suite
+from recare_patch.measure.suites import Suite, read_prompts
 from recare_patch.measure.verify import verify
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch
@@ -56,11 +57,6 @@ NAMES = (
 
 
 @pytest.fixture(scope="module")
-def base(tiny_sd: Path) -> BaseModel:
-    return load_base(tiny_sd, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def made(base: BaseModel, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_patch(base, tmp_path_factory.mktemp("patch") / "patch", tiny_clip)
 
@@ -72,12 +68,14 @@ def patch(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def home(one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The user's cache folder, which is not there yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return tmp_path / "home"
+
+
+def pictures_in(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.rglob("*.png")}
 
 
 def run(patch: Path, base: BaseModel, **changes: Any) -> Evidence:
@@ -85,30 +83,20 @@ def run(patch: Path, base: BaseModel, **changes: Any) -> Evidence:
     return evaluate(patch, base=base, **{**options, **changes})
 
 
-class Killed(BaseException):
-    """A run that ends in the middle."""
-
-
-class Killer:
-    """Stops a run at a stage's n-th report."""
-
-    def __init__(self, stage: str, at: int) -> None:
-        self.stage, self.left = stage, at
+class Killer(BaseException):
+    """Ends a run at a stage's first report."""
 
     def update(self, stage: str, done: int, total: int, note: str = "") -> None:
         assert 0 <= done <= total
-        self.left -= stage == self.stage
-        if self.left == 0:
-            raise Killed
+        if stage == self.args[0]:
+            raise self
 
 
-def test_an_evaluation_leaves_evidence_and_a_report(patch: Path, base: BaseModel) -> None:
+def test_an_evaluation_leaves_evidence_and_a_report(
+    patch: Path, base: BaseModel, home: Path, tmp_path: Path
+) -> None:
     evidence = run(patch, base)
-    assert sorted(file.name for file in patch.iterdir()) == [
-        "evidence.json",
-        WEIGHTS_NAME,
-        "report.html",
-    ]
+    assert sorted(file.name for file in patch.iterdir()) == ["evidence.json", WEIGHTS_NAME, "report.html"]
     assert Evidence.load(patch) == evidence
     assert tuple(one.name for one in evidence.figures) == NAMES
     assert (evidence.concept, evidence.kind, evidence.method) == ("Van Gogh", "style", "recare")
@@ -116,63 +104,56 @@ def test_an_evaluation_leaves_evidence_and_a_report(patch: Path, base: BaseModel
     assert evidence.base_denoiser_sha256 == base.denoiser_hash()
     assert Suite(**evidence.suite) == Suite(**SUITE)
     assert evidence.cost["pictures_drawn"] == 2 * 6 * 4 and evidence.cost["denoiser_evaluations"] > 0
-    for figure in evidence.figures:
-        assert figure.pictures == 4 and figure.detector
-        assert figure.interval is not None
+    assert all(one.pictures == 4 and one.detector and one.interval is not None for one in evidence.figures)
     text = (patch / "evidence.json").read_text()
     assert str(patch.parent) not in text and "/tmp" not in text
     assert "data:image" in (patch / "report.html").read_text()
-
-
-def test_a_second_run_draws_nothing_and_finds_the_same(patch: Path, base: BaseModel) -> None:
-    first = run(patch, base)
+    # A second run draws nothing and finds the same.
     second = run(patch, base)
-    assert second.figures == first.figures
+    assert second.figures == evidence.figures
     assert (second.cost["pictures_drawn"], second.cost["pictures_from_cache"]) == (0, 48)
     more = run(patch, base, pictures=5)
     assert more.cost["pictures_drawn"] <= 2 * 6 * 5 and more.cost["pictures_from_cache"] == 0
-    home = Path(os.environ["XDG_CACHE_HOME"])
     assert len(list((home / "recare-patch" / "pictures").glob("??/*.png"))) == 2 * 6 * 5
-
-
-def test_a_broken_run_goes_on_where_it_stopped(patch: Path, base: BaseModel, tmp_path: Path) -> None:
-    whole = run(patch, base, cache=tmp_path / "one", batch_size=2)
-    with pytest.raises(Killed):
-        run(patch, base, cache=tmp_path / "two", batch_size=2, progress=Killer("patched, CARE stars", 1))
-    kept = {file.name: file.read_bytes() for file in (tmp_path / "two").rglob("*.png")}
-    assert 4 * 6 < len(kept) < 4 * 9
-    after = run(patch, base, cache=tmp_path / "two", batch_size=2)
-    assert after.figures == whole.figures
-    assert after.cost["pictures_from_cache"] == len(kept)
-    files = {file.name: file.read_bytes() for file in (tmp_path / "two").rglob("*.png")}
-    assert files == {file.name: file.read_bytes() for file in (tmp_path / "one").rglob("*.png")}
-
-
-def test_without_a_cache_the_figures_are_the_same(patch: Path, base: BaseModel, tmp_path: Path) -> None:
-    with_cache = run(patch, base)
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    # Without a cache nothing is kept, and the figures are the same.
+    shutil.rmtree(home)
     without = run(patch, base, cache=False, out=tmp_path / "elsewhere")
-    assert without.figures == with_cache.figures
-    assert not Path(os.environ["XDG_CACHE_HOME"]).exists()
-    assert sorted(file.name for file in (tmp_path / "elsewhere").iterdir()) == [
-        "evidence.json",
-        "report.html",
-    ]
+    assert without.figures == evidence.figures and not home.exists()
+    assert {file.name for file in (tmp_path / "elsewhere").iterdir()} == {"evidence.json", "report.html"}
+
+
+def test_a_broken_run_goes_on_where_it_stopped(
+    patch: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole = run(patch, base, cache=one, batch_size=2)
+    # A detector that fails loses no picture.
+    with monkeypatch.context() as patched:
+        patched.setattr("recare_patch.measure.meters.Shown.take", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(patch, base, cache=two, batch_size=2)
+    assert len(pictures_in(two)) == 8
+    with pytest.raises(Killer):
+        run(patch, base, cache=two, batch_size=2, progress=Killer("patched, CARE stars"))
+    kept = pictures_in(two)
+    assert 4 * 6 < len(kept) < 4 * 9
+    after = run(patch, base, cache=two, batch_size=2)
+    assert after.figures == whole.figures and after.cost["pictures_from_cache"] == len(kept)
+    assert pictures_in(two) == pictures_in(one)
 
 
 def test_the_card_tells_the_figures_and_verification_bears_them_out(
     patch: Path, base: BaseModel, tiny_sd: Path
 ) -> None:
     (patch / "README.md").write_text("---\nlicense: other\n---\n# A patch\n\n## Limits\n\nSome.\n")
-    evidence = run(patch, base, card=True)
+    evidence, loaded = run(patch, base, card=True), Patch.load(patch)
     card = (patch / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     metrics = {one["name"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
     assert metrics == {one.name: one.patched for one in evidence.figures}
     assert front["license"] == "other" and card.index("## Evidence") < card.index("## Limits")
-    again = measure_again(evidence, Patch.load(patch), base)
-    assert again.figures == evidence.figures
-    fewer = measure_again(evidence, Patch.load(patch), base, figures=["neighbours"], pictures=2)
+    assert measure_again(evidence, loaded, base).figures == evidence.figures
+    fewer = measure_again(evidence, loaded, base, figures=["neighbours"], pictures=2)
     assert [(one.name, one.pictures) for one in fewer.figures] == [("neighbours", 2)]
     # A card that tells figures stays in step with the evidence, asked or not.
     run(patch, base, metrics=["neighbours"])
@@ -182,54 +163,37 @@ def test_the_card_tells_the_figures_and_verification_bears_them_out(
     run(patch, base, card=True)
     assert "erased from" in (patch / "README.md").read_text()
     assert verify(patch, figures=["none"], base=tiny_sd).holds
-
-
-def test_evidence_of_another_patch_is_refused(patch: Path, base: BaseModel, tmp_path: Path) -> None:
-    evidence = run(patch, base, metrics=["neighbours"])
-    other = make_patch(base, tmp_path / "other", seed=3)
+    other = Patch.load(make_patch(base, patch.parent / "other", seed=3))
     with pytest.raises(EvidenceError, match="belongs to another patch"):
-        measure_again(evidence, Patch.load(other), base)
+        measure_again(evidence, other, base)
 
 
-def test_a_patch_folder_alone_is_enough(
-    patch: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_patch_folder_alone_is_enough(patch: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The recipe names the base's folder; the concept's own suite is for Stable Diffusion.
     monkeypatch.chdir(tiny_sd.parent)
     evidence = evaluate(str(patch), metrics=["neighbours", "clip-score"], pictures=2, device="cpu")
     assert evidence.suite["name"] == "van-gogh-sd"
     assert evidence.options["metrics"] == ["neighbours", "clip-score"]
     assert "--suite van-gogh-sd --metric neighbours" in evidence.command
-
-
-def test_kid_gives_way_to_fid_where_pictures_are_many() -> None:
-    assert set(METRICS) - set(default_metrics(200)) == {"fid", "memorization"}
-    assert set(METRICS) - set(default_metrics(2000)) == {"kid", "memorization"}
+    # A bench is a suite too.
+    evidence = evaluate(
+        patch, suite="conceptbench-style-sd", metrics=["concept-rate"], pictures=1, device="cpu"
+    )
+    assert [one.name for one in evidence.figures] == ["concept, plain prompts"]
+    assert evidence.concept == "Van Gogh" and len(evidence.suite["neighbours"]) == 6
 
 
 def test_every_metric_can_be_asked_for(patch: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    import recare_patch.measure.memorization as memorization
-
-    real = memorization.Recovery
-    monkeypatch.setattr(
-        memorization, "Recovery", lambda **options: real(**{**options, "images": 2, "steps": 2})
-    )
+    monkeypatch.setattr(memorization, "Recovery", functools.partial(memorization.Recovery, images=2, steps=2))
+    # KID gives way to FID where pictures are many.
+    assert set(METRICS) - set(default_metrics(200)) == {"fid", "memorization"}
+    assert set(METRICS) - set(default_metrics(2000)) == {"kid", "memorization"}
     evidence = run(patch, base, metrics=METRICS)
-    assert tuple(one.name for one in evidence.figures)[-2:] == (
-        "memorization, cosine with the name",
-        "memorization, recovered pictures",
-    )
+    assert tuple(one.name for one in evidence.figures)[-2:] == memorization.MEMORIZATION
     assert {one.metric for one in evidence.figures} >= {"KID", "FID", "memorization score"}
     again = run(patch, base, metrics=METRICS)
     assert again.figures == evidence.figures
     assert again.cost["pictures_drawn"] == 0 and again.cost["denoiser_evaluations"] == 0
-
-
-def test_a_bench_is_a_suite_too(patch: Path, base: BaseModel) -> None:
-    suite = resolve_suite(Patch.load(patch), "conceptbench-style-sd", base.id)
-    assert suite.concept == "Van Gogh" and len(suite.neighbours) == 6
-    evidence = run(patch, base, suite="conceptbench-style-sd", metrics=["concept-rate"], pictures=1)
-    assert [one.name for one in evidence.figures] == ["concept, plain prompts"]
 
 
 def test_a_prompt_file_is_drawn_once_each(patch: Path, base: BaseModel, tmp_path: Path) -> None:
@@ -241,8 +205,7 @@ def test_a_prompt_file_is_drawn_once_each(patch: Path, base: BaseModel, tmp_path
     assert evidence.suite["retained"] == ["a cat", "a dog", "a cat", "stars in the night", "a house"]
     assert evidence.cost["pictures_drawn"] == 10
     assert evidence.command.endswith("--prompts FILE")
-    again = measure_again(evidence, Patch.load(patch), base)
-    assert again.figures == evidence.figures
+    assert measure_again(evidence, Patch.load(patch), base).figures == evidence.figures
 
 
 @pytest.mark.parametrize("cache", [None, False])
@@ -287,13 +250,13 @@ def test_a_faulty_prompt_file_is_told_of(tmp_path: Path, content: bytes | None, 
 
 
 def test_lines_that_the_encoder_would_cut_are_refused_before_drawing(
-    patch: Path, base: BaseModel, tmp_path: Path
+    patch: Path, base: BaseModel, home: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a cat\n" + "cat " * 76 + "\n")
     with pytest.raises(EvaluationError, match=r"line 2 of .* is over-long: 76 tokens, .* reads 75"):
         run(patch, base, prompts_file=file)
-    assert not Path(os.environ["XDG_CACHE_HOME"]).exists()
+    assert not home.exists()
     file.write_text("\ufeffa cat\r\nstars")
     assert read_prompts(file) == ("a cat", "stars")
 
@@ -312,16 +275,8 @@ NO_CONCEPT = Suite(**{**SUITE, "plain": [], "paraphrased": [], "implicit": []})
         ({"detector": "clip:"}, EvaluationError, "the source of the detector clip is empty"),
         ({"suite": "tench-sd"}, EvaluationError, "is for 'tench', and the patch erases 'Van Gogh'"),
         ({"pictures": 0}, EvaluationError, "at least 1 picture, got 0"),
-        (
-            {"metrics": ["concept-rate"], "suite": NO_CONCEPT},
-            EvaluationError,
-            "no prompts for concept",
-        ),
-        (
-            {"label": "mone", "detector": "atelier-judge"},
-            UnknownNameError,
-            "label of the detector atelier-judge",
-        ),
+        ({"metrics": ["concept-rate"], "suite": NO_CONCEPT}, EvaluationError, "no prompts for concept"),
+        ({"label": "mone", "detector": "atelier-judge"}, UnknownNameError, "label of the detector atelier-j"),
         ({"attacks": ["nowhere"]}, RecarePatchError, "holds no saved attack"),
     ],
 )
@@ -342,10 +297,11 @@ def test_names_are_checked_before_anything_is_loaded(patch: Path, monkeypatch: p
         evaluate(patch / "nowhere")
 
 
-def test_a_patch_in_memory_has_no_file_to_name(patch: Path, base: BaseModel) -> None:
-    loaded = Patch.load(patch).to(torch.float32)
+def test_a_patch_must_be_a_file_for_this_base(patch: Path, base: BaseModel, tiny_sd_v: Path) -> None:
     with pytest.raises(EvaluationError, match="save the patch"):
-        evaluate(loaded, base=base)
+        evaluate(Patch.load(patch).to(torch.float32), base=base)
+    with pytest.raises(IncompatiblePatchError):
+        run(patch, load_base(tiny_sd_v, device="cpu"))
 
 
 def test_a_lora_of_other_make_needs_to_be_told(patch: Path, base: BaseModel, tmp_path: Path) -> None:
@@ -359,25 +315,6 @@ def test_a_lora_of_other_make_needs_to_be_told(patch: Path, base: BaseModel, tmp
     clip = str(Patch.load(patch).metadata.parsed_recipe.clip)  # type: ignore[union-attr]
     evidence = run(other, base, clip=clip, metrics=["neighbours"])
     assert (evidence.concept, evidence.method) == ("Van Gogh", "unknown")
-
-
-def test_a_patch_for_another_base_does_not_fit(patch: Path, tiny_sd_v: Path) -> None:
-    with pytest.raises(IncompatiblePatchError):
-        run(patch, load_base(tiny_sd_v, device="cpu"))
-
-
-def test_a_fault_on_the_way_loses_no_picture(
-    patch: Path, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise EvaluationError("this detector has a bad day")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("recare_patch.measure.meters.Shown.take", broken)
-        with pytest.raises(EvaluationError, match="bad day"):
-            run(patch, base, cache=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").rglob("*.png"))) == 8
-    assert run(patch, base, cache=tmp_path / "cache").cost["pictures_from_cache"] == 8
 
 
 def test_a_given_detector_judges(patch: Path, base: BaseModel, tiny_clip: Path) -> None:
@@ -427,20 +364,16 @@ def test_checks_are_part_of_the_evidence(patch: Path, base: BaseModel) -> None:
     assert run(patch, base, **asked).checks == evidence.checks
 
 
-def test_measuring_writes_nothing(patch: Path, base: BaseModel) -> None:
+def test_measuring_writes_nothing(patch: Path, base: BaseModel, home: Path) -> None:
     before = sorted(patch.iterdir())
     found = score(Patch.load(patch), base, Suite(**SUITE), Options(metrics=["concept-rate"], pictures=2))
     assert found is not None and len(found.evidence.figures) == 3
-    assert list(found.pictures) == [
-        f"Van Gogh: {name} prompts" for name in ("plain", "paraphrased", "implicit")
-    ]
+    titles = [f"Van Gogh: {name} prompts" for name in ("plain", "paraphrased", "implicit")]
+    assert list(found.pictures) == titles
     # Two prompts took turns, and no place is left empty where each was drawn once.
-    plain = found.pictures["Van Gogh: plain prompts"]
-    assert [(one.label, len(one.before), len(one.after)) for one in plain] == [
-        ("a painting by van gogh", 1, 1),
-        ("van gogh", 1, 1),
-    ]
-    assert sorted(patch.iterdir()) == before and not Path(os.environ["XDG_CACHE_HOME"]).exists()
+    plain = [(one.label, len(one.before), len(one.after)) for one in found.pictures[titles[0]]]
+    assert plain == [("a painting by van gogh", 1, 1), ("van gogh", 1, 1)]
+    assert sorted(patch.iterdir()) == before and not home.exists()
 
 
 @pytest.mark.slow
@@ -457,10 +390,9 @@ def test_two_processes_give_the_pictures_of_one(
     launch += ["--main_process_port", str(port), "-m", "recare_patch", "evaluate", "--patch", str(patch)]
     launch += ["--base", str(tiny_sd), "--suite", str(tmp_path / "suite.yaml"), "--pictures", "4"]
     launch += ["--cache", str(tmp_path / "two"), "--out", str(tmp_path / "two-out"), "--batch-size", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *launch, "--device", "cpu"],
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -469,9 +401,7 @@ def test_two_processes_give_the_pictures_of_one(
     assert done.returncode == 0, done.stderr
     two = Evidence.load(tmp_path / "two-out")
     assert two.figures == one.figures and two.cost["processes"] == 2
-    pictures = [
-        {file.name: file.read_bytes() for file in (tmp_path / name).rglob("*.png")} for name in ("one", "two")
-    ]
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 48
+    pictures = pictures_in(tmp_path / "one")
+    assert pictures == pictures_in(tmp_path / "two") and len(pictures) == 48
     # One of them speaks.
     assert done.stdout.count("Report:") == 1

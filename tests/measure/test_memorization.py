@@ -11,18 +11,13 @@ from recare_patch.core import EvaluationError
 from recare_patch.measure.memorization import Recovery, memorization_score, recover, text_feature
 from recare_patch.measure.pictures import PictureCache, Studio
 from recare_patch.measure.suites import Suite
-from recare_patch.models import PLACEHOLDER, BaseModel, load_base
+from recare_patch.models import PLACEHOLDER, BaseModel
 from recare_patch.patch import Patch
 from recare_patch.recipe import Concept
 from tests.measure.making import SUITE, make_patch
 
 CONCEPT = Concept(text="Van Gogh", kind="style")
 SMALL = Recovery(images=3, steps=2, batch_size=2, vectors=2, init_word="art")
-
-
-@pytest.fixture(scope="module")
-def base(tiny_sd: Path) -> BaseModel:
-    return load_base(tiny_sd, device="cpu")
 
 
 def test_a_texts_feature_is_the_encoders_pooled_one(base: BaseModel) -> None:

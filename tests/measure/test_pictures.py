@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,12 @@ from tests.measure.making import make_patch, noise
 PROMPTS = ["a cat", "a dog", "stars", "a house", "a boat"]
 SEEDS = [1, 2, 3, 4, 5]
 
-
-@pytest.fixture(scope="module")
-def base(tiny_sd: Path) -> BaseModel:
-    return load_base(tiny_sd, device="cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def patch(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Patch:
     return Patch.load(make_patch(base, tmp_path_factory.mktemp("patch") / "one"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The number of threads chooses the last bits of a picture."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(studio: Studio, **changes: Any) -> list[Image.Image]:
@@ -54,6 +42,11 @@ def same(one: list[Image.Image], other: list[Image.Image]) -> bool:
 
 def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def overwrite(paths: list[Path]) -> None:
+    for path in paths:
+        path.write_bytes(b"damaged")
 
 
 def test_what_is_put_comes_back(tmp_path: Path) -> None:
@@ -101,8 +94,8 @@ def test_a_studio_draws_what_the_base_draws(base: BaseModel, patch: Patch, tmp_p
 
 
 def test_nothing_is_drawn_twice(base: BaseModel, patch: Patch, tmp_path: Path) -> None:
-    drawn = draw(Studio(base, cache=PictureCache(tmp_path), batch_size=2))
-    again = Studio(base, cache=PictureCache(tmp_path), batch_size=2)
+    cache = PictureCache(tmp_path)
+    drawn, again = draw(Studio(base, cache=cache, batch_size=2)), Studio(base, cache=cache, batch_size=2)
     assert same(draw(again), drawn)
     assert (again.drawn, again.from_cache) == (0, 5)
     # Everything that decides a picture is in its name.
@@ -122,10 +115,9 @@ def test_nothing_is_drawn_twice(base: BaseModel, patch: Patch, tmp_path: Path) -
 def test_other_weights_have_other_pictures(
     base: BaseModel, tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path
 ) -> None:
-    cache = PictureCache(tmp_path)
-    Studio(base, cache=cache).draw(["a cat"], [1], steps=1)
-    half = Studio(load_base(tiny_sd, device="cpu", precision="bf16"), cache=cache)
-    for studio in (half, Studio(load_base(tiny_sd_v, device="cpu"), cache=cache)):
+    others = (load_base(tiny_sd, device="cpu", precision="bf16"), load_base(tiny_sd_v, device="cpu"))
+    for model in (base, *others):
+        studio = Studio(model, cache=PictureCache(tmp_path))
         studio.draw(["a cat"], [1], steps=1)
         assert studio.drawn == 1
 
@@ -134,16 +126,11 @@ def test_what_is_missing_or_damaged_is_drawn_again_by_whole_batches(base: BaseMo
     cache = PictureCache(tmp_path)
     whole = draw(Studio(base, cache=cache, batch_size=2))
     files = files_in(tmp_path)
-    sorted(tmp_path.rglob("*.png"))[0].unlink()
-    studio = Studio(base, cache=cache, batch_size=2)
-    assert same(draw(studio), whole)
-    assert studio.drawn + studio.from_cache == 5 and studio.drawn in (1, 2)
-    assert files_in(tmp_path) == files
-    for path in tmp_path.rglob("*.png"):
-        path.write_bytes(b"damaged")
-    studio = Studio(base, cache=cache, batch_size=2)
-    assert same(draw(studio), whole)
-    assert studio.drawn == 5 and files_in(tmp_path) == files
+    for damage, drawn in ((lambda paths: paths[0].unlink(), (1, 2)), (overwrite, (5,))):
+        damage(sorted(tmp_path.rglob("*.png")))
+        studio = Studio(base, cache=cache, batch_size=2)
+        assert same(draw(studio), whole)
+        assert studio.drawn in drawn and files_in(tmp_path) == files
 
 
 def test_streams_may_be_drawn_side_by_side(base: BaseModel, patch: Patch) -> None:
@@ -199,23 +186,27 @@ def test_stages_are_counted_and_told(base: BaseModel) -> None:
     assert base.counter.by_stage["portraits"] - before == 5 * 2 * 2
 
 
-def test_what_cannot_be_drawn_is_refused_at_once(base: BaseModel, patch: Patch, tmp_path: Path) -> None:
+REFUSED: list[tuple[Callable[[Studio, Path], Any], str]] = [
+    (lambda studio, _: studio.stream(["a", "b"], [1]), "2 prompts were given with 1 seeds"),
+    (lambda studio, _: studio.stream(["a"], [1], scheduler="eulr"), "did you mean 'euler'"),
+    (lambda studio, _: studio.fill(["a"], [1]), "no cache to draw into"),
+    (lambda studio, _: studio.key([], {}), "no cache to name anything in"),
+    (lambda studio, _: Studio(studio.base, shard=(0, 2)), "2 processes need a cache"),
+    (lambda studio, path: Studio(studio.base, shard=(2, 2), cache=PictureCache(path)), "no process 2 of 2"),
+    (lambda studio, _: Studio(studio.base, batch_size=0), "at least 1 picture"),
+]
+
+
+@pytest.mark.parametrize(("ask", "told"), REFUSED)
+def test_what_cannot_be_drawn_is_refused_at_once(
+    base: BaseModel, tmp_path: Path, ask: Callable[[Studio, Path], Any], told: str
+) -> None:
+    with pytest.raises((EvaluationError, UnknownNameError), match=told):
+        ask(Studio(base), tmp_path)
+
+
+def test_a_lora_that_is_on_would_be_drawn_with_and_not_be_named(base: BaseModel, patch: Patch) -> None:
     studio = Studio(base)
-    with pytest.raises(EvaluationError, match="2 prompts were given with 1 seeds"):
-        studio.stream(["a", "b"], [1])
-    with pytest.raises(UnknownNameError, match="did you mean 'euler'"):
-        studio.stream(["a"], [1], scheduler="eulr")
-    with pytest.raises(EvaluationError, match="no cache to draw into"):
-        studio.fill(["a"], [1])
-    with pytest.raises(EvaluationError, match="no cache to name anything in"):
-        studio.key([], {})
-    with pytest.raises(EvaluationError, match="2 processes need a cache"):
-        Studio(base, shard=(0, 2))
-    with pytest.raises(EvaluationError, match="there is no process 2 of 2"):
-        Studio(base, shard=(2, 2), cache=PictureCache(tmp_path))
-    with pytest.raises(EvaluationError, match="at least 1 picture"):
-        Studio(base, batch_size=0)
-    # A LoRA that is on would be drawn with, and not be named.
     with patch.apply(base.pipeline):
         with pytest.raises(EvaluationError, match="erase-van-gogh"):
             studio.draw(["a cat"], [1], steps=1)

@@ -19,7 +19,6 @@ from recare_patch.measure.suites import (
     list_suites,
     load_suite,
     parse_suite,
-    suites_folder,
 )
 from recare_patch.measure.unwritten import default_suite
 from recare_patch.recipe import Concept, Recipe, load_recipe
@@ -42,13 +41,9 @@ def all_prompts(suite: Suite) -> list[str]:
     return [prompt for prompts in sets for prompt in prompts]
 
 
-def test_the_bundled_suites_are_all_there() -> None:
-    assert set(list_suites()) == {*ONE, *SEVERAL}
-    assert suites_folder().parent.name in ("recipes", "_recipes")
-
-
 @pytest.mark.parametrize("name", sorted((*ONE, *SEVERAL)))
 def test_a_bundled_suite_is_sound(name: str) -> None:
+    assert set(list_suites()) == {*ONE, *SEVERAL}
     text = list_suites()[name].read_text(encoding="utf-8")
     assert text.startswith("# recare-patch evaluate --patch ") and f"--suite {name}" in text
     for suite in loaded(name):
@@ -105,19 +100,15 @@ def test_prompts_take_turns_and_fewer_pictures_are_the_first_of_more() -> None:
     assert drawing.labels == ("a", "b", "a", "b", "a")
 
 
-def test_no_two_sets_share_a_seed() -> None:
-    suite = Suite(**SUITE)
-    sets = ("plain", "paraphrased", "implicit", "retained", "neighbours")
-    drawings = [*(suite.drawing(which, 200) for which in sets), suite.care_drawing(0, 200)]
-    seeds = [seed for drawing in drawings for seed in drawing.seeds]
-    assert len(set(seeds)) == len(seeds) == 1200
-    assert suite.block("memorization") not in seeds
-
-
-def test_a_care_concept_may_have_a_word_of_its_own() -> None:
+def test_no_two_sets_share_a_seed_and_a_care_concept_may_have_a_word_of_its_own() -> None:
     water = {"label": "water", "word": "freshwater", "prompts": ["a photo of water"]}
     suite = Suite(**{**SUITE, "care": [water, *SUITE["care"]]})
     assert [one.clip_word for one in suite.care] == ["freshwater", "stars"]
+    sets = ("plain", "paraphrased", "implicit", "retained", "neighbours")
+    drawings = [suite.drawing(which, 200) for which in sets] + [suite.care_drawing(k, 200) for k in (0, 1)]
+    seeds = [seed for drawing in drawings for seed in drawing.seeds]
+    assert len(set(seeds)) == len(seeds) == 1400
+    assert suite.block("memorization") not in seeds
 
 
 @pytest.mark.parametrize(
@@ -134,14 +125,11 @@ def test_a_care_concept_may_have_a_word_of_its_own() -> None:
             {"kind": "nsfw", "concept": "nudity", "implicit": ["a nude person"]},
             "implicit prompt 'a nude person' names the concept",
         ),
-        (
-            {"detector_options": {"labels": ["Monet", "van goh"]}},
-            "label set does not hold the target's label 'van gogh'; did you mean 'van goh'",
-        ),
+        ({"detector_options": {"labels": ["Monet", "van goh"]}}, "does not .* did you mean 'van goh'"),
         ({"detector_options": {"labels": 3}}, "label set does not hold the target's label 'van gogh'"),
         (
-            {"care": [{"label": "stars", "prompts": ["a"]}, {"label": "Stars", "prompts": ["b"]}]},
-            "CARE concept 'stars' is there twice",
+            {"care": [{"label": one, "prompts": ["a"]} for one in ("stars", "Stars")]},
+            "'stars' is there twice",
         ),
         ({"care": [{"label": "stars", "prompts": []}]}, "care.0.prompts"),
         ({"steps": 0}, "steps must be at least 1"),
@@ -172,21 +160,18 @@ def test_a_faulty_file_is_told_of(tmp_path: Path, text: bytes, told: str) -> Non
         load_suite(file)
 
 
-def test_an_unknown_suite_is_guessed(tmp_path: Path) -> None:
+def test_a_suite_is_found_by_name_or_concept_and_guessed(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'nudity-atelier'"):
         load_suite("nudty-atelier")
     with pytest.raises(UnknownNameError):
         load_suite("x" * 5000)
-    assert load_suite("Van Gogh") == load_suite("van-gogh-atelier")
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"version": 1, **SUITE}))
-    assert load_suite(tmp_path / "mine.yaml") == Suite(**SUITE)
-
-
-def test_the_suite_of_a_concept_is_found_by_base() -> None:
     for base, name in (("atelier", "van-gogh-atelier"), ("CompVis/stable-diffusion-v1-4", "van-gogh-sd")):
         found = find_suite_for(Concept(text="van gogh", kind="style"), base)
         assert found is not None and found.name == name
     assert find_suite_for("Rembrandt", "atelier") is None
+    assert load_suite("Van Gogh") == load_suite("van-gogh-atelier")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"version": 1, **SUITE}))
+    assert load_suite(tmp_path / "mine.yaml") == Suite(**SUITE)
 
 
 def test_a_suite_is_made_where_none_was_written() -> None:
