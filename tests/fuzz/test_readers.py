@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 import sys
 import time
@@ -24,7 +25,7 @@ from tests.fuzz.mutating import (
     mutated_document,
     mutated_safetensors,
 )
-from tests.fuzz.readers import FOLDER_FILES, Reader, a_folder, read_folder, readers, reset_folder
+from tests.fuzz.readers import FOLDER_FILES, Reader, a_folder, read_folder, readers
 from tests.fuzz.watching import MEMORY, Watch, little_memory
 
 pytestmark = [
@@ -32,17 +33,9 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited as Linux does it"),
 ]
 
-MUTATIONS = 1200
-"""Inputs for each reader that come from sound files."""
-
-INVENTED = 250
-"""Inputs for each reader that hypothesis makes up."""
-
-OF_A_FOLDER = 150
-"""Inputs for each file of a patch's folder, which ``verify`` reads together."""
-
-LEAST = 20_000
-"""Inputs in all."""
+# Inputs for each reader from sound files, and made up by hypothesis; for each file of a patch's folder,
+# which ``verify`` reads together; and in all.
+MUTATIONS, INVENTED, OF_A_FOLDER, LEAST = 1200, 250, 150, 20_000
 
 READERS = {reader.name: reader for reader in readers()}
 
@@ -54,25 +47,20 @@ def watch() -> Iterator[Watch]:
         yield made
 
 
-def _sound(watch: Watch, reader: Reader, folder: Path) -> None:
-    for seed in reader.seeds:
-        (folder / reader.place).write_bytes(seed)
-        watch.attempt(reader.name, seed, lambda: reader.read(folder / reader.place))
-
-
-def _beside(reader: Reader, folder: Path) -> None:
-    if reader.name == "peft settings":
-        lower, upper = READERS["lora"].seeds[2], "adapter_model.safetensors"
-        (folder / upper).write_bytes(lower)
+@pytest.fixture
+def beside(tmp_path: Path) -> Path:
+    """A folder with weights for the settings that are read beside them."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(READERS["lora"].seeds[2])
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_sound_files_are_read(name: str, watch: Watch, tmp_path: Path) -> None:
+def test_sound_files_are_read(name: str, watch: Watch, beside: Path) -> None:
     """Otherwise the others would prove nothing."""
-    reader = READERS[name]
-    _beside(reader, tmp_path)
-    refused = watch.refused
-    _sound(watch, reader, tmp_path)
+    reader, refused = READERS[name], watch.refused
+    for seed in reader.seeds:
+        (beside / reader.place).write_bytes(seed)
+        watch.attempt(name, seed, lambda: reader.read(beside / reader.place))
     allowed = {"patch": 3, "lora": 6, "inspect": 2, "peft settings": 1, "assignment": 1}.get(name, 0)
     assert watch.refused - refused <= allowed
 
@@ -84,15 +72,14 @@ def _mutated(rng: random.Random, seed: bytes, kind: str, number: int, others: li
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_mutated_files(name: str, watch: Watch, tmp_path: Path) -> None:
-    reader = READERS[name]
-    _beside(reader, tmp_path)
-    rng = random.Random(name)
-    file = tmp_path / reader.place
-    others = [seed for other in READERS.values() for seed in other.seeds]
+def test_mutated_files(name: str, watch: Watch, beside: Path) -> None:
+    reader, rng = READERS[name], random.Random(name)
+    file = beside / reader.place
+    everything = [seed for other in READERS.values() for seed in other.seeds]
     for number in range(MUTATIONS):
         seed = rng.choice(reader.seeds)
-        data = _mutated(rng, seed, reader.kind, number, others if number % 5 == 0 else list(reader.seeds))
+        others = everything if number % 5 == 0 else list(reader.seeds)
+        data = _mutated(rng, seed, reader.kind, number, others)
         file.write_bytes(data)
         watch.attempt(name, data, lambda: reader.read(file))
 
@@ -104,25 +91,27 @@ JSON = st.recursive(
 )
 
 
+def _keys(reader: Reader) -> list[str]:
+    """The names that a reader knows at the top of its files."""
+    seed = reader.seeds[0]
+    if reader.kind == "safetensors":
+        header = json.loads(seed[8 : 8 + struct.unpack("<Q", seed[:8])[0]])
+        return sorted(header.get("__metadata__", {})) or ["format"]
+    return ["model-index", "tags", "license"] if reader.kind == "text" else sorted(yaml.safe_load(seed))
+
+
 @pytest.mark.parametrize("name", READERS)
-def test_invented_files(name: str, watch: Watch, tmp_path: Path) -> None:
+def test_invented_files(name: str, watch: Watch, beside: Path) -> None:
     reader = READERS[name]
-    _beside(reader, tmp_path)
-    file = tmp_path / reader.place
-    known = _keys(reader)
+    file = beside / reader.place
+    documents = st.dictionaries(st.sampled_from(_keys(reader)), JSON)
+    options = {"deadline": None, "derandomize": True, "database": None}
 
-    documents = st.dictionaries(st.sampled_from(known), JSON)
-    checks = list(HealthCheck)
-
-    @settings(
-        max_examples=INVENTED, deadline=None, derandomize=True, database=None, suppress_health_check=checks
-    )
+    @settings(max_examples=INVENTED, suppress_health_check=list(HealthCheck), **options)
     @given(st.one_of(st.binary(max_size=300), st.text(max_size=300), documents))
     def run(found: Any) -> None:
-        if isinstance(found, bytes):
-            data = found
-        elif isinstance(found, str):
-            data = found.encode("utf-8", "replace")
+        if isinstance(found, bytes | str):
+            data = found.encode("utf-8", "replace") if isinstance(found, str) else found
         elif reader.kind == "safetensors":
             text = as_json({"__metadata__": {key: json.dumps(value) for key, value in found.items()}})
             data = struct.pack("<Q", len(text)) + text
@@ -134,22 +123,10 @@ def test_invented_files(name: str, watch: Watch, tmp_path: Path) -> None:
     run()
 
 
-def _keys(reader: Reader) -> list[str]:
-    """The names that a reader knows at the top of its files."""
-    seed = reader.seeds[0]
-    if reader.kind == "safetensors":
-        header = json.loads(seed[8 : 8 + struct.unpack("<Q", seed[:8])[0]])
-        return sorted(header.get("__metadata__", {})) or ["format"]
-    if reader.kind == "text":
-        return ["model-index", "tags", "license"]
-    return sorted(yaml.safe_load(seed))
-
-
 @pytest.mark.parametrize("changed", FOLDER_FILES)
 def test_a_folder_with_one_bad_file(changed: str, watch: Watch, tmp_path: Path) -> None:
     sound = a_folder(tmp_path / "sound")
-    place = tmp_path / "place"
-    reset_folder(sound, place)
+    place = shutil.copytree(sound, tmp_path / "place")
     watch.attempt("folder", b"", lambda: read_folder(place))
     rng = random.Random(changed)
     seed, kind = (sound / changed).read_bytes(), FOLDER_FILES[changed]

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from recare_patch.core import RecarePatchError
 
+# Of computing for one input; sound ones take milliseconds. A busy machine does not count.
 SECONDS = 20.0
-"""Of computing for one input; sound ones take milliseconds. A busy machine does not count."""
-
+# Bytes that all of it together may take.
 MEMORY = 2**30
-"""Bytes that all of it together may take."""
 
 
 class Hang(BaseException):
@@ -44,7 +43,7 @@ class Watch:
         self.inputs += 1
         begun = time.process_time()
         try:
-            with _deadline(SECONDS):
+            with _deadline():
                 read()
         except RecarePatchError as fault:
             self.refused += 1
@@ -66,12 +65,12 @@ def _check_sentence(text: str, name: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
+def _deadline() -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise Hang(f"no answer in {seconds:g} s")
+        raise Hang(f"no answer in {SECONDS:g} s")
 
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
