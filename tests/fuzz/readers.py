@@ -17,7 +17,7 @@ from recare_patch.cli import base_of, several_concepts
 from recare_patch.cli import patch as patch_commands
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
-from recare_patch.core import read_safetensors_header, write_bytes
+from recare_patch.core import read_safetensors_header
 from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, with_evidence
@@ -31,6 +31,7 @@ from recare_patch.patch.metadata import Erased, PatchMetadata
 from recare_patch.patch.reading import from_any
 from recare_patch.recipe import WEIGHTS_NAME, Concept, Recipe, load_recipe, parse_assignment, recipes_folder
 from tests.measure.test_evidence import make_evidence
+from tests.patch.making import factors, write_patch
 
 RECIPE = Recipe(concept={"text": "Van Gogh", "kind": "style"})  # type: ignore[arg-type]
 
@@ -51,14 +52,6 @@ class Reader:
 CARE = CareSet.of_words(Concept(text="Van Gogh", kind="style"), ["stars", "night"])
 
 
-def _pair(name: str, rank: int = 2) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(len(name))
-    return {
-        f"{name}.lora_{side}.weight": torch.randn(shape, generator=generator).half()
-        for side, shape in (("A", (rank, 6)), ("B", (5, rank)))
-    }
-
-
 def a_patch(concept: str = "Van Gogh", **changes: Any) -> Patch:
     """A patch of a few numbers."""
     values: dict[str, Any] = {
@@ -67,7 +60,7 @@ def a_patch(concept: str = "Van Gogh", **changes: Any) -> Patch:
         "layers": "cross-attention", "rank": 2, "alpha": 2.0, "seed": 0, "versions": {"torch": "2"},
         "recipe": RECIPE.to_yaml(), "care_set": CARE.to_json(),
     }  # fmt: skip
-    tensors = _pair("unet.mid_block.attentions.0.proj_in") | _pair("unet.conv_in", 1)
+    tensors = factors("unet.mid_block.attentions.0.proj_in") | factors("unet.conv_in", rank=1)
     return Patch(tensors, PatchMetadata(**(values | changes)))
 
 
@@ -82,13 +75,13 @@ def _as_file(patch: Patch) -> bytes:
 
 
 def _foreign() -> tuple[bytes, ...]:
-    old = _pair("unet.mid_block.attentions.0.processor").items()
+    old = factors("unet.mid_block.attentions.0.processor").items()
     text = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
     settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"x": 1}}
     return (
-        save(_pair("base_model.model.mid_block.attentions.0.proj_in")),
+        save(factors("base_model.model.mid_block.attentions.0.proj_in")),
         save({k.replace("lora_A", "to_q_lora.down").replace("lora_B", "to_q_lora.up"): t for k, t in old}),
-        save(_pair(text) | _pair("unet.conv_in"), {"lora_adapter_metadata": json.dumps(settings)}),
+        save(factors(text) | factors("unet.conv_in"), {"lora_adapter_metadata": json.dumps(settings)}),
         save({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}),
     )
 
@@ -230,16 +223,7 @@ FOLDER_FILES = {
 
 def a_folder(place: Path) -> Path:
     """A whole patch folder with evidence, a stack's in it."""
-    patch = a_patch()
-    patch.save(place)
-    sha256 = Patch.load(place).sha256()
-    evidence = make_evidence(patch_sha256=sha256, attacks=())
-    evidence.save(place)
-    write_bytes(place / "training.json", json.dumps({"patch_sha256": sha256, "seconds": 1.0}).encode())
-    write_bytes(place / "recipe.yaml", RECIPE.to_yaml().encode())
-    CARE.save(place / "care_set.json")
-    card = with_evidence(card_text(patch.metadata, {}), evidence)
-    write_bytes(place / CARD_NAME, card.encode())
+    write_patch(place, a_patch(), make_evidence(attacks=()))
     write_kohya(Patch.load(place), place)
     composing.save_stack(a_stack(), place / "stack")
     sha256 = Patch.load(place / "stack").sha256()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 
 from recare_patch.core import PatchError, RecarePatchError, nearest, read_safetensors_header
 from recare_patch.erasure.methods.s_grace import read_words
@@ -17,9 +16,8 @@ from recare_patch.measure.attacks import AttackError, load_attack
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures
 from recare_patch.measure.suites import Suite, parse_suite
 from recare_patch.patch import Patch
-from recare_patch.patch.reading import from_any
-from recare_patch.recipe import WEIGHTS_NAME, Recipe, parse_assignment
-from tests.fuzz.readers import a_patch, attack_file
+from recare_patch.recipe import Recipe, parse_assignment
+from tests.fuzz.readers import attack_file
 
 DEEP = "[" * 100_000
 # Nine lines of YAML that stand for thousands of values; every further line stands for thrice as many.
@@ -101,31 +99,6 @@ class TestHeaders:
         text = json.dumps({"__metadata__": {"a": "b" * lacking}, "x": ENTRY}).encode()
         (tmp_path / "x.safetensors").write_bytes(b"\x80\x02\0\0\0\0\0\0" + text + b"\0" * 4)
         assert set(read_safetensors_header(tmp_path / "x.safetensors").tensors) == {"x"}
-
-    @pytest.mark.parametrize(
-        ("key", "text"),
-        [
-            *((f"recare_patch.{key}", DEEP) for key in ("versions", "rank", "care_set")),
-            ("recare_patch.care_set", "[]"),
-            ("recare_patch.care_set", '{"tokens": [{"kept": true}]}'),
-            ("recare_patch.care_set", '{"tokens": [{"kept": true, "text": 3}]}'),
-            ("lora_adapter_metadata", DEEP),
-        ],
-    )
-    def test_entries(self, key: str, text: str, tmp_path: Path) -> None:
-        patch = a_patch()
-        assert patch.metadata is not None
-        ours = patch.metadata.to_header() if key.startswith("recare_patch.") else {}
-        save_file(dict(patch.tensors), tmp_path / WEIGHTS_NAME, ours | {key: text})
-        with pytest.raises(PatchError, match="malformed header entry"):
-            Patch.load(tmp_path)
-
-    def test_settings_beside_the_file(self, tmp_path: Path) -> None:
-        named = {key.replace("unet.", "base_model.model."): one for key, one in a_patch().tensors.items()}
-        save_file(named, tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 10**400}))
-        with pytest.raises(PatchError, match="malformed adapter_config"):
-            from_any(tmp_path / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(

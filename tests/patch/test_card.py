@@ -16,7 +16,8 @@ from recare_patch.recipe import METHODS, Recipe, method_info
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TRAINING = {
     "seconds": 312.4, "denoiser_evaluations": 9876, "peak_memory_bytes": 3 * 2**30, "device": "cpu",
-    "stages": {"target images": {"seconds": 60.0, "evaluations": 1920}}, "warnings": ["the base may not draw it"],
+    "stages": {"target images": {"seconds": 60.0, "evaluations": 1920}},
+    "warnings": ["the base may not draw it"],
 }  # fmt: skip
 
 

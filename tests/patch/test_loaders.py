@@ -28,13 +28,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 
-from recare_patch.patch import Patch, write_kohya
+from recare_patch.patch import Patch
 from recare_patch.patch.kohya import to_kohya
 from recare_patch.patch.original_layout import unet_name
 from recare_patch.patch.reading import from_any
-from tests.patch.making import file_of, pair
+from tests.patch.making import file_of
 
 UNETS: dict[str, dict[str, Any]] = {
     "SD 1.5": {"cross_attention_dim": 768, "attention_head_dim": 8},
@@ -204,22 +203,3 @@ def test_the_text_encoders_layers(model: str) -> None:
     assert {name: known.get(names[name]) for name in comfy} == comfy
     # Without a UNet, as a patch of the encoders alone.
     assert {name: known.get(short) for name, short in kohya_names(comfy).items()} == comfy
-
-
-@pytest.mark.parametrize(
-    "alpha", [torch.tensor(4, dtype=torch.int64), torch.tensor(4.0), torch.tensor([4.0], dtype=torch.float16)]
-)
-def test_the_scale_is_the_same_everywhere(alpha: torch.Tensor, tmp_path: Path) -> None:
-    """Of any alpha that is read, and of the one that is written: ``alpha / rank`` times ``up @ down``."""
-    down, up = pair(8)
-    keys = [
-        f"lora_unet_mid_block_attentions_0_proj_in.{part}"
-        for part in ("lora_down.weight", "lora_up.weight", "alpha")
-    ]
-    patch = from_any(file_of(tmp_path, dict(zip(keys, (down, up, alpha), strict=True))))
-    wanted = up @ down * (4 / 8)
-    assert torch.allclose(patch.update("unet.mid_block.attentions.0.proj_in"), wanted, atol=1e-6)
-    again = load_file(write_kohya(patch, tmp_path / "y.safetensors", dtype=torch.float32))
-    down, up, alpha = (again[key] for key in keys)
-    assert alpha.is_floating_point() and alpha.item() == len(down)
-    assert torch.allclose(up @ down, wanted, atol=1e-6)
