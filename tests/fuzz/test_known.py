@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from recare_patch.cli.patch import described
 from recare_patch.core import PatchError, RecarePatchError, nearest, read_safetensors_header
 from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import AttackError, load_attack
@@ -17,7 +18,8 @@ from recare_patch.measure.card import EVIDENCE_START, claimed_figures
 from recare_patch.measure.suites import Suite, parse_suite
 from recare_patch.patch import Patch
 from recare_patch.recipe import Recipe, parse_assignment
-from tests.fuzz.readers import attack_file
+from tests.fuzz.readers import a_stack, attack_file
+from tests.patch.making import file_of
 
 DEEP = "[" * 100_000
 # Nine lines of YAML that stand for thousands of values; every further line stands for thrice as many.
@@ -99,6 +101,14 @@ class TestHeaders:
         text = json.dumps({"__metadata__": {"a": "b" * lacking}, "x": ENTRY}).encode()
         (tmp_path / "x.safetensors").write_bytes(b"\x80\x02\0\0\0\0\0\0" + text + b"\0" * 4)
         assert set(read_safetensors_header(tmp_path / "x.safetensors").tensors) == {"x"}
+
+    def test_a_stack_whose_error_is_no_number(self, tmp_path: Path) -> None:
+        made = a_stack()
+        assert made.metadata is not None
+        odd = {"recare_patch.stacking": json.dumps({"relative_error": [{"a": {}}]})}
+        file = file_of(tmp_path, made.tensors, made.metadata.to_header() | odd)
+        with pytest.raises(PatchError, match="malformed header entry"):
+            described(file, read_safetensors_header(file))
 
 
 @pytest.mark.parametrize(
