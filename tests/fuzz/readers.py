@@ -115,7 +115,7 @@ def _inspect(file: Path) -> None:
 def _recipe(file: Path) -> None:
     recipe = load_recipe(str(file))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert recipe.hash and recipe.concept.slug and recipe.concept.name_prompts
+    assert recipe.concept.slug and recipe.concept.name_prompts
 
 
 def _suite(file: Path) -> None:
