@@ -95,7 +95,7 @@ def _stack(header: Mapping[str, str], source: str) -> dict[str, Any]:
         how = json.loads(header.get(f"{_OURS}stacking", "{}"))
     except (ValueError, RecursionError):
         how = None
-    if not isinstance(how, dict):
+    if not isinstance(how, dict) or not isinstance(how.get("relative_error"), int | float | None):
         raise PatchError(f"{source} has a malformed header entry '{_OURS}stacking'")
     return {
         "erases": header.get(f"{_OURS}concept"),

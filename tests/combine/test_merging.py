@@ -16,7 +16,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from recare_patch.combine import merge, save_stack, stack, unmerge
@@ -31,7 +30,7 @@ from recare_patch.core import (
 from recare_patch.models import Layout, read_layout
 from recare_patch.patch import Patch, has_known_sizes, write_single_file
 from recare_patch.patch.original_layout import entries
-from tests.patch.test_patch import trained
+from tests.patch.making import same, trained
 from tests.tiny import make_tiny_sd
 
 
@@ -52,10 +51,6 @@ def as_half(folder: Path, out: Path) -> Path:
     """A pipeline folder with all weights in fp16."""
     StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float16).save_pretrained(out)
     return out
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(one, theirs[key]) for key, one in ours.items())
 
 
 def test_merging_again_keeps_what_was_merged_before(
@@ -99,10 +94,12 @@ def test_a_folder_that_was_changed_since(first: Patch, tiny_sd: Path, tmp_path: 
     weights = load_file(file)
     weights["conv_in.bias"] += 1
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(BaseModelError, match="was changed after the merge"):
-        merge([(first, 1.0)], tmp_path / "one", tmp_path / "two")
-    with pytest.raises(BaseModelError, match="was changed after the merge"):
-        unmerge(tmp_path / "one", [first], tmp_path / "two")
+    for again in (
+        lambda: merge([(first, 1.0)], tmp_path / "one", tmp_path / "two"),
+        lambda: unmerge(tmp_path / "one", [first], tmp_path / "two"),
+    ):
+        with pytest.raises(BaseModelError, match="was changed after the merge"):
+            again()
     assert not (tmp_path / "two").exists()
 
 
@@ -155,17 +152,17 @@ def test_real_sizes_there_and_back(width: int, monkeypatch: pytest.MonkeyPatch) 
     assert all(back[one.keys[0]] is checkpoint[one.name] for one in found if one.component == "unet")
     decoded = single_file_utils.convert_ldm_vae_checkpoint(dict(checkpoint), dict(vae.config))
     for part, converted in (("unet", back), ("vae", decoded)):
-        shapes = {key: one.shape for key, one in converted.items()}
-        assert shapes == {key: one.shape for key, one in states[part].items()}
+        found, wanted = ({k: v.shape for k, v in state.items()} for state in (converted, states[part]))
+        assert found == wanted
 
 
 @pytest.mark.parametrize("kind", ["like 1.x", "like 2.x", "odd"])
 def test_diffusers_reads_the_file_as_the_folder(kind: str, tiny_sd: Path, tmp_path: Path) -> None:
-    base = tiny_sd
-    if kind == "like 2.x":
-        base = make_tiny_sd(tmp_path / "two", width=1024, linear_projection=True)
-    elif kind == "odd":
-        base = make_tiny_sd(tmp_path / "odd", latent_size=12, width=48, linear_projection=True)
+    shape: dict[str, Any] = {
+        "like 2.x": {"width": 1024, "linear_projection": True},
+        "odd": {"latent_size": 12, "width": 48, "linear_projection": True},
+    }.get(kind, {})
+    base = make_tiny_sd(tmp_path / "made", **shape) if shape else tiny_sd
     half = as_half(base, tmp_path / "half")
     layout = read_layout(half, "'half'")
     assert not has_known_sizes(layout)
@@ -178,7 +175,7 @@ def test_diffusers_reads_the_file_as_the_folder(kind: str, tiny_sd: Path, tmp_pa
     )
     wanted = StableDiffusionPipeline.from_pretrained(half, dtype=torch.float16)
     for part in ("unet", "vae", "text_encoder"):
-        assert same(getattr(found, part).state_dict(), getattr(wanted, part).state_dict())
+        same(getattr(found, part).state_dict(), getattr(wanted, part).state_dict())
 
 
 def test_the_single_file_of_a_merge(
@@ -188,15 +185,14 @@ def test_the_single_file_of_a_merge(
     with caplog.at_level(logging.WARNING):
         record = merge([(first, 0.5)], tiny_sd, tmp_path / "merged", single_file=file)
     assert "A1111 and ComfyUI cannot read its single file" in caplog.text
-    with safe_open(file, "pt") as handle:
-        header = handle.metadata()
+    header = read_safetensors_header(file).metadata
     assert json.loads(header[RECORD_KEY]) == record.model_dump(mode="json", exclude_none=True)
     assert header["modelspec.architecture"] == "stable-diffusion-v1"
     pipe = StableDiffusionPipeline.from_single_file(
         str(file), config=str(tmp_path / "merged"), local_files_only=True
     )
     merged = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert same(pipe.unet.state_dict(), merged)
+    same(pipe.unet.state_dict(), merged)
 
 
 def test_shards_and_old_names(first: Patch, tiny_sd: Path, tmp_path: Path) -> None:
@@ -212,7 +208,7 @@ def test_shards_and_old_names(first: Patch, tiny_sd: Path, tmp_path: Path) -> No
     save_file(states | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, text, {"format": "pt"})
     for base, name in ((tiny_sd, "a"), (tmp_path / "base", "b")):
         merge([(first, 1.0)], base, tmp_path / name, single_file=tmp_path / f"{name}.safetensors")
-    assert same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
+    same(load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors"))
 
 
 def test_what_cannot_be_written(first: Patch, tiny_sd: Path, tmp_path: Path) -> None:

@@ -34,30 +34,23 @@ ODD_BYTES = (
 
 def mutated_bytes(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
     """One to eight small accidents: changed, lost, doubled and foreign bytes."""
-    found = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
-        place = rng.randrange(len(found) + 1)
-        length = rng.choice((1, 1, 2, 4, 16, 200))
-        kind = rng.randrange(8)
-        if kind == 0 and found:
-            found[min(place, len(found) - 1)] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            found[place : place + length] = b""
-        elif kind == 2:
-            found[place:place] = rng.choice(ODD_BYTES)
-        elif kind == 3:
-            found[place : place + length] = rng.choice(ODD_BYTES)
-        elif kind == 4:
-            found[place:place] = found[place : place + length] * rng.choice((1, 2, 20))
-        elif kind == 5:
-            del found[place:]
-        elif kind == 6:
-            other = rng.choice(others)
-            start = rng.randrange(len(other) + 1)
-            found[place:] = other[start:]
-        else:
-            found[place : place + length] = rng.randbytes(length)
-    return bytes(found)
+        place, length = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 4, 16, 200))
+        before, hit, after = data[:place], data[place : place + length], data[place + length :]
+        odd, other = rng.choice(ODD_BYTES), rng.choice(others)
+        data = rng.choice(
+            (
+                before + bytes(one ^ (1 << rng.randrange(8)) for one in hit[:1]) + hit[1:] + after,
+                before + after,
+                before + odd + hit + after,
+                before + odd + after,
+                before + hit * rng.choice((2, 3, 21)) + after,
+                before,
+                before + other[rng.randrange(len(other) + 1) :],
+                before + rng.randbytes(length) + after,
+            )
+        )
+    return data
 
 
 def mutated_value(rng: random.Random, value: Any) -> Any:
@@ -107,9 +100,8 @@ def as_yaml(value: Any) -> bytes:
 
 def mutated_document(rng: random.Random, data: bytes, kind: str) -> bytes:
     """A JSON or YAML document with another content, sound as text."""
-    value = json.loads(data) if kind == "json" else yaml.safe_load(data)
-    changed = mutated_value(rng, value)
-    return as_json(changed) if kind == "json" else as_yaml(changed)
+    read, write = (json.loads, as_json) if kind == "json" else (yaml.safe_load, as_yaml)
+    return write(mutated_value(rng, read(data)))
 
 
 def mutated_safetensors(rng: random.Random, data: bytes) -> bytes:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -18,10 +17,10 @@ from recare_patch.cli import base_of, several_concepts
 from recare_patch.cli import patch as patch_commands
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
-from recare_patch.core import bundled, read_safetensors_header, write_bytes
+from recare_patch.core import bundled, read_safetensors_header
 from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import load_about, load_attack
-from recare_patch.measure.card import claimed_figures, evidence_section, with_evidence
+from recare_patch.measure.card import claimed_figures, with_evidence
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.integrity import check_integrity
 from recare_patch.measure.suites import load_suite, parse_suite, read_prompts, subject_of, suites_folder
@@ -32,64 +31,37 @@ from recare_patch.patch.metadata import Erased, PatchMetadata
 from recare_patch.patch.reading import from_any
 from recare_patch.recipe import WEIGHTS_NAME, Concept, Recipe, load_recipe, parse_assignment
 from tests.measure.test_evidence import make_evidence
+from tests.patch.making import factors, write_patch
 
 RECIPE = Recipe(concept={"text": "Van Gogh", "kind": "style"})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What is read, and how.
-
-    Attributes:
-        name: for the test's name.
-        kind: of the file: "safetensors", "json", "yaml" or "text".
-        seeds: sound files.
-        read: reads a file and uses what it holds as the package does.
-        place: the file's name in its folder.
-    """
+    """What is read, and how: ``read`` uses what a file holds as the package does."""
 
     name: str
-    kind: str
+    kind: Literal["safetensors", "json", "yaml", "text"]
     seeds: tuple[bytes, ...]
+    """Sound files."""
     read: Callable[[Path], object]
     place: str = "file"
+    """The file's name in its folder."""
 
 
-def _pair(name: str, rank: int = 2) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(len(name))
-    return {
-        f"{name}.lora_A.weight": torch.randn(rank, 6, generator=generator).half(),
-        f"{name}.lora_B.weight": torch.randn(5, rank, generator=generator).half(),
-    }
+CARE = CareSet.of_words(Concept(text="Van Gogh", kind="style"), ["stars", "night"])
 
 
-def _care_set() -> CareSet:
-    return CareSet.of_words(Concept(text="Van Gogh", kind="style"), ["stars", "night"])
-
-
-def _metadata(**changes: Any) -> PatchMetadata:
+def a_patch(concept: str = "Van Gogh", **changes: Any) -> Patch:
+    """A patch of a few numbers."""
     values: dict[str, Any] = {
         "base": "atelier", "base_family": "stable-diffusion", "base_denoiser_sha256": "b" * 64,
-        "prediction_type": "epsilon", "concept": "Van Gogh", "kind": "style", "method": "recare",
+        "prediction_type": "epsilon", "concept": concept, "kind": "style", "method": "recare",
         "layers": "cross-attention", "rank": 2, "alpha": 2.0, "seed": 0, "versions": {"torch": "2"},
-        "recipe": RECIPE.to_yaml(), "care_set": _care_set().to_json(),
+        "recipe": RECIPE.to_yaml(), "care_set": CARE.to_json(),
     }  # fmt: skip
-    return PatchMetadata(**(values | changes))
-
-
-def a_patch(concept: str = "Van Gogh") -> Patch:
-    """A patch of a few numbers."""
-    tensors = _pair("unet.mid_block.attentions.0.proj_in") | _pair("unet.conv_in", 1)
-    return Patch(tensors, _metadata(concept=concept))
-
-
-def a_patch_of_several() -> Patch:
-    """One that erases two concepts, and says so."""
-    told = (
-        Erased(concept="Van Gogh", kind="style", care_words=("stars",)),
-        Erased(concept="Monet", kind="style"),
-    )
-    return Patch(a_patch().tensors, _metadata(concepts=told))
+    tensors = factors("unet.mid_block.attentions.0.proj_in") | factors("unet.conv_in", rank=1)
+    return Patch(tensors, PatchMetadata(**(values | changes)))
 
 
 def a_stack() -> Patch:
@@ -98,24 +70,18 @@ def a_stack() -> Patch:
 
 
 def _as_file(patch: Patch) -> bytes:
-    return save(
-        dict(patch.tensors), {"format": "pt", **(patch.metadata.to_header() if patch.metadata else {})}
-    )
-
-
-def _kohya(patch: Patch) -> bytes:
-    tensors, header = to_kohya(patch)
-    return save(tensors, header)
+    assert patch.metadata is not None
+    return save(dict(patch.tensors), {"format": "pt", **patch.metadata.to_header()})
 
 
 def _foreign() -> tuple[bytes, ...]:
-    old = _pair("unet.mid_block.attentions.0.processor").items()
+    old = factors("unet.mid_block.attentions.0.processor").items()
     text = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
     settings = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": {"x": 1}}
     return (
-        save(_pair("base_model.model.mid_block.attentions.0.proj_in")),
+        save(factors("base_model.model.mid_block.attentions.0.proj_in")),
         save({k.replace("lora_A", "to_q_lora.down").replace("lora_B", "to_q_lora.up"): t for k, t in old}),
-        save(_pair(text) | _pair("unet.conv_in"), {"lora_adapter_metadata": json.dumps(settings)}),
+        save(factors(text) | factors("unet.conv_in"), {"lora_adapter_metadata": json.dumps(settings)}),
         save({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}),
     )
 
@@ -132,8 +98,7 @@ def _patch(file: Path) -> None:
 
 
 def _lora(file: Path) -> None:
-    patch = from_any(file)
-    to_kohya(patch)
+    to_kohya(from_any(file))
     from_any(file, ["conv_in", "mid_block.attentions.0.proj_in"])
 
 
@@ -150,7 +115,7 @@ def _inspect(file: Path) -> None:
 def _recipe(file: Path) -> None:
     recipe = load_recipe(str(file))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert recipe.hash and recipe.concept.slug and recipe.concept.name_prompts
+    assert recipe.concept.slug and recipe.concept.name_prompts
 
 
 def _suite(file: Path) -> None:
@@ -169,7 +134,6 @@ def _care(file: Path) -> None:
 def _evidence(file: Path) -> None:
     found = Evidence.load(file)
     assert Evidence.from_json(found.to_json()) == found
-    evidence_section(found)
     with_evidence("", found)
 
 
@@ -216,15 +180,16 @@ def _bundled(folder: Path) -> tuple[bytes, ...]:
     return tuple(path.read_bytes() for path in sorted(folder.glob("*.yaml")))[:6]
 
 
-def _words() -> bytes:
-    return yaml.safe_dump({"related": ["Van Gogh", "Vincent"], "unrelated": ["cat", "dog", "stars"]}).encode()
-
-
 def readers() -> list[Reader]:
     """All of them."""
-    patch, stack = a_patch(), a_stack()
-    ours = _as_file(patch), _as_file(stack), _as_file(a_patch_of_several())
-    kohya, foreign = (_kohya(patch), _kohya(stack)), _foreign()
+    patch, stack, foreign = a_patch(), a_stack(), _foreign()
+    told = (
+        Erased(concept="Van Gogh", kind="style", care_words=("stars",)),
+        Erased(concept="Monet", kind="style"),
+    )
+    ours = _as_file(patch), _as_file(stack), _as_file(a_patch(concepts=told))
+    kohya = tuple(save(*to_kohya(one)) for one in (patch, stack))
+    words = {"related": ["Van Gogh", "Vincent"], "unrelated": ["cat", "dog", "stars"]}
     recipes = (RECIPE.to_yaml().encode(), *_bundled(bundled("recipes"))[:3])
     card = with_evidence(card_text(patch.metadata, {}), make_evidence())
     assignments = b"erase.steps=50\nconcept.text=Van Gogh\nadapter={rank: 2}\nseed=1e-4\nnotes=\n"
@@ -233,12 +198,12 @@ def readers() -> list[Reader]:
         Reader("lora", "safetensors", (*kohya, *foreign), _lora, "x.safetensors"),
         Reader("inspect", "safetensors", (*ours, *kohya), _inspect, "x.safetensors"),
         Reader("recipe", "yaml", recipes, _recipe, "x.yaml"),
-        Reader("care-set", "json", (_care_set().to_json().encode(),), _care),
+        Reader("care-set", "json", (CARE.to_json().encode(),), _care),
         Reader("suite", "yaml", _bundled(suites_folder()), _suite, "x.yaml"),
         Reader("evidence", "json", (make_evidence().to_json().encode(),), _evidence),
         Reader("card", "text", (card.encode(), b"# A card without front matter\n"), _card, "README.md"),
         Reader("prompts", "text", (b"a cat\na dog\n",), read_prompts),
-        Reader("words", "yaml", (_words(),), lambda file: read_words(str(file))),
+        Reader("words", "yaml", (yaml.safe_dump(words).encode(),), lambda file: read_words(str(file))),
         Reader("attack", "json", (attack_file(),), _attack, "attack.json"),
         Reader("merge record", "json", (_merge_record(),), lambda file: merging.MergeRecord.load(file.parent),
                merging.RECORD_NAME),
@@ -249,38 +214,21 @@ def readers() -> list[Reader]:
 
 
 FOLDER_FILES = {
-    EVIDENCE_NAME: "json",
-    "training.json": "json",
-    "recipe.yaml": "yaml",
-    "care_set.json": "json",
-    CARD_NAME: "text",
-    "erase-van-gogh.safetensors": "safetensors",
-    WEIGHTS_NAME: "safetensors",
-    "stack/stack.yaml": "yaml",
-    "stack/monet/evidence.json": "json",
-}
+    EVIDENCE_NAME: "json", "training.json": "json", "recipe.yaml": "yaml", "care_set.json": "json",
+    CARD_NAME: "text", "erase-van-gogh.safetensors": "safetensors", WEIGHTS_NAME: "safetensors",
+    "stack/stack.yaml": "yaml", "stack/monet/evidence.json": "json",
+}  # fmt: skip
 """What lies in a patch's folder, and in a stack's, as ``verify`` reads it."""
 
 
 def a_folder(place: Path) -> Path:
     """A whole patch folder with evidence, a stack's in it."""
-    patch = a_patch()
-    weights = patch.save(place)
-    sha256 = Patch.load(place).sha256()
-    evidence = make_evidence(patch_sha256=sha256, attacks=())
-    evidence.save(place)
-    write_bytes(place / "training.json", json.dumps({"patch_sha256": sha256, "seconds": 1.0}).encode())
-    write_bytes(place / "recipe.yaml", RECIPE.to_yaml().encode())
-    _care_set().save(place / "care_set.json")
-    card = with_evidence(card_text(patch.metadata, {}), evidence)
-    write_bytes(place / CARD_NAME, card.encode())
+    write_patch(place, a_patch(), make_evidence(attacks=()))
     write_kohya(Patch.load(place), place)
     composing.save_stack(a_stack(), place / "stack")
-    of_stack = make_evidence(
-        patch_sha256=Patch.load(place / "stack").sha256(), concept="Monet", method="stack", attacks=()
-    )
+    sha256 = Patch.load(place / "stack").sha256()
+    of_stack = make_evidence(patch_sha256=sha256, concept="Monet", method="stack", attacks=())
     of_stack.save(place / "stack" / "monet" / EVIDENCE_NAME)
-    assert weights.is_file()
     return place
 
 
@@ -288,9 +236,3 @@ def read_folder(place: Path) -> None:
     """Both integrity checks."""
     check_integrity(place)
     check_integrity(place / "stack")
-
-
-def reset_folder(sound: Path, place: Path) -> None:
-    """Make a folder sound again."""
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(sound, place)

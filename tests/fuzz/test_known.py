@@ -9,33 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
+from recare_patch.cli.patch import described
 from recare_patch.core import PatchError, RecarePatchError, nearest, read_safetensors_header
 from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import AttackError, load_attack
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures
-from recare_patch.measure.suites import Suite
+from recare_patch.measure.suites import Suite, parse_suite
 from recare_patch.patch import Patch
-from recare_patch.patch.reading import from_any
-from recare_patch.recipe import WEIGHTS_NAME, Recipe, parse_assignment
-from tests.fuzz.readers import a_patch, attack_file
+from recare_patch.recipe import Recipe, parse_assignment
+from tests.fuzz.readers import a_stack, attack_file
+from tests.patch.making import file_of
 
 DEEP = "[" * 100_000
+# Nine lines of YAML that stand for thousands of values; every further line stands for thrice as many.
 LAUGHS = "a: &a [x, x]\n" + "".join(
     f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
-"""Nine lines of YAML that stand for thousands of values; every further line stands for thrice as many."""
-
-BAD_YAML = (
-    "!!int related",
-    "x: 2020-02-30",
-    "!!bool x",
-    "!!timestamp x",
-    "!!float x",
-    LAUGHS,
-    "x: " + "9" * 5000,
-)
+ODD = ("!!int related", "x: 2020-02-30", "!!bool x", "!!timestamp x", "!!float x", LAUGHS, "x: " + "9" * 5000)
 
 
 def _words(text: str, folder: Path) -> object:
@@ -43,49 +34,44 @@ def _words(text: str, folder: Path) -> object:
     return read_words(str(folder / "words.yaml"))
 
 
+def _no_figures() -> object:
+    # A front matter that is readable and claims nothing is fine as well.
+    raise PatchError("read")
+
+
 @pytest.mark.parametrize(
     "read",
     [
         lambda text, _: Recipe.from_yaml(text),
-        lambda text, _: Suite.from_yaml(text),
+        lambda text, _: parse_suite(text),
         lambda text, _: claimed_figures(f"---\n{text}\n---\n")[0] or _no_figures(),
         lambda text, _: parse_assignment(f"x={text}") and _no_figures(),
         _words,
     ],
     ids=["recipe", "suite", "card", "assignment", "words"],
 )
-@pytest.mark.parametrize("text", BAD_YAML, ids=range(len(BAD_YAML)))
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
 def test_yaml_of_any_kind(read: Callable[[str, Path], object], text: str, tmp_path: Path) -> None:
     with pytest.raises(RecarePatchError) as caught:
         read(text, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def _no_figures() -> object:
-    # A front matter that is readable and claims nothing is fine as well.
-    raise PatchError("read")
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\ud800", "a\u2028b", "\x9b"])
+def test_what_a_file_says_is_shown_on_one_line(name: str) -> None:
+    with pytest.raises(RecarePatchError) as caught:
+        Suite(**{"recare_patch.concept": "x", name: 1})
+    assert str(caught.value).isprintable() and str(caught.value).encode("utf-8")
 
 
-class TestMessages:
-    @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\ud800", "a\u2028b", "\x9b"])
-    def test_what_a_file_says_is_shown_on_one_line(self, name: str, tmp_path: Path) -> None:
-        with pytest.raises(RecarePatchError) as caught:
-            Suite(**{"recare_patch.concept": "x", name: 1})
-        assert str(caught.value).isprintable() and str(caught.value).encode("utf-8")
-
-    def test_a_message_that_nobody_reads_is_cut(self) -> None:
-        with pytest.raises(RecarePatchError) as caught:
-            Recipe.from_yaml("".join(f"key{number}: 1\n" for number in range(3000)))
-        assert len(str(caught.value)) < 5000
-        assert "characters more)" in str(caught.value)
-        assert nearest("x" * 1_000_000, ["erase.steps"]) is None
+def test_a_message_that_nobody_reads_is_cut() -> None:
+    with pytest.raises(RecarePatchError, match=r"characters more\)") as caught:
+        Recipe.from_yaml("".join(f"key{number}: 1\n" for number in range(3000)))
+    assert len(str(caught.value)) < 5000
+    assert nearest("x" * 1_000_000, ["erase.steps"]) is None
 
 
-def header_file(folder: Path, header: Any, body: bytes = b"") -> Path:
-    text = json.dumps(header).encode()
-    file = folder / "x.safetensors"
-    file.write_bytes(struct.pack("<Q", len(text)) + text + body)
-    return file
+ENTRY = {"dtype": "F16", "shape": [2, 1], "data_offsets": [0, 4]}
 
 
 class TestHeaders:
@@ -98,77 +84,51 @@ class TestHeaders:
         ],
     )
     def test_numbers_that_are_none(self, change: dict[str, Any], tmp_path: Path) -> None:
-        entry = {"dtype": "F16", "shape": [2, 1], "data_offsets": [0, 4]} | change
-        file = header_file(tmp_path, {"x": entry}, b"\0" * 4)
+        text = json.dumps({"x": ENTRY | change}).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
         with pytest.raises(PatchError, match="header is malformed"):
-            read_safetensors_header(file)
+            read_safetensors_header(tmp_path / "x.safetensors")
 
     def test_a_huge_one_is_not_read(self, tmp_path: Path) -> None:
-        file = tmp_path / "x.safetensors"
-        with open(file, "wb") as handle:
+        with open(tmp_path / "x.safetensors", "wb") as handle:
             handle.write(struct.pack("<Q", 90_000_000))
             handle.truncate(90_000_100)
         with pytest.raises(PatchError, match="not a safetensors file"):
-            Patch.load(file)
+            Patch.load(tmp_path / "x.safetensors")
 
     def test_one_whose_length_starts_as_pickles_do(self, tmp_path: Path) -> None:
-        entry = {"dtype": "F16", "shape": [2, 1], "data_offsets": [0, 4]}
-        lacking = 640 - len(json.dumps({"__metadata__": {"a": ""}, "x": entry}))
-        file = header_file(tmp_path, {"__metadata__": {"a": "b" * lacking}, "x": entry}, b"\0" * 4)
-        assert file.read_bytes().startswith(b"\x80\x02")
-        assert set(read_safetensors_header(file).tensors) == {"x"}
+        lacking = 640 - len(json.dumps({"__metadata__": {"a": ""}, "x": ENTRY}))
+        text = json.dumps({"__metadata__": {"a": "b" * lacking}, "x": ENTRY}).encode()
+        (tmp_path / "x.safetensors").write_bytes(b"\x80\x02\0\0\0\0\0\0" + text + b"\0" * 4)
+        assert set(read_safetensors_header(tmp_path / "x.safetensors").tensors) == {"x"}
 
-    @pytest.mark.parametrize(
-        ("key", "text"),
-        [
-            ("versions", DEEP),
-            ("rank", DEEP),
-            ("care_set", DEEP),
-            ("care_set", "[]"),
-            ("care_set", '{"tokens": [{"kept": true}]}'),
-            ("care_set", '{"tokens": [{"kept": true, "text": 3}]}'),
-        ],
-    )
-    def test_entries_of_a_patch(self, key: str, text: str, tmp_path: Path) -> None:
-        patch = a_patch()
-        assert patch.metadata is not None
-        header = patch.metadata.to_header() | {f"recare_patch.{key}": text}
-        save_file(dict(patch.tensors), tmp_path / WEIGHTS_NAME, header)
+    def test_a_stack_whose_error_is_no_number(self, tmp_path: Path) -> None:
+        made = a_stack()
+        assert made.metadata is not None
+        odd = {"recare_patch.stacking": json.dumps({"relative_error": [{"a": {}}]})}
+        file = file_of(tmp_path, made.tensors, made.metadata.to_header() | odd)
         with pytest.raises(PatchError, match="malformed header entry"):
-            Patch.load(tmp_path)
-
-    def test_settings_of_other_tools(self, tmp_path: Path) -> None:
-        save_file(dict(a_patch().tensors), tmp_path / "x.safetensors", {"lora_adapter_metadata": DEEP})
-        with pytest.raises(PatchError, match="malformed header entry"):
-            Patch.load(tmp_path / "x.safetensors")
-        tensors = load_file(tmp_path / "x.safetensors")
-        named = {key.replace("unet.", "base_model.model."): tensor for key, tensor in tensors.items()}
-        save_file(named, tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 10**400}))
-        with pytest.raises(PatchError, match="malformed adapter_config"):
-            from_any(tmp_path / "adapter_model.safetensors")
+            described(file, read_safetensors_header(file))
 
 
 @pytest.mark.parametrize(
-    "change", [{"interval": [0, 10**400]}, {"interval": [float("nan"), 1]}, {"version": DEEP}, {"base": "x"}]
+    "change",
+    [{"interval": [0, 10**400]}, {"interval": [float("nan"), 1]}, {"version": DEEP}, {"base": "x"}, None],
 )
-def test_saved_attacks(change: dict[str, Any], tmp_path: Path) -> None:
-    note = json.loads(attack_file()) | change
-    text = json.dumps(note).replace(f'"{DEEP}"', DEEP)
-    (tmp_path / "attack.json").write_text(text)
+def test_saved_attacks(change: dict[str, Any] | None, tmp_path: Path) -> None:
+    note = json.loads(attack_file()) | (change or {})
+    if change is None:
+        del note["base"]
+    (tmp_path / "attack.json").write_text(json.dumps(note).replace(f'"{DEEP}"', DEEP))
+    if change is None:
+        assert load_attack(tmp_path).base is None
+        return
     with pytest.raises(AttackError, match="is damaged"):
         load_attack(tmp_path)
-
-
-def test_a_saved_attack_without_the_base_rate(tmp_path: Path) -> None:
-    note = json.loads(attack_file())
-    del note["base"]
-    (tmp_path / "attack.json").write_text(json.dumps(note))
-    assert load_attack(tmp_path).base is None
 
 
 def test_a_card_of_marks() -> None:
     with pytest.raises(RecarePatchError, match="must stand once"):
         claimed_figures(EVIDENCE_START * 20_000)
     with pytest.raises(RecarePatchError):
-        Suite.from_yaml("implicit:\n" + "".join(f"- a{number}\n" for number in range(3000)))
+        parse_suite("implicit:\n" + "".join(f"- a{number}\n" for number in range(3000)))

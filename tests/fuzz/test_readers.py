@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import resource
+import shutil
+import signal
 import struct
 import sys
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from recare_patch.core import RecarePatchError
 from tests.fuzz.mutating import (
     ODD_VALUES,
     as_json,
@@ -24,25 +31,99 @@ from tests.fuzz.mutating import (
     mutated_document,
     mutated_safetensors,
 )
-from tests.fuzz.readers import FOLDER_FILES, Reader, a_folder, read_folder, readers, reset_folder
-from tests.fuzz.watching import MEMORY, Watch, little_memory
+from tests.fuzz.readers import FOLDER_FILES, Reader, a_folder, read_folder, readers
 
 pytestmark = [
     pytest.mark.fuzz,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited as Linux does it"),
 ]
 
-MUTATIONS = 1200
-"""Inputs for each reader that come from sound files."""
+# Of computing for one input; sound ones take milliseconds. A busy machine does not count.
+SECONDS = 20.0
+# Bytes that all of it together may take.
+MEMORY = 2**30
 
-INVENTED = 250
-"""Inputs for each reader that hypothesis makes up."""
 
-OF_A_FOLDER = 150
-"""Inputs for each file of a patch's folder, which ``verify`` reads together."""
+class Hang(BaseException):
+    """A reader that did not answer in time; no ``except Exception`` may swallow it."""
 
-LEAST = 20_000
-"""Inputs in all."""
+
+@dataclass
+class Watch:
+    """How many inputs were tried, how many ended in one sentence, and the slowest, in seconds by a reader."""
+
+    inputs: int = 0
+    refused: int = 0
+    slowest: tuple[float, str] = (0.0, "")
+    began: float = field(default_factory=time.process_time)
+    _start: int = field(default_factory=lambda: _peak())
+
+    @property
+    def peak(self) -> int:
+        """Bytes by which the process's largest size grew."""
+        return _peak() - self._start
+
+    def attempt(self, name: str, data: bytes, read: Callable[[], object]) -> None:
+        """Let a reader read; every fault but our own escapes, with the input that shows it."""
+        self.inputs += 1
+        begun = time.process_time()
+        try:
+            with _deadline():
+                read()
+        except RecarePatchError as fault:
+            self.refused += 1
+            _check_sentence(str(fault), name, data)
+        except BaseException as fault:
+            raise AssertionError(
+                f"{name}: {type(fault).__name__}: {fault!s:.300}\n{data[:3000]!r}"
+            ) from fault
+        took = time.process_time() - begun
+        if took > self.slowest[0]:
+            self.slowest = (took, name)
+
+
+def _check_sentence(text: str, name: str, data: bytes) -> None:
+    odd = [one for one in text if unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp")]
+    assert text and not odd, f"{name} said {text[:500]!r} of {data[:2000]!r}"
+    assert len(text) < 20_000, f"{name} said {len(text)} characters of {data[:2000]!r}"
+    text.encode("utf-8")
+
+
+@contextlib.contextmanager
+def _deadline() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Hang(f"no answer in {SECONDS:g} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """Refuse the process more than :data:`MEMORY` beyond what it has: a MemoryError is a failure."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Inputs for each reader from sound files, and made up by hypothesis; for each file of a patch's folder,
+# which ``verify`` reads together; and in all.
+MUTATIONS, INVENTED, OF_A_FOLDER, LEAST = 1200, 250, 150, 20_000
 
 READERS = {reader.name: reader for reader in readers()}
 
@@ -54,25 +135,20 @@ def watch() -> Iterator[Watch]:
         yield made
 
 
-def _sound(watch: Watch, reader: Reader, folder: Path) -> None:
-    for seed in reader.seeds:
-        (folder / reader.place).write_bytes(seed)
-        watch.attempt(reader.name, seed, lambda: reader.read(folder / reader.place))
-
-
-def _beside(reader: Reader, folder: Path) -> None:
-    if reader.name == "peft settings":
-        lower, upper = READERS["lora"].seeds[2], "adapter_model.safetensors"
-        (folder / upper).write_bytes(lower)
+@pytest.fixture
+def beside(tmp_path: Path) -> Path:
+    """A folder with weights for the settings that are read beside them."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(READERS["lora"].seeds[2])
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_sound_files_are_read(name: str, watch: Watch, tmp_path: Path) -> None:
+def test_sound_files_are_read(name: str, watch: Watch, beside: Path) -> None:
     """Otherwise the others would prove nothing."""
-    reader = READERS[name]
-    _beside(reader, tmp_path)
-    refused = watch.refused
-    _sound(watch, reader, tmp_path)
+    reader, refused = READERS[name], watch.refused
+    for seed in reader.seeds:
+        (beside / reader.place).write_bytes(seed)
+        watch.attempt(name, seed, lambda: reader.read(beside / reader.place))
     allowed = {"patch": 3, "lora": 6, "inspect": 2, "peft settings": 1, "assignment": 1}.get(name, 0)
     assert watch.refused - refused <= allowed
 
@@ -84,15 +160,14 @@ def _mutated(rng: random.Random, seed: bytes, kind: str, number: int, others: li
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_mutated_files(name: str, watch: Watch, tmp_path: Path) -> None:
-    reader = READERS[name]
-    _beside(reader, tmp_path)
-    rng = random.Random(name)
-    file = tmp_path / reader.place
-    others = [seed for other in READERS.values() for seed in other.seeds]
+def test_mutated_files(name: str, watch: Watch, beside: Path) -> None:
+    reader, rng = READERS[name], random.Random(name)
+    file = beside / reader.place
+    everything = [seed for other in READERS.values() for seed in other.seeds]
     for number in range(MUTATIONS):
         seed = rng.choice(reader.seeds)
-        data = _mutated(rng, seed, reader.kind, number, others if number % 5 == 0 else list(reader.seeds))
+        others = everything if number % 5 == 0 else list(reader.seeds)
+        data = _mutated(rng, seed, reader.kind, number, others)
         file.write_bytes(data)
         watch.attempt(name, data, lambda: reader.read(file))
 
@@ -104,25 +179,27 @@ JSON = st.recursive(
 )
 
 
+def _keys(reader: Reader) -> list[str]:
+    """The names that a reader knows at the top of its files."""
+    seed = reader.seeds[0]
+    if reader.kind == "safetensors":
+        header = json.loads(seed[8 : 8 + struct.unpack("<Q", seed[:8])[0]])
+        return sorted(header.get("__metadata__", {})) or ["format"]
+    return ["model-index", "tags", "license"] if reader.kind == "text" else sorted(yaml.safe_load(seed))
+
+
 @pytest.mark.parametrize("name", READERS)
-def test_invented_files(name: str, watch: Watch, tmp_path: Path) -> None:
+def test_invented_files(name: str, watch: Watch, beside: Path) -> None:
     reader = READERS[name]
-    _beside(reader, tmp_path)
-    file = tmp_path / reader.place
-    known = _keys(reader)
+    file = beside / reader.place
+    documents = st.dictionaries(st.sampled_from(_keys(reader)), JSON)
+    options = {"deadline": None, "derandomize": True, "database": None}
 
-    documents = st.dictionaries(st.sampled_from(known), JSON)
-    checks = list(HealthCheck)
-
-    @settings(
-        max_examples=INVENTED, deadline=None, derandomize=True, database=None, suppress_health_check=checks
-    )
+    @settings(max_examples=INVENTED, suppress_health_check=list(HealthCheck), **options)
     @given(st.one_of(st.binary(max_size=300), st.text(max_size=300), documents))
     def run(found: Any) -> None:
-        if isinstance(found, bytes):
-            data = found
-        elif isinstance(found, str):
-            data = found.encode("utf-8", "replace")
+        if isinstance(found, bytes | str):
+            data = found.encode("utf-8", "replace") if isinstance(found, str) else found
         elif reader.kind == "safetensors":
             text = as_json({"__metadata__": {key: json.dumps(value) for key, value in found.items()}})
             data = struct.pack("<Q", len(text)) + text
@@ -134,22 +211,10 @@ def test_invented_files(name: str, watch: Watch, tmp_path: Path) -> None:
     run()
 
 
-def _keys(reader: Reader) -> list[str]:
-    """The names that a reader knows at the top of its files."""
-    seed = reader.seeds[0]
-    if reader.kind == "safetensors":
-        header = json.loads(seed[8 : 8 + struct.unpack("<Q", seed[:8])[0]])
-        return sorted(header.get("__metadata__", {})) or ["format"]
-    if reader.kind == "text":
-        return ["model-index", "tags", "license"]
-    return sorted(yaml.safe_load(seed))
-
-
 @pytest.mark.parametrize("changed", FOLDER_FILES)
 def test_a_folder_with_one_bad_file(changed: str, watch: Watch, tmp_path: Path) -> None:
     sound = a_folder(tmp_path / "sound")
-    place = tmp_path / "place"
-    reset_folder(sound, place)
+    place = shutil.copytree(sound, tmp_path / "place")
     watch.attempt("folder", b"", lambda: read_folder(place))
     rng = random.Random(changed)
     seed, kind = (sound / changed).read_bytes(), FOLDER_FILES[changed]

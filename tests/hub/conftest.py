@@ -10,14 +10,9 @@ import pytest
 from recare_patch.cli.demo import page
 from recare_patch.models import load_base
 from recare_patch.patch import Patch
-from tests.patch.test_patch import trained
+from tests.patch.making import as_another, trained
 
 demo: Any = page()
-
-
-def of_kind(patch: Patch, kind: str, concept: str) -> Patch:
-    assert patch.metadata is not None
-    return Patch(patch.tensors, patch.metadata.model_copy(update={"kind": kind, "concept": concept}), concept)
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +22,7 @@ def made(tiny_sd: Path) -> Patch:
 
 @pytest.fixture(scope="session")
 def both(made: Patch) -> dict[str, Patch]:
-    return {"Van Gogh": made, "nudity": of_kind(made, "nsfw", "nudity")}
+    return {"Van Gogh": made, "nudity": as_another(made, "nudity", "nsfw")}
 
 
 @pytest.fixture

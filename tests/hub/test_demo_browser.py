@@ -105,12 +105,8 @@ def test_a_prompt_is_drawn_and_the_scale_moves_the_right_picture(page: Any) -> N
     wait_for_sentence(page, "with Van Gogh at -1.")
     move_scale(page, 0)
     assert pixels(page, "after") == left
-
-
-def test_bad_input_is_answered_by_a_sentence(page: Any) -> None:
+    # Bad input is answered by a sentence.
     draw(page, "  ", "a prompt needs a word")
-    page.uncheck("#patches label:has-text('Van Gogh') input")
-    draw(page, "a house", "patches: choose at least one")
 
 
 def test_unsafe_pictures_stay_blurred_until_the_switch_is_set(page: Any) -> None:
@@ -132,6 +128,4 @@ def test_nothing_overflows(page: Any, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for side in ("before", "after"):
         box = page.locator(f"#{side} img").bounding_box()
-        assert box["x"] >= 0
-        assert box["x"] + box["width"] <= width
-        assert box["width"] >= 250
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width and box["width"] >= 250

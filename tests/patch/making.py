@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from recare_patch.careset import CareSet
+from recare_patch.core import file_sha256, write_json
+from recare_patch.measure import Evidence, with_evidence
 from recare_patch.models import BaseModel, load_base
 from recare_patch.models import lora as adapters
-from recare_patch.patch import Patch, PatchMetadata
+from recare_patch.patch import Patch, PatchMetadata, card_text
 from recare_patch.recipe import Recipe
 
 PROMPTS, SEEDS = ["a painting in the style of van gogh", "a photo of a cat"], [5, 6]
@@ -121,3 +123,33 @@ def file_of(place: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, 
     file = place if place.suffix else place / "x.safetensors"
     save_file(dict(tensors), file, header)
     return file
+
+
+def write_patch(folder: Path, patch: Patch, evidence: Evidence | None = None) -> Path:
+    """The files of a patch as a run and its evaluation leave them."""
+    weights = patch.save(folder)
+    about = patch.metadata
+    assert about is not None and about.recipe is not None
+    training = {"patch_sha256": file_sha256(weights), "seconds": 1.5, "denoiser_evaluations": 12}
+    write_json(folder / "training.json", training)
+    (folder / "recipe.yaml").write_text(about.recipe)
+    if about.care_set is not None:
+        (folder / "care_set.json").write_text(about.care_set)
+    Image.new("RGB", (32, 16), "navy").save(folder / "preview.png")
+    card = card_text(about, training)
+    if evidence is not None:
+        same = ("base", "base_denoiser_sha256", "concept", "kind", "method")
+        changes = {"patch_sha256": file_sha256(weights)} | {key: getattr(about, key) for key in same}
+        evidence = evidence.model_copy(update=changes)
+        evidence.save(folder)
+        card = with_evidence(card, evidence)
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+def as_another(patch: Patch, concept: str, kind: str) -> Patch:
+    """The same tensors, said to erase something else."""
+    assert patch.metadata is not None
+    recipe = Recipe(concept={"text": concept, "kind": kind})  # type: ignore[arg-type]
+    changes = {"concept": concept, "kind": kind, "recipe": recipe.to_yaml()}
+    return Patch(patch.tensors, patch.metadata.model_copy(update=changes))

@@ -11,17 +11,14 @@ import yaml
 from recare_patch.core import PatchError
 from recare_patch.patch import PLACE, PatchMetadata, card_text, identity_in, is_unsafe
 from recare_patch.patch.card import Identity
-from recare_patch.recipe import METHODS, Recipe
+from recare_patch.recipe import METHODS, Recipe, method_info
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TRAINING = {
-    "seconds": 312.4,
-    "denoiser_evaluations": 9876,
-    "peak_memory_bytes": 3 * 2**30,
-    "device": "cpu",
+    "seconds": 312.4, "denoiser_evaluations": 9876, "peak_memory_bytes": 3 * 2**30, "device": "cpu",
     "stages": {"target images": {"seconds": 60.0, "evaluations": 1920}},
     "warnings": ["the base may not draw it"],
-}
+}  # fmt: skip
 
 
 def metadata(concept: str = "Van Gogh", kind: str = "style", **changes: Any) -> PatchMetadata:
@@ -29,21 +26,11 @@ def metadata(concept: str = "Van Gogh", kind: str = "style", **changes: Any) -> 
     recipe = Recipe(concept={"text": concept, "kind": kind}, method=method)  # type: ignore[arg-type]
     tokens = [{"text": "stars", "kept": True}, {"text": "junk", "kept": False}]
     fields = {
-        "versions": {"diffusers": "0.42.1"},
-        "base": "atelier",
-        "base_family": "stable-diffusion",
-        "base_denoiser_sha256": "0" * 64,
-        "prediction_type": "epsilon",
-        "concept": concept,
-        "kind": kind,
-        "method": method,
-        "layers": "cross-attention",
-        "rank": 8,
-        "alpha": 8.0,
-        "seed": 0,
-        "recipe": recipe.to_yaml(),
-        "care_set": json.dumps({"tokens": tokens}),
-    }
+        "versions": {"diffusers": "0.42.1"}, "base": "atelier", "base_family": "stable-diffusion",
+        "base_denoiser_sha256": "0" * 64, "prediction_type": "epsilon", "concept": concept, "kind": kind,
+        "method": method, "layers": "cross-attention", "rank": 8, "alpha": 8.0, "seed": 0,
+        "recipe": recipe.to_yaml(), "care_set": json.dumps({"tokens": tokens}),
+    }  # fmt: skip
     return PatchMetadata(**(fields | changes))
 
 
@@ -104,25 +91,27 @@ def test_what_the_card_tells() -> None:
         "leaves out 0.012 of the norm of the update",
     ):  # fmt: skip
         assert part in card, part
-    assert "junk" not in card
-    assert "{% " not in card
+    assert "junk" not in card and "{% " not in card
     python_in(card)
+    # Records that were edited break no card.
+    odd = {"seconds": "long", "stages": {"a": 3, "b": {"seconds": None}}, "warnings": "no list"}
+    card = card_text(metadata(), odd)
+    assert "Not recorded" in card and "| b | 0.0 | 0 |" in card
+    with pytest.raises(PatchError, match="no such metadata"):
+        card_text(None, TRAINING)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_cited_with_its_weakness(method: str) -> None:
-    card = card_text(metadata(method=method, care_set=None), {})
-    name, arxiv = METHODS[method].source.split(",")[0], METHODS[method].source.split("arXiv ")[1]
-    assert f"https://arxiv.org/abs/{arxiv}" in card and f"eprint = {{{arxiv}}}" in card
-    assert name in card and "no CARE-set" in card and "Not recorded" in card
-    own = "ESD guards nothing" if method == "esd" else f"{METHODS[method].title}: {METHODS[method].weakness}."
-    assert (own in card) == (method != "recare")
+    card, info = card_text(metadata(method=method, care_set=None), {}), method_info(method)
+    told = f"{info.title}: {info.weakness}." if info.caution is None else info.caution
+    for part in (info.paper.url, info.paper.bibtex, info.paper.name, told, "no CARE-set", "Not recorded"):
+        assert part in card, part
 
 
 def test_unsafe_concepts_show_no_picture_in_the_widget() -> None:
     card = card_text(metadata("nudity", "nsfw"), TRAINING)
-    assert "widget" not in front_of(card)
-    assert "not-for-all-audiences" in front_of(card)["tags"]
+    assert "widget" not in front_of(card) and "not-for-all-audiences" in front_of(card)["tags"]
     assert "no safety filter" in card
     assert "not-for-all-audiences" not in card_text(metadata(), TRAINING)
 
@@ -146,10 +135,8 @@ def test_the_card_of_a_stack() -> None:
 @pytest.mark.parametrize(
     ("kinds", "kind", "unsafe"),
     [
-        (("style", "object"), "several", False),
-        (("style", None), "several", True),
-        (("nsfw", "nsfw"), "nsfw", True),
-        ((None, None), "style", False),
+        *((("style", "object"), "several", False), (("style", None), "several", True)),
+        *((("nsfw", "nsfw"), "nsfw", True), ((None, None), "style", False)),
     ],
 )
 def test_a_stack_of_unknown_parts_is_shown_with_care(
@@ -159,37 +146,14 @@ def test_a_stack_of_unknown_parts_is_shown_with_care(
     assert is_unsafe(stack(*parts, kind=kind)) is unsafe
 
 
-def test_records_that_were_edited_break_no_card() -> None:
-    odd = {"seconds": "long", "stages": {"a": 3, "b": {"seconds": None}}, "warnings": "no list"}
-    card = card_text(metadata(), odd)
-    assert "Not recorded" in card
-    assert "| b | 0.0 | 0 |" in card
-
-
 @pytest.mark.parametrize(
-    "text",
-    [
-        "<script>x</script>",
-        'quo"te',
-        "it's",
-        "a: b # c",
-        "{{ place }}",
-        "a|b `c` [d](e)",
-        "--- x",
-        "東京",
-    ],
+    "text", ["<script>x</script>", 'quo"te', "it's", "a: b # c", "{{ x }}", "a|b `c` [d](e)", "--- x", "東京"]
 )
 def test_any_concept_is_shown_as_text(text: str) -> None:
     card = card_text(metadata(text), TRAINING)
     assert front_of(card)["instance_prompt"] == f"A painting in the style of {text}"
     outside = card.replace(python_in(card), "").split("---\n", 2)[2].split("```bash")[0]
-    assert "<script>" not in outside
-    assert "[d](e)" not in outside
-
-
-def test_a_lora_without_metadata_has_no_card() -> None:
-    with pytest.raises(PatchError, match="no such metadata"):
-        card_text(None, TRAINING)
+    assert "<script>" not in outside and "[d](e)" not in outside
 
 
 OURS = ["recare-patch", "concept:van-gogh", "atelier"]

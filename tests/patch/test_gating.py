@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from benchmarks.suites import suite
 from recare_patch import load_base
 from recare_patch.cli import cli
 from recare_patch.core import IncompatiblePatchError, PatchError
-from recare_patch.models import BaseModel
 from recare_patch.patch import CLOSED, OPEN, Gate, Patch, gated
 from recare_patch.recipe import Concept
 from tests.patch import making
@@ -37,30 +36,22 @@ def draw(pipe: Any, prompts: Sequence[str] | None = PROMPTS, **options: Any) -> 
 
 
 class TestGate:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def atelier(cls) -> BaseModel:
-        return load_base("atelier", device="cpu")
-
-    @pytest.mark.parametrize(
-        ("name", "text", "kind"),
-        [("van gogh", "Van Gogh", "style"), ("tench", "tench", "object"), ("nude", "nudity", "nsfw")],
-    )
-    def test_it_tells_the_choosing_prompts_apart(
-        self, atelier: BaseModel, name: str, text: str, kind: Any
-    ) -> None:
-        gate = Gate(atelier.pipeline, [Concept(text=text, kind=kind)])
-        for figure in suite(name, "choose"):
-            found = gate([prompt for prompt, _ in figure.items])
-            assert found.tolist() == [float(figure.group == "concept")] * len(found), figure.name
-
-    def test_the_names_weigh_as_much_in_a_long_prompt(self, atelier: BaseModel) -> None:
-        gate = Gate(atelier.pipeline, [VAN_GOGH])
+    def test_it_tells_the_choosing_prompts_apart(self) -> None:
+        pipeline = load_base("atelier", device="cpu").pipeline
+        kinds = {"tench": ("tench", "object"), "nude": ("nudity", "nsfw"), "van gogh": ("Van Gogh", "style")}
+        for name, (text, kind) in kinds.items():
+            gate = Gate(pipeline, [Concept(text=text, kind=kind)])  # type: ignore[arg-type]
+            for figure in suite(name, "choose"):
+                found = gate([prompt for prompt, _ in figure.items])
+                assert found.tolist() == [float(figure.group == "concept")] * len(found), figure.name
+        # The names weigh as much in a long prompt.
         long = "a house and a tree, by van gogh, in a meadow with a boat and a car on a street at night"
         assert gate.likeness([long]) < gate.relatedness([long]) == 1
         assert gate.relatedness(["a street in Gogh, a boat on it"]) >= 0.5
 
-    def test_likeness_is_the_share_of_the_way_between_the_two_means(self, pipe: Any) -> None:
+    def test_likeness_is_the_share_of_the_way_between_the_two_means(
+        self, pipe: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         gate = Gate(pipe, [VAN_GOGH], care_words=["stars", "night"])
         words = gate.words
         assert words[:2] == ("stars", "night") and not {"van", "gogh", "the", "painting"} & set(words)
@@ -80,36 +71,34 @@ class TestGate:
         origin, way = mean(plain), mean(named) - mean(plain)
         expected = [(mean([prompt]) - origin) @ way / (way @ way) for prompt in PROMPTS]
         assert gate.likeness(PROMPTS).numpy() == pytest.approx(expected, abs=1e-4)
-        assert gate.likeness(named).mean() == pytest.approx(1, abs=1e-4)
-        assert gate.likeness(plain).mean() == pytest.approx(0, abs=1e-4)
-
-    def test_it_is_a_ramp(self, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        gate = Gate(pipe, [VAN_GOGH])
+        for prompts, one in ((named, 1), (plain, 0)):
+            assert gate.likeness(prompts).mean() == pytest.approx(one, abs=1e-4)
+        # It is a ramp.
         values = [-1.0, CLOSED, (CLOSED + OPEN) / 2, OPEN, 2.0]
         monkeypatch.setattr(gate, "relatedness", lambda prompts: torch.tensor(values))
         assert gate([""] * 5).tolist() == pytest.approx([0, 0, 0.5, 1, 1])
 
-    def test_a_lora_in_the_text_encoder_does_not_move_it(self, text_patch: Patch, pipe: Any) -> None:
-        gate = Gate(pipe, [VAN_GOGH])
-        before = gate.likeness(PROMPTS)
-        with text_patch.apply(pipe):
-            assert torch.equal(gate.likeness(PROMPTS), before)
-            assert torch.equal(Gate(pipe, [VAN_GOGH]).likeness(PROMPTS), before)
-
-    def test_a_stack_opens_for_each_part(self, patch: Patch, both: Patch, pipe: Any) -> None:
+    def test_a_stack_opens_for_each_part_and_does_not_move_it(
+        self, patch: Patch, text_patch: Patch, both: Patch, pipe: Any
+    ) -> None:
         gate = Gate.of(both, pipe)
         assert [concept.text for concept in gate.concepts] == ["Van Gogh", "Monet"]
         assert gate(["a house by van gogh", "a painting in the style of monet"]).tolist() == [1, 1]
         assert Gate.of(patch, pipe)(["monet"]) < 1
+        before = gate.likeness(PROMPTS)
+        with text_patch.apply(pipe):
+            assert torch.equal(gate.likeness(PROMPTS), before)
+            assert torch.equal(Gate.of(both, pipe).likeness(PROMPTS), before)
 
     def test_what_cannot_be_gated_is_refused_and_nothing_is_touched(self, patch: Patch, pipe: Any) -> None:
         before = state(pipe)
-        with pytest.raises(PatchError, match="does not say what it erases"):
-            gated(Patch(patch.tensors), pipe)
-        with pytest.raises(PatchError, match="at least one concept"):
-            Gate(pipe, [])
-        with pytest.raises(PatchError, match="finite"):
-            gated(patch, pipe, float("nan"))
+        for make, told in (
+            (lambda: gated(Patch(patch.tensors), pipe), "does not say what it erases"),
+            (lambda: Gate(pipe, []), "at least one concept"),
+            (lambda: gated(patch, pipe, float("nan")), "finite"),
+        ):
+            with pytest.raises(PatchError, match=told):
+                make()
         pipe.tokenizer = None
         with pytest.raises(IncompatiblePatchError, match="no tokenizer"):
             gated(patch, pipe)
@@ -127,17 +116,19 @@ class TestApplied:
                 scaled[scale] = draw(pipe, **options)
         with gated(patch, pipe, gate=by_table) as handle:
             found = draw(pipe, **options)
+            # A change of scale multiplies.
+            handle.applied.set_scale(0.5)
+            halved = draw(pipe, **options)
         each = options.get("num_images_per_prompt", 1)
         for row, image in enumerate(found):
             scale = STRENGTHS[PROMPTS[row // each]]
             assert difference([image], [scaled[scale][row]]) <= (0 if scale == 0 else 1)
         assert difference(scaled[0.0], scaled[1.0]) > 0
+        assert difference(halved[-1:], scaled[0.5][-1:]) <= 1
         assert handle.values == STRENGTHS
 
-    @pytest.mark.parametrize("base_name", ["tiny_sd", "tiny_sdxl"])
-    def test_through_a_base_model(self, base_name: str, request: pytest.FixtureRequest) -> None:
-        folder = request.getfixturevalue(base_name)
-        made, base = trained(folder)[1], load_base(folder, device="cpu")
+    def test_through_a_base_model_of_two_encoders(self, tiny_sdxl: Path) -> None:
+        made, base = trained(tiny_sdxl)[1], load_base(tiny_sdxl, device="cpu")
         before = base.generate(PROMPTS, SEEDS, steps=2)
         with made.apply(base.pipeline):
             after = base.generate(PROMPTS, SEEDS, steps=2)
@@ -160,13 +151,6 @@ class TestApplied:
             kept = draw(pipe, None, prompt_embeds=seen)
         assert difference(unseen, full) <= 1 and difference(kept, before) == 0
 
-    def test_a_change_of_scale_multiplies(self, patch: Patch, pipe: Any) -> None:
-        with patch.apply(pipe, 0.25):
-            quarter = draw(pipe)
-        with gated(patch, pipe, gate=by_table) as handle:
-            handle.applied.set_scale(0.5)
-            assert difference([draw(pipe)[1]], [quarter[1]]) <= 1
-
     @pytest.mark.parametrize("first", [0, 1])
     def test_two_gates_come_out_in_any_order(self, patch: Patch, pipe: Any, first: int) -> None:
         before, pictures = state(pipe), draw(pipe)
@@ -179,12 +163,8 @@ class TestApplied:
         assert difference(draw(pipe), pictures) == 0 and state(pipe) == before
 
     def test_a_patch_of_the_text_encoder(self, text_patch: Patch, pipe: Any) -> None:
-        def encode() -> tuple[Tensor, Tensor]:
-            against = ["a house by van gogh"] * 3
-            found: tuple[Tensor, Tensor] = pipe.encode_prompt(
-                PROMPTS, "cpu", 1, True, negative_prompt=against
-            )
-            return found
+        def encode() -> Any:
+            return pipe.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=[PROMPTS[2]] * 3)
 
         plain = encode()
         with text_patch.apply(pipe, 0.5):
@@ -201,19 +181,13 @@ class TestApplied:
         assert not torch.allclose(plain[1], whole[1], atol=1e-2)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, patch: Patch) -> Callable[..., Any]:
-    monkeypatch.chdir(tmp_path)
-    patch.save("patch")
-    return lambda *words: CliRunner().invoke(cli, ["generate", *(str(word) for word in words)])
-
-
-def test_generate_gated(run: Callable[..., Any], tiny_sd: Path, tmp_path: Path) -> None:
-    words = ["--gated", "--patch", "patch", "--base", tiny_sd, "--count", 1, "--steps", 2]
-    result = run(*words, "--prompt", "a cat", "--prompt", "van gogh", "--save-images", "all")
+def test_generate_gated(patch: Patch, tiny_sd: Path, tmp_path: Path) -> None:
+    patch.save(tmp_path / "patch")
+    places = f"--patch {tmp_path / 'patch'} --base {tiny_sd} --save-images {tmp_path / 'all'}"
+    prompts = ["--prompt", "a cat", "--prompt", "van gogh"]
+    words = ["generate", "--gated", *places.split(), "--count", "1", "--steps", "2", *prompts]
+    result = CliRunner().invoke(cli, words)
     assert result.exit_code == 0, result.output
     assert "'Van Gogh' at 1.00 of its scale for 'van gogh'" in result.stderr
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "all").iterdir()}
     assert pictures["01-seed0-before.png"] != pictures["01-seed0-after.png"]
-    result = run("--gated", "--prompt", "a cat")
-    assert result.exit_code == 2 and "no --patch is given" in result.stderr

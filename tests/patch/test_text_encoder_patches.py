@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,28 +12,14 @@ from click.testing import CliRunner
 
 from recare_patch.cli import cli
 from recare_patch.combine import merging
-from recare_patch.combine.stacking import save_stack
-from recare_patch.core import EvaluationError, IncompatiblePatchError, NoMatchingModuleError
+from recare_patch.core import EvaluationError, IncompatiblePatchError
 from recare_patch.measure.checks.fine_tuning import changed, merge_into
 from recare_patch.measure.pictures import Studio
 from recare_patch.models import load_base
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch
-from tests.patch.making import PROMPTS, SEEDS, difference, draw, trained
+from tests.patch.making import PROMPTS, SEEDS, difference, trained
 from tests.tiny import make_tiny_sd
-
-
-def test_the_adapter_goes_into_the_blocks_of_a_text_encoder_alone(tiny_sd: Path) -> None:
-    base = load_base(tiny_sd, device="cpu")
-    encoder = base.components["text_encoder"]
-    found = adapters.target_modules(encoder, "text-encoder")
-    assert len(found) == 2 * 6 and all(".layers." in name for name in found)
-    assert set(adapters.adapted(base, "text-encoder")) == {"text_encoder"}
-    assert set(adapters.adapted(base, "attention")) == {"unet"}
-    with pytest.raises(NoMatchingModuleError, match="it has text-encoder"):
-        adapters.target_modules(encoder, "all")
-    with pytest.raises(NoMatchingModuleError, match="no linear layer"):
-        adapters.target_modules(base.denoiser, "text-encoder")
 
 
 def test_off_is_the_teacher(tiny_sd: Path) -> None:
@@ -50,19 +35,6 @@ def test_off_is_the_teacher(tiny_sd: Path) -> None:
         assert not any(p.requires_grad for network in networks for p in network.parameters())
     adapters.detach(base.components["text_encoder"])
     assert torch.equal(base.encode_prompts(PROMPTS).prompt_embeds, before)
-
-
-def test_a_stack_is_both(
-    text_patch: Patch, patch: Patch, both: Patch, pipe: Any, tiny_sd: Path, tmp_path: Path
-) -> None:
-    save_stack(both, tmp_path / "both")
-    found = Patch.load(tmp_path / "both")
-    assert found.components == ("unet", "text_encoder")
-    assert found.check_base(load_base(tiny_sd, device="cpu"), strict=True)
-    with patch.apply(pipe), text_patch.apply(pipe):
-        separate = draw(pipe)
-    pipe.load_lora_weights(str(tmp_path / "both"))
-    assert difference(separate, draw(pipe)) <= 1
 
 
 def test_merged_and_taken_out_again(text_patch: Patch, patch: Patch, tiny_sd: Path, tmp_path: Path) -> None:
@@ -81,7 +53,7 @@ def test_merged_and_taken_out_again(text_patch: Patch, patch: Patch, tiny_sd: Pa
         merging.merge(patches, sibling, tmp_path / "t")
 
 
-def test_merged_in_memory(text_patch: Patch, tiny_sd: Path) -> None:
+def test_merged_in_memory_and_inspected(text_patch: Patch, tiny_sd: Path, tmp_path: Path) -> None:
     base = load_base(tiny_sd, device="cpu")
     before = base.encode_prompts(PROMPTS).prompt_embeds
     with text_patch.apply(base.pipeline, scale=0.5):
@@ -90,13 +62,8 @@ def test_merged_in_memory(text_patch: Patch, tiny_sd: Path) -> None:
         merge_into(base.components, text_patch, 0.5)
         torch.testing.assert_close(base.encode_prompts(PROMPTS).prompt_embeds, applied)
     assert torch.equal(base.encode_prompts(PROMPTS).prompt_embeds, before)
-
-
-def test_inspect(text_patch: Patch, tmp_path: Path) -> None:
     text_patch.save(tmp_path / "p")
-    result = CliRunner().invoke(cli, ["inspect", str(tmp_path / "p"), "--json"])
-    assert result.exit_code == 0, result.output
-    facts = json.loads(result.stdout)
+    facts = json.loads(CliRunner().invoke(cli, ["inspect", str(tmp_path / "p"), "--json"]).stdout)
     assert facts["parts"] == {"text_encoder": 12} and facts["layers"] == "text-encoder"
 
 

@@ -8,7 +8,6 @@ that never ends, which is when a test kills its client.
 from __future__ import annotations
 
 import base64
-import datetime
 import hashlib
 import json
 import re
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -49,15 +48,7 @@ class Repo:
 
     @property
     def front(self) -> dict[str, Any]:
-        card = self.files.get("README.md", b"").decode(errors="replace")
-        return _front(card)
-
-
-class Seen(NamedTuple):
-    """A request as it came."""
-
-    method: str
-    path: str
+        return _front(self.files.get("README.md", b"").decode(errors="replace"))
 
 
 class HubStandIn:
@@ -66,12 +57,18 @@ class HubStandIn:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
-        self.seen: list[Seen] = []
+        self.seen: list[tuple[str, str]] = []  # Method and path.
         self.fault: Callable[[str, str], tuple[Any, ...] | None] = lambda method, path: None
         self.hanging, self.let_go = threading.Event(), threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def add(self, name: str, files: dict[str, bytes], *, private: bool = False) -> Repo:
+        """A repo with one commit."""
+        self.repos[name] = Repo(private)
+        self.repos[name].commit(files)
+        return self.repos[name]
 
     def requests(self, method: str, part: str = "") -> list[str]:
         """The last words of the paths that were asked for."""
@@ -118,7 +115,7 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
             self.body = self.rfile.read(length) if length else self._chunks()
             url = urlsplit(self.path)
             self.query = parse_qs(url.query)
-            hub.seen.append(Seen(self.command, unquote(self.path)))
+            hub.seen.append((self.command, unquote(self.path)))
             try:
                 fault = hub.fault(self.command, unquote(url.path))
                 if fault is not None:
@@ -213,25 +210,17 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
                 raise _Refused(403, f"You don't have the rights to create a model under {owner}")
             name = f"{owner}/{asked['name']}"
             private = asked.get("visibility") == "private" or asked.get("private", False)
-            hub.repos[name] = Repo(private)
-            hub.repos[name].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
+            hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=private)
             return {"url": f"{hub.endpoint}/{name}", "name": name}
 
         def _facts(self, name: str, revision: str) -> dict[str, Any]:
             repo, sha, _ = self._at(name, revision)
             front = repo.front
-            base = front.get("base_model")
-            return {
-                "id": name,
-                "sha": sha,
-                "private": repo.private,
-                "tags": [*(front.get("tags") or []), *([f"base_model:{base}"] if base else [])],
-                "cardData": {key: value for key, value in front.items() if key != "model-index"},
-                "model-index": front.get("model-index"),
-                "downloads": 7,
-                "likes": 1,
-                "lastModified": datetime.datetime(2026, 1, 2).isoformat() + ".000Z",
-            }
+            base, index = front.get("base_model"), front.pop("model-index", None)
+            tags = [*(front.get("tags") or []), *([f"base_model:{base}"] if base else [])]
+            known = {"id": name, "sha": sha, "private": repo.private, "tags": tags, "cardData": front}
+            known |= {"model-index": index, "downloads": 7, "likes": 1}
+            return known | {"lastModified": "2026-01-02T00:00:00.000Z"}
 
         def _search(self) -> list[dict[str, Any]]:
             wanted, user = set(self.query.get("filter", [])), self._user()[0]
