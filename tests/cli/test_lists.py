@@ -12,15 +12,14 @@ import pytest
 
 from recare_patch.core import CareSetError, RecarePatchError
 from recare_patch.models import atelier
-from recare_patch.recipe import METHODS, Concept, Recipe, list_recipes, measured
-from recare_patch.recipe import methods as method_table
+from recare_patch.recipe import METHODS, Concept, Recipe, bundled, list_recipes, measured
 from tests.cli.conftest import Fake, Invoke, Stage, one_sentence
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     file = tmp_path / "figures.json"
-    monkeypatch.setattr(method_table, "FIGURES_FILE", file)
+    monkeypatch.setattr(bundled, "FIGURES_FILE", file)
     return file
 
 

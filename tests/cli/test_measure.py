@@ -140,7 +140,7 @@ def test_of_several_processes_one_speaks(invoke: Invoke, evaluated: Calls, fake:
         def found() -> Any:
             return type("Crew", (), {"main": False})
 
-    fake("core", Crew=Second)
+    fake("core", Crew=Second, launched_together=lambda: True)
     done = invoke("evaluate --patch p")
     assert done.exit_code == 0 and not done.output and evaluated[0]["progress"] is None
 
