@@ -193,12 +193,3 @@ def test_atelier_info(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert all(word in told for word in words)
     monkeypatch.setattr(atelier, "WEIGHTS", tmp_path / "none")
     one_sentence(invoke("atelier info"), "benchmarks.atelier train")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_methods_recipe_has_its_defaults(name: str) -> None:
-    recipe = Recipe(concept=Concept(text="a", kind="object"), method=name)
-    for key, value in recipe.method_info.defaults.items():
-        section, _, last = key.partition(".")
-        assert getattr(getattr(recipe, section), last) == value
-    assert recipe.adapter.layers == recipe.method_info.layers[0]
