@@ -180,10 +180,3 @@ def test_any_json_is_read_or_refused(care_set: CareSet, value: Any, place: str) 
     except CareSetError:
         return
     assert CareSet.from_json(found.to_json()) == found
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=200))
-def test_any_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(CareSetError):
-        CareSet.from_json(data)
