@@ -102,8 +102,12 @@ def test_what_was_used_is_recorded_and_every_token_has_a_reason(clip: Any) -> No
     assert [t.count for t in found.tokens] == sorted((t.count for t in found.tokens), reverse=True)
 
 
-def test_given_numbers_are_obeyed(clip: Any) -> None:
-    found = build(clip, tokens_per_image=3, keep=5)
+def test_given_numbers_are_obeyed_and_progress_is_told(clip: Any) -> None:
+    told: list[tuple[object, ...]] = []
+    progress: Any = SimpleNamespace(update=lambda *given: told.append(given))
+    options = CareSetOptions(tokens_per_image=3, keep=5)
+    found = build_care_set(TENCH, pictures(), clip, options, progress=progress)
+    assert told == [("CARE-set", done, 3) for done in range(4)]
     assert len(found.tokens) == 5
     assert sum(token.count for token in found.tokens) <= 3 * 40
 
@@ -145,13 +149,6 @@ def test_the_concepts_feature_is_the_name_that_the_pictures_know(clip: Any) -> N
     feature = concept_feature(Concept(text="nudity", kind="nsfw"), words, images)
     assert feature @ words.text_features(["nude person"])[0] > 0.99
     assert concept_feature(TENCH, clip).norm().item() == pytest.approx(1.0)
-
-
-def test_progress_is_told(clip: Any) -> None:
-    told: list[tuple[object, ...]] = []
-    progress: Any = SimpleNamespace(update=lambda *given: told.append(given))
-    build_care_set(TENCH, pictures(), clip, progress=progress)
-    assert told == [("CARE-set", done, 3) for done in range(4)]
 
 
 def test_pictures_of_the_concept_score_and_others_do_not() -> None:

@@ -127,28 +127,16 @@ def test_wrong_entries_are_told_in_one_sentence(
     assert message in told and str(path) in told and "\n" not in told
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b"{",
-        b'{"concept": {"text": "Van Gogh", "kind": "style"}}',
-        b"\xff\xfe\x00",
-        b"[" * 200_000,
-        b'{"a":' * 100_000,
-        b'{"tokens": [], "tokens": []}',
-        b'{"images": ' + b"9" * 10_000 + b"}",
-        b"version: 1\ntokens: []\n",
-    ],
-    ids=lambda content: repr(content[:24]),
-)
-def test_what_is_no_care_set_is_told_in_one_sentence(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_care_set_is_told_in_one_sentence(tmp_path: Path) -> None:
+    whole = b'{"concept": {"text": "Van Gogh", "kind": "style"}}'
+    deep, long = (b"[" * 200_000, b'{"a":' * 100_000), b'{"images": ' + b"9" * 10_000 + b"}"
+    twice, yaml = b'{"tokens": [], "tokens": []}', b"version: 1\ntokens: []\n"
     path = tmp_path / "set.json"
-    path.write_bytes(content)
-    with pytest.raises(CareSetError) as caught:
-        CareSet.load(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    for content in (b"", b"[]", b"{", b"\xff\xfe\x00", whole, *deep, long, twice, yaml):
+        path.write_bytes(content)
+        with pytest.raises(CareSetError) as caught:
+            CareSet.load(path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600, content[:24]
 
 
 def test_unreadable_places(tmp_path: Path) -> None:
@@ -180,10 +168,3 @@ def test_any_json_is_read_or_refused(care_set: CareSet, value: Any, place: str) 
     except CareSetError:
         return
     assert CareSet.from_json(found.to_json()) == found
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=200))
-def test_any_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(CareSetError):
-        CareSet.from_json(data)

@@ -82,7 +82,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
 def stage(fake: Fake, invoke: Invoke) -> Stage:
     """The command line with the erasing run replaced."""
     made = Stage(invoke)
-    fake("erasure", erase_concept=made.erase_concept, generate_pictures=made.generate_pictures)
+    fake("erasure", erase_concept=made.erase_concept)
+    fake("patch", generate_pictures=made.generate_pictures)
     return made
 
 

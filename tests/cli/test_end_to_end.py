@@ -58,15 +58,13 @@ def test_the_life_of_a_patch(invoke: Callable[..., Result], tiny_sd: Path, tiny_
     assert all(tensor.equal(second[name]) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "words"), [("--base", "nowhere", "nowhere"), ("--clip", "nowhere", "nowhere")]
-)
+@pytest.mark.parametrize("option", ["--base", "--clip"])
 def test_a_model_that_is_not_there(
-    invoke: Callable[..., Result], tiny_sd: Path, tiny_clip: Path, option: str, value: str, words: str
+    invoke: Callable[..., Result], tiny_sd: Path, tiny_clip: Path, option: str
 ) -> None:
-    places = {"--base": str(tiny_sd), "--clip": str(tiny_clip)} | {option: value}
-    flat = [word for pair in places.items() for word in pair]
-    result = invoke("erase", "--concept", "tench", "--kind", "object", "--out", "patch", *flat, *small())
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1].startswith("Error: ") and words in result.stderr.splitlines()[-1]
+    places = {"--base": tiny_sd, "--clip": tiny_clip} | {option: Path("nowhere")}
+    words = [word for pair in places.items() for word in pair]
+    result = invoke("erase", "--concept", "tench", "--kind", "object", "--out", "patch", *words, *small())
+    last = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and last.startswith("Error: ") and "nowhere" in last
     assert not Path("patch", WEIGHTS_NAME).exists()

@@ -12,15 +12,14 @@ import pytest
 
 from recare_patch.core import CareSetError, RecarePatchError
 from recare_patch.models import atelier
-from recare_patch.recipe import METHODS, Concept, Recipe, list_recipes, measured
-from recare_patch.recipe import methods as method_table
+from recare_patch.recipe import METHODS, Concept, Recipe, bundled, list_recipes, measured
 from tests.cli.conftest import Fake, Invoke, Stage, one_sentence
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     file = tmp_path / "figures.json"
-    monkeypatch.setattr(method_table, "FIGURES_FILE", file)
+    monkeypatch.setattr(bundled, "FIGURES_FILE", file)
     return file
 
 
@@ -194,12 +193,3 @@ def test_atelier_info(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert all(word in told for word in words)
     monkeypatch.setattr(atelier, "WEIGHTS", tmp_path / "none")
     one_sentence(invoke("atelier info"), "benchmarks.atelier train")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_methods_recipe_has_its_defaults(name: str) -> None:
-    recipe = Recipe(concept=Concept(text="a", kind="object"), method=name)
-    for key, value in recipe.method_info.defaults.items():
-        section, _, last = key.partition(".")
-        assert getattr(getattr(recipe, section), last) == value
-    assert recipe.adapter.layers == recipe.method_info.layers[0]

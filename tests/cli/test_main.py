@@ -10,7 +10,7 @@ import pytest
 
 from recare_patch import __version__
 from recare_patch.cli import COMMANDS
-from tests.cli.conftest import Invoke, Stage, one_sentence
+from tests.cli.conftest import Invoke, Stage
 from tests.test_imports import heavy_after
 
 
@@ -87,7 +87,3 @@ def test_a_fault_of_the_system_is_one_sentence(
 def test_a_bug_is_not_dressed_up(stage: Stage, fault: Exception) -> None:
     stage.fault = fault
     assert stage.run("erase --concept tench").exception is fault
-
-
-def test_a_name_out_of_nowhere(invoke: Invoke) -> None:
-    one_sentence(invoke("inspect nowhere"), "there is no patch at nowhere")

@@ -14,7 +14,6 @@ from PIL import Image
 from recare_patch.core import EvaluationError, OutputError, PatchError
 from recare_patch.measure import AttackOptions, AttackResult, Evidence, attack_options
 from recare_patch.measure.attacks import run as attacking
-from recare_patch.measure.evidence import AttackFigure, Figure
 from recare_patch.measure.integrity import Finding
 from recare_patch.measure.suites import Suite
 from recare_patch.measure.verify import TOLERANCE, Verification
@@ -23,25 +22,9 @@ from recare_patch.patch import Patch
 from tests.cli.conftest import Fake, Invoke, one_sentence
 from tests.measure import making
 from tests.measure.test_attacks import make_patch
+from tests.measure.test_evidence import make_evidence
 
 Calls = list[dict[str, Any]]
-
-FIGURES = (
-    Figure(
-        name="concept, plain prompts",
-        group="erased",
-        metric="concept rate",
-        base=0.98,
-        patched=0.02,
-        interval=(0.005, 0.05),
-        pictures=200,
-        better="lower",
-        unit="rate",
-    ),
-    Figure(
-        name="KID, retained prompts", group="kept", metric="KID", patched=0.0123, pictures=200, better="lower"
-    ),
-)
 
 
 @pytest.fixture
@@ -53,18 +36,8 @@ def evaluated(fake: Fake) -> Calls:
         made.append({"patch": patch, **options})
         if patch == "nowhere":
             raise EvaluationError("there is nothing to evaluate")
-        return Evidence(
-            patch_sha256="0" * 64,
-            base="atelier",
-            base_denoiser_sha256="1" * 64,
-            concept="Van Gogh",
-            kind="style",
-            method="recare",
-            created="2026-01-31",
-            figures=FIGURES,
-            attacks=(AttackFigure(attack="p4d", successes=1, trials=4, interval=(0.05, 0.7), without=0),),
-            cost={"pictures_drawn": 1200, "pictures_from_cache": 3, "seconds": 12.3},
-        )
+        cost = {"pictures_drawn": 1200, "pictures_from_cache": 3, "seconds": 12.3}
+        return make_evidence(cost=cost)
 
     fake("measure", evaluate=evaluate)
     return made
@@ -76,27 +49,16 @@ def test_the_least_that_has_to_be_said_to_evaluate(invoke: Invoke, evaluated: Ca
     assert done.exit_code == 0, done.output
     (call,) = evaluated
     assert call.pop("progress") is not None
-    unset = (
-        "base",
-        "suite",
-        "concept",
-        "metrics",
-        "out",
-        "cache",
-        "detector",
-        "label",
-        "clip",
-        "prompts_file",
-    )
-    unset += ("attacks", "precision", "batch_size", "seed")
+    unset = "base suite concept metrics out cache detector label clip prompts_file"
+    unset += " attacks precision batch_size seed"
     given = {"patch": "mine", "pictures": 200, "checks": (), "check_pictures": 24, "card": False}
-    assert call == dict.fromkeys(unset) | given | {"device": "auto"}
+    assert call == dict.fromkeys(unset.split()) | given | {"device": "auto"}
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["figure", "base", "patched", "95", "%", "interval", "pictures"]
-    assert lines[1].split()[3:] == ["98.0", "%", "2.0", "%", "0.5–5.0", "%", "200"]
-    assert lines[3] == "p4d: 1 of 4 (5.0–70.0 %)"
-    assert lines[4] == "Pictures: 1,200 drawn, 3 from the cache, 12 s"
-    assert lines[5:] == [f"Evidence: {Path('mine/evidence.json')}", f"Report: {Path('mine/report.html')}"]
+    assert lines[1].split()[3:] == ["90.0", "%", "2.0", "%", "0.5–5.0", "%", "200"]
+    assert lines[4] == "concept-inversion: 3 of 40 (2.6–20.0 %)"
+    assert lines[5] == "Pictures: 1,200 drawn, 3 from the cache, 12 s"
+    assert lines[6:] == [f"Evidence: {Path('mine/evidence.json')}", f"Report: {Path('mine/report.html')}"]
 
 
 def test_everything_that_can_be_said_to_evaluate(invoke: Invoke, evaluated: Calls) -> None:
@@ -140,7 +102,7 @@ def test_of_several_processes_one_speaks(invoke: Invoke, evaluated: Calls, fake:
         def found() -> Any:
             return type("Crew", (), {"main": False})
 
-    fake("core", Crew=Second)
+    fake("core", Crew=Second, launched_together=lambda: True)
     done = invoke("evaluate --patch p")
     assert done.exit_code == 0 and not done.output and evaluated[0]["progress"] is None
 

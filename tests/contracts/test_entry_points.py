@@ -67,7 +67,7 @@ def tell(command: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
 
 
 def test_it_is_listed_and_its_options_are_checked(tell: Callable[..., str]) -> None:
-    assert "throw-away  (Throw-Away; Doe et al., arXiv 2601.00001)" in tell("methods")
+    assert "throw-away  (Throw-Away; Doe et al., 2026, arXiv 2601.00001)" in tell("methods")
     facts = json.loads(tell("methods", "throw-away", "--json"))["throw-away"]
     assert facts["options"] == "throw_away" and facts["defaults"] == {"erase.steps": 60}
     wrong = ("--set", "throw_away.strenght=2")
@@ -100,4 +100,4 @@ def test_its_runs_are_planned_killed_and_resumed(
     assert ["erase", "480"] in [words[:2] for words in planned]
     recipe, card = ((tmp_path / "whole" / name).read_text() for name in ("recipe.yaml", "README.md"))
     assert "throw_away:\n  strength: 2.0\n" in recipe
-    assert "Throw-Away: guards nothing at all." in card
+    assert "Throw-Away: guards nothing at all." in card and "2601.00001" in card

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,18 +31,9 @@ def test_shares_are_whole_and_equal() -> None:
 @pytest.mark.parametrize("kind", ["style", "nsfw"])
 def test_two_processes_erase_as_one_does(tiny_sd: Path, tiny_clip: Path, tmp_path: Path, kind: str) -> None:
     # Five rows cannot be halved, and one retained image leaves a process without a batch.
-    recipe = small_recipe(
-        tiny_sd,
-        tiny_clip,
-        **{
-            "concept.kind": kind,
-            "erase.batch_size": 2,
-            "erase.retain_batch_size": 3,
-            "erase.retained_images": 1,
-            "erase.optimizer": "adamw",
-            "search.batch_size": 1,
-        },
-    )
+    sizes: dict[str, Any] = {"erase.batch_size": 2, "erase.retain_batch_size": 3, "search.batch_size": 1}
+    sizes |= {"erase.retained_images": 1, "erase.optimizer": "adamw", "concept.kind": kind}
+    recipe = small_recipe(tiny_sd, tiny_clip, **sizes)
     alone = erase(recipe, tmp_path / "alone", device="cpu")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --main_process_port 0"

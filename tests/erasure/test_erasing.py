@@ -122,18 +122,7 @@ def test_killed_runs_resume_to_the_same_bits(small: Small, run: Runs, tmp_path: 
     recipe = small(**{"erase.steps": 120})
     whole, out, file = run(recipe, "whole"), tmp_path / "killed", tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    command = [
-        sys.executable,
-        "-m",
-        "recare_patch",
-        "erase",
-        "--recipe",
-        file,
-        "--out",
-        out,
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, *f"-m recare_patch erase --recipe {file} --out {out} --device cpu".split()]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, env=environment, **quiet)  # type: ignore[call-overload]

@@ -20,6 +20,7 @@ from recare_patch.recipe import MemoryOptions, Recipe, load_recipe, preset_overr
 from tests.erasure.making import TENCH, attach, small_recipe
 
 GIB = 2**30
+SHARED: dict[str, Any] = {"erase.states": "shared-rollout"}
 MONET = {"text": "Monet", "kind": "style"}
 LARGE = Footprint(
     denoiser=5 * GIB,
@@ -40,20 +41,12 @@ LARGE = Footprint(
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        (
-            "recare",
-            {
-                "erase.states": "shared-rollout",
-                "erase.retain_batch_size": None,
-                "erase.steps": 21,
-                "also": [TENCH],
-            },
-        ),
+        ("recare", SHARED | {"erase.retain_batch_size": None, "erase.steps": 21, "also": [TENCH]}),
         ("esd", {"target_images.guidance_scale": 1.0, "also": [TENCH]}),
-        ("esd", {"erase.states": "shared-rollout", "replace_with": "Monet"}),
+        ("esd", SHARED | {"replace_with": "Monet"}),
         ("s-grace", {"s_grace.rounds": 2, "s_grace.attack_steps": 1, "erase.steps": 1, "also": [TENCH]}),
         ("forget-me-not", {"forget_me_not.inversion_steps": 2, "search.patience": 100, "also": [TENCH]}),
-        ("forget-me-not", {"replace_with": "Monet", "erase.states": "shared-rollout"}),
+        ("forget-me-not", SHARED | {"replace_with": "Monet"}),
         ("uce", {"also": [TENCH]}),
         ("recare", {"also": [TENCH], "adversary.count": 2, "search.patience": 100, "search.rounds": 2}),
         ("recare", {"replace_with": "Monet", "target_images.scheduler": "pndm", "target_images.steps": 5}),

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from diffusers import StableDiffusionPipeline
 
+from recare_patch import measure
 from recare_patch.careset import CareSet
 from recare_patch.cli import cli
 from recare_patch.combine import save_stack, stack
@@ -26,7 +26,9 @@ from recare_patch.patch import Gate, Patch, PatchMetadata, all_names, card_text,
 from recare_patch.recipe import Recipe
 from tests.erasure.making import TENCH
 from tests.measure.making import make_patch
-from tests.measure.test_stack_evidence import Everything
+from tests.measure.test_stack_evidence import Everything, one_thread
+
+__all__ = ["one_thread"]
 
 NUDITY = {"text": "nudity", "kind": "nsfw"}
 QUICK = {"erase.steps": 1, "search.rounds": 0}
@@ -53,15 +55,6 @@ def made(small: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory)
 def two(request: pytest.FixtureRequest, made: dict[str, Path], tmp_path: Path) -> Path:
     """Of Van Gogh and tench, made in either way."""
     return Path(shutil.copytree(made[request.param], tmp_path / "two"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tell(*words: object, code: int = 0) -> Result:
@@ -206,7 +199,7 @@ def test_attacks(two: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch) ->
         asked.append((concept, out))
         yield "ring-a-bell", result
 
-    monkeypatch.setattr("recare_patch.measure.attacks.run.run_attacks", attacked)
+    monkeypatch.setitem(vars(measure), "run_attacks", attacked)
     done = tell("attack", "--patch", two, "--attack", "ring-a-bell", "--out", two.with_name("all"))
     assert [(text, out.name) for text, out in asked] == [("Van Gogh", "van-gogh"), ("tench", "tench")]
     assert "tench, ring-a-bell: the concept came back" in done.stdout

@@ -102,9 +102,7 @@ def test_it_survives_a_round_trip(tmp_path: Path) -> None:
     assert isinstance(made.checks[0].points[1].x, float)
     assert made.checks[1].points[0].x == "VAN GOGH"
     assert made.checks[0].series == ("Van Gogh", "stars")
-
-
-def test_a_check_at_text_that_looks_like_a_number_stays_text() -> None:
+    # A text that looks like a number stays text.
     made = make_evidence(checks=(Check(name="c", title="c", points=(CheckPoint(x="1", values={"a": 1}),)),))
     assert Evidence.from_json(made.to_json()).checks[0].points[0].x == "1"
 

@@ -82,24 +82,19 @@ def page_of(evidence: Evidence, folder: Path, *more: Any) -> Page:
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "xlink:href", "action", "data", "poster"):
                 assert value is not None and value.startswith(("data:", "#")), (tag, value)
-    assert "url(" not in source
-    assert "@import" not in source
+    assert "url(" not in source and "@import" not in source
     ids = [attributes["id"] for _, attributes in page.found if "id" in attributes]
     assert len(ids) == len(set(ids))
-    for link in page.all("a"):
-        assert str(link["href"]).removeprefix("#") in ids
-    for box in page.all("label"):
-        assert box["for"] in ids
+    assert {str(link["href"]).removeprefix("#") for link in page.all("a")} <= set(ids)
+    assert {box["for"] for box in page.all("label")} <= set(ids)
     for image in page.all("img"):
-        assert image["alt"]
-        assert str(image["src"]).startswith("data:image/webp;base64,")
+        assert image["alt"] and str(image["src"]).startswith("data:image/webp;base64,")
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(head.get("scope") in ("row", "col") for head in page.all("th"))
     for drawing in page.all("svg"):
         assert drawing.get("aria-label") or drawing.get("aria-hidden") == "true"
     levels = [int(tag[1]) for tag, _ in page.found if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
+    assert levels[0] == 1 == levels.count(1)
     assert all(b <= a + 1 for a, b in pairwise(levels))
     for path in [attributes.get("d") for tag, attributes in page.found if tag == "path"]:
         assert path and not re.search("nan|inf|None", path)

@@ -23,37 +23,20 @@ from recare_patch.measure.suites import Suite, load_suite
 from recare_patch.measure.verify import Plan, Verification, check_suite, compare, verify
 from recare_patch.models import BaseModel
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch
-from recare_patch.recipe import WEIGHTS_NAME, Recipe
+from recare_patch.recipe import WEIGHTS_NAME
+from tests.erasure.making import small_recipe
+from tests.measure import making
 from tests.measure.test_evidence import make_evidence, make_figure
 from tests.tiny import make_tiny_sd
 
-SUITE = Suite(
-    name="tiny",
-    base="stable-diffusion",
-    concept="Van Gogh",
-    kind="style",
-    detector="clip",
-    label="Van Gogh",
-    plain=("A painting in the style of Van Gogh", "a Van Gogh painting"),
-    care=({"label": "stars", "prompts": ["A painting of stars"]},),  # type: ignore[arg-type]
-    retained=("A painting of a cat",),
-    labels=("cat", "car"),
-    steps=1,
-)
+SUITE = Suite(**{**making.SUITE, "paraphrased": (), "implicit": (), "neighbours": (), "steps": 1})
 
 
 @pytest.fixture(scope="module")
 def erased(tiny_sd: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A patch as the package writes it, of two steps."""
-    recipe = Recipe(
-        concept={"text": "Van Gogh", "kind": "style"},  # type: ignore[arg-type]
-        base=str(tiny_sd),
-        clip=str(tiny_clip),
-        method="esd",
-        target_images={"count": 2, "steps": 1},  # type: ignore[arg-type]
-        erase={"steps": 2, "batch_size": 1, "optimizer": "adamw"},  # type: ignore[arg-type]
-        adapter={"rank": 2, "alpha": 2.0},  # type: ignore[arg-type]
-    )
+    short = {"target_images.count": 2, "target_images.steps": 1, "erase.steps": 2, "erase.batch_size": 1}
+    recipe = small_recipe(tiny_sd, tiny_clip, "esd", **short)
     folder = tmp_path_factory.mktemp("verify") / "patch"
     erase(recipe, folder, device="cpu")
     return folder
@@ -266,7 +249,7 @@ def test_a_suite_that_was_altered() -> None:
     bundled = load_suite("van-gogh-atelier").model_dump(mode="json")
     for suite, holds, words in (
         (bundled, True, "as bundled"),
-        ({**bundled, "plain": ["a cat"], "first_seed": 1}, None, "with plain, first_seed of its own"),
+        ({**bundled, "plain": ["a cat"], "first_seed": 1}, None, "with first_seed, plain of its own"),
         ({**bundled, "steps": 0}, False, "no sound suite"),
     ):
         found = check_suite(true.model_copy(update={"suite": suite}))

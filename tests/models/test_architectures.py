@@ -8,54 +8,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from recare_patch.erasure.run import erase
 from recare_patch.models import load_base
 from recare_patch.models.stable_diffusion_xl import size_buckets
 from recare_patch.patch import Patch
-from recare_patch.recipe import Concept, Recipe
+from recare_patch.recipe import Recipe
+from tests.erasure import making
 
-SMALL = {
-    "target_images.count": 4,
-    "target_images.steps": 2,
-    "target_images.batch_size": 2,
-    "care_set.clustering": False,
-    "care_set.refinement": False,
-    "search.rounds": 1,
-    "search.erase_steps": 2,
-    "search.inversion_steps": 2,
-    "search.batch_size": 2,
-    "erase.steps": 4,
-    "erase.batch_size": 2,
-    "erase.retain_batch_size": 2,
-    "erase.retained_pairs": 1,
-    "erase.retained_images": 2,
-    "erase.retained_vocabulary": 4,
-    "adapter.rank": 2,
-    "adapter.alpha": 1.0,
-}
+SHORT = {"search.erase_steps": 2, "search.inversion_steps": 2, "erase.steps": 4, "erase.retained_images": 2}
 PROMPTS, SEEDS = ["a painting in the style of van gogh", "a cat"], [3, 4]
 
 
 def small_recipe(base: Path, clip: Path, **changes: object) -> Recipe:
-    plain = Recipe(concept=Concept(text="Van Gogh", kind="style"), base=str(base), clip=str(clip))
-    return plain.with_overrides({**SMALL, **changes})
+    return making.small_recipe(base, clip, **{**SHORT, **changes})
 
 
 def _plain(folder: Path, pipe: Any) -> list[np.ndarray[Any, Any]]:
     pipe.set_progress_bar_config(disable=True)
-    images: list[Image.Image] = pipe(
-        PROMPTS,
-        num_inference_steps=2,
-        guidance_scale=5.0,
-        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
-    ).images
-    return [np.asarray(image, dtype=int) for image in images]
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    drawn = pipe(PROMPTS, num_inference_steps=2, guidance_scale=5.0, generator=generators)
+    return [np.asarray(image, dtype=int) for image in drawn.images]
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix", "part", "states"),
+    ("name", "start", "part", "states"),
     [
         ("tiny_sd_v", "unet.", "attn2.to_k", "target-images"),
         ("tiny_sdxl", "unet.", "attn2.to_k", "target-images"),
@@ -63,20 +40,14 @@ def _plain(folder: Path, pipe: Any) -> list[np.ndarray[Any, Any]]:
     ],
 )
 def test_an_erased_patch_loads_in_plain_diffusers(
-    name: str,
-    prefix: str,
-    part: str,
-    states: str,
-    request: pytest.FixtureRequest,
-    tiny_clip: Path,
-    tmp_path: Path,
+    name: str, start: str, part: str, states: str, request: Any, tiny_clip: Path, tmp_path: Path
 ) -> None:
     from diffusers import DiffusionPipeline
 
     folder: Path = request.getfixturevalue(name)
     recipe = small_recipe(folder, tiny_clip, **{"erase.states": states})
     result = erase(recipe, tmp_path / "patch", device="cpu", preview=False)
-    assert all(key.startswith(prefix) for key in result.patch.tensors)
+    assert all(key.startswith(start) for key in result.patch.tensors)
     assert any(part in key for key in result.patch.tensors)
     assert result.patch.metadata is not None and result.patch.metadata.base_family == load_base(folder).family
 

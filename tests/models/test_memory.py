@@ -155,15 +155,7 @@ def test_levers_leave_old_recipes_alone(tiny_sd: Path, tiny_clip: Path) -> None:
     # As a patch made before there were levers carries it.
     new = {"memory", *MemoryOptions.model_fields}
     old = [line for line in recipe.to_yaml().splitlines() if line.strip().split(":")[0] not in new]
-    assert Recipe.from_yaml("\n".join(old)).hash == recipe.hash
-    for levers, same in (
-        ({"checkpointing": True, "micro_batch": 2}, True),
-        ({"channels_last": True, "compile": True}, True),
-        ({"weights": "nf4"}, False),
-        ({"resolution": "512x384"}, False),
-    ):
-        changed = recipe.with_overrides({f"memory.{key}": value for key, value in levers.items()})
-        assert (changed.hash == recipe.hash) is same
+    assert Recipe.from_yaml("\n".join(old)) == recipe
     with pytest.raises(RecipeError, match="compiled ones are closed"):
         recipe.with_overrides({"method": "forget-me-not", "memory.compile": True})
 

@@ -63,9 +63,6 @@ def _at(recipe: Recipe, key: str) -> Any:
     return found
 
 
-# ------------------------------------------------------------------------ what one is
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     text=st.text(string.ascii_letters + "é葛' :#-", min_size=1, max_size=40).filter(
@@ -156,15 +153,12 @@ def test_what_is_no_recipe(text: str, words: str) -> None:
         Recipe.from_yaml(text)
 
 
-# ------------------------------------------------------------------------ its method
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_fills_in_its_own_defaults(name: str, recipe: Recipe) -> None:
     info, plain = method_info(name), Recipe(concept=VAN_GOGH, method=name)
     assert plain == recipe.with_overrides({"method": name.upper()}) and plain.method == name
-    for key, value in info.defaults.items():
-        assert _at(plain, key) == value
+    assert {key: _at(plain, key) for key in info.defaults} == info.defaults
+    assert plain.adapter.layers == info.layers[0]
     if "erase.steps" not in info.defaults:
         assert plain.erase == recipe.erase
     section = name.replace("-", "_")
@@ -225,9 +219,6 @@ def test_every_preset_is_a_recipe(name: str, recipe: Recipe) -> None:
         assert (found[section][option] if option else found[section]) == value
     with pytest.raises(UnknownNameError, match=f"did you mean '{name}'"):
         preset_overrides(f"{name}x")
-
-
-# ------------------------------------------------------------------------ where recipes come from
 
 
 def test_assignments() -> None:
@@ -313,9 +304,6 @@ def test_recipes_are_found_in_an_installed_package(
     (inside / "only.yaml").write_text(recipe.to_yaml())
     monkeypatch.setattr(bundled, "__file__", str(tmp_path / "recare_patch" / "recipe" / "bundled.py"))
     assert [info.name for info in list_recipes()] == ["only"]
-
-
-# ------------------------------------------------------------------------ what a user's words stand for
 
 
 def test_words_stand_for_a_recipe(tmp_path: Path, recipe: Recipe) -> None:

@@ -25,14 +25,9 @@ class _Reference:
         self.seen = seen
 
     def __call__(self, attn: Any, states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
-        query, key, value = (
-            attn.head_to_batch_dim(layer(x))
-            for layer, x in (
-                (attn.to_q, states),
-                (attn.to_k, encoder_hidden_states),
-                (attn.to_v, encoder_hidden_states),
-            )
-        )
+        text = encoder_hidden_states
+        made = (attn.to_q(states), attn.to_k(text), attn.to_v(text))
+        query, key, value = map(attn.head_to_batch_dim, made)
         weights = attn.get_attention_scores(query, key)
         self.seen.append(weights.unflatten(0, (-1, attn.heads)))
         out: Tensor = attn.to_out[0](attn.batch_to_head_dim(weights @ value))
