@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from recare_patch.combine import save_stack, stack
 from recare_patch.core import CareSetError, RecarePatchError
-from recare_patch.erasure import EraseResult, classifier_free, erase, fit, recare_target
+from recare_patch.erasure import EraseResult, Loop, classifier_free, erase, fit, recare_target
 from recare_patch.erasure.methods import Context, ErasedPrompts, RetainedPrompts
 from recare_patch.erasure.methods.esd import esd_target
 from recare_patch.erasure.stages import Stages
@@ -234,9 +234,9 @@ class TestLosses:
             return sum(self.loss(method, base, seed) for seed in range(16))
 
         before, parameters = mean(), attach(base, method.context.recipe)
-        options: dict[str, Any] = {"steps": 12, "learning_rate": 1e-2, "seed": 0, "optimizer": "adamw"}
+        loop = Loop("t", 12, 1e-2, 0, optimizer="adamw")
         states = self.states(base)
-        fit(parameters, lambda step, generator: method.loss(*states, generator), stage="t", **options)
+        fit(parameters, lambda step, generator: method.loss(*states, generator), loop)
         assert mean() < before
         adapters.remove_adapter(base.denoiser, "recare")
         after = base.denoiser.state_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from recare_patch.erasure.loop import (
     Checkpoint,
     EarlyStop,
     Fitted,
+    Loop,
     fit,
     invert,
     learning_rate_at,
@@ -28,7 +30,7 @@ from recare_patch.models import BaseModel
 from recare_patch.recipe import STATES as NAMES
 from recare_patch.recipe import Recipe
 
-ONE_STEP: dict[str, Any] = {"stage": "t", "steps": 1, "learning_rate": 1e-3, "seed": 0, "optimizer": "adamw"}
+ONE_STEP = Loop("t", 1, 1e-3, 0, optimizer="adamw")
 
 
 def _run(optimizer: str, total: int, checkpoint: Checkpoint | None = None, stopped: int | None = None) -> Any:
@@ -45,10 +47,10 @@ def _run(optimizer: str, total: int, checkpoint: Checkpoint | None = None, stopp
         noise = 0.1 * torch.randn(goal.shape, generator=generator)
         return (large - goal + noise).pow(2).mean() + small.pow(2).mean()
 
-    options = {**ONE_STEP, "steps": total, "learning_rate": 1e-2, "optimizer": optimizer}
+    loop = Loop("t", total, 1e-2, 0, optimizer, checkpoint=checkpoint, save_every=4)
     fitted = Fitted()
     with contextlib.suppress(KeyboardInterrupt):
-        fitted = fit([large, small], loss_at, checkpoint=checkpoint, save_every=4, **options)
+        fitted = fit([large, small], loss_at, loop)
     return [large, small], fitted.losses
 
 
@@ -71,7 +73,7 @@ def test_damaged_and_foreign_checkpoints_are_one_sentence(tmp_path: Path) -> Non
         _run("adamw", 2, Checkpoint(file))
     other = Checkpoint(tmp_path / "other.safetensors")
     parameter = nn.Parameter(torch.zeros(3))
-    fit([parameter], lambda step, generator: parameter.sum(), checkpoint=other, **ONE_STEP)
+    fit([parameter], lambda step, generator: parameter.sum(), replace(ONE_STEP, checkpoint=other))
     with pytest.raises(ResumeError, match="another adapter"):
         _run("adamw", 2, other)
 
@@ -81,7 +83,7 @@ def test_unknown_optimizers_and_losses_that_are_no_number() -> None:
         _run("adamw8bits", 1)
     parameter = nn.Parameter(torch.ones(2))
     with pytest.raises(FloatingPointError, match="step 0"):
-        fit([parameter], lambda step, generator: parameter.sum() / 0, **ONE_STEP)
+        fit([parameter], lambda step, generator: parameter.sum() / 0, ONE_STEP)
 
 
 def test_step_generators_differ_by_seed_stage_and_step() -> None:
@@ -104,8 +106,8 @@ def test_an_early_stop_keeps_the_best() -> None:
         return next(losses)
 
     stop = EarlyStop([parameter], held_out, patience=2, every=3)
-    options = {**ONE_STEP, "steps": 100, "learning_rate": 1e-2}
-    fitted = fit([parameter], lambda step, generator: (parameter - 5).square().sum(), stop=stop, **options)
+    loop = replace(ONE_STEP, steps=100, learning_rate=1e-2)
+    fitted = fit([parameter], lambda step, generator: (parameter - 5).square().sum(), loop, stop=stop)
     assert len(fitted.losses) == 12
     assert parameter.item() == seen[1] != seen[-1]
 
@@ -149,8 +151,9 @@ class _Killed(NullProgress):
 def _invert(base: BaseModel, *, steps: int = 40, rate: float = 1.0, **options: Any) -> tuple[Tensor, Fitted]:
     latents = torch.randn((10, *base.latent_shape), generator=torch.Generator().manual_seed(0))
     start, prompts = base.word_vector("art")[None], ["a painting of <*>", "<*>"]
-    fixed: dict[str, Any] = {"batch_size": 2, "seed": 1, "stage": "inversion"}
-    return invert(base, latents, prompts, start, steps=steps, learning_rate=rate, **fixed, **options)
+    kept = {name: options.pop(name) for name in ("checkpoint", "progress") if name in options}
+    loop = Loop("inversion", steps, rate, 1, **kept)
+    return invert(base, latents, prompts, start, loop, batch_size=2, **options)
 
 
 def test_inversion_lowers_the_loss_and_touches_nothing_else(base: BaseModel) -> None:
@@ -208,8 +211,8 @@ def test_a_round_starts_from_the_name_before(
 ) -> None:
     found: list[Tensor] = []
 
-    def keep(base: BaseModel, latents: Tensor, prompts: Any, start: Tensor, **options: Any) -> Any:
-        vectors, fitted = invert(base, latents, prompts, start, **options)
+    def keep(base: BaseModel, latents: Tensor, prompts: Any, start: Tensor, loop: Loop, **options: Any) -> Any:
+        vectors, fitted = invert(base, latents, prompts, start, loop, **options)
         found.extend([start.clone(), vectors.clone()])
         return vectors, fitted
 
