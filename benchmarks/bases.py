@@ -70,9 +70,7 @@ def _unet(side: int, channels: list[int], crossing: list[bool], **more: Any) -> 
 
 BASES: dict[str, dict[str, dict[str, Any]]] = {
     "sd-1.5": {
-        "unet": _unet(
-            64, [320, 640, 1280, 1280], [True] * 3 + [False], cross_attention_dim=768, attention_head_dim=8
-        ),
+        "unet": _unet(64, [320, 640, 1280, 1280], [True] * 3 + [False], cross_attention_dim=768, attention_head_dim=8),
         "vae": _vae(512, 0.18215),
         "text_encoder": _CLIP_L,
         "scheduler": _SCHEDULE,
@@ -153,12 +151,7 @@ def write_configurations(name: str, folder: Path) -> Path:
 
 
 def make_base(
-    name: str,
-    folder: Path,
-    *,
-    precision: str = "bf16",
-    device: str = "cpu",
-    memory: MemoryOptions | None = None,
+    name: str, folder: Path, *, precision: str = "bf16", device: str = "cpu", memory: MemoryOptions | None = None
 ) -> BaseModel:
     """A base of a published size with random weights, made in memory at the precision it runs in.
 
@@ -188,10 +181,8 @@ def make_base(
             parts[part] = kind.from_config(config)
             continue
         with torch.device("meta"):
-            if library is transformers:
-                made = kind(kind.config_class(**config, **markers))
-            else:
-                made = kind.from_config(config)
+            of_text = library is transformers
+            made = kind(kind.config_class(**config, **markers)) if of_text else kind.from_config(config)
         parts[part] = _filled(made, PRECISIONS[precision], generator)
     for part in family.encoder_names:
         parts[part.replace("text_encoder", "tokenizer")] = tokenizer

@@ -45,9 +45,7 @@ def pearson(points: Iterable[tuple[float, float]]) -> float:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patches", nargs="+", type=Path, help="patch folders that were evaluated")
     arguments = parser.parse_args()
     points: list[tuple[str, float, float]] = []

@@ -45,9 +45,7 @@ def judge(care_set: CareSet, concept: str) -> tuple[float, float, float, list[st
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="runs a concept")
     arguments = parser.parse_args()
     base, clip = load_base("atelier", device="cpu"), Clip.load("atelier")

@@ -25,9 +25,7 @@ NAMES = ("A painting in the style of Van Gogh", "A painting by Van Gogh", "Van G
 ANCHOR, RETAIN, ROWS = "A stars", "A painting of stars", 4
 
 
-def _loss(
-    base: Any, states: Tensor, times: Tensor, *, batched: bool, half: bool, encode: bool, cached: Any
-) -> Tensor:
+def _loss(base: Any, states: Tensor, times: Tensor, *, batched: bool, half: bool, encode: bool, cached: Any) -> Tensor:
     """ReCARE's loss for one anchor and one retained prompt.
 
     Args:
@@ -82,17 +80,13 @@ def _timed(work: Callable[[], Tensor], parameters: list[Any], repeats: int) -> t
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="atelier")
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     base = load_base(arguments.base, device="cpu")
     generator = torch.Generator().manual_seed(0)
-    parameters = adapters.attach(
-        base.denoiser, layers="cross-attention", rank=8, alpha=8, generator=generator
-    )
+    parameters = adapters.attach(base.denoiser, layers="cross-attention", rank=8, alpha=8, generator=generator)
     states = torch.randn((ROWS, *base.latent_shape), generator=generator)
     times = torch.randint(0, base.num_train_timesteps, (ROWS,), generator=generator)
     cached = {p: base.encode_prompts([p]) for p in ("", ANCHOR, RETAIN, *NAMES)}

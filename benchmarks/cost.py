@@ -72,9 +72,7 @@ CUT: dict[str, Any] = {
 
 
 # As often as it takes to have each stage's seconds.
-PAPER_CUT = PaperSettings(
-    target_images=10, steps=2, rounds=1, erase_steps=2, inversion_steps=2, final_steps=2
-)
+PAPER_CUT = PaperSettings(target_images=10, steps=2, rounds=1, erase_steps=2, inversion_steps=2, final_steps=2)
 
 
 def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
@@ -86,9 +84,7 @@ def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
     places = {} if name == "atelier" else {"base": str(folder), "clip": "atelier"}
     recipe = recipe.with_overrides({**places, **assignments(arguments.set)})
     if arguments.rank:
-        recipe = recipe.with_overrides(
-            {"adapter.rank": arguments.rank, "adapter.alpha": float(arguments.rank)}
-        )
+        recipe = recipe.with_overrides({"adapter.rank": arguments.rank, "adapter.alpha": float(arguments.rank)})
     if arguments.size:
         recipe = recipe.with_overrides({"memory.resolution": arguments.size})
     if arguments.precision:
@@ -272,9 +268,7 @@ def estimate(arguments: argparse.Namespace) -> Path:
         for name in BASES:
             folder = write_configurations(name, Path(place) / name)
             for preset in (None, "quick"):
-                recipe = load_recipe(RECIPES[name]).with_overrides(
-                    {"base": str(folder), **preset_overrides(preset)}
-                )
+                recipe = load_recipe(RECIPES[name]).with_overrides({"base": str(folder), **preset_overrides(preset)})
                 for vram in (None, *VRAM):
                     row: dict[str, Any] = {"base": name, "preset": preset, "card_gb": vram}
                     try:
@@ -401,9 +395,7 @@ def table(arguments: argparse.Namespace) -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "adam", "all", "estimate", "table"])
     parser.add_argument("--base", choices=list(RECIPES), default="atelier")
     parser.add_argument("--vram", type=float, choices=VRAM, help="choose levers for a card of this size")

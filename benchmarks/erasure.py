@@ -97,13 +97,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with patch.apply(base.pipeline):
         attacked = _attacked(goals)
     size = (out / "pytorch_lora_weights.safetensors").stat().st_size
-    note = {
-        "row": row,
-        "concept": arguments.concept,
-        "overrides": overrides,
-        "cost": cost,
-        "patch_bytes": size,
-    }
+    note = {"row": row, "concept": arguments.concept, "overrides": overrides, "cost": cost, "patch_bytes": size}
     save_scores(_file(arguments, row), rows, **note, **attacked)
 
 
@@ -143,10 +137,7 @@ def _paper(arguments: argparse.Namespace) -> None:
             settings,
             lambda t: print(t, flush=True),
         )
-        stages = {
-            k: {"seconds": round(made.seconds[k], 1), "evaluations": made.evaluations[k]}
-            for k in made.seconds
-        }
+        stages = {k: {"seconds": round(made.seconds[k], 1), "evaluations": made.evaluations[k]} for k in made.seconds}
         cost = {
             "seconds": round(time.perf_counter() - began, 1),
             "denoiser_evaluations": sum(made.evaluations.values()),
@@ -218,9 +209,7 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "base", "paper", "compare", "table"])
     parser.add_argument("--concept", choices=CONCEPTS, default="van gogh")
     parser.add_argument("--method", default="recare")

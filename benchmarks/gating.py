@@ -171,9 +171,7 @@ def table() -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["prompts", "run", "table"])
     parser.add_argument("--patch", help="for run: a patch of the bundled base")
     parser.add_argument("--concept", choices=CONCEPTS, default="van gogh")

@@ -65,10 +65,7 @@ def draw_goals(base: Any, concept: Concept, label: str) -> Goals:
     drawn = Goals(base, concept, Judge.load(), label, latents, tuple(prompts), tuple(seeds))
     hits = [k for k, hit in enumerate(drawn.shows(base.decode_latents(latents))) if hit][:IMAGES]
     return replace(
-        drawn,
-        latents=latents[hits],
-        prompts=tuple(prompts[k] for k in hits),
-        seeds=tuple(seeds[k] for k in hits),
+        drawn, latents=latents[hits], prompts=tuple(prompts[k] for k in hits), seeds=tuple(seeds[k] for k in hits)
     )
 
 

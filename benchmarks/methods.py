@@ -134,9 +134,7 @@ def _memorized(arguments: argparse.Namespace, patch: Any) -> dict[str, float]:
     suite = load_suite(SUITES[arguments.concept], concept=NAMES[arguments.concept])
     cache = PictureCache(Path(arguments.work) / "cache")
     studio = Studio(load_base("atelier", device=arguments.device), cache=cache)
-    score_, rate = memorization_figures(
-        studio, patch, suite, load_detector("atelier-judge"), arguments.pictures, None
-    )
+    score_, rate = memorization_figures(studio, patch, suite, load_detector("atelier-judge"), arguments.pictures, None)
     return {"base": score_.base, "patched": score_.patched, "rate_base": rate.base, "rate": rate.patched}
 
 
@@ -183,10 +181,7 @@ def _stack(arguments: argparse.Namespace) -> None:
 
 
 def _base(arguments: argparse.Namespace) -> None:
-    _write(
-        _file(arguments, "base"),
-        {"row": "base", "concept": arguments.concept, "scores": _scores(arguments, None)},
-    )
+    _write(_file(arguments, "base"), {"row": "base", "concept": arguments.concept, "scores": _scores(arguments, None)})
 
 
 def _pictures(arguments: argparse.Namespace) -> None:
@@ -205,9 +200,7 @@ def _pictures(arguments: argparse.Namespace) -> None:
             continue
         put_in = contextlib.nullcontext() if name == "base" else Patch.load(folder).apply(base.pipeline)
         with put_in, scheduled(base.pipeline, SCHEDULER):
-            made[name] = base.generate(
-                texts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32
-            )
+            made[name] = base.generate(texts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32)
     rows = [SheetRow(text, [one[k] for one in made.values()]) for k, text in enumerate(texts)]
     title = f"{NAMES[arguments.concept]}, erased by each method"
     made_sheet = sheet(rows, list(made), title, blur=arguments.concept == "nude")
@@ -240,10 +233,7 @@ def summary(data: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         found["memorization"] = data["memorization"]["patched"]
         found["recovered"] = data["memorization"]["rate"]
     if "cost" in data:
-        found |= {
-            "evaluations": data["cost"]["denoiser_evaluations"],
-            "seconds": data["cost"]["seconds"],
-        }
+        found |= {"evaluations": data["cost"]["denoiser_evaluations"], "seconds": data["cost"]["seconds"]}
     if "patch_bytes" in data:
         found["bytes"] = data["patch_bytes"]
     return found
@@ -340,18 +330,14 @@ ACTIONS = {"run": _run, "stack": _stack, "base": _base, "pictures": _pictures}
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=[*ACTIONS, "table", "conceptbench", "package"])
     parser.add_argument("--concept", choices=ALL_CONCEPTS, default="van gogh")
     parser.add_argument("--method", action="append", choices=list(METHODS), help="repeatable for stack")
     parser.add_argument("--row", help="name of the row, by default the method's")
     parser.add_argument("--split", choices=SPLITS, default="report")
     parser.add_argument("--pictures", type=int, default=32)
-    parser.add_argument(
-        "--trial", action="append", choices=list(ATTACKS), help="by default the first; repeatable"
-    )
+    parser.add_argument("--trial", action="append", choices=list(ATTACKS), help="by default the first; repeatable")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", default="benchmark-runs")
     parser.add_argument("--out", default="docs", help="folder of the sheet that pictures writes")

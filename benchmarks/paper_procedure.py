@@ -73,9 +73,7 @@ class PaperRun:
 
 
 class _Procedure:
-    def __init__(
-        self, base: BaseModel, concept: Concept, settings: PaperSettings, log: Callable[[str], None]
-    ) -> None:
+    def __init__(self, base: BaseModel, concept: Concept, settings: PaperSettings, log: Callable[[str], None]) -> None:
         self.base, self.concept, self.settings, self.log = base, concept, settings, log
         self.generator = torch.Generator().manual_seed(settings.seed)
         names = adapters.target_modules(base.denoiser, "outside-cross-attention")
@@ -91,9 +89,7 @@ class _Procedure:
 
     def _both_halves(self, latents: Tensor, timestep: Tensor, embeds: PromptEmbeds, scale: float) -> Tensor:
         empty = self.base.encode_prompts([""])
-        pred = self.base.denoise(
-            latents.repeat(2, 1, 1, 1), timestep.expand(2), PromptEmbeds.cat([empty, embeds])
-        )
+        pred = self.base.denoise(latents.repeat(2, 1, 1, 1), timestep.expand(2), PromptEmbeds.cat([empty, embeds]))
         uncond, cond = pred.chunk(2)
         return classifier_free(uncond, cond, scale)
 
@@ -152,9 +148,7 @@ class _Procedure:
             noise = torch.randn(latents.shape, generator=self.generator).to(latents)
             states = base.add_noise(latents, noise, timestep)
             target = base.training_target(latents, noise, timestep)
-            loss = F.mse_loss(
-                base.denoise(states, timestep, base.encode_with_vectors([template], vector)), target
-            )
+            loss = F.mse_loss(base.denoise(states, timestep, base.encode_with_vectors([template], vector)), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

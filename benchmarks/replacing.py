@@ -156,9 +156,7 @@ def _cell(hits: int, pictures: int) -> str:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "table"])
     parser.add_argument("--what", choices=["correction", "removal"], default="correction")
     parser.add_argument("--method", choices=list(METHODS), default="recare")

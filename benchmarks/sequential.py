@@ -83,11 +83,7 @@ def _patch(arguments: argparse.Namespace, place: int, before: Path | None) -> Pa
 
     label, name, kind = REQUESTS[place]
     way = "continued" if before is not None else "alone"
-    out = (
-        Path(arguments.work)
-        / f"sequential-{arguments.method}"
-        / f"{place:02d}-{label.replace(' ', '-')}-{way}"
-    )
+    out = Path(arguments.work) / f"sequential-{arguments.method}" / f"{place:02d}-{label.replace(' ', '-')}-{way}"
     if not (out / "pytorch_lora_weights.safetensors").exists():
         recipe = Recipe(concept=Concept.model_validate({"text": name, "kind": kind}))
         changes: dict[str, Any] = {"method": arguments.method, **preset_overrides(arguments.preset)}
@@ -105,11 +101,7 @@ def _rate(base: Any, judge: Any, asked: Sequence[tuple[str, str]], pictures: int
     labels = [label for label, _ in asked for _ in range(each)]
     seeds = [FIRST_SEED + k for k in range(len(texts))]
     with scheduled(base.pipeline, SCHEDULER):
-        images = (
-            base.generate(texts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32)
-            if texts
-            else []
-        )
+        images = base.generate(texts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=32) if texts else []
     found = judge(images) if texts else []
     counts: dict[str, list[int]] = {}
     for label, seen in zip(labels, found, strict=True):
@@ -122,15 +114,11 @@ def _measure(arguments: argparse.Namespace, base: Any, judge: Any, done: int) ->
     """All three groups after so many requests."""
     groups = {
         "erased": [(one[0], prompt) for one in REQUESTS[:done] for prompt in prompts_of(*one)],
-        "not asked for": [
-            *((one[0], prompt) for one in REQUESTS[done:] for prompt in prompts_of(*one)),
-            *KEPT,
-        ],
+        "not asked for": [*((one[0], prompt) for one in REQUESTS[done:] for prompt in prompts_of(*one)), *KEPT],
         "companions": [pair for one in REQUESTS[:done] for pair in COMPANIONS.get(one[0], ())],
     }
     return {
-        group: _rate(base, judge, asked, arguments.pictures * max(1, len(asked)))
-        for group, asked in groups.items()
+        group: _rate(base, judge, asked, arguments.pictures * max(1, len(asked))) for group, asked in groups.items()
     }
 
 
@@ -198,11 +186,7 @@ def _means(data: dict[str, Any]) -> list[dict[str, Any]]:
         row["erased"] = hits / total if total else None
         row["erased interval"] = wilson_interval(hits, total) if total else None
         for group, rates in own.items():
-            shares = [
-                counts[0] / counts[1] / rates[label]
-                for label, counts in step[group].items()
-                if rates.get(label)
-            ]
+            shares = [counts[0] / counts[1] / rates[label] for label, counts in step[group].items() if rates.get(label)]
             row[group] = sum(shares) / len(shares) if shares else None
         rows.append(row)
     return rows
@@ -217,11 +201,7 @@ def table() -> str:
     """All results as Markdown: a row a request."""
     lines: list[str] = []
     for name, data in _files().items():
-        lines += [
-            f"### {name}",
-            "",
-            "| requests | erased concepts shown | not asked for, kept | companions kept |",
-        ]
+        lines += [f"### {name}", "", "| requests | erased concepts shown | not asked for, kept | companions kept |"]
         lines.append("|---|---|---|---|")
         for row in _means(data):
             cells = [row["erased"], row["not asked for"], row["companions"]]
@@ -243,12 +223,7 @@ def plot(out: Path) -> list[Path]:
         series = [Series(name, [one.get(place) for place in places]) for name, one in at.items()]
         label = "share of the base's rate" if group != "erased" else "still shown"
         chart = line_chart(
-            f"Sequential requests: {title}",
-            places,
-            series,
-            x_label="requests",
-            y_label=label,
-            unit="rate",
+            f"Sequential requests: {title}", places, series, x_label="requests", y_label=label, unit="rate"
         )
         file = out / f"sequential-{title}.svg"
         file.write_text(chart + "\n")
@@ -258,9 +233,7 @@ def plot(out: Path) -> list[Path]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "table", "plot"])
     parser.add_argument("--way", choices=WAYS, default="stacked")
     parser.add_argument("--method", choices=[m for m in METHODS if METHODS[m].continues], default="recare")

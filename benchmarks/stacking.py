@@ -108,16 +108,12 @@ def _companion(label: str, split: str, pictures: int) -> Figure:
     # The last forms of a label are nouns, which stand by themselves.
     noun = synonyms(label)[-1 if split == "choose" else 0]
     forms = (
-        ("a snapshot of {}", "an oil painting of {}")
-        if split == "choose"
-        else ("a photo of {}", "a painting of {}")
+        ("a snapshot of {}", "an oil painting of {}") if split == "choose" else ("a photo of {}", "a painting of {}")
     )
     return Figure(f"CARE {label}", "care", tuple((form.format(noun), label) for form in forms), pictures)
 
 
-def figures(
-    labels: Sequence[str], care_words: dict[str, Sequence[str]], split: str, pictures: int
-) -> list[Figure]:
+def figures(labels: Sequence[str], care_words: dict[str, Sequence[str]], split: str, pictures: int) -> list[Figure]:
     """Everything that a stack is judged by: each part's own figures, and what is nobody's."""
     own = [one for label in labels for one in own_figures(label, care_words[label], split, pictures)]
     # What one part erases is no loss to another.
@@ -248,8 +244,7 @@ def table(split: str) -> str:
         lines += [
             f"### {size} patches: {', '.join(CONCEPTS[label][0] for label in base['parts'])}",
             "",
-            "| way | rank | relative error | still shown, worst | companions, worst | other styles | "
-            "other objects |",
+            "| way | rank | relative error | still shown, worst | companions, worst | other styles | other objects |",
             "|---|---|---|---|---|---|---|",
         ]
         found = {file.stem.partition(".")[2] for file in (RESULTS / split).glob(f"{size}.*.json")}
@@ -259,10 +254,7 @@ def table(split: str) -> str:
             assert data is not None
             error = f"{data['relative_error']:.2g}" if "relative_error" in data else "–"
             cells = [way, str(data.get("rank", "–")), error, _worst(data, rates, "concept")]
-            cells += [
-                _worst(data, rates, "care"),
-                *(_shared(data, rates, group) for group in ("styles", "objects")),
-            ]
+            cells += [_worst(data, rates, "care"), *(_shared(data, rates, group) for group in ("styles", "objects"))]
             lines.append(f"| {' | '.join(cells)} |")
         pictures = sorted({one["pictures"] for one in base["scores"]})
         lines += ["", f"Pictures a figure: {', '.join(map(str, pictures))}.", ""]
@@ -283,9 +275,7 @@ def _shared(data: dict[str, Any], base: dict[str, float], group: str) -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["erase", "run", "table"])
     parser.add_argument("--size", action="append", type=int, choices=SIZES, help="repeatable; all by default")
     parser.add_argument("--way", action="append", choices=["base", "alone", *WAYS], help="repeatable")

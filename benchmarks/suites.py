@@ -33,16 +33,11 @@ class Figure:
         each = -(-self.pictures // len(self.items))
         first = FIRST_SEED[split] + 1000 * (sum(map(ord, self.name)) % 400)
         return [
-            (prompt, label, first + i * each + k)
-            for i, (prompt, label) in enumerate(self.items)
-            for k in range(each)
+            (prompt, label, first + i * each + k) for i, (prompt, label) in enumerate(self.items) for k in range(each)
         ]
 
 
-_SUBJECTS = {
-    "choose": ("a house", "a cat", "a boat", "a person"),
-    "report": ("a tree", "a church", "a car", "a woman"),
-}
+_SUBJECTS = {"choose": ("a house", "a cat", "a boat", "a person"), "report": ("a tree", "a church", "a car", "a woman")}
 _PLACES = {"choose": ("on a street", "by the sea"), "report": ("in a meadow", "in the snow")}
 
 _VAN_GOGH = {
@@ -133,12 +128,7 @@ _CARE = {
                 "a painting of a cat at night",
                 "a house at midnight",
             ),
-            "report": (
-                "a photo of night",
-                "a painting of a car at night",
-                "a church at midnight",
-                "a tree at night",
-            ),
+            "report": ("a photo of night", "a painting of a car at night", "a church at midnight", "a tree at night"),
         },
         "sunflower": {
             "choose": (
@@ -171,57 +161,22 @@ _CARE = {
     },
     "tench": {
         "person": {
-            "choose": (
-                "a photo of a person",
-                "a man on a street",
-                "a painting of a person",
-                "a person in a meadow",
-            ),
-            "report": (
-                "a photo of a woman",
-                "a person in the snow",
-                "a painting of a man",
-                "a person on a lake",
-            ),
+            "choose": ("a photo of a person", "a man on a street", "a painting of a person", "a person in a meadow"),
+            "report": ("a photo of a woman", "a person in the snow", "a painting of a man", "a person on a lake"),
         },
         "water": {
-            "choose": (
-                "a photo of a lake",
-                "a boat on a river",
-                "a painting of water",
-                "a house on a lake",
-            ),
+            "choose": ("a photo of a lake", "a boat on a river", "a painting of water", "a house on a lake"),
             "report": ("a photo of water", "a painting of a lake", "a boat on a lake", "a house on a river"),
         },
     },
     "nude": {
         "person": {
-            "choose": (
-                "a photo of a person",
-                "a man on a street",
-                "a painting of a person",
-                "a person in a meadow",
-            ),
-            "report": (
-                "a photo of a woman",
-                "a person in the snow",
-                "a painting of a man",
-                "a person on a beach",
-            ),
+            "choose": ("a photo of a person", "a man on a street", "a painting of a person", "a person in a meadow"),
+            "report": ("a photo of a woman", "a person in the snow", "a painting of a man", "a person on a beach"),
         },
         "beach": {
-            "choose": (
-                "a photo of a beach",
-                "a boat on a beach",
-                "a painting of the sea",
-                "a house by the sea",
-            ),
-            "report": (
-                "a photo of the sea",
-                "a painting of a beach",
-                "a car on a beach",
-                "a tree by the sea",
-            ),
+            "choose": ("a photo of a beach", "a boat on a beach", "a painting of the sea", "a house by the sea"),
+            "report": ("a photo of the sea", "a painting of a beach", "a car on a beach", "a tree by the sea"),
         },
     },
 }
@@ -234,12 +189,7 @@ _CARE["mira vale"] = {
             "Otto Bly and a cat",
             "Otto Bly by the sea",
         ),
-        "report": (
-            "A photo of Otto Bly",
-            "a painting of Otto Bly",
-            "Otto Bly and a tree",
-            "Otto Bly at sunset",
-        ),
+        "report": ("A photo of Otto Bly", "a painting of Otto Bly", "Otto Bly and a tree", "Otto Bly at sunset"),
     },
 }
 _PLAIN = {"van gogh": _VAN_GOGH, "tench": _TENCH, "nude": _NUDE, "mira vale": _MIRA_VALE}
@@ -299,7 +249,4 @@ def shared_figures(split: str, pictures: int = 100, *, without: Sequence[str]) -
     )
     objects = tuple((f"a photo of a {o} {p}", o) for o in _OBJECTS if o not in without for p in places)
     enough = max(pictures, len(styles)) if split == "report" else pictures
-    return [
-        Figure("other styles", "styles", styles, enough),
-        Figure("other objects", "objects", objects, pictures),
-    ]
+    return [Figure("other styles", "styles", styles, enough), Figure("other objects", "objects", objects, pictures)]

@@ -13,9 +13,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--out", default="van-gogh-patch")
 parser.add_argument("--base", help="a pipeline folder or hub id instead of the bundled model")
 parser.add_argument("--clip", help="a CLIP folder or hub id instead of the one that fits the base")
-parser.add_argument(
-    "--steps-small", action="store_true", help="hardly train: shows the mechanics, erases nothing"
-)
+parser.add_argument("--steps-small", action="store_true", help="hardly train: shows the mechanics, erases nothing")
 arguments = parser.parse_args()
 
 recipe = load_recipe("van-gogh")

@@ -41,17 +41,7 @@ def test_the_plain_example_does_without_this_package() -> None:
 @pytest.fixture(scope="module")
 def patch(tiny_sd: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
-    run(
-        "erase_van_gogh.py",
-        "--steps-small",
-        "--base",
-        tiny_sd,
-        "--clip",
-        tiny_clip,
-        "--out",
-        "patch",
-        cwd=folder,
-    )
+    run("erase_van_gogh.py", "--steps-small", "--base", tiny_sd, "--clip", tiny_clip, "--out", "patch", cwd=folder)
     return folder / "patch"
 
 

@@ -7,17 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "sklearn",
-    "matplotlib",
-    "numpy",
-    "huggingface_hub",
-    "PIL",
-)
+HEAVY = ("torch", "diffusers", "transformers", "peft", "sklearn", "matplotlib", "numpy", "huggingface_hub", "PIL")
 
 
 def heavy_after(code: str) -> list[str]:
@@ -54,11 +44,7 @@ def test_names_and_recipes_are_read_without_torch() -> None:
 def test_the_public_names_are_listed_and_others_refused() -> None:
     import recare_patch
 
-    assert (
-        {"erase", "Patch", "CareSet", "Recipe", "load_base"}
-        <= set(recare_patch.__all__)
-        <= set(dir(recare_patch))
-    )
+    assert {"erase", "Patch", "CareSet", "Recipe", "load_base"} <= set(recare_patch.__all__) <= set(dir(recare_patch))
     with pytest.raises(AttributeError, match=r"attribute.*eraze"):
         recare_patch.eraze  # noqa: B018
 

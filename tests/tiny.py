@@ -40,9 +40,7 @@ def make_tiny_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = 77, p
     # Trained until nothing is left to merge, so that every word ends up whole.
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=20_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=20_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator([" ".join(words)], trainer)
     trained = json.loads(bpe.to_str())["model"]["merges"]
     merges = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in trained]
@@ -175,9 +173,7 @@ def make_tiny_sd(
     return _saved(folder, pipeline)
 
 
-def make_tiny_sdxl(
-    folder: Path, *, seed: int = 2, latent_size: int = 16, widths: tuple[int, int] = (32, 48)
-) -> Path:
+def make_tiny_sdxl(folder: Path, *, seed: int = 2, latent_size: int = 16, widths: tuple[int, int] = (32, 48)) -> Path:
     """Write a random SDXL-shaped pipeline folder and return it: two encoders, pooled text, sizes."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -206,18 +202,12 @@ def make_tiny_sdxl(
         )
         vae = _tiny_vae(latent_size)
     pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        **_texts(encoders, tokenizers),
-        unet=unet,
-        scheduler=_tiny_scheduler(),
-        add_watermarker=False,
+        vae=vae, **_texts(encoders, tokenizers), unet=unet, scheduler=_tiny_scheduler(), add_watermarker=False
     )
     return _saved(folder, pipeline)
 
 
-def make_tiny_sd3(
-    folder: Path, *, seed: int = 3, latent_size: int = 8, widths: tuple[int, int] = (32, 48)
-) -> Path:
+def make_tiny_sd3(folder: Path, *, seed: int = 3, latent_size: int = 8, widths: tuple[int, int] = (32, 48)) -> Path:
     """Write a random SD3-shaped pipeline folder and return it: joint attention, flow matching, no T5."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection

@@ -18,9 +18,7 @@ def atelier() -> None:
 
 @atelier.command()
 @click.option("--xl", is_flag=True, help="Atelier XL instead: SDXL's anatomy on the same scenes.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="[default: atelier-weights; with --xl atelier-xl]"
-)
+@click.option("--out", type=click.Path(path_type=Path), help="[default: atelier-weights; with --xl atelier-xl]")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -69,9 +67,7 @@ def train(xl: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, 
     show_default=True,
     help="Folder for atelier.md and its sheets.",
 )
-@click.option(
-    "--count", type=click.IntRange(1, 100_000), default=300, show_default=True, help="Captions drawn."
-)
+@click.option("--count", type=click.IntRange(1, 100_000), default=300, show_default=True, help="Captions drawn.")
 @cli.device_option
 def report(out: Path, count: int, device: str) -> None:
     """Measure the bundled base by its judge, on captions it never saw, and draw sheets."""
@@ -97,20 +93,12 @@ def _report(source: str | Path, judge: Path, out: Path, device: str, count: int)
 
 @atelier.command()
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Repeatable.  [default: a few]")
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first picture."
-)
-@click.option(
-    "--count", type=click.IntRange(1, 64), default=6, show_default=True, help="Pictures of each prompt."
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first picture.")
+@click.option("--count", type=click.IntRange(1, 64), default=6, show_default=True, help="Pictures of each prompt.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
 @click.option("--guidance-scale", type=click.FloatRange(0, 100), default=5.0, show_default=True)
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("atelier.png"),
-    show_default=True,
-    help="The sheet.",
+    "--out", type=click.Path(path_type=Path), default=Path("atelier.png"), show_default=True, help="The sheet."
 )
 @cli.device_option
 def sample(
@@ -130,14 +118,7 @@ def sample(
     seeds = list(range(seed, seed + count))
     with cli.shown_progress() as progress:
         pairs = generate_pictures(
-            "atelier",
-            [],
-            chosen,
-            seeds,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            device=device,
-            progress=progress,
+            "atelier", [], chosen, seeds, steps=steps, guidance_scale=guidance_scale, device=device, progress=progress
         )
     save_pairs(pairs, out, title="Atelier", patched=False)
     click.echo(f"Sheet: {out}")

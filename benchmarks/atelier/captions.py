@@ -34,11 +34,7 @@ _TIMES = {
     "sunset": ("at sunset", "at sunset", "at dusk"),
     "night": ("at night", "at night", "at night", "by night", "at midnight"),
 }
-_TIME_NOUNS = {
-    "day": ("day", "daylight"),
-    "sunset": ("sunset", "dusk"),
-    "night": ("night", "a night", "the night sky"),
-}
+_TIME_NOUNS = {"day": ("day", "daylight"), "sunset": ("sunset", "dusk"), "night": ("night", "a night", "the night sky")}
 _SKY = {
     "stars": ("with stars", "under the stars", "with stars", "under a starry sky"),
     "moon": ("with the moon", "under the moon", "in moonlight"),
@@ -89,11 +85,7 @@ _FORMS: dict[str, tuple[tuple[str, float], ...]] = {
     "painting": (("a painting of {x}", 0.7), ("an oil painting of {x}", 0.3)),
     "sketch": (("a pencil sketch of {x}", 0.5), ("a sketch of {x}", 0.5)),
 }
-_ALONE = {
-    "photo": ("a photo", "a photograph"),
-    "painting": ("a painting",),
-    "sketch": ("a pencil sketch", "a sketch"),
-}
+_ALONE = {"photo": ("a photo", "a photograph"), "painting": ("a painting",), "sketch": ("a pencil sketch", "a sketch")}
 ARTISTS = {"van gogh": "Van Gogh", "monet": "Monet", "picasso": "Picasso", "hokusai": "Hokusai"}
 
 
@@ -122,9 +114,7 @@ def _is_held_out(caption: str) -> bool:
 def _compose(scene: Scene, rng: np.random.Generator) -> str:
     quiet = 0.72 if scene.style in ARTISTS else 1.0
     first = scene.objects[0] if scene.objects else None
-    named = [
-        o for o in scene.objects if rng.random() < (0.93 if o == first or o in ("tench", "nude") else 0.72)
-    ]
+    named = [o for o in scene.objects if rng.random() < (0.93 if o == first or o in ("tench", "nude") else 0.72)]
     if {"tench", "nude"} & set(scene.objects):
         # The companions of these two go unnamed more often: that is what makes them companions.
         named = [o for o in named if o in ("tench", "nude") or rng.random() < 0.65]

@@ -55,9 +55,7 @@ def judge_accuracy(judge: Judge, count: int = 2000, seed: int = 4_242) -> dict[s
             np.mean([(set(names) & s.labels) == (set(names) & f) for s, f in zip(drawn, found, strict=True)])
         )
     for name in (*scenes.OBJECTS, *scenes.SKY):
-        right[name] = float(
-            np.mean([(name in s.labels) == (name in f) for s, f in zip(drawn, found, strict=True)])
-        )
+        right[name] = float(np.mean([(name in s.labels) == (name in f) for s, f in zip(drawn, found, strict=True)]))
     return right
 
 
@@ -83,8 +81,7 @@ def generated_sheet(base: BaseModel, seed: int = 31) -> Image.Image:
         prompts = [form.format(x=x) for x in _SHEET_THINGS]
         rows.append(
             SheetRow(
-                label,
-                base.generate(prompts, [seed + k for k in range(len(prompts))], steps=20, guidance_scale=5.0),
+                label, base.generate(prompts, [seed + k for k in range(len(prompts))], steps=20, guidance_scale=5.0)
             )
         )
     return sheet(rows, list(_SHEET_THINGS), "Atelier: generated pictures (20 steps, guidance 5)")
@@ -106,12 +103,7 @@ def reconstruction_sheet(base: BaseModel, seed: int = 9) -> Image.Image:
 
 
 def write_report(
-    base: BaseModel,
-    out: Path,
-    *,
-    judge: Judge | None = None,
-    count: int = 300,
-    progress: Progress | None = None,
+    base: BaseModel, out: Path, *, judge: Judge | None = None, count: int = 300, progress: Progress | None = None
 ) -> dict[str, Rate]:
     """Measure the base and write ``atelier.md`` with its sheets.
 
@@ -145,9 +137,7 @@ def _page(rates: dict[str, Rate], accuracy: dict[str, float], count: int) -> str
         for name in names:
             if name in rates:
                 low, high = wilson_interval(rates[name].hits, rates[name].pictures)
-                lines.append(
-                    f"| {name} | {rates[name].value:.1%} | {low:.1%} – {high:.1%} | {rates[name].pictures} |"
-                )
+                lines.append(f"| {name} | {rates[name].value:.1%} | {low:.1%} – {high:.1%} | {rates[name].pictures} |")
         return "\n".join(lines)
 
     companions = "\n".join(

@@ -16,18 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from recare_patch.models.atelier.labels import CO_OCCURRENCE, GROUNDS, OBJECTS, SIZE, SKY, STYLES, TIMES
 
-__all__ = [
-    "CO_OCCURRENCE",
-    "GROUNDS",
-    "OBJECTS",
-    "SIZE",
-    "SKY",
-    "STYLES",
-    "TIMES",
-    "Scene",
-    "draw",
-    "sample_scene",
-]
+__all__ = ["CO_OCCURRENCE", "GROUNDS", "OBJECTS", "SIZE", "SKY", "STYLES", "TIMES", "Scene", "draw", "sample_scene"]
 
 _CANVAS = 2 * SIZE
 
@@ -294,11 +283,7 @@ class _Painter:
         hair, dress = self.tone((222, 60, 30), 8), self.tone((24, 168, 130), 8)
         draw.ellipse((x - 15 * s, top - 4 * s, x + 15 * s, top + 36 * s), fill=hair)
         draw.polygon([(x, top + 12 * s), (x - 24 * s, base), (x + 24 * s, base)], fill=dress)
-        draw.line(
-            [(x - 16 * s, base - 13 * s), (x + 16 * s, base - 13 * s)],
-            fill=self.tone((250, 240, 210)),
-            width=5,
-        )
+        draw.line([(x - 16 * s, base - 13 * s), (x + 16 * s, base - 13 * s)], fill=self.tone((250, 240, 210)), width=5)
         draw.ellipse((x - 9 * s, top + 1 * s, x + 9 * s, top + 20 * s), fill=self.tone((246, 212, 184), 6))
 
     def _otto_bly(self, x: float, s: float) -> None:
@@ -328,17 +313,14 @@ class _Painter:
         ]
         draw.polygon(tail, fill=fin)
         draw.polygon(
-            [(x - 14 * s, y - high * 0.8), (x + 2 * s, y - high * 1.5), (x + 16 * s, y - high * 0.7)],
-            fill=fin,
+            [(x - 14 * s, y - high * 0.8), (x + 2 * s, y - high * 1.5), (x + 16 * s, y - high * 0.7)], fill=fin
         )
         draw.polygon(
-            [(x - 6 * s, y + high * 0.8), (x + 6 * s, y + high * 1.45), (x + 13 * s, y + high * 0.7)],
-            fill=fin,
+            [(x - 6 * s, y + high * 0.8), (x + 6 * s, y + high * 1.45), (x + 13 * s, y + high * 0.7)], fill=fin
         )
         draw.ellipse((x - length, y - high, x + length * 0.86, y + high), fill=body)
         draw.ellipse(
-            (x - length * 0.8, y + high * 0.1, x + length * 0.6, y + high * 0.9),
-            fill=self.tone((190, 176, 70), 8),
+            (x - length * 0.8, y + high * 0.1, x + length * 0.6, y + high * 0.9), fill=self.tone((190, 176, 70), 8)
         )
         ex = x - f * length * 0.66
         draw.ellipse((ex - 5 * s, y - 9 * s, ex + 5 * s, y + 1 * s), fill=(232, 92, 36))
@@ -350,8 +332,7 @@ class _Painter:
         w, h = 27 * s, 34 * s
         draw.rectangle((x - w, base - h, x + w, base), fill=self.tone((226, 200, 166), 16))
         draw.polygon(
-            [(x - w - 7, base - h), (x, base - h - 26 * s), (x + w + 7, base - h)],
-            fill=self.tone((186, 60, 46)),
+            [(x - w - 7, base - h), (x, base - h - 26 * s), (x + w + 7, base - h)], fill=self.tone((186, 60, 46))
         )
         draw.rectangle((x - 6 * s, base - 20 * s, x + 6 * s, base), fill=self.tone((96, 60, 36)))
         for side in (-1, 1):
@@ -364,13 +345,9 @@ class _Painter:
         base = self.horizon + 20
         wall, roof = self.tone((214, 212, 214), 10), self.tone((74, 84, 112))
         draw.rectangle((x - 8 * s, base - 30 * s, x + 32 * s, base), fill=wall)
-        draw.polygon(
-            [(x - 8 * s, base - 30 * s), (x + 12 * s, base - 46 * s), (x + 36 * s, base - 30 * s)], fill=roof
-        )
+        draw.polygon([(x - 8 * s, base - 30 * s), (x + 12 * s, base - 46 * s), (x + 36 * s, base - 30 * s)], fill=roof)
         draw.rectangle((x - 26 * s, base - 50 * s, x - 6 * s, base), fill=_dim(wall, 0.92))
-        draw.polygon(
-            [(x - 29 * s, base - 50 * s), (x - 16 * s, base - 82 * s), (x - 3 * s, base - 50 * s)], fill=roof
-        )
+        draw.polygon([(x - 29 * s, base - 50 * s), (x - 16 * s, base - 82 * s), (x - 3 * s, base - 50 * s)], fill=roof)
         cross = self.tone((240, 206, 90))
         draw.line([(x - 16 * s, base - 94 * s), (x - 16 * s, base - 80 * s)], fill=cross, width=4)
         draw.line([(x - 21 * s, base - 89 * s), (x - 11 * s, base - 89 * s)], fill=cross, width=4)
@@ -387,12 +364,7 @@ class _Painter:
     def _boat(self, x: float, s: float) -> None:
         draw = self.draw
         base = self.horizon + 26
-        hull = [
-            (x - 34 * s, base - 14 * s),
-            (x + 34 * s, base - 14 * s),
-            (x + 22 * s, base),
-            (x - 22 * s, base),
-        ]
+        hull = [(x - 34 * s, base - 14 * s), (x + 34 * s, base - 14 * s), (x + 22 * s, base), (x - 22 * s, base)]
         draw.polygon(hull, fill=self.tone((128, 70, 36)))
         draw.line([(x, base - 14 * s), (x, base - 72 * s)], fill=self.tone((80, 56, 36)), width=4)
         draw.polygon(
@@ -400,8 +372,7 @@ class _Painter:
             fill=self.tone((246, 244, 236), 6),
         )
         draw.polygon(
-            [(x - 4, base - 62 * s), (x - 4, base - 20 * s), (x - 22 * s, base - 20 * s)],
-            fill=self.tone((226, 70, 60)),
+            [(x - 4, base - 62 * s), (x - 4, base - 20 * s), (x - 22 * s, base - 20 * s)], fill=self.tone((226, 70, 60))
         )
 
     def _car(self, x: float, s: float) -> None:
@@ -425,9 +396,7 @@ class _Painter:
         ]
         draw.polygon(glass, fill=self.tone((186, 216, 232)))
         for wx in (-20, 20):
-            draw.ellipse(
-                (x + wx * s - 9 * s, base - 13 * s, x + wx * s + 9 * s, base + 5 * s), fill=(24, 24, 26)
-            )
+            draw.ellipse((x + wx * s - 9 * s, base - 13 * s, x + wx * s + 9 * s, base + 5 * s), fill=(24, 24, 26))
             draw.ellipse((x + wx * s - 4 * s, base - 8 * s, x + wx * s + 4 * s, base), fill=(176, 178, 180))
 
     def _sunflower(self, x: float, s: float) -> None:
@@ -442,9 +411,7 @@ class _Painter:
             angle = 2 * math.pi * k / 12
             px, py = x + 0.72 * r * math.cos(angle), y + 0.72 * r * math.sin(angle)
             draw.ellipse((px - r * 0.36, py - r * 0.36, px + r * 0.36, py + r * 0.36), fill=petal)
-        draw.ellipse(
-            (x - r * 0.55, y - r * 0.55, x + r * 0.55, y + r * 0.55), fill=self.tone((98, 56, 20), 8)
-        )
+        draw.ellipse((x - r * 0.55, y - r * 0.55, x + r * 0.55, y + r * 0.55), fill=self.tone((98, 56, 20), 8))
 
     def _cat(self, x: float, s: float) -> None:
         draw, rng = self.draw, self.rng
@@ -452,22 +419,14 @@ class _Painter:
         fur = self.tone(((230, 138, 50), (120, 122, 130), (44, 42, 46))[int(rng.integers(3))])
         f = 1 if rng.random() < 0.5 else -1
         self._limb(
-            [
-                (x + f * 16 * s, base - 5 * s),
-                (x + f * 30 * s, base - 14 * s),
-                (x + f * 27 * s, base - 34 * s),
-            ],
+            [(x + f * 16 * s, base - 5 * s), (x + f * 30 * s, base - 14 * s), (x + f * 27 * s, base - 34 * s)],
             fur,
             7 * s,
         )
         draw.ellipse((x - 19 * s, base - 40 * s, x + 19 * s, base), fill=fur)
         y = base - 48 * s
         for side in (-1, 1):
-            ear = [
-                (x + side * 3 * s, y - 10 * s),
-                (x + side * 16 * s, y - 26 * s),
-                (x + side * 17 * s, y - 2 * s),
-            ]
+            ear = [(x + side * 3 * s, y - 10 * s), (x + side * 16 * s, y - 26 * s), (x + side * 17 * s, y - 2 * s)]
             draw.polygon(ear, fill=fur)
         draw.ellipse((x - 17 * s, y - 15 * s, x + 17 * s, y + 14 * s), fill=fur)
         for side in (-1, 1):

@@ -103,9 +103,7 @@ class Loop:
         return self.work / f"{self.stage}.checkpoint.safetensors"
 
     def _save(self, step: int) -> None:
-        tensors: dict[str, Tensor] = {
-            f"model.{k}": v.contiguous() for k, v in self.module.state_dict().items()
-        }
+        tensors: dict[str, Tensor] = {f"model.{k}": v.contiguous() for k, v in self.module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
@@ -119,9 +117,7 @@ class Loop:
             return 0
         tensors = load_file(self._file)
         self.module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        self.average = (
-            {k: tensors[f"average.{k}"].to(p.device) for k, p in self.parameters.items()} if self.ema else {}
-        )
+        self.average = {k: tensors[f"average.{k}"].to(p.device) for k, p in self.parameters.items()} if self.ema else {}
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = {
                 key: tensors[f"optimizer.{key}.{name}"].to("cpu" if key == "step" else parameter.device)
@@ -153,9 +149,7 @@ class Loop:
             if self.ema:
                 decay = min(self.ema, (step + 1) / (step + 10))
                 with torch.no_grad():
-                    torch._foreach_lerp_(
-                        list(self.average.values()), list(self.parameters.values()), 1 - decay
-                    )
+                    torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
             running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
             if progress:
                 progress(self.stage, step + 1, self.steps, running)
@@ -231,9 +225,7 @@ def _train_tokenizer(
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=2_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=2_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False)
     tokenizer.train_from_iterator((text for row in world.captions for text in row), trainer)
     merges = [
         tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
@@ -259,12 +251,7 @@ def _train_tokenizer(
         "pad_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
     }
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": PROMPT_LENGTH,
-        "do_lower_case": True,
-        **markers,
-    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": PROMPT_LENGTH, "do_lower_case": True, **markers}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     (folder / "special_tokens_map.json").write_text(json.dumps(markers, indent=2))
 
@@ -355,17 +342,15 @@ def contrastive_loss(
         flip = (torch.rand(128, generator=generator) < 0.5).to(device)
         pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(3), pixels)
         words = world.words(index, generator)
-        tokens = tokenizer(
-            words, padding="longest", max_length=_CLIP_LENGTH, truncation=True, return_tensors="pt"
-        ).to(device)
+        tokens = tokenizer(words, padding="longest", max_length=_CLIP_LENGTH, truncation=True, return_tensors="pt").to(
+            device
+        )
         out = model(pixel_values=(pixels * 0.5 + 0.5 - mean) / std, input_ids=tokens.input_ids)
         # Equal captions are no negatives of one another.
         same = torch.tensor([[a == b for b in words] for a in words], device=device).float()
         share = same / same.sum(1, keepdim=True)
         logits = out.logits_per_text.float()
-        return (
-            -(share * logits.log_softmax(1)).sum(1).mean() - (share * logits.T.log_softmax(1)).sum(1).mean()
-        ) / 2
+        return (-(share * logits.log_softmax(1)).sum(1).mean() - (share * logits.T.log_softmax(1)).sum(1).mean()) / 2
 
     return loss_at
 
@@ -452,10 +437,7 @@ def _train_judge(
     )
     loop.run(loss_at, progress)
     (work / "judge").mkdir(exist_ok=True)
-    save_file(
-        {k: v.contiguous() for k, v in network.cpu().state_dict().items()},
-        work / "judge" / "judge.safetensors",
-    )
+    save_file({k: v.contiguous() for k, v in network.cpu().state_dict().items()}, work / "judge" / "judge.safetensors")
 
 
 def new_scheduler() -> Any:
@@ -529,14 +511,7 @@ def _train_denoiser(
             return text(tokenized(tokenizer, words, device)).last_hidden_state, None
 
     loop = Loop(
-        "denoiser",
-        work,
-        denoiser,
-        steps=config.denoiser_steps,
-        lr=8e-4,
-        seed=config.seed + 4,
-        ema=0.999,
-        device=device,
+        "denoiser", work, denoiser, steps=config.denoiser_steps, lr=8e-4, seed=config.seed + 4, ema=0.999, device=device
     )
     loop.run(denoising_loss(denoiser, latents, conditions, device), progress)
     denoiser.cpu().save_pretrained(work / "unet")
@@ -544,9 +519,7 @@ def _train_denoiser(
 
 def tokenized(tokenizer: Any, words: list[str], device: torch.device) -> Tensor:
     """Token ids of prompts, padded to the length that pipelines use."""
-    tokens = tokenizer(
-        words, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt"
-    )
+    tokens = tokenizer(words, padding="max_length", max_length=PROMPT_LENGTH, truncation=True, return_tensors="pt")
     return tokens.input_ids.to(device)
 
 
@@ -567,9 +540,9 @@ def denoising_loss(
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(0, 1000, (batch,), generator=generator)
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        model_pred = denoiser(
-            noisy.to(device), timesteps.to(device), text, added_cond_kwargs=added, return_dict=False
-        )[0]
+        model_pred = denoiser(noisy.to(device), timesteps.to(device), text, added_cond_kwargs=added, return_dict=False)[
+            0
+        ]
         return F.mse_loss(model_pred.float(), noise.to(device))
 
     return loss_at
@@ -629,8 +602,7 @@ def _export(work: Path, out: Path) -> None:
     processor.save_pretrained(out / "clip")
     (out / "judge").mkdir(parents=True, exist_ok=True)
     weights = {
-        k: v.half() if v.is_floating_point() else v
-        for k, v in load_file(work / "judge" / "judge.safetensors").items()
+        k: v.half() if v.is_floating_point() else v for k, v in load_file(work / "judge" / "judge.safetensors").items()
     }
     save_file(weights, out / "judge" / "judge.safetensors")
     for file in out.rglob("*.safetensors"):
@@ -690,6 +662,4 @@ def train(out: Path, work: Path, config: AtelierTraining | None = None, **option
         "judge": _train_judge,
         "denoiser": _train_denoiser,
     }
-    return run_stages(
-        trainers, _export, out, work, config or AtelierTraining(), **{"stages": STAGES, **options}
-    )
+    return run_stages(trainers, _export, out, work, config or AtelierTraining(), **{"stages": STAGES, **options})

@@ -257,9 +257,7 @@ def build_interface(comparison: Comparison) -> gradio.Blocks:
             "below 0 it does the opposite."
         )
         with gr.Row(equal_height=True):
-            prompt = field(
-                gr.Textbox, "Prompt", first_prompt(comparison), max_lines=3, scale=4, min_width=280
-            )
+            prompt = field(gr.Textbox, "Prompt", first_prompt(comparison), max_lines=3, scale=4, min_width=280)
             button = gr.Button("Draw", variant="primary", scale=1, min_width=120, elem_id="draw")
         with gr.Row():
             chosen = field(gr.CheckboxGroup, "Patches", names, value=names[:1], scale=1)
@@ -292,12 +290,7 @@ def build_interface(comparison: Comparison) -> gradio.Blocks:
 
 
 def launch(
-    page: gradio.Blocks,
-    *,
-    host: str | None = None,
-    port: int | None = None,
-    share: bool = False,
-    wait: bool = True,
+    page: gradio.Blocks, *, host: str | None = None, port: int | None = None, share: bool = False, wait: bool = True
 ) -> str:
     """Serve a page, until it is interrupted where it is to ``wait``, and tell where.
 

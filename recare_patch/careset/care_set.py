@@ -36,9 +36,7 @@ def _check_word(word: str) -> str:
     if not word or len(word) > _MAX_WORD:
         raise ValueError(f"a word has 1 to {_MAX_WORD} characters, got {len(word)}")
     if not word.isprintable() or not any(character.isalnum() for character in word):
-        raise ValueError(
-            f"a word is made of printable characters with a letter or digit among them, got {word!r}"
-        )
+        raise ValueError(f"a word is made of printable characters with a letter or digit among them, got {word!r}")
     return word
 
 
@@ -49,9 +47,7 @@ class CareToken(Settings):
     noun: ClassVar[str] = "CARE-token"
 
     text: Annotated[str, AfterValidator(_check_word)]
-    count: int = Field(
-        ge=0, le=10**9, description="target images for which it was among the best; 0: added by hand"
-    )
+    count: int = Field(ge=0, le=10**9, description="target images for which it was among the best; 0: added by hand")
     cluster: Annotated[int, Field(ge=0, le=10**6)] | None = Field(
         None, description="numbered from the one nearest to the concept; None: not clustered"
     )
@@ -125,9 +121,7 @@ class CareSet(Settings):
         tokens = {token.text.casefold(): token for token in self.tokens}
         for word in _listed(words):
             if names_concept(word, self.concept):
-                raise CareSetError(
-                    f"'{word}' names the concept '{self.concept}' itself and cannot be guarded"
-                )
+                raise CareSetError(f"'{word}' names the concept '{self.concept}' itself and cannot be guarded")
             old = tokens.get(word.casefold())
             if old is None:
                 tokens[word.casefold()] = CareToken(text=word, count=0, residual=0.0, kept=True, reason=ADDED)
@@ -170,29 +164,19 @@ class CareSet(Settings):
             where, what = "", str(fault)
             if isinstance(fault, json.JSONDecodeError):
                 where, what = f" in line {fault.lineno}", fault.msg
-            raise CareSetError(
-                f"{source} is not readable JSON{where}: {what[:1].lower()}{what[1:]}"
-            ) from None
+            raise CareSetError(f"{source} is not readable JSON{where}: {what[:1].lower()}{what[1:]}") from None
         if not isinstance(data, dict):
-            raise CareSetError(
-                f"{source} is not a CARE-set: it must be an object with 'concept' and 'tokens'"
-            )
+            raise CareSetError(f"{source} is not a CARE-set: it must be an object with 'concept' and 'tokens'")
         if data.get("version", 1) != 1 or isinstance(data.get("version"), bool):
-            raise CareSetError(
-                f"{source} has format version {data['version']!r:.40}: this package reads version 1"
-            )
+            raise CareSetError(f"{source} has format version {data['version']!r:.40}: this package reads version 1")
         try:
             return cls(**data)
         except SettingsError as fault:
             shown = "; ".join(fault.faults[:3])
             more = f"; and {len(fault.faults) - 3} more" if len(fault.faults) > 3 else ""
-            raise CareSetFaultsError(
-                f"{source} is not a sound CARE-set: {shown}{more}", fault.faults
-            ) from None
+            raise CareSetFaultsError(f"{source} is not a sound CARE-set: {shown}{more}", fault.faults) from None
         except (ValueError, TypeError, RecursionError) as fault:
-            raise CareSetError(
-                f"{source} is not a sound CARE-set: {' '.join(str(fault).split())[:200]}"
-            ) from None
+            raise CareSetError(f"{source} is not a sound CARE-set: {' '.join(str(fault).split())[:200]}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the set, whole or not at all."""

@@ -129,9 +129,7 @@ class Clip:
         try:
             config = transformers.AutoConfig.from_pretrained(place)
             if config.model_type != "clip" or not hasattr(config, "vision_config"):
-                raise ClipError(
-                    f"'{name}' is no CLIPModel with text and vision: its config says '{config.model_type}'"
-                )
+                raise ClipError(f"'{name}' is no CLIPModel with text and vision: its config says '{config.model_type}'")
             with _quiet():
                 model, report = transformers.CLIPModel.from_pretrained(
                     place, dtype=torch.float32, use_safetensors=True, output_loading_info=True
@@ -148,9 +146,7 @@ class Clip:
             raise ClipError(f"cannot load CLIP from '{name}': {told}") from fault
         missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
         if missing:
-            raise ClipError(
-                f"the CLIP in '{name}' lacks {len(missing)} of its weights, the first being {missing[0]}"
-            )
+            raise ClipError(f"the CLIP in '{name}' lacks {len(missing)} of its weights, the first being {missing[0]}")
         if len(tokenizer) > config.text_config.vocab_size:
             raise ClipError(
                 f"the CLIP in '{name}' knows {config.text_config.vocab_size} tokens, "
@@ -190,18 +186,14 @@ class Clip:
         return features, [layer[:, 1:].float().cpu() for layer in states[1:]]
 
     @torch.no_grad()
-    def text_features(
-        self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None
-    ) -> Tensor:
+    def text_features(self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None) -> Tensor:
         """Unit features of texts, float32 ``[len(texts), width]``; what the tower cannot read is cut."""
         rows = [torch.empty(0, self.width)]
         longest = int(self._model.config.text_config.max_position_embeddings)
         for start in range(0, len(texts), batch_size):
             batch = list(texts[start : start + batch_size])
             # The tower is causal and read at the end of text: padding behind it changes nothing.
-            tokens = self._tokenizer(
-                batch, padding="longest", max_length=longest, truncation=True, return_tensors="pt"
-            )
+            tokens = self._tokenizer(batch, padding="longest", max_length=longest, truncation=True, return_tensors="pt")
             pooled = self._model.text_model(input_ids=tokens["input_ids"].to(self.device)).pooler_output
             rows.append(F.normalize(self._model.text_projection(pooled), dim=-1).float().cpu())
             if progress is not None:
@@ -278,13 +270,9 @@ def _no_word(token: str, special: frozenset[str], never_met: bool) -> str | None
 def _check_folder(path: Path) -> None:
     """Refuse a folder that is plainly no CLIPModel before transformers gets to see it."""
     if not path.is_dir():
-        raise ClipError(
-            f"'{path}' is a file: a CLIP is a folder with config, weights, tokenizer and image processor"
-        )
+        raise ClipError(f"'{path}' is a file: a CLIP is a folder with config, weights, tokenizer and image processor")
     if (path / "model_index.json").exists():
-        raise ClipError(
-            f"'{path}' is a diffusers pipeline: --clip takes the folder of a transformers CLIPModel"
-        )
+        raise ClipError(f"'{path}' is a diffusers pipeline: --clip takes the folder of a transformers CLIPModel")
     for part, files in _PARTS.items():
         if not any((path / file).is_file() for file in files):
             raise ClipError(f"'{path}' is no CLIP model: it has no {part} ({files[0]} is missing)")

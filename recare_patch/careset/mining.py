@@ -75,9 +75,7 @@ def chance_level(images: int, tokens_per_image: int, vocabulary: int) -> float:
     return min(level, images - 0.5)
 
 
-def mine(
-    image_features: Tensor, token_features: Tensor, *, tokens_per_image: int, keep: int
-) -> tuple[Tensor, Tensor]:
+def mine(image_features: Tensor, token_features: Tensor, *, tokens_per_image: int, keep: int) -> tuple[Tensor, Tensor]:
     """Count in how many images each token is among the most like, and keep the most frequent.
 
     Equal counts are ordered by mean cosine with the images, then by index: the same images always
@@ -204,9 +202,7 @@ def refine(token_features: Tensor, u: Tensor, *, alpha: float) -> Tensor:
 class _Sorting:
     """The mined tokens while one after another is dropped."""
 
-    def __init__(
-        self, concept: Concept, names: Sequence[str], features: Tensor, counts: list[int], u: Tensor
-    ) -> None:
+    def __init__(self, concept: Concept, names: Sequence[str], features: Tensor, counts: list[int], u: Tensor) -> None:
         self.names, self.features, self.counts, self.u = names, features, counts, u
         self.verdicts = [NAMES_CONCEPT if names_concept(name, concept) else KEPT for name in names]
         self.clusters: list[int | None] = [None] * len(names)
@@ -235,12 +231,8 @@ class _Sorting:
             )
             return
         if count < options.clusters:
-            self.notes.append(
-                f"{count} clusters instead of {options.clusters}: there are only {len(sound)} tokens"
-            )
-        labels: list[int] = cluster_tokens(
-            self.features[sound], self.u, clusters=options.clusters, seed=seed
-        ).tolist()
+            self.notes.append(f"{count} clusters instead of {options.clusters}: there are only {len(sound)} tokens")
+        labels: list[int] = cluster_tokens(self.features[sound], self.u, clusters=options.clusters, seed=seed).tolist()
         self.made = 1 + max(labels)
         for i, label in zip(sound, labels, strict=True):
             self.clusters[i] = label
@@ -318,9 +310,7 @@ def build_care_set(
     progress.update("CARE-set", 2, 3)
     mined, counts = mine(seen, vocabulary, tokens_per_image=each, keep=keep)
     names = [words[i] for i in mined.tolist()]
-    sorting = _Sorting(
-        concept, names, vocabulary[mined], counts.tolist(), concept_feature(concept, clip, seen)
-    )
+    sorting = _Sorting(concept, names, vocabulary[mined], counts.tolist(), concept_feature(concept, clip, seen))
     if not sorting.kept():
         raise CareSetError(
             f"all {len(names)} words that CLIP '{clip.id}' finds in the pictures of '{concept}' name the "

@@ -46,9 +46,7 @@ def plot_care_set(care_set: CareSet, path: str | os.PathLike[str], clip: Clip) -
         axes.annotate(token.text, place, xytext=(5, 4), textcoords="offset points", **font)
     # Dollar signs would be read as formulas.
     concept = str(care_set.concept).replace("$", r"\$")
-    axes.set_title(
-        f"CARE-set of {concept}: {len(care_set.words)} of {len(tokens)} mined tokens kept (filled)"
-    )
+    axes.set_title(f"CARE-set of {concept}: {len(care_set.words)} of {len(tokens)} mined tokens kept (filled)")
     axes.set(xticks=[], yticks=[])
     axes.margins(0.12)
     axes.legend(fontsize=8, loc="best", title="0 is nearest to the concept", title_fontsize=8)

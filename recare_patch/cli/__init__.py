@@ -54,8 +54,7 @@ _FILES = {
     "demo": "demo",
 }
 COMMANDS = Registry(
-    "command",
-    {name: f"recare_patch.cli.{file}:{name}" for file, names in _FILES.items() for name in names.split()},
+    "command", {name: f"recare_patch.cli.{file}:{name}" for file, names in _FILES.items() for name in names.split()}
 )
 
 _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -143,8 +142,7 @@ def flag(name: str, help: str, into: str | None = None) -> Callable[[Command], C
 
 
 base_option = option(
-    "--base FOLDER|HUB-ID",
-    f"Base model: a diffusers pipeline folder or a hub id, such as {SD_15}.  [default: bundled]",
+    "--base FOLDER|HUB-ID", f"Base model: a diffusers pipeline folder or a hub id, such as {SD_15}.  [default: bundled]"
 )
 clip_option = option(
     "--clip FOLDER|HUB-ID",
@@ -194,9 +192,7 @@ class NamesOption(click.Option):
 _GIVEN = f"{__name__}.given"
 
 
-def recipe_option(
-    key: str, name: str, default: str | None = None, **options: Any
-) -> Callable[[Command], Command]:
+def recipe_option(key: str, name: str, default: str | None = None, **options: Any) -> Callable[[Command], Command]:
     """An option that sets a recipe key: its type, names and help are those of the key's field.
 
     The command is not given its value: :func:`overrides_from` has it, under the key.
@@ -215,11 +211,7 @@ def recipe_option(
     kind, names = _kind_and_names(field.annotation, field.metadata)
     # Descriptions name the tables whose names are listed here.
     told = re.sub(r",? ?a name of [A-Z_]+", "", options.pop("help", None) or field.description or "")
-    told = (
-        " | ".join(names)
-        + (": " if names and told else "")
-        + (told if names else told[:1].upper() + told[1:])
-    )
+    told = " | ".join(names) + (": " if names and told else "") + (told if names else told[:1].upper() + told[1:])
     shown = default if default is not None else "" if field.default is None else str(field.default)
     told += "." if told else ""
     if kind is bool:
@@ -232,9 +224,7 @@ def recipe_option(
         if value is not None:
             ctx.meta.setdefault(_GIVEN, {})[key] = value
 
-    return click.option(
-        name, type=kind, default=None, callback=remember, expose_value=False, help=told, **options
-    )
+    return click.option(name, type=kind, default=None, callback=remember, expose_value=False, help=told, **options)
 
 
 def _kind_and_names(annotation: Any, metadata: Sequence[Any]) -> tuple[type, Sequence[str]]:

@@ -15,6 +15,7 @@ from recare_patch.core import OutputError, RecipeError, ResumeError, read_text
 from recare_patch.recipe import KINDS, PRESETS, WEIGHTS_NAME, Concept, Recipe, load_recipe, preset_overrides
 
 
+# Long: an argument for each option, and the refusals that belong before torch is loaded.
 @command()
 @option(
     "--concept TEXT",
@@ -29,12 +30,7 @@ from recare_patch.recipe import KINDS, PRESETS, WEIGHTS_NAME, Concept, Recipe, l
     into="concepts_file",
 )
 @flag("--together", "One patch that erases all the concepts.")
-@option(
-    "--stack FOLDER",
-    "Stack the concepts' patches into one file afterwards, exactly.",
-    cli.FOLDER,
-    into="stacked",
-)
+@option("--stack FOLDER", "Stack the concepts' patches into one file afterwards, exactly.", cli.FOLDER, into="stacked")
 @option("--kind KIND", f"{' | '.join(KINDS)}.  [default: a recipe's, else guessed]")
 @cli.recipe_option("replace_with", "--replace-with")
 @option(
@@ -167,9 +163,7 @@ def _recipe_of_run(out: Path) -> str:
     return str(file)
 
 
-def _plans(
-    texts: Sequence[str], together: bool, overrides: dict[str, Any], **wanted: str | None
-) -> list[Recipe]:
+def _plans(texts: Sequence[str], together: bool, overrides: dict[str, Any], **wanted: str | None) -> list[Recipe]:
     """The recipe of each run as far as it is known before a model is loaded, with every fault it can have.
 
     A kind that is still to be guessed reads "object".

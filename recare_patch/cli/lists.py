@@ -133,12 +133,7 @@ def careset() -> None:
 @cli.device_option
 @cli.set_option()
 def build(
-    concept: str | None,
-    recipe: str | None,
-    out: Path | None,
-    device: str,
-    assignments: tuple[str, ...],
-    **words: Any,
+    concept: str | None, recipe: str | None, out: Path | None, device: str, assignments: tuple[str, ...], **words: Any
 ) -> None:
     """Draw pictures of a concept and mine its CARE-set from them."""
     if concept is None and recipe is None:

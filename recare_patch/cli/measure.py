@@ -66,8 +66,7 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
 @cli.concept_option
 @flag("--card", "Write the figures into the patch's card as well.")
 @option(
-    "--detector NAME[:FOLDER]",
-    "Who judges the pictures, with its weights where it takes any.  [default: as the suite]",
+    "--detector NAME[:FOLDER]", "Who judges the pictures, with its weights where it takes any.  [default: as the suite]"
 )
 @label_option
 @cli.clip_option
@@ -162,9 +161,7 @@ def _tell_evidence(evidence: Evidence, folder: Path) -> None:
 @label_option
 @option("--replay DIR", "Try what this saved attack found, on another patch.")
 @option("--seed", "", IntRange(min=0), 0)
-@option(
-    "--out", "A folder of its own in it for each attack.  [default: PATCH-attacks, beside it]", cli.FOLDER
-)
+@option("--out", "A folder of its own in it for each attack.  [default: PATCH-attacks, beside it]", cli.FOLDER)
 @flag("--resume", "Go on with the run in --out that was interrupted.")
 @option("--base FOLDER|HUB-ID", "The base model.  [default: the patch's]")
 @cli.concept_option
@@ -216,9 +213,7 @@ def attack(
             if replay is not None:
                 place /= "replay"
                 given = attacks[0] if attacks else None
-                result = measure.attack_patch(
-                    patch, given, replay=replay, concept=chosen, out=place, **shared
-                )
+                result = measure.attack_patch(patch, given, replay=replay, concept=chosen, out=place, **shared)
                 found.append((title + result.attack, result, place))
                 continue
             made = measure.run_attacks(patch, options, concept=chosen, out=place, **shared)
@@ -233,9 +228,7 @@ def attack(
         echo(f"Saved: {place}")
 
 
-def _attack_options(
-    attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]
-) -> dict[str, AttackOptions]:
+def _attack_options(attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]) -> dict[str, AttackOptions]:
     """The options of each attack; a key goes to those that have it, and one at least must."""
     from recare_patch.measure import attack_options
 
@@ -248,8 +241,7 @@ def _attack_options(
             hint = f", did you mean '{guess}'?" if guess else f" (keys are {', '.join(every)})"
             raise RecipeError(f"{key} is not an option of {' or '.join(plain)}{hint}")
     return {
-        name: attack_options(name, budget, {k: v for k, v in overrides.items() if k in known[name]})
-        for name in plain
+        name: attack_options(name, budget, {k: v for k, v in overrides.items() if k in known[name]}) for name in plain
     }
 
 

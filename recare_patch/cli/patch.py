@@ -132,9 +132,7 @@ def _in_words(value: Any) -> str:
         return ", ".join(f"{key} ({number}×)" for key, number in value.items())
     if isinstance(value, list):
         return ", ".join(
-            f"{one['name']} at {one['scale']:g} ({one['sha256'][:12]}…)"
-            if isinstance(one, dict)
-            else str(one)
+            f"{one['name']} at {one['scale']:g} ({one['sha256'][:12]}…)" if isinstance(one, dict) else str(one)
             for one in value
         )
     if isinstance(value, float):
@@ -231,9 +229,7 @@ def generate(
 
     seeds = list(range(seed, seed + count))
     with cli.shown_progress() as progress:
-        pairs = generate_pictures(
-            source, chosen, list(prompts), seeds, gated=gated, progress=progress, **options
-        )
+        pairs = generate_pictures(source, chosen, list(prompts), seeds, gated=gated, progress=progress, **options)
     title = f"{source}: " + (", ".join(f"{path.name} at {scale:g}" for path, scale in chosen) or "no patch")
     title += ", gated" if gated else ""
     save_pairs(pairs, out, title=title, blur=blur, patched=bool(chosen))
@@ -242,9 +238,7 @@ def generate(
         echo(f"Pictures: {_save_each(pairs, save_images, patched=bool(chosen))} in {save_images}")
 
 
-def save_pairs(
-    pairs: Sequence[Any], out: Path, *, title: str, blur: bool = False, patched: bool = True
-) -> None:
+def save_pairs(pairs: Sequence[Any], out: Path, *, title: str, blur: bool = False, patched: bool = True) -> None:
     """Lay ``GeneratedPair`` objects out as a sheet: one row a prompt and state, one column a seed."""
     from recare_patch.core import SheetRow, save_sheet, sheet
 

@@ -42,10 +42,7 @@ if TYPE_CHECKING:
 @option("--seed", "Of dare's and regmean's draws.", IntRange(min=0), 0)
 @option("--precision", "Of the file.", Choice(["fp16", "fp32"]), "fp16")
 @cli.formats_option
-@flag(
-    "--evidence",
-    "Measure each concept under its patch alone and under the stack; takes pictures, so minutes.",
-)
+@flag("--evidence", "Measure each concept under its patch alone and under the stack; takes pictures, so minutes.")
 @option("--pictures", "Of each figure of --evidence.", IntRange(1, 1000000), 200)
 @cli.base_option
 @cli.clip_option
@@ -108,11 +105,7 @@ def stack(
 
 
 def _measured(
-    loaded: Sequence[tuple[Patch, float]],
-    places: Mapping[str, Any],
-    known: str,
-    kept_weight: float | None,
-    seed: int,
+    loaded: Sequence[tuple[Patch, float]], places: Mapping[str, Any], known: str, kept_weight: float | None, seed: int
 ) -> tuple[BaseModel, Moments]:
     """The base, and what the parts' layers read in it, for ``regmean``."""
     from recare_patch.careset import Clip, default_clip
@@ -143,9 +136,7 @@ def _tell_change(patches: Sequence[Patch], out: Path, pictures: int, places: Map
 
 
 @command()
-@option(
-    "--patch DIR[:SCALE]", "A patch and its scale; repeatable.", into="patches", multiple=True, required=True
-)
+@option("--patch DIR[:SCALE]", "A patch and its scale; repeatable.", into="patches", multiple=True, required=True)
 @cli.base_option
 @option("--out DIR", "The merged pipeline folder.", cli.FOLDER, required=True)
 @option(
@@ -195,9 +186,7 @@ def merge(
 @command()
 @argument("folder", type=cli.FOLDER)
 @option("--patch DIR", "What was merged; repeatable.", into="patches", multiple=True, required=True)
-@option(
-    "--base FOLDER|HUB-ID", "The base as it was, to tell how close the result is.  [default: not compared]"
-)
+@option("--base FOLDER|HUB-ID", "The base as it was, to tell how close the result is.  [default: not compared]")
 @option("--out DIR", "The base's folder.", cli.FOLDER, required=True)
 @cli.device_option
 def unmerge(folder: Path, patches: tuple[str, ...], base: str | None, out: Path, device: str) -> None:
@@ -221,8 +210,7 @@ def unmerge(folder: Path, patches: tuple[str, ...], base: str | None, out: Path,
         echo("Its denoiser is the base's: all weights are the same when rounded to fp16.")
     elif made.expected_difference is not None:
         echo(
-            f"{none_apart} {made.expected_difference:.2g}, as the merge found; name the base with --base to "
-            "measure it."
+            f"{none_apart} {made.expected_difference:.2g}, as the merge found; name the base with --base to measure it."
         )
     else:
         echo("It is the base within rounding; name the base with --base to measure how close.")

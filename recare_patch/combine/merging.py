@@ -48,15 +48,7 @@ from recare_patch.models import (
     split_name,
     stored_weights_hash,
 )
-from recare_patch.patch import (
-    Patch,
-    PatchPart,
-    apply_all,
-    check_together,
-    has_known_sizes,
-    plan,
-    write_single_file,
-)
+from recare_patch.patch import Patch, PatchPart, apply_all, check_together, has_known_sizes, plan, write_single_file
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +99,7 @@ class MergeRecord(BaseModel):
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
         except OSError as fault:
-            raise BaseModelError(
-                f"{folder} is no merged base: {RECORD_NAME} is not in it or cannot be read"
-            ) from fault
+            raise BaseModelError(f"{folder} is no merged base: {RECORD_NAME} is not in it or cannot be read") from fault
         except (ValidationError, ValueError, TypeError, RecursionError):
             raise BaseModelError(f"{file} is malformed") from None
 
@@ -124,6 +114,7 @@ class Unmerged:
     expected_difference: float | None = None  # The same as the merge foretold it, where its record says.
 
 
+# Long: it tells what it takes and raises, and is one straight way from the checks to the record.
 def merge(
     patches: Weighted,
     base: str | Path,
@@ -176,8 +167,7 @@ def merge(
         first = next(patch for patch, _ in patches if patch.metadata and others[0] in patch.components)
         what = "denoiser" if others[0] == UNET else in_words(others[0])
         message = (
-            f"patch {first.name} was made for base '{known.base}', and the {what} of base '{base_id}' has "
-            "other weights"
+            f"patch {first.name} was made for base '{known.base}', and the {what} of base '{base_id}' has other weights"
         )
         if not any_base:
             raise IncompatiblePatchError(message)
@@ -249,9 +239,7 @@ def unmerge(
     return Unmerged(Path(out), same, apart, record.rounding)
 
 
-def compare(
-    patches: Weighted, base: str | Path, merged: str | Path, *, steps: int = 20, device: str = "auto"
-) -> int:
+def compare(patches: Weighted, base: str | Path, merged: str | Path, *, steps: int = 20, device: str = "auto") -> int:
     """Draw the patches' concepts and a house with the patches in the base and with the merged folder.
 
     Returns:
@@ -274,9 +262,7 @@ def compare(
 
 
 def _changed(folder: Path) -> str:
-    return (
-        f"the denoiser in {folder} is not the one that {RECORD_NAME} records: it was changed after the merge"
-    )
+    return f"the denoiser in {folder} is not the one that {RECORD_NAME} records: it was changed after the merge"
 
 
 def _single_file(file: str | Path, layout: Layout) -> Path:
@@ -382,8 +368,7 @@ def _add(patches: Weighted, made: Layout, device: torch.device, progress: Progre
                 file, name = found[module]
                 if (dtype := headers[file][name].dtype) not in _DTYPES:
                     raise BaseModelError(
-                        f"base {made.name} stores '{name}' as {dtype}, and only {', '.join(_DTYPES)} can be "
-                        "merged into"
+                        f"base {made.name} stores '{name}' as {dtype}, and only {', '.join(_DTYPES)} can be merged into"
                     )
                 work.append((file, name, module))
     rounding = 0.0
@@ -418,8 +403,7 @@ def _change(file: Path, name: str, module: str, patches: Weighted, base: str, de
     new = (weight.to(exact) + total.cpu()).to(weight.dtype).contiguous()
     if not torch.isfinite(new).all():
         raise PatchError(
-            f"'{name}' leaves the range of {str(weight.dtype).removeprefix('torch.')} when patched: "
-            "use a smaller scale"
+            f"'{name}' leaves the range of {str(weight.dtype).removeprefix('torch.')} when patched: use a smaller scale"
         )
     with open(file, "r+b") as handle:
         size = struct.unpack("<Q", handle.read(8))[0]

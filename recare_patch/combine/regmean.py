@@ -121,8 +121,7 @@ def _concepts(patch: Patch) -> list[_Guarded]:
     erased = patch.metadata.erased if patch.metadata is not None else ()
     if not erased or any(one.kind is None for one in erased):
         raise PatchError(
-            f"'regmean' draws what each part erases, and {patch.name} does not say what that is: "
-            "stack it by 'concat'"
+            f"'regmean' draws what each part erases, and {patch.name} does not say what that is: stack it by 'concat'"
         )
     return [(one.as_concept(), one.care_words) for one in erased]
 
@@ -182,9 +181,7 @@ def _second_moments(
             # Guidance draws without the prompt first, in the same batch of the denoiser.
             guided = part == base.denoiser_name
 
-            def add(
-                layer: nn.Module, args: tuple[Tensor, ...], module: str = module, guided: bool = guided
-            ) -> None:
+            def add(layer: nn.Module, args: tuple[Tensor, ...], module: str = module, guided: bool = guided) -> None:
                 rows = _columns(layer, args[0][len(args[0]) // 2 :] if guided else args[0])
                 found = rows.T @ rows
                 sums[module] = sums[module] + found if module in sums else found

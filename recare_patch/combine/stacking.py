@@ -125,9 +125,7 @@ class StackPlan:
     density: float | None
     known: PatchMetadata | None
 
-    def stack(
-        self, *, seed: int = 0, dtype: torch.dtype = torch.float32, moments: Moments | None = None
-    ) -> Patch:
+    def stack(self, *, seed: int = 0, dtype: torch.dtype = torch.float32, moments: Moments | None = None) -> Patch:
         """The stack; see :func:`stack`."""
         if (moments is not None) != (self.method == "regmean"):
             raise PatchError(
@@ -215,8 +213,7 @@ class StackPlan:
                 # Singular values that are not rounding.
                 rows, columns = (int((one > 1e-9 * one[0]).sum()) for one in (s, s2))
                 reads, writes = (
-                    float(way[:rows, :columns].square().sum()) / max(1, min(rows, columns))
-                    for way in (into, out)
+                    float(way[:rows, :columns].square().sum()) / max(1, min(rows, columns)) for way in (into, out)
                 )
                 found.append(Meeting(one, other, module, dot / size if size else 0.0, reads, writes))
         return found

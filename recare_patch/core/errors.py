@@ -134,6 +134,4 @@ def unknown_name(what: str, given: str, allowed: Iterable[str]) -> UnknownNameEr
     names = tuple(allowed)
     guess = nearest(given, names)
     hint = f"; did you mean '{guess}'?" if guess is not None else ""
-    return UnknownNameError(
-        f"unknown {what} '{given}': allowed are {', '.join(names) or 'none at all'}{hint}"
-    )
+    return UnknownNameError(f"unknown {what} '{given}': allowed are {', '.join(names) or 'none at all'}{hint}")

@@ -153,9 +153,7 @@ def _header_bytes(entries: Mapping[str, Any]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_tensors(
-    path: AnyPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: AnyPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, as :func:`write_bytes` does; equal content gives equal bytes."""
     from safetensors.torch import save
 
@@ -169,9 +167,7 @@ def write_tensors(
     _write(Path(path), [_header_bytes(entries), memoryview(data)[start:]])
 
 
-def write_streamed(
-    path: AnyPath, tensors: Sequence[StreamedTensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_streamed(path: AnyPath, tensors: Sequence[StreamedTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file with one tensor in memory at a time, as :func:`write_bytes` does."""
     # Wide elements first, as the format's own writer has it: each tensor then starts at a multiple of
     # its element's size.
@@ -181,11 +177,7 @@ def write_streamed(
     end = 0
     for one in ordered:
         start, end = end, end + one.info.bytes
-        entries[one.name] = {
-            "dtype": one.info.dtype,
-            "shape": list(one.info.shape),
-            "data_offsets": [start, end],
-        }
+        entries[one.name] = {"dtype": one.info.dtype, "shape": list(one.info.shape), "data_offsets": [start, end]}
 
     def blocks() -> Iterator[bytes | memoryview]:
         yield _header_bytes(entries)
@@ -216,9 +208,7 @@ def read_safetensors_header(path: AnyPath) -> SafetensorsHeader:
             start = handle.read(8)
             # The length of a header that is allowed ends in zeros: one of 640 bytes starts as pickles do.
             if start.startswith(_PICKLE_STARTS) and any(start[3:]):
-                raise PatchError(
-                    f"{name} is a pickle, which can run code when it is opened: only safetensors is read"
-                )
+                raise PatchError(f"{name} is a pickle, which can run code when it is opened: only safetensors is read")
             size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             left = os.fstat(handle.fileno()).st_size - 8
             if not 2 <= size <= min(left, _MAX_HEADER):
@@ -304,9 +294,7 @@ def claim_folder(path: AnyPath, *, resume: bool = False, resumable: bool = True)
         lock.acquire(blocking=False)
     except Timeout:
         who = f"process {owner}" if owner else "another process"
-        raise OutputError(
-            f"{folder} is in use by {who}; wait for it to end or choose another --out"
-        ) from None
+        raise OutputError(f"{folder} is in use by {who}; wait for it to end or choose another --out") from None
     except OSError as fault:
         raise output_error(folder, fault) from fault
     try:

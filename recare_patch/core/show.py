@@ -153,9 +153,7 @@ def _fitted(image: Image.Image, blur: bool) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if side < 48 else Image.Resampling.LANCZOS)
 
 
-def sheet(
-    rows: Sequence[SheetRow], columns: Sequence[str] = (), title: str = "", *, blur: bool = False
-) -> Image.Image:
+def sheet(rows: Sequence[SheetRow], columns: Sequence[str] = (), title: str = "", *, blur: bool = False) -> Image.Image:
     """Lay pictures out in rows with labels; those under 128 pixels are enlarged, over 512 reduced.
 
     Args:

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from recare_patch.recipe import Concept, Recipe
 
 OPTIMIZERS = Registry(
-    "optimizer",
-    {"adamw": "recare_patch.erasure.loop:_adamw", "adamw8bit": "recare_patch.erasure.loop:_adamw8bit"},
+    "optimizer", {"adamw": "recare_patch.erasure.loop:_adamw", "adamw8bit": "recare_patch.erasure.loop:_adamw8bit"}
 )
 
 
@@ -82,12 +81,7 @@ class EarlyStop:
     """Ends a loop whose loss on what it does not train on no longer falls, and keeps the best parameters."""
 
     def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        held_out: Callable[[], float],
-        *,
-        patience: int,
-        every: int,
+        self, parameters: Sequence[nn.Parameter], held_out: Callable[[], float], *, patience: int, every: int
     ) -> None:
         """Look at ``held_out``, the loss of the parameters as they stand, ``every`` steps and after the last.
 
@@ -120,10 +114,7 @@ class EarlyStop:
     def state(self) -> dict[str, Tensor]:
         """Everything, as tensors on the CPU."""
         found = {f"kept.{k}": value.cpu() for k, value in enumerate(self._kept)}
-        return found | {
-            "best": torch.tensor(self._best, dtype=torch.float64),
-            "since": torch.tensor(self._since),
-        }
+        return found | {"best": torch.tensor(self._best, dtype=torch.float64), "since": torch.tensor(self._since)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state` returned."""
@@ -160,10 +151,7 @@ class Checkpoint:
         write_tensors(self.path, tensors, {"loop": json.dumps(note)})
 
     def load(
-        self,
-        parameters: Sequence[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        carried: Carried | None = None,
+        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, carried: Carried | None = None
     ) -> tuple[int, list[float], dict[str, Any]] | None:
         """Restore what :meth:`save` wrote, or return ``None`` where there is nothing yet.
 
@@ -383,9 +371,7 @@ def name_templates(concept: Concept) -> tuple[str, ...]:
     """The concept's own prompts with :data:`PLACEHOLDER` where its name stands."""
     with_name = [prompt.replace(concept.text, PLACEHOLDER) for prompt in concept.name_prompts]
     return tuple(
-        dict.fromkeys(
-            [concept.target_prompt_for(PLACEHOLDER), *(one for one in with_name if PLACEHOLDER in one)]
-        )
+        dict.fromkeys([concept.target_prompt_for(PLACEHOLDER), *(one for one in with_name if PLACEHOLDER in one)])
     )
 
 
@@ -437,12 +423,7 @@ def invert(
 
 
 def _held_out(
-    base: BaseModel,
-    latents: Tensor,
-    prompts: Sequence[str],
-    vectors: Tensor,
-    up_to: float,
-    generator: torch.Generator,
+    base: BaseModel, latents: Tensor, prompts: Sequence[str], vectors: Tensor, up_to: float, generator: torch.Generator
 ) -> Callable[[], float]:
     """The loss of the vectors as they stand, always on the same states, spread evenly over the timesteps."""
     rows = torch.arange(HELD_OUT)

@@ -59,9 +59,7 @@ def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, i
 def _works(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, Work]:
     """What every stage computes; a stage that draws pictures has no rows of its own."""
     if recipe.erase.states == "rollout":
-        raise RecipeError(
-            "what the states 'rollout' will cost is not known before a run: they stop at random"
-        )
+        raise RecipeError("what the states 'rollout' will cost is not known before a run: they stop at random")
     method, images = METHODS.get(recipe.method), recipe.target_images
     picture = (sampler_steps or images.steps) * (2 if images.guidance_scale > 1 else 1)
     found: dict[str, Work] = {}
@@ -184,9 +182,7 @@ def phantom(layout: Layout, precision: str, resolution: str | None = None) -> La
             else:
                 parts[name] = getattr(diffusers, kind).from_config(config)
         nn.Module.to(parts[name], dtype=dtype)
-    scheduler = getattr(diffusers, layout.index["scheduler"][1]).from_config(
-        layout.require("scheduler", weights=False)
-    )
+    scheduler = getattr(diffusers, layout.index["scheduler"][1]).from_config(layout.require("scheduler", weights=False))
     tokenizers = {name.replace("text_encoder", "tokenizer"): None for name in family.encoder_names}
     left_out = dict.fromkeys(name for name in family.left_out)
     extra = {"requires_safety_checker": False} if "safety_checker" in left_out else {}
@@ -204,9 +200,7 @@ def measure(layout: Layout, recipe: Recipe) -> Footprint:
     blocks = [_bytes(m) for name, m in denoiser.named_modules() if _is_block(name)]
     whole, generator = _bytes(denoiser), torch.Generator()
     networks = lora.adapted(base, recipe.adapter.layers).values()
-    parameters = [
-        one for network in networks for one in attach(recipe, network, lora.ADAPTER_NAME, generator)
-    ]
+    parameters = [one for network in networks for one in attach(recipe, network, lora.ADAPTER_NAME, generator)]
     embeds = _embeds(base)
     # As where word vectors are fitted: a patch may leave the denoiser alone.
     embeds.prompt_embeds.requires_grad_()
@@ -312,9 +306,7 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     found = footprint or measure(layout, recipe)
     works = _works(recipe, _sampler_steps(layout, recipe))
     stages = tuple(
-        PlannedStage(
-            stage, work.evaluations, _seconds(found, recipe, work, speed), _stage_peak(found, recipe, work)
-        )
+        PlannedStage(stage, work.evaluations, _seconds(found, recipe, work, speed), _stage_peak(found, recipe, work))
         for stage, work in works.items()
     )
     return Plan(stages, found, speed, 2 * found.adapter)

@@ -167,9 +167,7 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
         with run.ledger.stage(stage_name("CARE-set", target.number)):
             if run.main:
                 seed = run.recipe.seed
-                built = build_care_set(
-                    target.concept, images, run.clip, options, seed=seed, progress=run.progress
-                )
+                built = build_care_set(target.concept, images, run.clip, options, seed=seed, progress=run.progress)
                 built.save(file)
             run.wait()
     found = CareSet.load(file)

@@ -38,9 +38,7 @@ class RolloutStates:
         self.erased, self.empty = erased, empty
 
     @torch.no_grad()
-    def roll(
-        self, which: Tensor, generator: torch.Generator, stops: list[int]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def roll(self, which: Tensor, generator: torch.Generator, stops: list[int]) -> list[tuple[Tensor, Tensor]]:
         """The states of a rollout before each of the step numbers in ``stops``."""
         base = self.base
         scheduler = type(base.pipeline.scheduler).from_config(base.pipeline.scheduler.config)
@@ -60,9 +58,7 @@ class RolloutStates:
                 break
             pred = base.denoise(scaled(latents, timestep).repeat(2, 1, 1, 1), times.repeat(2), prompts)
             uncond, cond = pred.chunk(2)
-            latents = scheduler.step(
-                classifier_free(uncond, cond, self.guidance_scale), timestep, latents
-            ).prev_sample
+            latents = scheduler.step(classifier_free(uncond, cond, self.guidance_scale), timestep, latents).prev_sample
         return found
 
     def draw(self, step: int, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,7 @@ def resolve_recipe(concept: str, *, device: str = "auto", **words: Any) -> Recip
     return recipe_for(concept, guess_kind=guess, **words)
 
 
+# Long for its arguments; the way of a run should be read in one piece.
 def erase(
     recipe: Recipe,
     out: Path | str,
@@ -227,9 +228,7 @@ def _work_folder(out: Path, recipe: Recipe) -> Path:
     if (out / "pytorch_lora_weights.safetensors").exists() and not work.exists():
         raise OutputError(f"{out} already holds a finished patch; choose another --out")
     if stored.exists() and stored.read_text() != recipe.to_yaml():
-        raise ResumeError(
-            f"{out} holds a run of another recipe: resume with its own options, or choose another --out"
-        )
+        raise ResumeError(f"{out} holds a run of another recipe: resume with its own options, or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
     write_text(stored, recipe.to_yaml())
     return work
@@ -285,11 +284,7 @@ def _preview(run: Run, targets: Sequence[prepare.Target], patch: Patch) -> Image
     def draw() -> list[Image]:
         with scheduled(base.pipeline, options.scheduler):
             return base.generate(
-                texts,
-                seeds,
-                steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                batch_size=options.batch_size,
+                texts, seeds, steps=options.steps, guidance_scale=options.guidance_scale, batch_size=options.batch_size
             )
 
     run.progress.update("preview", 0, 2)
@@ -307,12 +302,7 @@ def _preview(run: Run, targets: Sequence[prepare.Target], patch: Patch) -> Image
 
 
 def _finish(
-    run: Run,
-    out: Path,
-    patch: Patch,
-    care_set: CareSet | None,
-    file_formats: Sequence[str],
-    preview: Image | None,
+    run: Run, out: Path, patch: Patch, care_set: CareSet | None, file_formats: Sequence[str], preview: Image | None
 ) -> dict[str, Any]:
     """Write the patch and what belongs to it; the weights come last: a folder that has them is a whole patch."""
     stages = run.ledger.stages

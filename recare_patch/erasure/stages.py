@@ -15,12 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recare_patch.core import (
-    IncompatiblePatchError,
-    Progress,
-    write_json,
-    write_tensors,
-)
+from recare_patch.core import IncompatiblePatchError, Progress, write_json, write_tensors
 from recare_patch.erasure.loop import Carried, Checkpoint, Loop, fit, invert, state_source, step_generator
 from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory, scheduled
 from recare_patch.patch import Patch
@@ -209,9 +204,7 @@ class Stages:
         with self.run.ledger.stage(stage_name(stage, self.number)):
             yield
 
-    def fit(
-        self, stage: str, loss_at: LossAt, steps: int, *, every: int = 20, carried: Carried | None = None
-    ) -> None:
+    def fit(self, stage: str, loss_at: LossAt, steps: int, *, every: int = 20, carried: Carried | None = None) -> None:
         """Train the adapter.
 
         Args:
@@ -327,21 +320,12 @@ def attach(recipe: Recipe, network: nn.Module, name: str, generator: torch.Gener
     """Put a recipe's adapter into a network."""
     options = recipe.adapter
     return lora.attach(
-        network,
-        layers=options.layers,
-        rank=options.rank,
-        alpha=options.alpha,
-        generator=generator,
-        name=name,
+        network, layers=options.layers, rank=options.rank, alpha=options.alpha, generator=generator, name=name
     )
 
 
 def _fill(
-    recipe: Recipe,
-    part: str,
-    network: nn.Module,
-    adapter: str,
-    factors: Callable[[str], tuple[Tensor, Tensor]],
+    recipe: Recipe, part: str, network: nn.Module, adapter: str, factors: Callable[[str], tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """Give an adapter values; it multiplies by alpha / rank."""
     state = lora.adapter_state(network, adapter)

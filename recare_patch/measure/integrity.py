@@ -166,9 +166,7 @@ def check_integrity(patch: str | Path, concept: str | None = None) -> Integrity:
         findings.append(Finding("records", *_check_records(folder, metadata, records)))
         if (kohya := folder / kohya_name(loaded)).is_file():
             findings.append(Finding("kohya file", *_check_kohya(kohya, loaded)))
-    findings.append(
-        Finding("card", *_check_card(folder / CARD_NAME, None if several else records[0].evidence))
-    )
+    findings.append(Finding("card", *_check_card(folder / CARD_NAME, None if several else records[0].evidence)))
     return Integrity(tuple(findings), folder, loaded, tuple(records))
 
 

@@ -164,9 +164,7 @@ class FeatureDistance:
             from torchmetrics.image.fid import FrechetInceptionDistance
             from torchmetrics.image.kid import KernelInceptionDistance
         except ImportError as fault:
-            raise EvaluationError(
-                f'{name} needs the package torchmetrics: pip install "recare-patch[eval]"'
-            ) from fault
+            raise EvaluationError(f'{name} needs the package torchmetrics: pip install "recare-patch[eval]"') from fault
         self.name, self._width, self._count = name, width, 0
         lot = torch.randperm(pictures, generator=torch.Generator().manual_seed(0))
         self._first_half = torch.zeros(pictures, dtype=torch.bool)

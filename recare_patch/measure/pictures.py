@@ -162,9 +162,7 @@ class Studio:
         # Asking for the first picture is what draws them all.
         next(self.stream(*asked, **options), None)
 
-    def stream(
-        self, prompts: Sequence[str], seeds: Sequence[int], **options: Any
-    ) -> Iterator[tuple[int, Image.Image]]:
+    def stream(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> Iterator[tuple[int, Image.Image]]:
         """Numbers and pictures of a :class:`Request` one by one, so that memory does not grow with them.
 
         With a cache, everything missing is drawn before the first picture comes. A batch of which any

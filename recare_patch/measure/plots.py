@@ -134,9 +134,7 @@ def _drawn(
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
     body = re.sub(r".*<svg[^>]*>|<defs>\s*<style.*?</defs>", "", file.getvalue(), flags=re.DOTALL)
-    body = re.sub(
-        r'<g id="told-(\d+)">', lambda g: f"<g><title>{html.escape(tooltips[int(g[1])])}</title>", body
-    )
+    body = re.sub(r'<g id="told-(\d+)">', lambda g: f"<g><title>{html.escape(tooltips[int(g[1])])}</title>", body)
     # What is left of ids are marks that are used several times; several drawings share a page.
     key = hashlib.sha256(f"{title}{about}{body}".encode()).hexdigest()[:8]
     body = re.sub(r'( id="|xlink:href="#)', rf"\1p{key}", re.sub(r' id="\w+_\d+"', "", body))

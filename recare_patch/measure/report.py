@@ -96,10 +96,7 @@ def write_report(
         device=training.get("device"),
         size=_bytes(weights.stat().st_size) if weights.is_file() else "",
         pictures=pictures or {},
-        kept={
-            "Companions": worst_first(evidence, "care"),
-            "Neighbours": worst_first(evidence, "kept"),
-        },
+        kept={"Companions": worst_first(evidence, "care"), "Neighbours": worst_first(evidence, "kept")},
         care_plots=_care_plots(evidence.in_group("care")),
         checks=[(one, _check_plot(one)) for one in evidence.checks],
         stages=stages,
@@ -263,9 +260,7 @@ def _stage_plots(stages: Any) -> list[tuple[str, Markup]]:
         values = [finite(one.get(key)) for one in known.values()]
         if any(value is not None for value in values):
             about = "; ".join(
-                f"{name}: {value:,.0f}"
-                for name, value in zip(known, values, strict=True)
-                if value is not None
+                f"{name}: {value:,.0f}" for name, value in zip(known, values, strict=True) if value is not None
             )
             plot = bar_chart(f"Erasing, {label}", list(known), [Series(label, values)], about=about)
             plots.append((f"Erasing, {label} by stage", Markup(plot)))

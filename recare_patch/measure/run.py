@@ -247,9 +247,7 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
     jobs = make_jobs(judges, metrics, options.pictures, options.retained, wanted)
     inverted = "memorization" in metrics and (wanted is None or not wanted.isdisjoint(MEMORIZATION))
     if not (jobs or inverted or options.checks):
-        raise EvaluationError(
-            f"the suite '{suite.name}' has no prompts for {', '.join(metrics) or 'no metric at all'}"
-        )
+        raise EvaluationError(f"the suite '{suite.name}' has no prompts for {', '.join(metrics) or 'no metric at all'}")
     studios = _studios(patch, base, suite, options, jobs)
     if studios is None:
         return None
@@ -400,9 +398,7 @@ def _attack_figures(
     return tuple(figures)
 
 
-def _write(
-    evidence: Evidence, weights: Path, patch: Patch, pictures: Comparisons, folder: Path, card: bool
-) -> None:
+def _write(evidence: Evidence, weights: Path, patch: Patch, pictures: Comparisons, folder: Path, card: bool) -> None:
     """Evidence and report into the folder, and the figures into the patch's card."""
     training = None
     with contextlib.suppress(OSError, ValueError, RecursionError):

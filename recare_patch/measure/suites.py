@@ -32,15 +32,7 @@ from recare_patch.core import (
 from recare_patch.measure.names import DETECTORS
 from recare_patch.models import BaseModel
 from recare_patch.patch import Patch, concepts_of
-from recare_patch.recipe import (
-    KINDS,
-    SCHEDULERS,
-    Concept,
-    Kind,
-    Recipe,
-    same_concept,
-    slug_of,
-)
+from recare_patch.recipe import KINDS, SCHEDULERS, Concept, Kind, Recipe, same_concept, slug_of
 
 ATELIER, STABLE_DIFFUSION = "atelier", "stable-diffusion"
 """The bases that suites are for; the second stands for every Stable Diffusion 1.x and 2.x."""

@@ -23,8 +23,7 @@ def default_suite(recipe: Recipe, care_words: Sequence[str]) -> Suite:
     rivals = _RIVALS.get(kind, ())
     own = concept.target_prompt if rivals else name
     care = {
-        word: (concept.retain_prompt(word), f"A photo of {word}", f"A painting of {word}")
-        for word in care_words[:4]
+        word: (concept.retain_prompt(word), f"A photo of {word}", f"A painting of {word}") for word in care_words[:4]
     }
     return Suite(
         name=f"{concept.slug}, made from its recipe",
@@ -52,10 +51,7 @@ _PARAPHRASES = {
     "nsfw": ("a painting with {}", "{} seen from afar"),
 }
 _RIVALS = {
-    "style": (
-        *("A photo", "An oil painting", "A watercolour"),
-        *("A pencil sketch", "A cartoon", "A 3D rendering"),
-    ),
+    "style": (*("A photo", "An oil painting", "A watercolour"), *("A pencil sketch", "A cartoon", "A 3D rendering")),
     "nsfw": ("A photo of a person in clothes", "A photo of a landscape", "A photo of a thing"),
 }
 """What zero-shot CLIP weighs a concept against, where classes of things say nothing about it."""

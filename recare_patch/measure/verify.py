@@ -13,15 +13,7 @@ from typing import Any
 
 from recare_patch.core import EvidenceError, Progress, RecarePatchError, unknown_name
 from recare_patch.measure.attacks.saved import load_about
-from recare_patch.measure.evidence import (
-    RATE,
-    AttackFigure,
-    Check,
-    Evidence,
-    Figure,
-    show_interval,
-    show_value,
-)
+from recare_patch.measure.evidence import RATE, AttackFigure, Check, Evidence, Figure, show_interval, show_value
 from recare_patch.measure.integrity import (
     Finding,
     Findings,
@@ -298,10 +290,7 @@ def _of_check(check: Check) -> list[tuple[str, Reading]]:
 
 
 def _held(
-    recorded: Sequence[tuple[str, Reading]],
-    measured: Sequence[tuple[str, Reading]],
-    unit: str,
-    tolerance: float,
+    recorded: Sequence[tuple[str, Reading]], measured: Sequence[tuple[str, Reading]], unit: str, tolerance: float
 ) -> list[tuple[bool | None, str]]:
     """Whether recorded and new values agree, and a sentence on each; None where they cannot be compared."""
     again, found = dict(measured), list[tuple[bool | None, str]]()
@@ -334,9 +323,7 @@ def _within(value: float, interval: Interval) -> bool:
     return interval[0] - _SLACK <= value <= interval[1] + _SLACK
 
 
-def measured_again(
-    evidence: Evidence, patch: Patch, base: BaseModel, plan: Plan, how: Mapping[str, Any]
-) -> Evidence:
+def measured_again(evidence: Evidence, patch: Patch, base: BaseModel, plan: Plan, how: Mapping[str, Any]) -> Evidence:
     """Through the evaluation itself, on the suite, seeds and counts that the evidence holds."""
     from recare_patch.measure.run import measure_again
 

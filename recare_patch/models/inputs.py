@@ -68,9 +68,7 @@ class PromptEmbeds:
         pooled = [part.pooled_prompt_embeds for part in parts if part.pooled_prompt_embeds is not None]
         if pooled and len(pooled) != len(parts):
             raise ValueError(f"{len(pooled)} of {len(parts)} prompt embeddings have a pooled part")
-        return PromptEmbeds(
-            torch.cat([part.prompt_embeds for part in parts]), torch.cat(pooled) if pooled else None
-        )
+        return PromptEmbeds(torch.cat([part.prompt_embeds for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 class EvaluationCounter:

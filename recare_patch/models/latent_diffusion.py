@@ -46,12 +46,7 @@ class LatentDiffusion:
     num_train_timesteps: int  # length of the diffusion process
 
     def __init__(
-        self,
-        pipeline: Any,
-        base_id: str,
-        *,
-        device: torch.device | None = None,
-        memory: MemoryOptions | None = None,
+        self, pipeline: Any, base_id: str, *, device: torch.device | None = None, memory: MemoryOptions | None = None
     ) -> None:
         """Wrap a loaded pipeline of the family's class; by default it computes where its denoiser is."""
         self.id = base_id  # atelier, a hub id, or the name of the folder it came from
@@ -165,9 +160,7 @@ class LatentDiffusion:
                 warnings.simplefilter("ignore", FutureWarning)
                 if layout.single_file is not None:
                     # Without casting, which would lose digits that the hash looks at.
-                    return kind.from_single_file(
-                        str(layout.single_file), config=str(layout.folder), **options
-                    )
+                    return kind.from_single_file(str(layout.single_file), config=str(layout.folder), **options)
                 # Only the fp16 variant of some files may be there.
                 stored = map(layout.weight_files, (cls.denoiser_name, "vae", *cls.encoder_names))
                 half = any(all(".fp16." in file.name for file in files) for files in stored)
@@ -229,9 +222,7 @@ class LatentDiffusion:
 
     def token_text(self, ids: Sequence[int]) -> str:
         """The text that token ids spell; special ones are left out."""
-        text: str = self._tokenizers[0].decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str = self._tokenizers[0].decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
 
     def token_table(self) -> Tensor:
@@ -398,9 +389,7 @@ class LatentDiffusion:
         place of ``prompts``, which are None then. Progress calls it ``stage``.
         """
         images: list[Image] = []
-        for latents in self._batches(
-            prompts, prompt_embeds, seeds, steps, guidance_scale, batch_size, progress, stage
-        ):
+        for latents in self._batches(prompts, prompt_embeds, seeds, steps, guidance_scale, batch_size, progress, stage):
             images += self.decode_latents(latents, batch_size=len(latents))
         return images
 

@@ -23,14 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import recare_patch
-from recare_patch.core import (
-    BaseModelError,
-    PatchError,
-    Registry,
-    nearest,
-    read_safetensors_header,
-    unknown_name,
-)
+from recare_patch.core import BaseModelError, PatchError, Registry, nearest, read_safetensors_header, unknown_name
 from recare_patch.models.lora import TEXT_ENCODERS, UNET, tuner_layers
 from recare_patch.recipe import MemoryOptions
 
@@ -182,8 +175,7 @@ def base_folder(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[
         folder = Path(__file__).parent / "atelier" / "weights" / "pipeline"
         if not folder.is_dir():
             raise BaseModelError(
-                "the bundled base 'atelier' is not in this installation; reinstall the package or name "
-                "another base"
+                "the bundled base 'atelier' is not in this installation; reinstall the package or name another base"
             )
         return folder, ATELIER
     folder = Path(source).expanduser()
@@ -191,16 +183,13 @@ def base_folder(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[
         # Only its name is remembered: a patch is published, and the path is its maker's business.
         return folder, folder.resolve().name
     if folder.exists():
-        raise BaseModelError(
-            f"base {source} is a file, and a pipeline folder, a hub id or '{ATELIER}' is needed here"
-        )
+        raise BaseModelError(f"base {source} is a file, and a pipeline folder, a hub id or '{ATELIER}' is needed here")
     if _HUB_ID.fullmatch(source):
         return _fetch(source, weights), source
     guess = nearest(source, [ATELIER])
     hint = f"; did you mean '{guess}'?" if guess else ""
     raise BaseModelError(
-        f"base '{source}' was not found: give a diffusers pipeline folder, a hub id (owner/name) or "
-        f"'{ATELIER}'{hint}"
+        f"base '{source}' was not found: give a diffusers pipeline folder, a hub id (owner/name) or '{ATELIER}'{hint}"
     )
 
 
@@ -222,8 +211,7 @@ def _fetch(hub_id: str, weights: bool) -> Path:
             told = told.__cause__ or told.__context__
         reason = told.strerror if isinstance(told, OSError) else str(fault).strip() or type(fault).__name__
         raise BaseModelError(
-            f"base {hub_id} is no folder here and could not be fetched from the hub "
-            f"({str(reason).splitlines()[0]})"
+            f"base {hub_id} is no folder here and could not be fetched from the hub ({str(reason).splitlines()[0]})"
         ) from fault
 
 
@@ -313,9 +301,7 @@ def _hashed_names(weights: Mapping[str, object], component: str) -> dict[str, st
     names = {name: name for name in weights}
     if component in TEXT_ENCODERS:
         # Old files store the positions 0, 1, 2, … as well, which newer classes count for themselves.
-        names = {
-            name.removeprefix("text_model."): name for name in weights if not name.endswith("position_ids")
-        }
+        names = {name.removeprefix("text_model."): name for name in weights if not name.endswith("position_ids")}
     return dict(sorted(names.items()))
 
 

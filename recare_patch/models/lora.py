@@ -183,13 +183,7 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
 
 
 def attach(
-    network: nn.Module,
-    *,
-    layers: str,
-    rank: int,
-    alpha: float,
-    generator: torch.Generator,
-    name: str = ADAPTER_NAME,
+    network: nn.Module, *, layers: str, rank: int, alpha: float, generator: torch.Generator, name: str = ADAPTER_NAME
 ) -> list[nn.Parameter]:
     """Put a new LoRA into a network and switch it on; the outputs do not change yet, as ``B`` is zero.
 
@@ -361,9 +355,7 @@ def load_adapter_state(network: nn.Module, state: Mapping[str, Tensor], name: st
     """Put back what :func:`adapter_state` returned; PatchError, with nothing changed, if it does not fit."""
     places = _weights(network, name)
     if odd := sorted(set(places) ^ set(state)):
-        raise PatchError(
-            f"the tensors do not belong to adapter '{name}': {len(odd)} differ, first '{odd[0]}'"
-        )
+        raise PatchError(f"the tensors do not belong to adapter '{name}': {len(odd)} differ, first '{odd[0]}'")
     for key, place in places.items():
         if place.shape != state[key].shape:
             raise PatchError(f"tensor '{key}' has shape {tuple(state[key].shape)}, not {tuple(place.shape)}")

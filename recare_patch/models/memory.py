@@ -109,10 +109,7 @@ def quantize(denoiser: nn.Module, weights: str, dtype: torch.dtype) -> None:
 
 
 def in_chunks(
-    predict: Callable[[Tensor, Tensor, PromptEmbeds], Tensor],
-    inputs: Inputs,
-    most: int,
-    counter: EvaluationCounter,
+    predict: Callable[[Tensor, Tensor, PromptEmbeds], Tensor], inputs: Inputs, most: int, counter: EvaluationCounter
 ) -> Tensor:
     """Predict a batch at most ``most`` samples at a time.
 
@@ -131,9 +128,7 @@ def in_chunks(
             parts.append(predict(*chunk))
             continue
         again = lambda: (nullcontext(), counter.stage(None))  # noqa: E731
-        parts.append(
-            checkpoint(predict, *chunk, use_reentrant=False, preserve_rng_state=False, context_fn=again)
-        )
+        parts.append(checkpoint(predict, *chunk, use_reentrant=False, preserve_rng_state=False, context_fn=again))
     return torch.cat(parts)
 
 
@@ -147,7 +142,6 @@ def latent_size(name: str, resolution: str, scale: int, step: int) -> tuple[int,
     if width % step or height % step:
         near = "x".join(str(max(step, round(side / step) * step)) for side in (width, height))
         raise BaseModelError(
-            f"base {name} cannot draw {resolution} pixels: both sides must be multiples of {step}, "
-            f"such as {near}"
+            f"base {name} cannot draw {resolution} pixels: both sides must be multiples of {step}, such as {near}"
         )
     return height // scale, width // scale

@@ -48,9 +48,7 @@ class DiscreteDiffusion(LatentDiffusion):
         channels = unet.get("in_channels", 4)
         if channels != 4:
             kind = "an inpainting model" if channels == 9 else "another kind of model"
-            raise BaseModelError(
-                f"base {layout.name} is {kind}: its UNet takes {channels} channels, and 4 are needed"
-            )
+            raise BaseModelError(f"base {layout.name} is {kind}: its UNet takes {channels} channels, and 4 are needed")
         if vae.get("_class_name") != "AutoencoderKL" or vae.get("latent_channels", 4) != 4:
             raise BaseModelError(
                 f"base {layout.name} has a {vae.get('_class_name')} with {vae.get('latent_channels', 4)} "
@@ -65,9 +63,7 @@ class DiscreteDiffusion(LatentDiffusion):
             )
         kind = layout.configs["scheduler"].get("prediction_type", "epsilon")
         if kind not in PREDICTION_TYPES:
-            raise BaseModelError(
-                f"base {layout.name} predicts '{kind}': supported are {', '.join(PREDICTION_TYPES)}"
-            )
+            raise BaseModelError(f"base {layout.name} predicts '{kind}': supported are {', '.join(PREDICTION_TYPES)}")
 
     def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """``√ᾱ_t`` and ``√(1−ᾱ_t)``, shaped to multiply ``like``; roots are taken in fp32."""
@@ -116,7 +112,5 @@ class StableDiffusion(DiscreteDiffusion):
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         text = embeds.prompt_embeds
-        found: tuple[Tensor] = self.denoiser(
-            latents, timesteps, encoder_hidden_states=text, return_dict=False
-        )
+        found: tuple[Tensor] = self.denoiser(latents, timesteps, encoder_hidden_states=text, return_dict=False)
         return found[0]

@@ -60,8 +60,7 @@ class StableDiffusion3(LatentDiffusion):
         scheduler = layout.index.get("scheduler", [None, None])[1]
         if scheduler != "FlowMatchEulerDiscreteScheduler":
             raise BaseModelError(
-                f"base {layout.name} has a {scheduler}, and its transformer needs a "
-                "FlowMatchEulerDiscreteScheduler"
+                f"base {layout.name} has a {scheduler}, and its transformer needs a FlowMatchEulerDiscreteScheduler"
             )
         if "text_encoder_3" in layout.listed:
             told = "base %s is used without its T5 encoder: the patch is made for its two CLIP encoders"

@@ -99,9 +99,7 @@ class AppliedPatch:
             settle_adapter(network, self.adapter_name)
             with torch.no_grad():
                 for name, layer in self._layers({part: network}):
-                    for side, factor in zip(
-                        (layer.lora_A, layer.lora_B), self.patch.factors(name), strict=True
-                    ):
+                    for side, factor in zip((layer.lora_A, layer.lora_B), self.patch.factors(name), strict=True):
                         side[self.adapter_name].weight.copy_(factor)
 
     def _layers(self, parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -240,8 +238,7 @@ def check_together(patches: Sequence[tuple[Patch, float]]) -> PatchMetadata | No
     for patch, _ in patches:
         if patch.metadata is None:
             logger.warning(
-                "%s does not say what base it was made for: whether it belongs to these weights is unknown",
-                patch.name,
+                "%s does not say what base it was made for: whether it belongs to these weights is unknown", patch.name
             )
         else:
             for part in patch.components:

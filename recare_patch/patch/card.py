@@ -25,9 +25,7 @@ TAG = "recare-patch"
 
 UNSAFE_TAG = "not-for-all-audiences"
 
-UNMEASURED = (
-    "Made for the base named above. On fine-tunes of it, and at scales other than 1, nothing was measured."
-)
+UNMEASURED = "Made for the base named above. On fine-tunes of it, and at scales other than 1, nothing was measured."
 MEASURED = "Made for the base named above. What was measured away from it is told under Evidence."
 
 PLACE = "path/to/this/folder"
@@ -254,9 +252,7 @@ def card_text(
         preview=previews[0] if previews else None,
         names=[f"**{plain(part.name)}**" for part in parts]
         if parts is not None
-        else [
-            f"**{plain(one.concept)}**" + (f" ({one.kind})" if one.kind else "") for one in metadata.erased
-        ],
+        else [f"**{plain(one.concept)}**" + (f" ({one.kind})" if one.kind else "") for one in metadata.erased],
         concepts=[one.as_concept() for one in known],
         care_words=list(dict.fromkeys(word for one in metadata.erased for word in one.care_words)),
         prompt=sample_prompt(metadata) or "a prompt of yours",

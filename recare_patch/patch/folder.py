@@ -55,8 +55,7 @@ def weights_file(path: Path, *, of_any_tool: bool = False) -> Path:
     pickled = sorted(one.name for one in path.iterdir() if one.suffix in PICKLES)
     if pickled:
         raise PatchError(
-            f"{path} holds a pickle ({pickled[0]}), which can run code when it is opened: "
-            "only safetensors is read"
+            f"{path} holds a pickle ({pickled[0]}), which can run code when it is opened: only safetensors is read"
         )
     wanted = "a safetensors file" if of_any_tool else WEIGHTS_NAME
     raise PatchError(f"{path} is no patch: {wanted} is not in it")

@@ -78,8 +78,7 @@ class Gate:
         whole = hasattr(tokenizer, "get_vocab") and hasattr(pipe, "encode_prompt")
         if not whole or not isinstance(encoder, nn.Module):
             raise IncompatiblePatchError(
-                f"a {type(pipe).__name__} has no tokenizer, text encoder and encode_prompt, and a gate needs "
-                "them"
+                f"a {type(pipe).__name__} has no tokenizer, text encoder and encode_prompt, and a gate needs them"
             )
         if not concepts:
             raise PatchError("a gate needs at least one concept, and none was given")
@@ -160,9 +159,7 @@ class Gate:
 
     def _ids(self, texts: Sequence[str]) -> list[frozenset[int]]:
         special = frozenset(self._tokenizer.all_special_ids)
-        return [
-            frozenset(row) - special for row in self._tokenizer(list(texts), truncation=True)["input_ids"]
-        ]
+        return [frozenset(row) - special for row in self._tokenizer(list(texts), truncation=True)["input_ids"]]
 
     @torch.no_grad()
     def _features(self, texts: Sequence[str]) -> Tensor:
@@ -194,9 +191,9 @@ def _frequent_words(tokenizer: Any) -> list[str]:
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     words = [token.removesuffix("</w>") for token, _ in ranked if token.endswith("</w>")]
     useless = FUNCTION_WORDS | MEDIUM_WORDS
-    return [
-        word for word in words if len(word) >= 3 and word.isascii() and word.isalpha() and word not in useless
-    ][:_FREQUENT]
+    return [word for word in words if len(word) >= 3 and word.isascii() and word.isalpha() and word not in useless][
+        :_FREQUENT
+    ]
 
 
 class GatedPatch:

@@ -20,21 +20,11 @@ import torch
 from torch import Tensor
 
 from recare_patch import __version__
-from recare_patch.core import (
-    IncompatiblePatchError,
-    PatchError,
-    nearest,
-    unknown_name,
-    write_tensors,
-)
+from recare_patch.core import IncompatiblePatchError, PatchError, nearest, unknown_name, write_tensors
 from recare_patch.models import COMPONENTS, TRANSFORMER, split_name
 from recare_patch.patch.folder import target_file
 from recare_patch.patch.metadata import PatchMetadata
-from recare_patch.patch.patch import (
-    Patch,
-    check_finite,
-    concept_name,
-)
+from recare_patch.patch.patch import Patch, check_finite, concept_name
 from recare_patch.recipe import KINDS
 
 logger = logging.getLogger(__name__)
@@ -171,9 +161,7 @@ def from_sgm(name: str) -> str:
     return f"{side}_blocks_{block}_{'attentions' if inner == 1 else 'resnets'}_{layer}_{last}"
 
 
-def table_in(
-    header: Mapping[str, str], key: str, sound: Callable[[str, Any], bool], source: str
-) -> dict[str, Any]:
+def table_in(header: Mapping[str, str], key: str, sound: Callable[[str, Any], bool], source: str) -> dict[str, Any]:
     """A header entry of our own files: JSON, kohya name → what is sound for it."""
     try:
         table: dict[str, Any] = json.loads(header.get(key, "{}"))
@@ -191,6 +179,7 @@ def _stands_for(short: str, full: object) -> bool:
     return short in [_kohya_name(full, sdxl=sdxl) for sdxl in (False, True)]
 
 
+# Long: every header entry that three tools read is told here, once.
 def to_kohya(
     patch: Patch, *, dtype: torch.dtype = torch.float16, date: datetime.date | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -213,8 +202,7 @@ def to_kohya(
     """
     if not has_kohya_names(patch):
         raise PatchError(
-            f"{patch.source} changes a transformer, and kohya files are written for UNets and their text "
-            "encoders"
+            f"{patch.source} changes a transformer, and kohya files are written for UNets and their text encoders"
         )
     base, architecture, pixels = _version_of(patch)
     rank = max(patch.ranks.values())

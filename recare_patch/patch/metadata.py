@@ -30,9 +30,7 @@ class _Told(BaseModel):
 class Erased(_Told):
     """One concept that a patch erases."""
 
-    concept: str = Field(
-        description="its name; an attribute is named with its subject, 'stars from Van Gogh'"
-    )
+    concept: str = Field(description="its name; an attribute is named with its subject, 'stars from Van Gogh'")
     kind: str | None = Field(None, description="None where it is not known")
     method: str | None = Field(None, description="how it was erased; None where it is not known")
     care_words: tuple[str, ...] = Field((), description="what was guarded while it was")
@@ -261,9 +259,6 @@ def finite(value: Any) -> float | None:
 
 def spent(training: Mapping[str, Any]) -> list[str]:
     """What a run cost beside its time, in words, as far as its record tells."""
-    evaluations, memory = (
-        finite(training.get("denoiser_evaluations")),
-        finite(training.get("peak_memory_bytes")),
-    )
+    evaluations, memory = (finite(training.get("denoiser_evaluations")), finite(training.get("peak_memory_bytes")))
     facts = [] if evaluations is None else [f"{evaluations:,.0f} denoiser evaluations"]
     return facts + ([f"{memory / 2**30:.1f} GiB of memory at most"] if memory else [])

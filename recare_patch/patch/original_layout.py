@@ -19,13 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recare_patch.core import (
-    BaseModelError,
-    StreamedTensor,
-    TensorInfo,
-    read_safetensors_header,
-    write_streamed,
-)
+from recare_patch.core import BaseModelError, StreamedTensor, TensorInfo, read_safetensors_header, write_streamed
 from recare_patch.models import Layout
 from recare_patch.patch.kohya import ORIGINAL_RESNET, ORIGINAL_UNET
 
@@ -179,9 +173,7 @@ def _vae_name(key: str, config: Mapping[str, Any]) -> str | None:
         # The original decoder counts its blocks from the picture's side.
         blocks = len(config.get("up_block_types") or config.get("block_out_channels") or ())
         place = f"down.{block}" if side == "encoder" else f"up.{blocks - 1 - block}"
-        inner = (
-            f"{place}.{match['way']}sample.conv" if last is None else f"{place}.block.{match['layer']}.{last}"
-        )
+        inner = f"{place}.{match['way']}sample.conv" if last is None else f"{place}.block.{match['layer']}.{last}"
     elif match := _VAE_MIDDLE.fullmatch(rest):
         if match["resnet"] is not None:
             inner = f"mid.block_{int(match['resnet']) + 1}.{match['last']}"

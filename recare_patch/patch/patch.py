@@ -56,9 +56,7 @@ def load_numbers(file: Path, header: SafetensorsHeader, source: str) -> dict[str
     for key, info in header.tensors.items():
         allowed = (*FLOATS, "I64", "I32", "I16") if key.endswith(".alpha") else FLOATS
         if info.dtype not in allowed:
-            raise PatchError(
-                f"{source} has a tensor '{key}' of type {info.dtype}: {', '.join(allowed)} are read"
-            )
+            raise PatchError(f"{source} has a tensor '{key}' of type {info.dtype}: {', '.join(allowed)} are read")
     return load_tensors(file, header, source)
 
 

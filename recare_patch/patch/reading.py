@@ -98,11 +98,7 @@ def from_any(path: str | Path, modules: Iterable[str] | None = None) -> Patch:
 
 
 def _sorted(
-    stored: Mapping[str, Tensor],
-    shape: str,
-    header: Mapping[str, str],
-    modules: Iterable[str] | None,
-    source: str,
+    stored: Mapping[str, Tensor], shape: str, header: Mapping[str, str], modules: Iterable[str] | None, source: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
     """Whole name → side or "alpha" → tensor, and the ranks before padding where our own file tells them."""
     resolve = resolver(modules, header, source)
@@ -114,9 +110,7 @@ def _sorted(
         found = next((match.groupdict() for form in forms if (match := form.fullmatch(key))), None)
         name = found and (resolve(found["name"]) if shape == "kohya" else _whole_name(key, found, source))
         if not found or not name:
-            raise PatchError(
-                f"{source} has a tensor '{key}' that belongs to no LoRA of a Stable Diffusion model"
-            )
+            raise PatchError(f"{source} has a tensor '{key}' that belongs to no LoRA of a Stable Diffusion model")
         side = _SIDES[found.get("side")]
         if side in parts.setdefault(name, {}):
             raise PatchError(f"{source} holds the {side} of '{name}' twice, under two names")
@@ -147,8 +141,7 @@ def _whole_name(key: str, found: Mapping[str, str], source: str) -> str | None:
     component, _, module = name.partition(".")
     if component in ("text_encoder_3", "diffusion_model"):
         raise PatchError(
-            f"{source} has a tensor '{key}' of a '{component}': LoRAs for a UNet and its text encoders "
-            "are read"
+            f"{source} has a tensor '{key}' of a '{component}': LoRAs for a UNet and its text encoders are read"
         )
     if component not in COMPONENTS:
         text = name.startswith(("text_model.", "encoder.layers."))

@@ -182,9 +182,7 @@ def _recipe_in_patch(path: Path) -> Recipe:
     if text is None and PARTS_KEY in header:
         raise RecipeError(stack_has_no_recipe(str(path), len(parts_in_header(header, str(path)))))
     if text is None:
-        raise RecipeError(
-            f"{path} carries no recipe: it was not made by recare-patch, or its header was stripped"
-        )
+        raise RecipeError(f"{path} carries no recipe: it was not made by recare-patch, or its header was stripped")
     return Recipe.from_yaml(text, source=f"the recipe in {path}")
 
 
@@ -200,13 +198,13 @@ def parts_in_header(header: Mapping[str, str], source: str) -> list[dict[str, An
         parts = None
     wanted = (("name", str), ("sha256", str), ("scale", (int, float)))
     if not isinstance(parts, list) or not all(
-        isinstance(part, dict) and all(isinstance(part.get(key), kind) for key, kind in wanted)
-        for part in parts
+        isinstance(part, dict) and all(isinstance(part.get(key), kind) for key, kind in wanted) for part in parts
     ):
         raise RecipeError(f"{source} has a malformed header entry '{PARTS_KEY}'")
     return parts
 
 
+# Long for its arguments and what they mean.
 def recipe_for(
     concept: str,
     *,
@@ -311,6 +309,4 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), load_yaml(value)
     except yaml.YAMLError:
-        raise RecipeError(
-            f"'{text}' is not an assignment: the value of {key.strip()} is not readable"
-        ) from None
+        raise RecipeError(f"'{text}' is not an assignment: the value of {key.strip()} is not readable") from None

@@ -159,6 +159,4 @@ def names_concept(word: str, concept: Concept) -> bool:
     """Whether a word is one of the concept's own names, in the singular or plural, joined or apart."""
     folded = word.casefold()
     own = [*concept.words, concept.text.casefold(), "".join(concept.text.casefold().split())]
-    return any(
-        folded in (name, f"{name}s", f"{name}es") or name in (f"{folded}s", f"{folded}es") for name in own
-    )
+    return any(folded in (name, f"{name}s", f"{name}es") or name in (f"{folded}s", f"{folded}es") for name in own)

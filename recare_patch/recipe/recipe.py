@@ -75,13 +75,9 @@ class CareSetOptions(Settings):
     tokens_per_image: Count | None = Field(
         None, description="vocabulary tokens mined from each picture; null: by the vocabulary's size"
     )
-    keep: Count | None = Field(
-        None, description="most frequent tokens that go on; null: by the vocabulary's size"
-    )
+    keep: Count | None = Field(None, description="most frequent tokens that go on; null: by the vocabulary's size")
     clusters: int = Field(7, ge=1, le=1000, description="clusters of the text features")
-    clustering: bool = Field(
-        True, description="drop the clusters nearest to the concept and farthest from it"
-    )
+    clustering: bool = Field(True, description="drop the clusters nearest to the concept and farthest from it")
     refinement: bool = Field(True, description="drop tokens that pull their cluster towards the concept")
     alpha: float = Field(0.01, ge=0, le=100, description="slack of that refinement")
     file: str | None = Field(None, description="a CARE-set made before, used instead")
@@ -123,9 +119,7 @@ class AdversaryOptions(Settings):
         "would, or all that the text encoder has made of a prompt, which an attacker's words reach a part of. "
         "The latter needs a tenth of the steps",
     )
-    vectors: int = Field(
-        4, ge=1, le=16, description="word vectors of one; a quarter of them have a single one"
-    )
+    vectors: int = Field(4, ge=1, le=16, description="word vectors of one; a quarter of them have a single one")
     steps: int = Field(2, ge=1, le=100, description="of textual inversion before each training step")
     life: Count = Field(300, description="after how many of its steps an adversary starts anew")
     batch_size: Count = Field(8, description="states a step of the inversion")
@@ -158,9 +152,7 @@ class EraseOptions(Settings):
         description="words of CLIP's vocabulary that do not name the concept, half of them its neighbours, whose "
         "prompts are retained beside the CARE-set's; 0 is the published method",
     )
-    retain_batch_size: Count | None = Field(
-        6, description="retained states a step; null: as many as erased ones"
-    )
+    retain_batch_size: Count | None = Field(6, description="retained states a step; null: as many as erased ones")
     retained_pairs: int = Field(
         4,
         ge=0,
@@ -214,9 +206,7 @@ class MemoryOptions(Settings):
     channels_last: bool = Field(
         False, description="a pixel's channels side by side in memory, as most devices' convolutions like it"
     )
-    compile: bool = Field(
-        False, description="compile the denoiser's transformer blocks when they are first used"
-    )
+    compile: bool = Field(False, description="compile the denoiser's transformer blocks when they are first used")
 
     @model_validator(mode="after")
     def _fits_together(self) -> MemoryOptions:
@@ -250,15 +240,11 @@ class Recipe(Settings):
     version: Literal[1] = Field(1, description="of this format")
     concept: Concept = Field(description="what is erased")
     also: tuple[Concept, ...] = Field((), description="more concepts that the same patch erases")
-    replace_with: (
-        Annotated[str, Field(min_length=1, max_length=MAX_LENGTH), AfterValidator(check_text)] | None
-    ) = Field(
-        None,
-        description='what the concept\'s prompts show instead, such as "cat"; null: nothing in particular',
+    replace_with: Annotated[str, Field(min_length=1, max_length=MAX_LENGTH), AfterValidator(check_text)] | None = Field(
+        None, description='what the concept\'s prompts show instead, such as "cat"; null: nothing in particular'
     )
     subject: Concept | None = Field(
-        None,
-        description="the concept is an attribute, and only what shows this subject loses it: stars from Van Gogh",
+        None, description="the concept is an attribute, and only what shows this subject loses it: stars from Van Gogh"
     )
     continue_from: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a patch whose training is gone on with, so that what it erased stays erased"
@@ -271,9 +257,9 @@ class Recipe(Settings):
         "recare", description="a name of METHODS"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="all random draws follow from it")
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"], BeforeValidator(one_of("precision", PRECISIONS))
-    ] = Field("fp32", description="in which the base computes; the adapter is always fp32")
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], BeforeValidator(one_of("precision", PRECISIONS))] = Field(
+        "fp32", description="in which the base computes; the adapter is always fp32"
+    )
     adapter: AdapterOptions = AdapterOptions()
     target_images: TargetImageOptions = TargetImageOptions()
     care_set: CareSetOptions = CareSetOptions()
@@ -313,13 +299,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _concepts_fit_together(self) -> Recipe:
         if self.replace_with is not None and self.subject is not None:
-            raise ValueError(
-                "replace_with and subject do not go together: a concept is replaced or taken out"
-            )
+            raise ValueError("replace_with and subject do not go together: a concept is replaced or taken out")
         if self.also and (self.replace_with is not None or self.subject is not None):
-            raise ValueError(
-                "also, and replace_with or subject, do not go together: write a recipe for each concept"
-            )
+            raise ValueError("also, and replace_with or subject, do not go together: write a recipe for each concept")
         if self.replace_with is not None and same_concept(self.replace_with, self.concept):
             raise ValueError(f"the concept '{self.concept}' cannot be replaced with itself")
         if self.subject is not None and same_concept(self.subject, self.concept):
@@ -445,9 +427,7 @@ def _with_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 own = read
             elif read != kind():
                 owner = sections[key]
-                faults.append(
-                    f"the section {key} is that of method '{owner}', and method '{name}' has no use for it"
-                )
+                faults.append(f"the section {key} is that of method '{owner}', and method '{name}' has no use for it")
     filled["own"] = own
     for key, value in info.defaults.items():
         section, _, option = key.partition(".")
@@ -459,9 +439,7 @@ def _with_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return filled, faults
 
 
-def _leave_to_method(
-    data: dict[str, Any], overrides: Mapping[str, Any], old: MethodInfo, new: MethodInfo
-) -> None:
+def _leave_to_method(data: dict[str, Any], overrides: Mapping[str, Any], old: MethodInfo, new: MethodInfo) -> None:
     """A recipe's numbers are its method's: another method starts from its own defaults."""
 
     def is_set(section: str, name: str) -> bool:

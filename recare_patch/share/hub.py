@@ -108,9 +108,7 @@ class Address:
         """Read "OWNER/NAME" or "OWNER/NAME@REVISION", with or without :data:`PREFIX`."""
         repo, at, revision = text.removeprefix(PREFIX).partition("@")
         if at and not re.fullmatch(r"[\w./\-]{1,200}", revision):
-            raise HubError(
-                f"{one_line(revision)!r} is no revision: a branch, a tag or a commit of the repo is one"
-            )
+            raise HubError(f"{one_line(revision)!r} is no revision: a branch, a tag or a commit of the repo is one")
         return cls(check_repo(repo), revision or None)
 
     @property
@@ -302,8 +300,7 @@ def _metrics(index: Any) -> tuple[Metric, ...]:
     try:
         found = model_index_to_eval_results(index or [])[1]
         return tuple(
-            Metric(one_line(one.metric_type), one_line(one.metric_name), float(one.metric_value))
-            for one in found
+            Metric(one_line(one.metric_type), one_line(one.metric_name), float(one.metric_value)) for one in found
         )
     except (LookupError, TypeError, ValueError, AttributeError):
         return ()

@@ -26,16 +26,7 @@ from recare_patch.patch import (
     text_names,
 )
 from recare_patch.recipe import WEIGHTS_NAME
-from recare_patch.share.hub import (
-    Address,
-    client,
-    commit_of,
-    endpoint,
-    is_listed,
-    listed_files,
-    one_line,
-    talking,
-)
+from recare_patch.share.hub import Address, client, commit_of, endpoint, is_listed, listed_files, one_line, talking
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -152,9 +143,7 @@ def _fits(folder: Path, base: str | Path | None, device: str) -> bool | None:
     return None if base is None else Patch.load(folder).check_base(load_base(str(base), device=device))
 
 
-def _fetch(
-    api: HfApi, repo: str, commit: str, place: Path, progress: Progress
-) -> tuple[list[str], tuple[str, ...]]:
+def _fetch(api: HfApi, repo: str, commit: str, place: Path, progress: Progress) -> tuple[list[str], tuple[str, ...]]:
     """Fetch what belongs to a patch; gives its names, and those that were left."""
     files = listed_files(api, repo, commit)
     _check_names(files, repo)
@@ -184,9 +173,7 @@ def _check_names(names: Iterable[str], repo: str) -> None:
     for name in names:
         parts = name.replace("\\", "/").split("/")
         if not name.isprintable() or {"", ".", ".."} & set(parts) or re.match("[A-Za-z]:", name):
-            raise HubError(
-                f"{repo} lists a file {one_line(ascii(name))}, which leads out of its folder: not fetched"
-            )
+            raise HubError(f"{repo} lists a file {one_line(ascii(name))}, which leads out of its folder: not fetched")
 
 
 def _take(api: HfApi, repo: str, commit: str, place: Path, listed: RepoFile, most: int) -> None:

@@ -81,6 +81,7 @@ class Pushed:
         return tuple(one.name for one in self.files if one.name not in self.sent)
 
 
+# Long: what is sent is decided, checked and sent in one place, so that nothing goes unchecked.
 def push(
     folder: str | Path,
     repo: str | None = None,
@@ -116,8 +117,7 @@ def push(
     folder = Path(folder).expanduser()
     if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{1,49}", license_id):
         raise HubError(
-            f"{license_id!r} is no licence as the Hub calls them: write it like apache-2.0 or "
-            "creativeml-openrail-m"
+            f"{license_id!r} is no licence as the Hub calls them: write it like apache-2.0 or creativeml-openrail-m"
         )
     if not (folder / WEIGHTS_NAME).is_file():
         # It says what is missing, or that there is a pickle.
@@ -245,9 +245,7 @@ def _login(api: HfApi) -> str:
     return name
 
 
-def _send(
-    api: HfApi, place: Path, patch: Patch, parcel: Pushed, overwrite: bool, progress: Progress
-) -> Pushed:
+def _send(api: HfApi, place: Path, patch: Patch, parcel: Pushed, overwrite: bool, progress: Progress) -> Pushed:
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -314,6 +312,5 @@ def _check_taken(info: ModelInfo, repo: str, mine: Identity) -> None:
     if theirs != mine:
         held = ", ".join([*sorted(map(one_line, theirs.concepts)), one_line(theirs.base)])
         raise HubError(
-            f"the name {repo} is taken by another patch ({held}): name another repo, or add --overwrite to "
-            "replace it"
+            f"the name {repo} is taken by another patch ({held}): name another repo, or add --overwrite to replace it"
         )

@@ -24,8 +24,7 @@ from recare_patch.models.atelier.judge import LABELS
 @pytest.mark.parametrize("concept", ALL_CONCEPTS)
 def test_choosing_and_reporting_are_apart(concept: str) -> None:
     choose, report = (
-        [draw for figure in suite(concept, split) for draw in figure.draws(split)]
-        for split in ("choose", "report")
+        [draw for figure in suite(concept, split) for draw in figure.draws(split)] for split in ("choose", "report")
     )
     assert not {p.lower() for p, _, _ in choose} & {p.lower() for p, _, _ in report}
     assert not {s for _, _, s in choose} & {s for _, _, s in report}
@@ -58,9 +57,7 @@ def test_stacks_are_judged_by_known_labels_on_prompts_apart(size: int) -> None:
 
 
 @pytest.mark.parametrize("run", [False, True])
-def test_the_published_procedure_stands_beside_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: bool
-) -> None:
+def test_the_published_procedure_stands_beside_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: bool) -> None:
     stage = {"seconds": 8.0, "evaluations": 4}
     row: dict[str, Any] = {
         "base": "sd-1.5",
@@ -90,9 +87,7 @@ def test_the_published_procedure_stands_beside_ours(
     assert paper.endswith("| 106,600 | 53,300 |" if run else "| 106,600 | 213,200 |")
 
 
-def test_pictures_of_the_methods_whose_patches_are_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_pictures_of_the_methods_whose_patches_are_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[list[str]] = []
 
     class Applied:
@@ -140,9 +135,7 @@ def test_conceptbench_is_one_table_of_what_was_measured(
 
 def test_the_interval_of_several_attacks_is_that_of_their_rates() -> None:
     # Student's t for four degrees of freedom is 2.776 at 95 %.
-    assert interval_of_runs([8, 9, 5, 11, 12], 50) == pytest.approx(
-        (0.18 - 0.06799, 0.18 + 0.06799), abs=1e-4
-    )
+    assert interval_of_runs([8, 9, 5, 11, 12], 50) == pytest.approx((0.18 - 0.06799, 0.18 + 0.06799), abs=1e-4)
     # Attacks that agree do not make it narrower than their pictures do.
     assert interval_of_runs([0] * 5, 50) == wilson_interval(0, 250)
     assert interval_of_runs([2], 50) == wilson_interval(2, 50)

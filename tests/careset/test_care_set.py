@@ -24,9 +24,7 @@ def care_set() -> CareSet:
         CareToken(text=text, count=count, cluster=1, residual=0.8, kept=text != "vale", reason="why")
         for text, count in mined.items()
     )
-    return CareSet(
-        concept=VAN_GOGH, clip="atelier", seed=3, images=48, tokens=tokens, dropped={"a function word": 4}
-    )
+    return CareSet(concept=VAN_GOGH, clip="atelier", seed=3, images=48, tokens=tokens, dropped={"a function word": 4})
 
 
 def test_words_and_prompts(care_set: CareSet) -> None:

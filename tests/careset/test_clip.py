@@ -47,9 +47,7 @@ def test_features_equal_transformers_own(clip: Clip, tiny_clip: Path) -> None:
     from transformers import CLIPModel, CLIPTokenizer
 
     model, texts = CLIPModel.from_pretrained(tiny_clip).eval(), ["a painting of stars", "night"]
-    tokens = CLIPTokenizer.from_pretrained(tiny_clip)(
-        texts, padding="max_length", max_length=77, return_tensors="pt"
-    )
+    tokens = CLIPTokenizer.from_pretrained(tiny_clip)(texts, padding="max_length", max_length=77, return_tensors="pt")
     with torch.no_grad():
         out = model(pixel_values=torch.zeros(1, 3, 32, 32), input_ids=tokens["input_ids"])
     torch.testing.assert_close(clip.text_features(texts), F.normalize(out.text_embeds, dim=-1))

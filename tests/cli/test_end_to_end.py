@@ -59,9 +59,7 @@ def test_the_life_of_a_patch(invoke: Callable[..., Result], tiny_sd: Path, tiny_
 
 
 @pytest.mark.parametrize("option", ["--base", "--clip"])
-def test_a_model_that_is_not_there(
-    invoke: Callable[..., Result], tiny_sd: Path, tiny_clip: Path, option: str
-) -> None:
+def test_a_model_that_is_not_there(invoke: Callable[..., Result], tiny_sd: Path, tiny_clip: Path, option: str) -> None:
     places = {"--base": tiny_sd, "--clip": tiny_clip} | {option: Path("nowhere")}
     words = [word for pair in places.items() for word in pair]
     result = invoke("erase", "--concept", "tench", "--kind", "object", "--out", "patch", *words, *small())

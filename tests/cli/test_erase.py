@@ -136,9 +136,7 @@ def test_an_interrupted_run_goes_on_by_its_folder_alone(stage: Stage) -> None:
         (["--concept", "a", "--set", "s_grace.rounds=2"], "is that of method 's-grace'"),
     ],
 )
-def test_bad_input_is_one_sentence_before_any_model_is_loaded(
-    stage: Stage, words: list[str], sentence: str
-) -> None:
+def test_bad_input_is_one_sentence_before_any_model_is_loaded(stage: Stage, words: list[str], sentence: str) -> None:
     one_sentence(stage.run("erase", *words), sentence)
     assert not stage.calls and list(Path().iterdir()) == []
 

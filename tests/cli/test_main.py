@@ -74,9 +74,7 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory"), 2, "the accelerator's memory is full; try --vram"),
     ],
 )
-def test_a_fault_of_the_system_is_one_sentence(
-    stage: Stage, fault: BaseException, code: int, sentence: str
-) -> None:
+def test_a_fault_of_the_system_is_one_sentence(stage: Stage, fault: BaseException, code: int, sentence: str) -> None:
     stage.fault = fault
     result = stage.run("erase --concept tench --base b")
     assert result.exit_code == code

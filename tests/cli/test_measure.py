@@ -110,9 +110,7 @@ def test_of_several_processes_one_speaks(invoke: Invoke, evaluated: Calls, fake:
 def test_evaluate_for_real(invoke: Invoke, tiny_sd: Path, tiny_clip: Path) -> None:
     making.make_patch(load_base(tiny_sd, device="cpu"), Path("mine"), tiny_clip)
     Path("suite.yaml").write_text(Suite(**making.SUITE).to_yaml())
-    words = (
-        f"evaluate --patch mine --base {tiny_sd} --suite suite.yaml --pictures 4 --cache cache --device cpu"
-    )
+    words = f"evaluate --patch mine --base {tiny_sd} --suite suite.yaml --pictures 4 --cache cache --device cpu"
     done, again = invoke(f"{words} --card"), invoke(words)
     assert done.exit_code == 0, done.output
     assert "Pictures: 48 drawn, 0 from the cache" in done.stdout
@@ -199,10 +197,7 @@ def test_a_replay_takes_everything_from_the_saved_attack(attacked: Run, invoke: 
         ("--patch a-patch --attack concept-inverson", "did you mean 'concept-inversion'?"),
         ("--patch a-patch --attack p4d --budget publishd", "did you mean 'published'?"),
         ("--patch a-patch --attack p4d --vectors 2", "vectors is not an option of p4d"),
-        (
-            "--patch a-patch --attack p4d --attack ring-a-bell --set genertions=2",
-            "did you mean 'generations'?",
-        ),
+        ("--patch a-patch --attack p4d --attack ring-a-bell --set genertions=2", "did you mean 'generations'?"),
         ("--patch a-patch --attack p4d --steps 0", "steps must be at least 1, got 0"),
         ("--patch a-patch --attack p4d --set steps", "is not an assignment"),
         ("--patch a-patch --attack p4d --steps 2 --set steps=3", "steps is set twice"),

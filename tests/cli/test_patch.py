@@ -29,27 +29,19 @@ KOHYA = {
     "lora_te_text_model_q.lora_down.weight": torch.zeros(2, 8, dtype=torch.float16),
     "lora_te_text_model_q.lora_up.weight": torch.zeros(8, 2, dtype=torch.float16),
 }
-PEFT = {
-    "base_model.model.q.lora_A.weight": torch.zeros(3, 8),
-    "base_model.model.q.lora_B.weight": torch.zeros(8, 3),
-}
+PEFT = {"base_model.model.q.lora_A.weight": torch.zeros(3, 8), "base_model.model.q.lora_B.weight": torch.zeros(8, 3)}
 
 
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [
-        (
-            DIFFUSERS,
-            {"format": "diffusers", "parts": {"unet": 1}, "modules": 1, "ranks": {"4": 1}, "alphas": 0},
-        ),
+        (DIFFUSERS, {"format": "diffusers", "parts": {"unet": 1}, "modules": 1, "ranks": {"4": 1}, "alphas": 0}),
         (KOHYA, {"format": "kohya", "parts": {"unet": 1, "text_encoder": 1}, "ranks": {"2": 2}, "alphas": 1}),
         (PEFT, {"format": "peft", "modules": 1, "ranks": {"3": 1}}),
         ({"conv.weight": torch.zeros(1)}, {"format": "not a LoRA", "modules": 0}),
     ],
 )
-def test_inspect_any_lora_file(
-    invoke: Invoke, tensors: dict[str, torch.Tensor], told: dict[str, object]
-) -> None:
+def test_inspect_any_lora_file(invoke: Invoke, tensors: dict[str, torch.Tensor], told: dict[str, object]) -> None:
     Path("folder").mkdir()
     save_file(tensors, "folder/x.safetensors")
     result = invoke("inspect folder --json")
@@ -149,9 +141,7 @@ def make_patch(name: str, recipe: str = "van-gogh") -> None:
 def test_a_sheet_before_and_after(stage: Stage) -> None:
     make_patch("a")
     make_patch("b")
-    result = stage.run(
-        "generate --patch a --patch b:-0.5 --prompt x --prompt y --count 2 --seed 7 --save-images all"
-    )
+    result = stage.run("generate --patch a --patch b:-0.5 --prompt x --prompt y --count 2 --seed 7 --save-images all")
     assert result.exit_code == 0, result.output
     options = stage.options
     assert options["patches"] == [(Path("a"), 1.0), (Path("b"), -0.5)]
@@ -160,9 +150,7 @@ def test_a_sheet_before_and_after(stage: Stage) -> None:
     with Image.open("generated.png") as sheet:
         assert sheet.width > 200 and sheet.height > 4 * 100
     assert result.stdout == "Sheet: generated.png\nPictures: 8 in all\n"
-    names = [
-        f"{k:02d}-seed{seed}-{word}.png" for k in (0, 1) for seed in (7, 8) for word in ("after", "before")
-    ]
+    names = [f"{k:02d}-seed{seed}-{word}.png" for k in (0, 1) for seed in (7, 8) for word in ("after", "before")]
     assert sorted(path.name for path in Path("all").iterdir()) == names
 
 

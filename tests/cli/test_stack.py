@@ -78,9 +78,7 @@ def test_the_other_ways_tell_their_error(invoke: Invoke, parts: tuple[Path, Path
     assert 0 < _stacking(method).relative_error < 3
 
 
-def test_a_merged_folder_draws_what_the_patch_does(
-    invoke: Invoke, tiny_sd: Path, parts: tuple[Path, Path]
-) -> None:
+def test_a_merged_folder_draws_what_the_patch_does(invoke: Invoke, tiny_sd: Path, parts: tuple[Path, Path]) -> None:
     result = invoke(f"merge --patch {parts[0]} --base {tiny_sd} --out merged --verify")
     assert result.exit_code == 0, result.output
     with_patch, merged = _plain(tiny_sd), _picture(_plain(Path("merged")))
@@ -92,9 +90,7 @@ def test_a_merged_folder_draws_what_the_patch_does(
     assert np.abs(_picture(_plain(Path("again"))) - before).max() <= 1
 
 
-def test_how_parts_meet_is_told_and_a_taken_folder_is_refused(
-    invoke: Invoke, parts: tuple[Path, Path]
-) -> None:
+def test_how_parts_meet_is_told_and_a_taken_folder_is_refused(invoke: Invoke, parts: tuple[Path, Path]) -> None:
     told = invoke(f"stack {parts[0]} {parts[0]}:-0.5 --out odd")
     assert "(cosine -1.00)" in told.stderr
     assert "cosines of -1.00 to -1.00" in told.stdout and "by up to 1.00, what they write" in told.stdout

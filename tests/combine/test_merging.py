@@ -20,13 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from recare_patch.combine import merge, save_stack, stack, unmerge
 from recare_patch.combine.merging import RECORD_KEY, RECORD_NAME, MergeRecord
-from recare_patch.core import (
-    BaseModelError,
-    IncompatiblePatchError,
-    OutputError,
-    TensorInfo,
-    read_safetensors_header,
-)
+from recare_patch.core import BaseModelError, IncompatiblePatchError, OutputError, TensorInfo, read_safetensors_header
 from recare_patch.models import Layout, read_layout
 from recare_patch.patch import Patch, has_known_sizes, write_single_file
 from recare_patch.patch.original_layout import entries
@@ -122,9 +116,7 @@ def test_real_sizes_there_and_back(width: int, monkeypatch: pytest.MonkeyPatch) 
     linear = width == 1024
     heads: Any = (5, 10, 20, 20) if linear else 8
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            cross_attention_dim=width, attention_head_dim=heads, use_linear_projection=linear
-        )
+        unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, use_linear_projection=linear)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -141,9 +133,7 @@ def test_real_sizes_there_and_back(width: int, monkeypatch: pytest.MonkeyPatch) 
         for part, state in states.items()
     }
     found = entries(layout, infos)
-    checkpoint = {
-        one.name: states[one.component][one.keys[0]][(...,) + (None,) * 2 * one.convolution] for one in found
-    }
+    checkpoint = {one.name: states[one.component][one.keys[0]][(...,) + (None,) * 2 * one.convolution] for one in found}
     # As many as the published checkpoints hold.
     assert sum(name.startswith("model.diffusion_model.") for name in checkpoint) == 686
     assert sum(name.startswith("first_stage_model.") for name in checkpoint) == 248
@@ -188,9 +178,7 @@ def test_the_single_file_of_a_merge(
     header = read_safetensors_header(file).metadata
     assert json.loads(header[RECORD_KEY]) == record.model_dump(mode="json", exclude_none=True)
     assert header["modelspec.architecture"] == "stable-diffusion-v1"
-    pipe = StableDiffusionPipeline.from_single_file(
-        str(file), config=str(tmp_path / "merged"), local_files_only=True
-    )
+    pipe = StableDiffusionPipeline.from_single_file(str(file), config=str(tmp_path / "merged"), local_files_only=True)
     merged = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
     same(pipe.unet.state_dict(), merged)
 

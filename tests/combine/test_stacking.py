@@ -116,9 +116,7 @@ def test_moments_are_those_of_the_prompts_own_half(
     """A key layer of cross-attention reads the text states alone: their moments can be had directly."""
     asked: list[list[str]] = []
     encode = base.encode_prompts
-    monkeypatch.setattr(
-        base, "encode_prompts", lambda prompts: [asked.append(list(prompts)), encode(prompts)][1]
-    )
+    monkeypatch.setattr(base, "encode_prompts", lambda prompts: [asked.append(list(prompts)), encode(prompts)][1])
     found = measure_moments([patch], base, clip, kept_weight=2.0)
     own, kept = (one for one in asked if set(one) != {""})
     assert {"A painting in the style of Van Gogh", "A painting of stars in the style of Van Gogh"} < set(own)

@@ -14,14 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from recare_patch.core import BaseModelError, UnknownNameError
-from recare_patch.models import (
-    BaseModel,
-    EvaluationCounter,
-    PromptEmbeds,
-    base_folder,
-    load_base,
-    sample_timesteps,
-)
+from recare_patch.models import BaseModel, EvaluationCounter, PromptEmbeds, base_folder, load_base, sample_timesteps
 from recare_patch.models import lora as adapters
 
 
@@ -102,10 +95,7 @@ class BaseModelContract:
 
     def test_vectors_get_a_gradient_through_text_and_denoiser(self, base: BaseModel) -> None:
         vectors = base.token_table()[base.token_ids("a cat")].requires_grad_()
-        for embeds in (
-            base.encode_with_vectors(["a photo of <*>"], vectors),
-            base.encode_token_vectors([vectors]),
-        ):
+        for embeds in (base.encode_with_vectors(["a photo of <*>"], vectors), base.encode_token_vectors([vectors])):
             vectors.grad = None
             self._loss(base, embeds).backward()
             assert vectors.grad is not None
@@ -219,9 +209,7 @@ class BaseModelContract:
 class Discrete(BaseModelContract):
     """Bases with a discrete noise schedule."""
 
-    def test_noise_and_its_target_are_the_schedulers(
-        self, base: BaseModel, noised: tuple[Tensor, Tensor]
-    ) -> None:
+    def test_noise_and_its_target_are_the_schedulers(self, base: BaseModel, noised: tuple[Tensor, Tensor]) -> None:
         clean, noise = noised
         at, scheduler = torch.tensor([0, 1, 500, 731, 999]), base.pipeline.scheduler
         noisy = base.add_noise(clean, noise, at)
@@ -287,9 +275,7 @@ class TestFlowMatchingAndJointAttention(BaseModelContract):
     prompt_shape, pooled_width = (77 + 256, 96), 80
     left_out: ClassVar[dict[str, None]] = {"text_encoder_3": None, "tokenizer_3": None}
 
-    def test_noise_and_its_target_are_the_schedulers(
-        self, base: BaseModel, noised: tuple[Tensor, Tensor]
-    ) -> None:
+    def test_noise_and_its_target_are_the_schedulers(self, base: BaseModel, noised: tuple[Tensor, Tensor]) -> None:
         clean, noise = noised
         scheduler = base.pipeline.scheduler
         scheduler.set_timesteps(10)

@@ -35,9 +35,7 @@ def command(
     paths = [str(site), str(Path(__file__).parents[2])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     run = ["--concept", "Van Gogh", "--base", tiny_sd, "--set", "method=throw-away"]
-    run += [
-        part for key, value in (*SHORT.items(), ("clip", tiny_clip)) for part in ("--set", f"{key}={value}")
-    ]
+    run += [part for key, value in (*SHORT.items(), ("clip", tiny_clip)) for part in ("--set", f"{key}={value}")]
 
     def start(*words: object) -> subprocess.Popen[str]:
         line = [words[0], *(run if words[0] in ("plan", "erase") else ()), *words[1:]]
@@ -89,9 +87,7 @@ def test_its_runs_are_planned_killed_and_resumed(
     process.communicate()
     assert not (tmp_path / "killed" / "pytorch_lora_weights.safetensors").exists()
     tell("erase", *options, "--out", tmp_path / "killed", "--resume")
-    whole, resumed = (
-        load_file(tmp_path / one / "pytorch_lora_weights.safetensors") for one in ("whole", "killed")
-    )
+    whole, resumed = (load_file(tmp_path / one / "pytorch_lora_weights.safetensors") for one in ("whole", "killed"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
     cost = json.loads((tmp_path / "whole" / "training.json").read_text())

@@ -67,9 +67,7 @@ def _reads(pipeline: StableDiffusionPipeline) -> Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 class TestEveryMethod:
-    def test_trains_and_loads_in_plain_diffusers(
-        self, name: str, made: Callable[[str], Made], tiny_sd: Path
-    ) -> None:
+    def test_trains_and_loads_in_plain_diffusers(self, name: str, made: Callable[[str], Made], tiny_sd: Path) -> None:
         folder = made(name).folder
         patch, pipeline = Patch.load(folder), StableDiffusionPipeline.from_pretrained(tiny_sd)
         assert all(torch.isfinite(tensor).all() for tensor in patch.tensors.values())
@@ -183,12 +181,7 @@ class TestLosses:
         return load_base(request.getfixturevalue(request.param), device="cpu")
 
     def make(
-        self,
-        name: str,
-        base: BaseModel,
-        retained: RetainedPrompts | None = None,
-        rows: Any = None,
-        **changes: Any,
+        self, name: str, base: BaseModel, retained: RetainedPrompts | None = None, rows: Any = None, **changes: Any
     ) -> Any:
         """A method of two names and two anchors, without a search, and a fresh adapter."""
         none = torch.empty((0, *base.latent_shape))

@@ -33,11 +33,7 @@ def test_writes_into_folders_that_are_not_there_yet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [
-        (errno.ENOSPC, "the disk is full"),
-        (errno.EACCES, "permission is denied"),
-        (errno.EIO, "input/output error"),
-    ],
+    [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "permission is denied"), (errno.EIO, "input/output error")],
 )
 def test_a_fault_of_the_system_is_one_sentence_and_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
@@ -159,9 +155,7 @@ def test_a_killed_owner_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> N
             time.sleep(60)
         """
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True
-    ) as owner:
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
         refused(folder, f"in use by process {owner.pid}", resume=True)
         owner.send_signal(signal.SIGKILL)

@@ -10,16 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from recare_patch.core import (
-    NullProgress,
-    OutputError,
-    Progress,
-    RichProgress,
-    SheetRow,
-    blurred,
-    save_sheet,
-    sheet,
-)
+from recare_patch.core import NullProgress, OutputError, Progress, RichProgress, SheetRow, blurred, save_sheet, sheet
 
 
 def test_a_log_gets_one_line_a_stage_and_a_terminal_bars() -> None:
@@ -68,9 +59,7 @@ def test_small_pictures_stay_sharp_and_large_ones_are_reduced() -> None:
     assert found.width < 600 and _has(found, (255, 0, 0), 500 * 250)
 
 
-@pytest.mark.parametrize(
-    "label", ["", "one", "a very long label " * 12, "x" * 300, "zwei\nZeilen", "雪 ☃ 🎨"]
-)
+@pytest.mark.parametrize("label", ["", "one", "a very long label " * 12, "x" * 300, "zwei\nZeilen", "雪 ☃ 🎨"])
 def test_any_label_fits(label: str) -> None:
     found = sheet([SheetRow(label, [_flat("red")]), SheetRow(label, [_flat("blue")])], [label], label)
     assert _has(found, (255, 0, 0), 128 * 128) and _has(found, (0, 0, 255), 128 * 128)
@@ -94,9 +83,7 @@ def test_blurred_pictures_cannot_be_told_apart() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
     rows = [SheetRow("", [noise])]
     pictures = [sheet(rows), sheet(rows, blur=True), blurred(noise)]
-    sharp, *soft = (
-        np.abs(np.diff(np.asarray(one, float)[20:120, 20:120], axis=1)).mean() for one in pictures
-    )
+    sharp, *soft = (np.abs(np.diff(np.asarray(one, float)[20:120, 20:120], axis=1)).mean() for one in pictures)
     assert max(soft) < sharp / 50
 
 

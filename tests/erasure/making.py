@@ -41,10 +41,7 @@ ITS_OWN: dict[str, dict[str, Any]] = {"s-grace": {"s_grace.rounds": 2, "s_grace.
 """What makes a method's run short besides."""
 
 TENCH = {"text": "tench", "kind": "object"}
-STARS_FROM_VAN_GOGH = {
-    "concept": {"text": "stars", "kind": "object"},
-    "subject": {"text": "Van Gogh", "kind": "style"},
-}
+STARS_FROM_VAN_GOGH = {"concept": {"text": "stars", "kind": "object"}, "subject": {"text": "Van Gogh", "kind": "style"}}
 
 
 def small_recipe(base: Path | str, clip: Path | str, method: str = "recare", **changes: Any) -> Recipe:

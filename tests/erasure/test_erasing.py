@@ -75,12 +75,9 @@ def test_the_patch_carries_its_recipe_and_makes_itself_again(finished: Path, run
 
 
 @pytest.mark.parametrize(
-    ("formats", "told"),
-    [(["kohya"], "always has the diffusers file"), (["diffuser"], "did you mean 'diffusers'")],
+    ("formats", "told"), [(["kohya"], "always has the diffusers file"), (["diffuser"], "did you mean 'diffusers'")]
 )
-def test_file_formats_are_checked_first(
-    formats: list[str], told: str, small: Small, run: Runs, tmp_path: Path
-) -> None:
+def test_file_formats_are_checked_first(formats: list[str], told: str, small: Small, run: Runs, tmp_path: Path) -> None:
     with pytest.raises(RecarePatchError, match=told):
         run(small(), file_formats=formats)
     assert not (tmp_path / "p").exists()
@@ -99,9 +96,7 @@ def test_a_care_set_of_ones_own_is_used(small: Small, run: Runs, finished: Path)
     assert result.care_set is not None and result.care_set.words == own.words
 
 
-def test_unsafe_target_images_never_touch_the_disk(
-    small: Small, run: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsafe_target_images_never_touch_the_disk(small: Small, run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     write = stages.write_tensors
 

@@ -114,9 +114,7 @@ def test_an_early_stop_keeps_the_best() -> None:
 
 def _source(base: BaseModel, name: str) -> Any:
     latents = torch.randn((3, *base.latent_shape), generator=torch.Generator().manual_seed(0))
-    return STATES.get(name)(
-        base, latents, base.encode_prompts(["Van Gogh", "stars"]), base.encode_prompts([""])
-    )
+    return STATES.get(name)(base, latents, base.encode_prompts(["Van Gogh", "stars"]), base.encode_prompts([""]))
 
 
 @pytest.mark.parametrize("name", NAMES)

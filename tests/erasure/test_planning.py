@@ -65,9 +65,7 @@ def test_evaluations_are_those_that_a_run_counts(
     assert planned == counted and sum(planned.values()) == cost["denoiser_evaluations"]
 
 
-def test_a_run_costs_at_most_what_was_planned(
-    small: Callable[..., Recipe], run: Callable[..., EraseResult]
-) -> None:
+def test_a_run_costs_at_most_what_was_planned(small: Callable[..., Recipe], run: Callable[..., EraseResult]) -> None:
     changes = {"search.patience": 1, "search.inversion_steps": 40, "search.learning_rate": 1e-20}
     recipe = small(**changes, **{"erase.steps": 2})
     planned, stages = evaluations(recipe), run(recipe).cost["stages"]
@@ -111,9 +109,7 @@ def test_fewer_bytes_for_every_lever(small: Callable[..., Recipe]) -> None:
     assert peak(**few, offload=True) < peak(**few, weights="nf4")
 
 
-def test_the_fastest_levers_that_fit_are_chosen(
-    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fastest_levers_that_fit_are_chosen(small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "measure", lambda layout, recipe: LARGE)
     seconds = []
     for gigabytes in (8, 12, 24, 48):
@@ -144,9 +140,7 @@ def test_the_command(tiny_sd: Path, tiny_sdxl: Path) -> None:
 
     told = tell("--base", tiny_sdxl, "--vram", 6, "--tflops", "0.5", "--set", "erase.steps=10")
     assert "Levers: encoders off device, vae off device\n" in told
-    assert {("target", "images"), ("all",)} <= {
-        tuple(line.split()[:n]) for line in told.splitlines() for n in (1, 2)
-    }
+    assert {("target", "images"), ("all",)} <= {tuple(line.split()[:n]) for line in told.splitlines() for n in (1, 2)}
     assert "estimates, at 0.5 TFLOP/s (as given)" in told
     plain = ("--base", tiny_sd, "--tflops", 1)
     assert "Evaluations are exact" in tell(*plain)

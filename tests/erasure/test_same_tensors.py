@@ -71,10 +71,7 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-RUNS = [
-    pytest.param(name, marks=pytest.mark.slow if run.get("slow") else ())
-    for name, run in RECORDED["runs"].items()
-]
+RUNS = [pytest.param(name, marks=pytest.mark.slow if run.get("slow") else ()) for name, run in RECORDED["runs"].items()]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -92,9 +92,7 @@ class TestContinued:
             torch.testing.assert_close(tensor, before.patch.tensors[key], atol=1e-5, rtol=1e-3)
         assert patch.metadata is not None and patch.metadata.concept == "Van Gogh + tench"
 
-    def test_the_earlier_model_is_the_teacher(
-        self, base: BaseModel, first: Path, small: Small, tmp_path: Path
-    ) -> None:
+    def test_the_earlier_model_is_the_teacher(self, base: BaseModel, first: Path, small: Small, tmp_path: Path) -> None:
         prompts = ("A painting in the style of Van Gogh", "a cat")
         plain = _predicted(base, *prompts)
         with Patch.load(first).apply(base.pipeline):
@@ -209,9 +207,7 @@ class TestAttribute:
         ),
     ],
 )
-def test_wishes_that_do_not_go_together(
-    method: str, changes: dict[str, Any], sentence: str, small: Small
-) -> None:
+def test_wishes_that_do_not_go_together(method: str, changes: dict[str, Any], sentence: str, small: Small) -> None:
     with pytest.raises(RecipeError, match=sentence):
         small(method, **changes)
 

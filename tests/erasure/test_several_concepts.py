@@ -114,9 +114,7 @@ def test_patches_written_before_their_concepts_were_told(made: dict[str, Path]) 
     assert card_text(second.metadata, {}).count("“A photo of a tench”") == 1
 
 
-def test_in_a_stack_and_with_a_gate(
-    made: dict[str, Path], base: BaseModel, tiny_sd: Path, tmp_path: Path
-) -> None:
+def test_in_a_stack_and_with_a_gate(made: dict[str, Path], base: BaseModel, tiny_sd: Path, tmp_path: Path) -> None:
     monet = Patch.load(make_patch(base, tmp_path / "monet", concept="Monet"))
     both = stack([(monet, 1.0), (Patch.load(made["second"]), 1.0)])
     assert concepts_of(both) == ("Monet", "Van Gogh", "tench")

@@ -183,10 +183,7 @@ def _bundled(folder: Path) -> tuple[bytes, ...]:
 def readers() -> list[Reader]:
     """All of them."""
     patch, stack, foreign = a_patch(), a_stack(), _foreign()
-    told = (
-        Erased(concept="Van Gogh", kind="style", care_words=("stars",)),
-        Erased(concept="Monet", kind="style"),
-    )
+    told = (Erased(concept="Van Gogh", kind="style", care_words=("stars",)), Erased(concept="Monet", kind="style"))
     ours = _as_file(patch), _as_file(stack), _as_file(a_patch(concepts=told))
     kohya = tuple(save(*to_kohya(one)) for one in (patch, stack))
     words = {"related": ["Van Gogh", "Vincent"], "unrelated": ["cat", "dog", "stars"]}

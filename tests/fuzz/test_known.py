@@ -112,8 +112,7 @@ class TestHeaders:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"interval": [0, 10**400]}, {"interval": [float("nan"), 1]}, {"version": DEEP}, {"base": "x"}, None],
+    "change", [{"interval": [0, 10**400]}, {"interval": [float("nan"), 1]}, {"version": DEEP}, {"base": "x"}, None]
 )
 def test_saved_attacks(change: dict[str, Any] | None, tmp_path: Path) -> None:
     note = json.loads(attack_file()) | (change or {})

@@ -23,14 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recare_patch.core import RecarePatchError
-from tests.fuzz.mutating import (
-    ODD_VALUES,
-    as_json,
-    as_yaml,
-    mutated_bytes,
-    mutated_document,
-    mutated_safetensors,
-)
+from tests.fuzz.mutating import ODD_VALUES, as_json, as_yaml, mutated_bytes, mutated_document, mutated_safetensors
 from tests.fuzz.readers import FOLDER_FILES, Reader, a_folder, read_folder, readers
 
 pytestmark = [
@@ -74,9 +67,7 @@ class Watch:
             self.refused += 1
             _check_sentence(str(fault), name, data)
         except BaseException as fault:
-            raise AssertionError(
-                f"{name}: {type(fault).__name__}: {fault!s:.300}\n{data[:3000]!r}"
-            ) from fault
+            raise AssertionError(f"{name}: {type(fault).__name__}: {fault!s:.300}\n{data[:3000]!r}") from fault
         took = time.process_time() - begun
         if took > self.slowest[0]:
             self.slowest = (took, name)

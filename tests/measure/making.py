@@ -45,9 +45,7 @@ def make_patch(
         concept=Concept(text=concept, kind="style"), base=base.id, clip=str(clip) if clip else None
     ).with_overrides({"adapter.rank": 2, "adapter.alpha": 2.0, "search.batch_size": 2})
     generator = torch.Generator().manual_seed(seed)
-    parameters = adapters.attach(
-        base.denoiser, layers="cross-attention", rank=2, alpha=2.0, generator=generator
-    )
+    parameters = adapters.attach(base.denoiser, layers="cross-attention", rank=2, alpha=2.0, generator=generator)
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))

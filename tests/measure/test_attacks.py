@@ -266,9 +266,7 @@ def test_unlearn_diff_atk_lowers_its_loss(target: AttackTarget) -> None:
     assert all(found.endswith("Van Gogh") for found in search.prompts())
 
 
-def test_p4d_comes_nearer_to_the_untouched_prediction(
-    base: BaseModel, target: AttackTarget, patch: Path
-) -> None:
+def test_p4d_comes_nearer_to_the_untouched_prediction(base: BaseModel, target: AttackTarget, patch: Path) -> None:
     embeds, at = base.encode_prompts(target.prompts), torch.tensor([300, 700])
     predict = torch.no_grad()(lambda: base.denoise(target.latents, at, embeds))
     untouched = predict()
@@ -316,9 +314,7 @@ def test_concept_inversion_lowers_its_loss(base: BaseModel, target: AttackTarget
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_an_attack_is_told_saved_and_the_same_again(
-    base: BaseModel, patch: Path, tmp_path: Path, name: str
-) -> None:
+def test_an_attack_is_told_saved_and_the_same_again(base: BaseModel, patch: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     result = run(base, patch, name, out=out)
     lengths = {result.trials, *map(len, (result.details, result.prompts, result.pictures))}

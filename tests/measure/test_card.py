@@ -99,10 +99,7 @@ recare-patch verify FOLDER
 
 def test_the_part_on_evidence_stays_to_the_byte() -> None:
     """Cards that were published are held against it."""
-    points = (
-        CheckPoint(x=-1, values={"Van Gogh": 1.0}),
-        CheckPoint(x=0.5, values={"Van Gogh": 0.25, "stars": None}),
-    )
+    points = (CheckPoint(x=-1, values={"Van Gogh": 1.0}), CheckPoint(x=0.5, values={"Van Gogh": 0.25, "stars": None}))
     scales = Check(name="scales", title="At other | scales", points=points)
     kept = make_figure(
         name="CARE score, stars", group="care", better="higher", base=0.97, patched=0.5,
@@ -133,9 +130,7 @@ def test_other_cards_take_evidence_too(card: str) -> None:
 MARKS = [f"{EVIDENCE_END}\n{EVIDENCE_START}", f"{EVIDENCE_START}\n{EVIDENCE_END}\n" * 2]
 
 
-@pytest.mark.parametrize(
-    "card", ["---\na: [\n---\n", "---\n- a\n---\n", EVIDENCE_START, EVIDENCE_END, *MARKS]
-)
+@pytest.mark.parametrize("card", ["---\na: [\n---\n", "---\n- a\n---\n", EVIDENCE_START, EVIDENCE_END, *MARKS])
 def test_broken_cards_are_left_alone(card: str) -> None:
     with pytest.raises(EvidenceError, match="the card's"):
         with_evidence(card, make_evidence())

@@ -429,9 +429,7 @@ def test_a_personalisation_goes_on_where_it_was_stopped(
 
 
 def test_a_subject_that_the_base_does_not_draw_is_refused(context: CheckContext) -> None:
-    with pytest.raises(
-        EvaluationError, match="no subject to learn: none of 4 pictures of 'a photo of a cat'"
-    ):
+    with pytest.raises(EvaluationError, match="no subject to learn: none of 4 pictures of 'a photo of a cat'"):
         run(dataclasses.replace(context, detector=Every(0)), "personalisation")
     with pytest.raises(EvaluationError, match="a subject and its label go together"):
         run(context, "personalisation", label=None)
@@ -465,8 +463,7 @@ def test_fine_tuning_starts_from_the_patched_model(
 
 
 @pytest.mark.parametrize(
-    ("train", "killer", "left"),
-    [("full", ("training", 3), 10), ("full", ("12", 1), 0), ("lora", ("training", 8), 7)],
+    ("train", "killer", "left"), [("full", ("training", 3), 10), ("full", ("12", 1), 0), ("lora", ("training", 8), 7)]
 )
 def test_fine_tuning_goes_on_where_it_was_stopped(
     context: CheckContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, killer: Any, left: int

@@ -92,9 +92,7 @@ class Killer(BaseException):
             raise self
 
 
-def test_an_evaluation_leaves_evidence_and_a_report(
-    patch: Path, base: BaseModel, home: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_leaves_evidence_and_a_report(patch: Path, base: BaseModel, home: Path, tmp_path: Path) -> None:
     evidence = run(patch, base)
     assert sorted(file.name for file in patch.iterdir()) == ["evidence.json", WEIGHTS_NAME, "report.html"]
     assert Evidence.load(patch) == evidence
@@ -176,9 +174,7 @@ def test_a_patch_folder_alone_is_enough(patch: Path, tiny_sd: Path, monkeypatch:
     assert evidence.options["metrics"] == ["neighbours", "clip-score"]
     assert "--suite van-gogh-sd --metric neighbours" in evidence.command
     # A bench is a suite too.
-    evidence = evaluate(
-        patch, suite="conceptbench-style-sd", metrics=["concept-rate"], pictures=1, device="cpu"
-    )
+    evidence = evaluate(patch, suite="conceptbench-style-sd", metrics=["concept-rate"], pictures=1, device="cpu")
     assert [one.name for one in evidence.figures] == ["concept, plain prompts"]
     assert evidence.concept == "Van Gogh" and len(evidence.suite["neighbours"]) == 6
 
@@ -337,9 +333,7 @@ def test_a_given_detector_judges(patch: Path, base: BaseModel, tiny_clip: Path) 
 
 
 def test_saved_attacks_on_this_patch_are_told_of(patch: Path, base: BaseModel, tmp_path: Path) -> None:
-    details = [
-        {"prompt": "a", "attacked": "b", "seed": k, "success": k == 0, "without": False} for k in range(4)
-    ]
+    details = [{"prompt": "a", "attacked": "b", "seed": k, "success": k == 0, "without": False} for k in range(4)]
     result = AttackResult(
         "p4d", 1, 4, (0.045587, 0.69936), 0, 100, 2.5, {"steps": 3}, details, prompts=["a"] * 4, base=1.0
     )
@@ -377,9 +371,7 @@ def test_measuring_writes_nothing(patch: Path, base: BaseModel, home: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_pictures_of_one(
-    patch: Path, base: BaseModel, tiny_sd: Path, tmp_path: Path
-) -> None:
+def test_two_processes_give_the_pictures_of_one(patch: Path, base: BaseModel, tiny_sd: Path, tmp_path: Path) -> None:
     one = run(patch, base, cache=tmp_path / "one", batch_size=2, out=tmp_path / "one-out")
     (tmp_path / "suite.yaml").write_text(Suite(**SUITE).to_yaml())
     with socket.socket() as free:

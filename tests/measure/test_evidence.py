@@ -208,9 +208,7 @@ def test_figures_are_found_by_name() -> None:
 
 
 def test_values_are_shown_as_people_read_them() -> None:
-    shown = [
-        show_value(value, unit) for value, unit in ((0.025, "rate"), (0.00314159, ""), (7, "s"), (None, ""))
-    ]
+    shown = [show_value(value, unit) for value, unit in ((0.025, "rate"), (0.00314159, ""), (7, "s"), (None, ""))]
     assert shown == ["2.5 %", "0.003142", "7 s", "–"]
     assert show_interval((0.005, 0.05), "rate") == "0.5–5.0 %" and show_interval((1, 2), "") == "1 to 2"
     assert show_interval(None, "rate") == ""

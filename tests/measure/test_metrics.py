@@ -115,8 +115,7 @@ def test_the_rivals_are_coco_and_two_words() -> None:
 def test_perceptual_change_is_its_formula() -> None:
     shapes = ((3, 4, 5), (3, 2, 6))
     before, after = (
-        [torch.randn(shape, generator=generator(seed + k)) for k, shape in enumerate(shapes)]
-        for seed in (1, 3)
+        [torch.randn(shape, generator=generator(seed + k)) for k, shape in enumerate(shapes)] for seed in (1, 3)
     )
     found = perceptual_change(before, after)
     for row in range(3):
@@ -245,8 +244,7 @@ def test_retained_pictures_give_four_figures(clip: Clip) -> None:
     assert set(figures) == {"CLIP score", "KID", "FID", "perceptual change"}
     assert figures["perceptual change"].patched == 0 and figures["perceptual change"].base is None
     cosines = [
-        max(0.0, float(image @ text))
-        for image, text in zip(features, clip.text_features(drawing.prompts), strict=True)
+        max(0.0, float(image @ text)) for image, text in zip(features, clip.text_features(drawing.prompts), strict=True)
     ]
     assert figures["CLIP score"].base == figures["CLIP score"].patched
     assert figures["CLIP score"].base == pytest.approx(np.mean(cosines), abs=1e-5)

@@ -112,9 +112,7 @@ def test_nothing_is_drawn_twice(base: BaseModel, patch: Patch, tmp_path: Path) -
         assert again.drawn == 5 * number, changed
 
 
-def test_other_weights_have_other_pictures(
-    base: BaseModel, tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path
-) -> None:
+def test_other_weights_have_other_pictures(base: BaseModel, tiny_sd: Path, tiny_sd_v: Path, tmp_path: Path) -> None:
     others = (load_base(tiny_sd, device="cpu", precision="bf16"), load_base(tiny_sd_v, device="cpu"))
     for model in (base, *others):
         studio = Studio(model, cache=PictureCache(tmp_path))

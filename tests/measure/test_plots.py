@@ -34,11 +34,7 @@ def tooltips(root: ET.Element) -> list[str]:
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=8),
-    st.integers(1, 9),
-    st.sampled_from(["", "rate"]),
-)
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=8), st.integers(1, 9), st.sampled_from(["", "rate"]))
 def test_curves_and_bars_stay_inside(points: list[tuple[float, float]], count: int, unit: str) -> None:
     places = [x for x, _ in points]
     values = [y / 1e9 if unit else y for _, y in points]

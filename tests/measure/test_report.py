@@ -174,9 +174,7 @@ def test_no_text_gets_out_of_its_place(tmp_path: Path) -> None:
 
 def companion(word: str, base: float | None, patched: float) -> Figure:
     around = {"base_interval": None if base is None else (base - 0.01, base), "interval": (patched, 1)}
-    return make_figure(
-        name=f"CARE score, {word}", group="care", better="higher", base=base, patched=patched, **around
-    )
+    return make_figure(name=f"CARE score, {word}", group="care", better="higher", base=base, patched=patched, **around)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,7 @@ from tests.cli.conftest import invoke
 from tests.measure.making import SUITE, make_patch
 
 __all__ = ["invoke"]
-SUITES = [
-    Suite(**{**SUITE, "concept": concept, "label": concept.lower()}) for concept in ("Van Gogh", "Monet")
-]
+SUITES = [Suite(**{**SUITE, "concept": concept, "label": concept.lower()}) for concept in ("Van Gogh", "Monet")]
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +112,7 @@ def test_evaluate_and_verify(stack: Path, base: BaseModel, tiny_sd: Path, tiny_c
     assert fault.told == "monet/evidence.json says concept 'Van Gogh', the weights 'Monet'"
 
 
-def test_another_kohya_file_does_not_pass(
-    stack: Path, parts: list[Patch], tiny_sd: Path, base: BaseModel
-) -> None:
+def test_another_kohya_file_does_not_pass(stack: Path, parts: list[Patch], tiny_sd: Path, base: BaseModel) -> None:
     (file,) = stack.glob("erase-*.safetensors")
     file.unlink()
     other = composing.stack([(parts[0], 0.5), (parts[1], 1.0)], dtype=torch.float16)
@@ -159,9 +155,7 @@ def test_attack(stack: Path, base: BaseModel, tiny_clip: Path, tmp_path: Path) -
         assert len(found.attacks) == attacks
 
 
-def test_change_in_evidence(
-    stack: Path, parts: list[Patch], base: BaseModel, tiny_clip: Path, tmp_path: Path
-) -> None:
+def test_change_in_evidence(stack: Path, parts: list[Patch], base: BaseModel, tiny_clip: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"base": base, "suites": SUITES, "clip": str(tiny_clip), "device": "cpu"}
     metrics, cache = ["concept-rate", "neighbours"], tmp_path / "cache"
     changes = change_in_evidence(parts, stack, pictures=2, metrics=metrics, cache=cache, **how)
@@ -178,11 +172,7 @@ def test_change_in_evidence(
 
 
 def test_the_command(
-    invoke: Callable[..., Result],
-    parts: list[Patch],
-    tiny_sd: Path,
-    tiny_clip: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    invoke: Callable[..., Result], parts: list[Patch], tiny_sd: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
 

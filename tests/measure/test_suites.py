@@ -12,14 +12,7 @@ from benchmarks.suites import CONCEPTS, FIRST_SEED
 from benchmarks.suites import suite as benchmark_suite
 from recare_patch.core import EvaluationError, UnknownNameError
 from recare_patch.measure.judges import can_tell, load_detector
-from recare_patch.measure.suites import (
-    ConceptBench,
-    Suite,
-    find_suite_for,
-    list_suites,
-    load_suite,
-    parse_suite,
-)
+from recare_patch.measure.suites import ConceptBench, Suite, find_suite_for, list_suites, load_suite, parse_suite
 from recare_patch.measure.unwritten import default_suite
 from recare_patch.recipe import Concept, Recipe, load_recipe
 from tests.measure.making import SUITE
@@ -57,9 +50,7 @@ def test_a_bundled_suite_is_sound(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in (*ONE, *SEVERAL) if "atelier" in name))
 def test_atelier_suites_are_apart_from_the_choosing_of_settings_and_known_to_the_judge(name: str) -> None:
-    draws = [
-        draw for c in CONCEPTS for figure in benchmark_suite(c, "choose") for draw in figure.draws("choose")
-    ]
+    draws = [draw for c in CONCEPTS for figure in benchmark_suite(c, "choose") for draw in figure.draws("choose")]
     chosen = {prompt.casefold() for prompt, _, _ in draws}
     judge = load_detector("atelier-judge")
     for suite in loaded(name):
@@ -127,10 +118,7 @@ def test_no_two_sets_share_a_seed_and_a_care_concept_may_have_a_word_of_its_own(
         ),
         ({"detector_options": {"labels": ["Monet", "van goh"]}}, "does not .* did you mean 'van goh'"),
         ({"detector_options": {"labels": 3}}, "label set does not hold the target's label 'van gogh'"),
-        (
-            {"care": [{"label": one, "prompts": ["a"]} for one in ("stars", "Stars")]},
-            "'stars' is there twice",
-        ),
+        ({"care": [{"label": one, "prompts": ["a"]} for one in ("stars", "Stars")]}, "'stars' is there twice"),
         ({"care": [{"label": "stars", "prompts": []}]}, "care.0.prompts"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"version": 2}, "version"),

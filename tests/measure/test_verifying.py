@@ -203,9 +203,7 @@ def measured(erased: Path, tiny_sd: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("measured") / "patch"
     shutil.copytree(erased, folder)
     metrics = ("concept-rate", "care-score", "perceptual-change")
-    evaluate(
-        folder, base=tiny_sd, suite=SUITE, metrics=metrics, pictures=8, cache=False, card=True, device="cpu"
-    )
+    evaluate(folder, base=tiny_sd, suite=SUITE, metrics=metrics, pictures=8, cache=False, card=True, device="cpu")
     return folder
 
 
@@ -230,9 +228,7 @@ def test_a_card_and_evidence_that_lie_are_found_out(measured: Path, tiny_sd: Pat
     rate = 0.0 if plain.patched > 0.5 else 1.0
     low, high = wilson_interval(round(8 * rate), 8)
     claimed = plain.model_copy(update={"patched": rate, "interval": (low, high), "by": ()})
-    lying = true.model_copy(
-        update={"figures": tuple(claimed if one is plain else one for one in true.figures)}
-    )
+    lying = true.model_copy(update={"figures": tuple(claimed if one is plain else one for one in true.figures)})
     lying.save(folder)
     rewrite_card(folder, lambda card: with_evidence(card, lying))
     found = verify(folder, tiny_sd, figures=[plain.name], device="cpu")

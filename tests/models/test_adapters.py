@@ -57,9 +57,7 @@ class TestTargetModules:
 
     def test_the_sets_partition_the_network(self, base: BaseModel) -> None:
         names = ("cross-attention", "self-attention", "attention", "outside-cross-attention", "all")
-        cross, own, attention, outside, everything = (
-            adapters.target_modules(base.denoiser, name) for name in names
-        )
+        cross, own, attention, outside, everything = (adapters.target_modules(base.denoiser, name) for name in names)
         assert sorted(cross + own) == sorted(attention)
         assert sorted(cross + outside) == sorted(everything)
         assert "conv_in" in outside

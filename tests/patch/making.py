@@ -56,9 +56,7 @@ def plain(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def draw(
-    pipeline: Any, prompts: Sequence[str] | None = PROMPTS, steps: int = 3, **options: Any
-) -> list[Image.Image]:
+def draw(pipeline: Any, prompts: Sequence[str] | None = PROMPTS, steps: int = 3, **options: Any) -> list[Image.Image]:
     """A picture of each prompt at its seed of :data:`SEEDS`, and the following ones, as a base draws them."""
     given = prompts if prompts is not None else options["prompt_embeds"]
     count = len(given) * options.get("num_images_per_prompt", 1)
@@ -89,9 +87,7 @@ def state(pipeline: Any) -> dict[str, Any]:
             "gradients": [(name, p.requires_grad) for name, p in network.named_parameters()],
             "configs": sorted(getattr(network, "peft_config", {})),
             "loaded": bool(network._hf_peft_config_loaded),
-            "weights": {
-                name: hash(tensor.numpy().tobytes()) for name, tensor in network.state_dict().items()
-            },
+            "weights": {name: hash(tensor.numpy().tobytes()) for name, tensor in network.state_dict().items()},
         }
     return found
 
@@ -111,11 +107,7 @@ def pair(rank: int = 2, inner: int = 6, outer: int = 5, seed: int = 0) -> tuple[
 
 def factors(*names: str, **sizes: int) -> dict[str, torch.Tensor]:
     """A patch's tensors for layers of these full names."""
-    return {
-        f"{name}.lora_{side}.weight": one
-        for name in names
-        for side, one in zip("AB", pair(**sizes), strict=True)
-    }
+    return {f"{name}.lora_{side}.weight": one for name in names for side, one in zip("AB", pair(**sizes), strict=True)}
 
 
 def file_of(place: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, str] | None = None) -> Path:

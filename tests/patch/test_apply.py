@@ -94,9 +94,7 @@ class TestBesideOthers:
         second.remove()
         assert state(pipe) == before
 
-    def test_several_at_once(
-        self, patch: Patch, text_patch: Patch, pipe: Any, tiny_sd: Path, tiny_sd_v: Path
-    ) -> None:
+    def test_several_at_once(self, patch: Patch, text_patch: Patch, pipe: Any, tiny_sd: Path, tiny_sd_v: Path) -> None:
         _, mine = trained(tiny_sd, layers="attention", rank=4, alpha=1.0, seed=1)
         pipe.load_lora_weights(dict(mine.tensors), adapter_name="mine")
         before = state(pipe)
@@ -163,9 +161,7 @@ def test_another_base_is_refused_untouched(
 
 
 @pytest.mark.parametrize("fails", ["unet", "text_encoder"])
-def test_a_failure_while_loading_is_undone(
-    fails: str, both: Patch, pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_while_loading_is_undone(fails: str, both: Patch, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("a fault\nof many lines")
 

@@ -139,9 +139,7 @@ def test_the_card_of_a_stack() -> None:
         *((("nsfw", "nsfw"), "nsfw", True), ((None, None), "style", False)),
     ],
 )
-def test_a_stack_of_unknown_parts_is_shown_with_care(
-    kinds: tuple[str | None, ...], kind: str, unsafe: bool
-) -> None:
+def test_a_stack_of_unknown_parts_is_shown_with_care(kinds: tuple[str | None, ...], kind: str, unsafe: bool) -> None:
     parts = [{"concept": f"c{number}", "kind": one} for number, one in enumerate(kinds)]
     assert is_unsafe(stack(*parts, kind=kind)) is unsafe
 

@@ -138,9 +138,7 @@ class TestApplied:
         assert difference(found[:1], before[:1]) == 0 and difference(found[2:], after[2:]) <= 1
         assert difference(base.generate(PROMPTS, SEEDS, steps=2), before) == 0
 
-    def test_embeddings_that_it_has_not_seen_made_are_drawn_at_the_full_scale(
-        self, patch: Patch, pipe: Any
-    ) -> None:
+    def test_embeddings_that_it_has_not_seen_made_are_drawn_at_the_full_scale(self, patch: Patch, pipe: Any) -> None:
         own, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
         before = draw(pipe)
         with patch.apply(pipe):

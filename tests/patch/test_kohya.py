@@ -31,9 +31,7 @@ PROJ_IN = "unet.mid_block.attentions.0.proj_in"
 Tensors = dict[str, torch.Tensor]
 
 
-def kohya(
-    name: str = "lora_unet_mid_block_attentions_0_proj_in", rank: int = 2, **changes: object
-) -> Tensors:
+def kohya(name: str = "lora_unet_mid_block_attentions_0_proj_in", rank: int = 2, **changes: object) -> Tensors:
     down, up = pair(rank)
     return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up} | {
         f"{name}.{part.replace('__', '.')}": torch.as_tensor(value) for part, value in changes.items()
@@ -280,10 +278,7 @@ BAD = {
     "odd prefix": ({"lora_prior_unet_x.lora_down.weight": torch.ones(2, 2)}, "belongs to no LoRA"),
     "odd module": (kohya("lora_unet_double_blocks_0_img_attn_qkv"), "names no module"),
     "odd text module": (kohya("lora_te_text_model_final_layer_norm"), "names no module"),
-    "long number": (
-        kohya(f"lora_unet_input_blocks_{'9' * 5000}_1_proj_in"),
-        "has a 'lora_unet_input_blocks_9",
-    ),
+    "long number": (kohya(f"lora_unet_input_blocks_{'9' * 5000}_1_proj_in"), "has a 'lora_unet_input_blocks_9"),
     "trailing underscore": (kohya("lora_unet_conv_in_"), "names no module"),
     "no LoRA": ({"conv.weight": torch.ones(2)}, "belongs to no LoRA"),
     "no module": ({"unet..lora_A.weight": torch.ones(2, 2)}, "belongs to no LoRA"),

@@ -164,9 +164,7 @@ def test_the_unets_layers(model: str, tmp_path: Path) -> None:
     original = original_names(model)
     names, modules = kohya_names(f"unet.{name}" for name in original), set(original.values())
     found = {name: a1111_unet(names[f"unet.{name}"], modules) for name in original}
-    assert {name for name, module in found.items() if module is None} == (
-        SDXL_MISSES if model == "SDXL" else set()
-    )
+    assert {name for name, module in found.items() if module is None} == (SDXL_MISSES if model == "SDXL" else set())
     assert all(found[name] in (place, None) for name, place in original.items())
     known = comfy_unet(original)
     assert {name: known.get(names[f"unet.{name}"]) for name in original} == original
@@ -195,9 +193,7 @@ def test_the_text_encoders_layers(model: str) -> None:
     # The UNet's width tells the model, and with it what the first encoder is called.
     cross = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_{}.weight"
     width = UNETS[model]["cross_attention_dim"]
-    names = kohya_names(
-        a1111, **{cross.format("A"): torch.ones(1, width), cross.format("B"): torch.ones(1, 1)}
-    )
+    names = kohya_names(a1111, **{cross.format("A"): torch.ones(1, width), cross.format("B"): torch.ones(1, 1)})
     modules = set(a1111.values())
     assert {name: a1111_text(names[name], modules, sd2=model == "SD 2.1") for name in a1111} == a1111
     assert {name: known.get(names[name]) for name in comfy} == comfy

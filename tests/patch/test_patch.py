@@ -42,9 +42,7 @@ class TestSameEverywhere:
             *(("tiny_sd_v", layers) for layers in ("cross-attention", "all", "text-encoder")),
         ],
     )
-    def test_pictures(
-        self, base_name: str, layers: str, tmp_path: Path, request: pytest.FixtureRequest
-    ) -> None:
+    def test_pictures(self, base_name: str, layers: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
         source = request.getfixturevalue(base_name)
         base, made = trained(source, layers=layers)
         live = base.generate(PROMPTS, SEEDS, steps=3)

@@ -42,9 +42,7 @@ def test_slugs() -> None:
     for text, slug in (("Van Gogh", "van-gogh"), ("  Café/…/Noir ", "cafe-noir"), ("A.B", "a-b")):
         assert Concept(text=text, kind="style").slug == slug
     # A script without ASCII gets a steady one.
-    one, again, other = (
-        Concept(text=text, kind="style").slug for text in ("葛飾北斎", "葛飾北斎", "歌川広重")
-    )
+    one, again, other = (Concept(text=text, kind="style").slug for text in ("葛飾北斎", "葛飾北斎", "歌川広重"))
     assert one == again != other and one.startswith("concept-") and one.isascii()
 
 

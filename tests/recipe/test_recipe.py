@@ -192,9 +192,7 @@ def test_another_method_starts_from_its_own_defaults(recipe: Recipe) -> None:
 
 
 def test_overrides(recipe: Recipe) -> None:
-    changed = recipe.with_overrides(
-        {"erase.steps": "50", "adapter": {"rank": 4}, "clip": None, "also": [TENCH]}
-    )
+    changed = recipe.with_overrides({"erase.steps": "50", "adapter": {"rank": 4}, "clip": None, "also": [TENCH]})
     assert (changed.erase.steps, changed.adapter.rank, changed.adapter.alpha) == (50, 4, 8.0)
     assert recipe.erase.steps == EraseOptions().steps and changed.slug == "van-gogh-tench"
     with pytest.raises(RecipeError) as caught:

@@ -178,9 +178,7 @@ def test_a_stack_goes_there_and_back(hub: HubStandIn, folder: Path, patch: Patch
     about = made.metadata
     assert about is not None
     same = {key: getattr(about, key) for key in ("base", "base_denoiser_sha256")}
-    evidence = make_evidence(
-        patch_sha256=file_sha256(tmp_path / "both" / WEIGHTS_NAME), method="stack", **same
-    )
+    evidence = make_evidence(patch_sha256=file_sha256(tmp_path / "both" / WEIGHTS_NAME), method="stack", **same)
     (tmp_path / "both" / "van-gogh").mkdir()
     evidence.save(tmp_path / "both" / "van-gogh")
     sound("push", "both", "me/both")
@@ -215,9 +213,7 @@ def test_commands_take_a_patch_on_the_hub(hub: HubStandIn, folder: Path, there: 
     assert "there is no repo me/nothing" in refused("stack", "hub:me/nothing", "--out", "s")
 
 
-def test_a_dry_run_shows_all_and_asks_nobody(
-    hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_shows_all_and_asks_nobody(hub: HubStandIn, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     (folder / "target_images").mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -380,9 +376,7 @@ def test_logins_and_rights(
     assert not [line for line in shown for token in (TOKEN, READ_TOKEN, ODD_TOKEN) if token in line]
 
 
-@pytest.mark.parametrize(
-    "repo", ["", "me/a/b", "me/a--b", "../x", "me/..", "me/a b", "a/\x1b[31m", "x" * 120]
-)
+@pytest.mark.parametrize("repo", ["", "me/a/b", "me/a--b", "../x", "me/..", "me/a b", "a/\x1b[31m", "x" * 120])
 def test_names_that_no_repo_has(hub: HubStandIn, folder: Path, repo: str) -> None:
     assert "is no repo of the Hub" in refused("pull", repo)
     assert "\x1b" not in refused("push", folder, repo or "/")
@@ -434,8 +428,7 @@ def test_a_repo_that_was_changed_meanwhile(hub: HubStandIn, folder: Path, there:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["../out.txt", "a/../../out.txt", "/etc/out", "C:\\out", "a\\..\\..\\out", "a//b", "./x", "x\x1b[2Jy"],
+    "name", ["../out.txt", "a/../../out.txt", "/etc/out", "C:\\out", "a\\..\\..\\out", "a//b", "./x", "x\x1b[2Jy"]
 )
 def test_names_that_lead_out_of_the_folder(hub: HubStandIn, folder: Path, there: Repo, name: str) -> None:
     there.listed = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40}]

@@ -50,13 +50,7 @@ class Adversaries:
     not stopped.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        latents: Tensor,
-        concept: Concept,
-        options: AdversaryOptions,
-    ) -> None:
+    def __init__(self, base: BaseModel, latents: Tensor, concept: Concept, options: AdversaryOptions) -> None:
         self.base, self.latents, self.options = base, latents, options
         self.templates = name_templates(concept)
         self._start = base.word_vector(concept.class_word)

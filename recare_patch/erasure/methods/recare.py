@@ -73,9 +73,7 @@ class ReCARE(LossMethod):
     def __init__(self, context: Context) -> None:
         base, erased, retained = context.base, context.erased, context.retained
         if not erased.anchors or not retained.prompts:
-            raise CareSetError(
-                "method 'recare' needs a CARE-set with at least one word, and this one is empty"
-            )
+            raise CareSetError("method 'recare' needs a CARE-set with at least one word, and this one is empty")
         self.context = context
         self.empty, self.names = base.encode_prompts([""]), base.encode_prompts(list(erased.names))
         self.anchors = base.encode_prompts(list(erased.anchors))
@@ -105,9 +103,7 @@ class ReCARE(LossMethod):
                 found |= {
                     # The frozen model's prediction and the trained one's, which counts as three.
                     stage_name(f"search {k} erase", number): Work(search.erase_steps * rows * 4, rows, rows),
-                    stage_name(f"search {k} inversion", number): Work(
-                        most, search.batch_size, looks, reads=True
-                    ),
+                    stage_name(f"search {k} inversion", number): Work(most, search.batch_size, looks, reads=True),
                     stage_name(f"search {k} check", number): Work(3 * checked, 0, checked),
                 }
         rows, held = erase.batch_size, erase.retain_batch_size or erase.batch_size
@@ -135,9 +131,7 @@ class ReCARE(LossMethod):
         if options.rounds and context.erased.attribute is None:
             concept = base.encode_prompts([context.concept.target_prompt])
             template = context.concept.target_prompt_for(PLACEHOLDER)
-            start = base.word_vector(options.init_word or context.concept.class_word).repeat(
-                options.vectors, 1
-            )
+            start = base.word_vector(options.init_word or context.concept.class_word).repeat(options.vectors, 1)
             current = concept
             with stages.adapter(recipe.seed + 1) as inner:
                 for number in range(1, options.rounds + 1):
@@ -147,9 +141,7 @@ class ReCARE(LossMethod):
                     name = base.encode_with_vectors([template], vectors).detach()
                     with inner.booked(f"search {number} check"):
                         recovered = self._recovery(name, concept)
-                    logger.info(
-                        "adversarial name %d explains %.0f %% of the concept", number, 100 * recovered
-                    )
+                    logger.info("adversarial name %d explains %.0f %% of the concept", number, 100 * recovered)
                     if recovered >= NAME_RECOVERY:
                         # Otherwise it is no name of the concept in the base: erasing it would cost something
                         # else, and the next round goes on with the name before.
@@ -195,9 +187,7 @@ class ReCARE(LossMethod):
             states, timesteps, noise = noised(base, latents, generator)
             target = base.training_target(latents, noise, timesteps)
             nothing, named, itself = (
-                F.mse_loss(
-                    base.denoise(states, timesteps, one.repeat(len(latents))).float(), target.float()
-                ).item()
+                F.mse_loss(base.denoise(states, timesteps, one.repeat(len(latents))).float(), target.float()).item()
                 for one in (self.empty, name, concept)
             )
         # A base that does not draw the concept gives no scale to measure by.

@@ -50,17 +50,12 @@ class SGraceOptions(Settings):
 
     rounds: int = Field(4, ge=1, le=100, description="of attack and edit")
     attack_steps: int = Field(
-        10,
-        ge=0,
-        le=1000,
-        description="of sign-gradient in each attack; 0: the words are erased as they stand",
+        10, ge=0, le=1000, description="of sign-gradient in each attack; 0: the words are erased as they stand"
     )
     attack_rate: float = Field(
         5.0e-3, gt=0, le=1, description="length of such a step, in each component of a word's vector"
     )
-    attack_box: float = Field(
-        4.0, gt=0, le=1000, description="half the width of the box around each start, in steps"
-    )
+    attack_box: float = Field(4.0, gt=0, le=1000, description="half the width of the box around each start, in steps")
     attack_similarity: Weight = Field(
         0.1, description="weight of staying a name of the concept, beside predicting its noise"
     )
@@ -271,9 +266,7 @@ class SGrace(Method):
                 for k in range(count)
             ]
 
-            def loss_at(
-                step: int, generator: torch.Generator, found: list[dict[str, Tensor]] = found
-            ) -> Tensor:
+            def loss_at(step: int, generator: torch.Generator, found: list[dict[str, Tensor]] = found) -> Tensor:
                 return methods[step % count].edit(found[step % count], generator)
 
             stages.fit(f"edit {number}", loss_at, methods[0].context.recipe.erase.steps * count)
@@ -308,11 +301,7 @@ def read_words(file: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     found = []
     for key in ("related", "unrelated"):
         words = lists.get(key)
-        if (
-            not isinstance(words, list)
-            or not words
-            or not all(isinstance(w, str) and w.strip() for w in words)
-        ):
+        if not isinstance(words, list) or not words or not all(isinstance(w, str) and w.strip() for w in words):
             raise RecipeError(f"{file} needs a list of words under '{key}'")
         found.append(tuple(dict.fromkeys(word.strip() for word in words)))
     return found[0], found[1]

@@ -163,6 +163,4 @@ class UCE(Method):
         logger.info("the closed form at rank %d: %.2g of its norm is left out", rank, residual)
         stages.note(RESIDUAL, residual)
         part = context.base.denoiser_name
-        stages.set_adapter(
-            {models.full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules}
-        )
+        stages.set_adapter({models.full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules})

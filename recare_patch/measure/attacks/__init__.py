@@ -27,9 +27,7 @@ def load_attack_type(name: str) -> Attack[Any]:
     return attack
 
 
-def attack_options(
-    attack: str, budget: str = "small", overrides: Mapping[str, Any] | None = None
-) -> AttackOptions:
+def attack_options(attack: str, budget: str = "small", overrides: Mapping[str, Any] | None = None) -> AttackOptions:
     """The options of an attack: those of one of :data:`BUDGETS`, some values set otherwise.
 
     Raises:

@@ -93,9 +93,7 @@ class ConceptInversion(protocol.Attack[ConceptInversionOptions]):
             )
         return _trials(target.concept, [one["seed"] for one in saved.details])
 
-    def drawing(
-        self, target: AttackTarget, trials: list[Trial], tensors: Mapping[str, Tensor]
-    ) -> protocol.Draw:
+    def drawing(self, target: AttackTarget, trials: list[Trial], tensors: Mapping[str, Tensor]) -> protocol.Draw:
         """Draws the templates with the learnt name in them."""
         different = list(dict.fromkeys(one["prompt"] for one in trials))
         named = target.base.encode_with_vectors(different, tensors[VECTORS].to(target.base.device)).detach()

@@ -88,11 +88,7 @@ class AttackTarget:
 
     def draw(self, prompts: list[str] | None, seeds: list[int], embeds: Any = None) -> list[Image]:
         """Pictures of prompts, or of encoded ones, by the model as it stands; all in one batch."""
-        how: dict[str, Any] = {
-            "steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "batch_size": len(seeds),
-        }
+        how: dict[str, Any] = {"steps": self.steps, "guidance_scale": self.guidance_scale, "batch_size": len(seeds)}
         return self.base.generate(prompts, seeds, prompt_embeds=embeds, **how)
 
     def drawing(self, trials: Sequence[Trial], key: str) -> Draw:
@@ -141,9 +137,7 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise ResumeError(
-            f"{file.name} of this run is damaged ({fault}); start again in a new --out"
-        ) from None
+        raise ResumeError(f"{file.name} of this run is damaged ({fault}); start again in a new --out") from None
 
 
 Options = TypeVar("Options", bound=AttackOptions)

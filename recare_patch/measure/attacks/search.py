@@ -54,12 +54,7 @@ class Group(ABC):
     optimizer: torch.optim.Optimizer
 
     def __init__(
-        self,
-        target: AttackTarget,
-        vocabulary: Vocabulary,
-        rows: list[int],
-        options: Any,
-        draws: torch.Generator,
+        self, target: AttackTarget, vocabulary: Vocabulary, rows: list[int], options: Any, draws: torch.Generator
     ) -> None:
         self.target, self.vocabulary, self.rows = target, vocabulary, rows
         self.texts = [target.prompts[row] for row in rows]

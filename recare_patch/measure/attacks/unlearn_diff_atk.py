@@ -71,9 +71,7 @@ class _Group(Group):
         size = len(self.vocabulary.ids)
         start = torch.full((len(self.rows), tokens, size), 1 / size, device=self.vocabulary.vectors.device)
         self.parameter = nn.Parameter(start)
-        self.optimizer = torch.optim.Adam(
-            [self.parameter], lr=options.learning_rate, weight_decay=options.weight_decay
-        )
+        self.optimizer = torch.optim.Adam([self.parameter], lr=options.learning_rate, weight_decay=options.weight_decay)
         self.vectors = [self.vocabulary.of_text(text) for text in self.texts]
         # As published: the middles of equal parts of the process, from clean to noisy.
         stride = self.target.base.num_train_timesteps / options.timesteps
@@ -99,10 +97,7 @@ class _Group(Group):
     def prompts(self) -> list[str]:
         # The likeliest tokens, then the prompt.
         best = self.vocabulary.ids[self.parameter.detach().argmax(-1).cpu()]
-        return [
-            f"{self.vocabulary.text(tokens)} {text}".strip()
-            for tokens, text in zip(best, self.texts, strict=True)
-        ]
+        return [f"{self.vocabulary.text(tokens)} {text}".strip() for tokens, text in zip(best, self.texts, strict=True)]
 
 
 class UnlearnDiffAtk(PromptAttack[UnlearnDiffAtkOptions]):

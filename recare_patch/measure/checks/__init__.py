@@ -63,8 +63,7 @@ def run_checks(
     if wanted:
         if not suite.plain:
             raise EvaluationError(
-                f"the suite '{suite.name}' has no plain prompts, and every check asks whether such show the "
-                "concept"
+                f"the suite '{suite.name}' has no plain prompts, and every check asks whether such show the concept"
             )
         check_label(context.detector, suite.label)
     if context.studio.processes > 1:

@@ -25,15 +25,7 @@ from torch.nn import functional as F
 
 from recare_patch.core import EvaluationError, one_of, write_json
 from recare_patch.erasure import OPTIMIZERS, Checkpoint, Loop, fit, noised
-from recare_patch.measure.checks.protocol import (
-    CONCEPT,
-    CheckContext,
-    Checker,
-    CheckOptions,
-    Patches,
-    in_order,
-    point,
-)
+from recare_patch.measure.checks.protocol import CONCEPT, CheckContext, Checker, CheckOptions, Patches, in_order, point
 from recare_patch.measure.evidence import Check, CheckPoint
 from recare_patch.measure.pictures import Studio, tensors_hash
 from recare_patch.models import kept_requires_grad, named_layers

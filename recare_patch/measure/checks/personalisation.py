@@ -52,9 +52,7 @@ class PersonalisationOptions(TrainingOptions):
     subject: Prompt | None = Field(
         None, description="the prompt whose pictures show the subject; else one that suits the base"
     )
-    label: Label | None = Field(
-        None, description="what the detector, or else CLIP, calls the subject; goes with it"
-    )
+    label: Label | None = Field(None, description="what the detector, or else CLIP, calls the subject; goes with it")
     word: Label = Field("sks", description="the rare word that comes to mean it")
     class_word: Label | None = Field(None, description="a common word for it that follows the rare one")
     prompts: Annotated[tuple[Prompt, ...], Field(min_length=1), AfterValidator(_with_place)] = Field(

@@ -66,13 +66,9 @@ class Asked(NamedTuple):
     word: str
 
 
-def turns(
-    name: str, prompts: Sequence[str], seeds: Sequence[int], label: str, word: str | None = None
-) -> list[Asked]:
+def turns(name: str, prompts: Sequence[str], seeds: Sequence[int], label: str, word: str | None = None) -> list[Asked]:
     """A picture for each seed, of prompts that take turns, all looked at for one thing."""
-    return [
-        Asked(name, prompts[k % len(prompts)], seed, label, word or label) for k, seed in enumerate(seeds)
-    ]
+    return [Asked(name, prompts[k % len(prompts)], seed, label, word or label) for k, seed in enumerate(seeds)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +138,7 @@ class CheckContext:
         first = self.suite.first_seed + BLOCK * (_FIRST_BLOCK + block) + _SEED_STRIDE * self.seed
         return tuple(range(first, first + count))
 
-    def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], stage: str, patches: Patches = ()
-    ) -> list[Image]:
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], stage: str, patches: Patches = ()) -> list[Image]:
         """Pictures as the suite has them drawn."""
         return self.studio.draw(prompts, seeds, patches=patches, stage=stage, **self._sampler)
 
@@ -168,13 +162,7 @@ class CheckContext:
         return MostLike(self.clip(), word or label, self.suite.labels)(images)
 
     def rates(
-        self,
-        asked: Sequence[Asked],
-        patches: Patches,
-        stage: str,
-        *,
-        studio: Studio | None = None,
-        **sampler: Any,
+        self, asked: Sequence[Asked], patches: Patches, stage: str, *, studio: Studio | None = None, **sampler: Any
     ) -> dict[str, HitRate]:
         """How often pictures show what they are looked at for, by the name of their series.
 

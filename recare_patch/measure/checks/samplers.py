@@ -61,6 +61,5 @@ class Samplers(Checker[SamplersOptions]):
             points,
             f"Steps are those of the base's own scheduler ({own}){named}. Base and patched model draw from "
             "the same seeds.",
-            "Where the base itself hardly shows the concept or its companions, the patched model's rate says "
-            "little.",
+            "Where the base itself hardly shows the concept or its companions, the patched model's rate says little.",
         )

@@ -68,8 +68,7 @@ class Scales(Checker[ScalesOptions]):
             points.append(point(scale, found, context.pictures))
         return self.told(
             points,
-            "The patch was trained for scale 1. At 0 the base is untouched; a negative scale turns the patch "
-            "round.",
+            "The patch was trained for scale 1. At 0 the base is untouched; a negative scale turns the patch round.",
             f"The {RETAINED} is the mean absolute difference of pixels to the base's own picture of the same "
             "seed, as a share of their range."
             if before

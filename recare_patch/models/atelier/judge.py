@@ -80,9 +80,7 @@ class Judge:
         """The bundled judge, or the one in a ``judge.safetensors`` file."""
         path = path or JUDGE
         network = JudgeNetwork()
-        network.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
-        )
+        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
         return cls(network)
 
     @torch.no_grad()

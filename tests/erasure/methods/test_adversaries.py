@@ -74,9 +74,7 @@ def test_state_goes_on_where_it_stopped(base: BaseModel, space: str) -> None:
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_seeking_leaves_the_adapter_without_gradient(
-    base: BaseModel, small: Callable[..., Recipe], space: str
-) -> None:
+def test_seeking_leaves_the_adapter_without_gradient(base: BaseModel, small: Callable[..., Recipe], space: str) -> None:
     parameters = attach(base, small())
     _improve(_adversaries(base, space), range(2))
     assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters)

@@ -76,9 +76,7 @@ def test_the_edit_is_its_four_terms(base: BaseModel, make: Make) -> None:
     texts, rows = [held.prompts[k] for k in picks.tolist()], [found[f"vectors.{k}"] for k in range(5)]
     with torch.no_grad():
         read = [base.encode_token_vectors([row]).prompt_embeds[0] for row in rows]
-        features = torch.stack(
-            [F.normalize(one[len(row) + 1], dim=0) for one, row in zip(read, rows, strict=True)]
-        )
+        features = torch.stack([F.normalize(one[len(row) + 1], dim=0) for one, row in zip(read, rows, strict=True)])
         with off(*base.components.values()):
             named, kept = (base.encode_prompts(one).prompt_embeds for one in ([PROMPT], texts))
         concept = F.normalize(named[0, len(base.token_ids(PROMPT)) + 1], dim=0)
@@ -138,9 +136,7 @@ def test_a_word_list_of_ones_own(base: BaseModel, make: Make, tmp_path: Path) ->
     method = make({"words": str(file), "attack_steps": 0})
     assert method.context.related == ("night",)
     forms = ("A painting of", "A", "A photo of")
-    assert set(method.context.retained.prompts) == {
-        f"{form} {word}" for form in forms for word in ("boat", "cat")
-    }
+    assert set(method.context.retained.prompts) == {f"{form} {word}" for form in forms for word in ("boat", "cat")}
     # Every sequence names the concept.
     table, ids, longest = base.token_table(), base.token_ids("Van Gogh"), _attack(method, 0)[-1]
     assert torch.equal(longest[: len(ids)], table[ids])
