@@ -21,7 +21,7 @@ from recare_patch.models import load_base
 from recare_patch.patch import Patch
 from tests.cli.conftest import Fake, Invoke, one_sentence
 from tests.measure import making
-from tests.measure.test_attacks import make_patch
+from tests.measure.making import make_patch
 from tests.measure.test_evidence import make_evidence
 
 Calls = list[dict[str, Any]]

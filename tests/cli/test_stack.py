@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from recare_patch.models import load_base
 from recare_patch.patch import Patch, Stacking
 from tests.cli.conftest import Invoke
-from tests.measure.test_attacks import make_patch
+from tests.measure.making import make_patch
 
 
 @pytest.fixture(scope="module")

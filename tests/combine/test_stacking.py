@@ -14,7 +14,7 @@ from recare_patch.core import OutputError, PatchError, RecipeError
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch
 from recare_patch.recipe import Concept
-from tests.measure.test_attacks import make_patch
+from tests.measure.making import make_patch
 
 Layer = dict[str, torch.Tensor]
 

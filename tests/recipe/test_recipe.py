@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from recare_patch.core import PatchError, RecipeError, Settings, UnknownNameError
+from recare_patch.core import PatchError, RecipeError, Settings, UnknownNameError, files
 from recare_patch.erasure.methods.s_grace import SGraceOptions
 from recare_patch.recipe import (
     KINDS,
@@ -24,7 +24,6 @@ from recare_patch.recipe import (
     Concept,
     EraseOptions,
     Recipe,
-    bundled,
     find_recipe_for,
     list_recipes,
     load_recipe,
@@ -300,7 +299,7 @@ def test_recipes_are_found_in_an_installed_package(
     inside = tmp_path / "recare_patch" / "_recipes"
     inside.mkdir(parents=True)
     (inside / "only.yaml").write_text(recipe.to_yaml())
-    monkeypatch.setattr(bundled, "__file__", str(tmp_path / "recare_patch" / "recipe" / "bundled.py"))
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "recare_patch" / "core" / "files.py"))
     assert [info.name for info in list_recipes()] == ["only"]
 
 

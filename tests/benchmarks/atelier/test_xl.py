@@ -14,7 +14,7 @@ from recare_patch.models import load_base
 from recare_patch.models.atelier.judge import Judge
 from recare_patch.patch import Patch
 from recare_patch.recipe import load_recipe
-from tests.models.test_architectures import SMALL
+from tests.erasure.making import SMALL
 
 SHORT = XLTraining(scenes=96, captions=2, encoder_steps=1, denoiser_steps=2)
 
