@@ -19,6 +19,8 @@ from recare_patch.core import (
     bundled,
     load_yaml,
     read_safetensors_header,
+    read_text,
+    reason,
     unknown_name,
 )
 from recare_patch.recipe.concept import Concept, same_concept
@@ -156,19 +158,13 @@ def load_recipe(source: str) -> Recipe:
         if path.is_file():
             return _recipe_in_patch(path) if path.suffix == ".safetensors" else _read_yaml(path)
     except OSError as fault:
-        raise RecipeError(f"cannot read {source}: {(fault.strerror or str(fault)).lower()}") from fault
+        raise RecipeError(f"cannot read {source}: {reason(fault)}") from fault
     short = [name.removesuffix("-atelier") for name in by_name if name.endswith("-atelier")]
     raise unknown_name("recipe", source, [*sorted(short), *sorted(by_name)])
 
 
 def _read_yaml(path: Path) -> Recipe:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not a recipe: it is not UTF-8 text") from None
-    except OSError as fault:
-        raise RecipeError(f"cannot read {path}: {(fault.strerror or str(fault)).lower()}") from fault
-    return Recipe.from_yaml(text, source=str(path))
+    return Recipe.from_yaml(read_text(path, str(path), RecipeError), source=str(path))
 
 
 def stack_has_no_recipe(name: str, parts: int) -> str:

@@ -90,6 +90,11 @@ class MethodInfo:
 
     def as_data(self, name: str) -> dict[str, Any]:
         """All of it as plain data; ``name`` is the method's, and its section of a recipe is called like it."""
-        section = name.replace("-", "_") if self.options else None
+        section = section_of(name) if self.options else None
         own = {"target": METHODS.targets[name], "source": self.paper.short, "options": section}
         return {**asdict(self), **own, "defaults": dict(self.defaults)}
+
+
+def section_of(method: str) -> str:
+    """What a method's own section of a recipe is called."""
+    return method.replace("-", "_")

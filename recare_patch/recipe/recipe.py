@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from recare_patch.core import RecipeError, Settings, nearest, one_of, yaml_mapping
 from recare_patch.recipe.concept import MAX_LENGTH, Concept, check_text, same_concept, slug_of
-from recare_patch.recipe.methods import DENOISER_LAYERS, METHODS, TEXT_LAYER_SETS, MethodInfo
+from recare_patch.recipe.methods import DENOISER_LAYERS, METHODS, TEXT_LAYER_SETS, MethodInfo, section_of
 
 LAYER_SETS = (*DENOISER_LAYERS, *TEXT_LAYER_SETS)
 OPTIMIZERS = ("adamw8bit", "adamw")
@@ -41,10 +41,6 @@ def method_info(name: str) -> MethodInfo:
     """
     info: MethodInfo = METHODS.get(name).info
     return info
-
-
-def _section(method: str) -> str:
-    return method.replace("-", "_")
 
 
 class AdapterOptions(Settings):
@@ -337,7 +333,7 @@ class Recipe(Settings):
         data = self.model_dump(mode="json")
         if self.own is not None:
             notes = data.pop("notes")
-            data |= {_section(self.method): self.own.model_dump(mode="json"), "notes": notes}
+            data |= {section_of(self.method): self.own.model_dump(mode="json"), "notes": notes}
         return data
 
     def to_yaml(self) -> str:
@@ -372,7 +368,7 @@ class Recipe(Settings):
         data = self.as_data()
         own, new = self.method, str(overrides.get("method", self.method)).strip().casefold()
         if new != own:
-            data.pop(_section(own), None)
+            data.pop(section_of(own), None)
         faults: list[str] = []
         for key, value in overrides.items():
             *path, last = key.split(".")
@@ -402,7 +398,7 @@ class Recipe(Settings):
 
 def _with_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A recipe's data with its method's section checked and its method's defaults filled in; and faults."""
-    sections = {_section(name): name for name in METHODS.names()}
+    sections = {section_of(name): name for name in METHODS.names()}
     method = data.get("method", "recare")
     name = method.strip().casefold() if isinstance(method, str) else ""
     filled = {key: value for key, value in data.items() if key not in sections}
@@ -472,7 +468,7 @@ _ABILITIES = {
 
 def _own_sections() -> dict[str, type[Settings]]:
     infos = {name: method_info(name) for name in METHODS.names()}
-    return {_section(name): info.options for name, info in infos.items() if info.options}
+    return {section_of(name): info.options for name, info in infos.items() if info.options}
 
 
 def _dotted(model: type[Settings]) -> Iterator[str]:

@@ -13,13 +13,12 @@ denoiser reads a pooled text as well (Stable Diffusion XL and 3), a cosine of ``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
 
 from recare_patch import models
-from recare_patch.core import CareSetError, RecipeError, Settings, reason, yaml_mapping
+from recare_patch.core import CareSetError, RecipeError, Settings, read_text, yaml_mapping
 from recare_patch.erasure.methods import Context, Method, Needs, Work
 from recare_patch.recipe import TEXT_LAYER_SETS, MethodInfo, Paper
 
@@ -288,12 +287,7 @@ def read_words(file: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Raises:
         RecipeError: it cannot be read, a list is missing or empty, or holds something else than words.
     """
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except OSError as fault:
-        raise RecipeError(f"cannot read the word list {file}: {reason(fault)}") from None
-    except ValueError:
-        raise RecipeError(f"cannot read the word list {file}: it is not UTF-8 text") from None
+    text = read_text(file, f"the word list {file}", RecipeError)
     lists = yaml_mapping(text, source=file, noun="word list", error=RecipeError)
     unknown = [key for key in lists if key not in ("related", "unrelated")]
     if unknown:
