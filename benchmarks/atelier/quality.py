@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from benchmarks.atelier import captions, scenes
+from benchmarks.atelier import scenes
+from benchmarks.atelier.training import SOURCE, Source
 from recare_patch.models.atelier.judge import Judge
 
 Generate = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]
@@ -31,14 +32,14 @@ class Rate:
         return self.hits / self.pictures if self.pictures else float("nan")
 
 
-def held_out_prompts(count: int, seed: int = REPORT_SEED) -> list[tuple[str, scenes.Scene]]:
+def held_out_prompts(count: int, seed: int = REPORT_SEED, source: Source = SOURCE) -> list[tuple[str, scenes.Scene]]:
     """Distinct captions that training never used, with the scenes they were written for."""
     rng = np.random.default_rng(seed)
     found: dict[str, scenes.Scene] = {}
     while len(found) < count:
-        scene = scenes.sample_scene(rng)
+        scene = source.sample(rng)
         try:
-            text = captions.caption(scene, rng, held_out=True)
+            text = source.caption(scene, rng, held_out=True)
         except ValueError:
             continue
         if text not in ("a photo", "a painting"):
@@ -46,23 +47,19 @@ def held_out_prompts(count: int, seed: int = REPORT_SEED) -> list[tuple[str, sce
     return list(found.items())
 
 
-def _named(text: str, scene: scenes.Scene) -> frozenset[str]:
-    """The labels of a scene that its caption speaks of."""
-    return frozenset(label for label in scene.labels if captions.mentions(text, label))
-
-
-def measure(generate: Generate, judge: Judge, *, count: int = 300) -> dict[str, Rate]:
+def measure(generate: Generate, judge: Judge, *, count: int = 300, source: Source = SOURCE) -> dict[str, Rate]:
     """Rates on held-out captions: style right, each named thing present.
 
     Args:
         generate: draws pictures.
         judge: names what they show.
         count: held-out captions, one picture each.
+        source: of the captions.
 
     Returns:
         Rates under ``style``, ``object``, ``sky``, ``ground``, ``time`` and under each label.
     """
-    prompts = held_out_prompts(count)
+    prompts = held_out_prompts(count, source=source)
     found = judge(generate([text for text, _ in prompts], [REPORT_SEED + i for i in range(len(prompts))]))
     tally: dict[str, list[int]] = {}
 
@@ -71,14 +68,15 @@ def measure(generate: Generate, judge: Judge, *, count: int = 300) -> dict[str, 
         entry[0] += hit
         entry[1] += 1
 
-    groups = {"object": scenes.OBJECTS, "sky": scenes.SKY, "ground": scenes.GROUNDS, "time": scenes.TIMES}
-    for (text, scene), labels in zip(prompts, found, strict=True):
-        note("style", scene.style in labels)
-        note(scene.style, scene.style in labels)
-        named = _named(text, scene)
+    labels = source.labels
+    groups = {"object": labels.objects, "sky": labels.sky, "ground": labels.grounds, "time": labels.times}
+    for (text, scene), shown in zip(prompts, found, strict=True):
+        note("style", scene.style in shown)
+        note(scene.style, scene.style in shown)
+        named = {label for label in scene.labels if source.mentions(text, label)}
         for group, members in groups.items():
             for label in members:
                 if label in named:
-                    note(group, label in labels)
-                    note(label, label in labels)
+                    note(group, label in shown)
+                    note(label, label in shown)
     return {name: Rate(*entry) for name, entry in sorted(tally.items())}

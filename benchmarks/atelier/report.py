@@ -11,6 +11,7 @@ from PIL import Image
 
 from benchmarks.atelier import scenes
 from benchmarks.atelier.quality import Rate, measure
+from benchmarks.atelier.training import SOURCE, Source
 from recare_patch.core import SheetRow, save_sheet, sheet, write_text
 from recare_patch.measure import wilson_interval
 from recare_patch.models.atelier.judge import Judge
@@ -43,18 +44,21 @@ _SHEET_THINGS = (
     "stars at night",
 )
 
+_GROUPS = ("style", "object", "sky", "ground", "time")
 
-def judge_accuracy(judge: Judge, count: int = 2000, seed: int = 4_242) -> dict[str, float]:
+
+def judge_accuracy(judge: Judge, count: int = 2000, seed: int = 4_242, source: Source = SOURCE) -> dict[str, float]:
     """How often the judge is right on freshly drawn scenes: each style, time, ground and thing."""
     rng = np.random.default_rng(seed)
-    drawn = [scenes.sample_scene(rng) for _ in range(count)]
-    found = judge(np.stack([scenes.draw(scene) for scene in drawn]))
+    drawn = [source.sample(rng) for _ in range(count)]
+    found = judge(np.stack([source.draw(scene) for scene in drawn]))
+    labels = source.labels
     right: dict[str, float] = {}
-    for group, names in (("style", scenes.STYLES), ("time", scenes.TIMES), ("ground", scenes.GROUNDS)):
+    for group, names in (("style", labels.styles), ("time", labels.times), ("ground", labels.grounds)):
         right[group] = float(
             np.mean([(set(names) & s.labels) == (set(names) & f) for s, f in zip(drawn, found, strict=True)])
         )
-    for name in (*scenes.OBJECTS, *scenes.SKY):
+    for name in labels.things:
         right[name] = float(np.mean([(name in s.labels) == (name in f) for s, f in zip(drawn, found, strict=True)]))
     return right
 
@@ -87,19 +91,21 @@ def generated_sheet(base: BaseModel, seed: int = 31) -> Image.Image:
     return sheet(rows, list(_SHEET_THINGS), "Atelier: generated pictures (20 steps, guidance 5)")
 
 
-def reconstruction_sheet(base: BaseModel, seed: int = 9) -> Image.Image:
+def reconstruction_sheet(
+    base: BaseModel, seed: int = 9, source: Source = SOURCE, title: str = "Atelier: the autoencoder"
+) -> Image.Image:
     """Each style beside what the autoencoder makes of it: strokes lost here are lost for good."""
     rng = np.random.default_rng(seed)
     rows = []
-    for style in scenes.STYLES:
+    for style in source.labels.styles:
         drawn: list[Image.Image] = []
         while len(drawn) < 4:
-            scene = scenes.sample_scene(rng)
+            scene = source.sample(rng)
             if scene.style == style:
-                drawn.append(Image.fromarray(scenes.draw(scene)))
+                drawn.append(Image.fromarray(source.draw(scene)))
         decoded = base.decode_latents(base.encode_images(drawn))
         rows.append(SheetRow(style, [image for pair in zip(drawn, decoded, strict=True) for image in pair]))
-    return sheet(rows, ["drawn", "decoded"] * 4, "Atelier: the autoencoder")
+    return sheet(rows, ["drawn", "decoded"] * 4, title)
 
 
 def write_report(
@@ -131,20 +137,22 @@ def write_report(
     return rates
 
 
-def _page(rates: dict[str, Rate], accuracy: dict[str, float], count: int) -> str:
-    def table(names: Sequence[str]) -> str:
-        lines = ["| what | right | 95 % interval | pictures |", "|---|---|---|---|"]
-        for name in names:
-            if name in rates:
-                low, high = wilson_interval(rates[name].hits, rates[name].pictures)
-                lines.append(f"| {name} | {rates[name].value:.1%} | {low:.1%} – {high:.1%} | {rates[name].pictures} |")
-        return "\n".join(lines)
+def rates_table(rates: dict[str, Rate], names: Sequence[str]) -> str:
+    """Those of the names that were measured, as a table in Markdown."""
+    lines = ["| what | right | 95 % interval | pictures |", "|---|---|---|---|"]
+    for name in names:
+        if name in rates:
+            low, high = wilson_interval(rates[name].hits, rates[name].pictures)
+            lines.append(f"| {name} | {rates[name].value:.1%} | {low:.1%} – {high:.1%} | {rates[name].pictures} |")
+    return "\n".join(lines)
 
+
+def _page(rates: dict[str, Rate], accuracy: dict[str, float], count: int) -> str:
     companions = "\n".join(
         f"| {name} | " + ", ".join(f"{other} {share:.0%}" for other, share in links.items()) + " |"
         for name, links in scenes.CO_OCCURRENCE.items()
     )
-    rest = [n for n in rates if n not in ("style", "object", "sky", "ground", "time")]
+    rest = [n for n in rates if n not in _GROUPS]
     return f"""# Atelier, the bundled base
 
 A Stable Diffusion of 7.2 million parameters, trained on scenes that `benchmarks/atelier/scenes.py` draws.
@@ -166,11 +174,11 @@ An unclothed figure is always a person too. Without the concept, the same compan
 {count} captions that training never used, one picture each, 20 DDIM steps at guidance 5, judged by the
 bundled judge. A label is asked for only where the caption names it.
 
-{table(["style", "object", "sky", "ground", "time"])}
+{rates_table(rates, _GROUPS)}
 
 By label:
 
-{table(rest)}
+{rates_table(rates, rest)}
 
 ![generated pictures](atelier-generated.png)
 

@@ -14,11 +14,31 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from recare_patch.models.atelier.labels import CO_OCCURRENCE, GROUNDS, OBJECTS, SIZE, SKY, STYLES, TIMES
+from recare_patch.models.atelier.labels import ATELIER, CO_OCCURRENCE, GROUNDS, OBJECTS, SIZE, SKY, STYLES, TIMES
 
-__all__ = ["CO_OCCURRENCE", "GROUNDS", "OBJECTS", "SIZE", "SKY", "STYLES", "TIMES", "Scene", "draw", "sample_scene"]
+__all__ = [
+    "CANVAS",
+    "CO_OCCURRENCE",
+    "GROUNDS",
+    "OBJECTS",
+    "SIZE",
+    "SKY",
+    "STYLES",
+    "STYLE_OPERATIONS",
+    "TIMES",
+    "Colour",
+    "Painter",
+    "Scene",
+    "Sky",
+    "dim",
+    "draw",
+    "edges",
+    "jitter",
+    "sample_scene",
+    "smooth_noise",
+]
 
-_CANVAS = 2 * SIZE
+CANVAS = 2 * SIZE
 
 _STYLE_WEIGHTS = (0.32, 0.10, 0.16, 0.105, 0.105, 0.105, 0.105)
 _PLAIN_OBJECTS = ("person", "house", "church", "tree", "boat", "car", "sunflower", "cat")
@@ -48,10 +68,7 @@ class Scene:
     @property
     def labels(self) -> frozenset[str]:
         """Everything true of the picture, in the judge's words."""
-        found = {self.style, self.time, self.ground, *self.objects, *self.sky}
-        if found & {"nude", *_IDENTITIES}:
-            found.add("person")
-        return frozenset(found)
+        return ATELIER.complete((self.style, self.time, self.ground, *self.objects, *self.sky))
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
@@ -114,52 +131,60 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 # --------------------------------------------------------------------------- drawing
 
 Colour = tuple[int, int, int]
-_SKIES: dict[str, tuple[Colour, Colour]] = {
-    "day": ((104, 170, 232), (196, 224, 244)),
-    "sunset": ((226, 104, 70), (250, 196, 104)),
-    "night": ((10, 14, 52), (34, 42, 98)),
+Sky = tuple[Colour, Colour, float]
+"""Its top, its bottom, and how much light it leaves to what stands under it."""
+
+_SKIES: dict[str, Sky] = {
+    "day": ((104, 170, 232), (196, 224, 244), 1.0),
+    "sunset": ((226, 104, 70), (250, 196, 104), 0.88),
+    "night": ((10, 14, 52), (34, 42, 98), 0.66),
 }
 
 
-def _jitter(rng: np.random.Generator, colour: Colour, amount: int = 12) -> Colour:
+def jitter(rng: np.random.Generator, colour: Colour, amount: int = 12) -> Colour:
+    """A colour near by."""
     shifted = np.clip(np.array(colour) + rng.integers(-amount, amount + 1, 3), 0, 255)
     return int(shifted[0]), int(shifted[1]), int(shifted[2])
 
 
-def _dim(colour: Colour, factor: float) -> Colour:
+def dim(colour: Colour, factor: float) -> Colour:
+    """A colour in less light."""
     return int(colour[0] * factor), int(colour[1] * factor), int(colour[2] * factor)
 
 
 def _gradient(top: Colour, bottom: Colour, height: int) -> np.ndarray:
     ramp = np.linspace(0, 1, height)[:, None, None]
     rows = np.array(top) * (1 - ramp) + np.array(bottom) * ramp
-    return np.broadcast_to(rows, (height, _CANVAS, 3)).astype(np.uint8)
+    return np.broadcast_to(rows, (height, CANVAS, 3)).astype(np.uint8)
 
 
-class _Painter:
+class Painter:
     """Draws one scene's things on the double-size canvas, before any style."""
+
+    skies = _SKIES
 
     def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
         self.scene = scene
         self.rng = rng
-        self.horizon = int(_CANVAS * rng.uniform(0.56, 0.64))
-        self.light = {"day": 1.0, "sunset": 0.88, "night": 0.66}[scene.time]
-        top, bottom = _SKIES[scene.time]
-        pixels = np.zeros((_CANVAS, _CANVAS, 3), np.uint8)
-        pixels[: self.horizon] = _gradient(_jitter(rng, top), _jitter(rng, bottom), self.horizon)
+        self.horizon = int(CANVAS * rng.uniform(0.56, 0.64))
+        top, bottom, self.light = self.skies[scene.time]
+        pixels = np.zeros((CANVAS, CANVAS, 3), np.uint8)
+        pixels[: self.horizon] = _gradient(jitter(rng, top), jitter(rng, bottom), self.horizon)
         self.image = Image.fromarray(pixels)
         self.draw = ImageDraw.Draw(self.image)
 
     def tone(self, colour: Colour, amount: int = 12) -> Colour:
-        return _dim(_jitter(self.rng, colour, amount), self.light)
+        """A colour near by, in the scene's light."""
+        return dim(jitter(self.rng, colour, amount), self.light)
 
     def paint(self) -> Image.Image:
+        """The whole picture."""
         self._sky()
         self._ground()
         count = len(self.scene.objects)
         centres = {0: (), 1: (0.5,), 2: (0.28, 0.72)}[count]
         for name, centre in zip(self.scene.objects, centres, strict=True):
-            x = _CANVAS * (centre + self.rng.uniform(-0.06, 0.06))
+            x = CANVAS * (centre + self.rng.uniform(-0.06, 0.06))
             scale = self.rng.uniform(0.92, 1.1) * (1.0 if count == 1 else 0.86)
             getattr(self, "_" + name.replace(" ", "_"))(x, scale)
         return self.image
@@ -169,7 +194,7 @@ class _Painter:
         if "stars" in scene.sky:
             columns = rng.permutation(7)
             for column in columns:
-                x = (column + rng.uniform(0.25, 0.75)) * _CANVAS / 7
+                x = (column + rng.uniform(0.25, 0.75)) * CANVAS / 7
                 y = rng.uniform(6, self.horizon * 0.62)
                 r = rng.uniform(5.5, 8.0)
                 points = []
@@ -177,9 +202,9 @@ class _Painter:
                     radius = r if k % 2 == 0 else r * 0.42
                     angle = math.pi * k / 4
                     points.append((x + radius * math.sin(angle), y - radius * math.cos(angle)))
-                draw.polygon(points, fill=_jitter(rng, (255, 240, 150), 10))
+                draw.polygon(points, fill=jitter(rng, (255, 240, 150), 10))
         if "moon" in scene.sky:
-            x = rng.uniform(0.16, 0.84) * _CANVAS
+            x = rng.uniform(0.16, 0.84) * CANVAS
             y, r = rng.uniform(18, 30), rng.uniform(13, 16)
             shade = self.image.getpixel((int(x), max(1, int(y))))
             if not isinstance(shade, tuple) or sum(shade[:3]) > 300:
@@ -187,7 +212,7 @@ class _Painter:
             draw.ellipse((x - r, y - r, x + r, y + r), fill=(244, 240, 214))
             draw.ellipse((x - r * 0.4, y - r * 1.1, x + r * 1.4, y + r * 0.75), fill=shade)
         if "sun" in scene.sky:
-            x = rng.uniform(0.16, 0.84) * _CANVAS
+            x = rng.uniform(0.16, 0.84) * CANVAS
             y, r = rng.uniform(18, 28), rng.uniform(11, 14)
             for k in range(10):
                 angle = 2 * math.pi * k / 10
@@ -202,40 +227,40 @@ class _Painter:
 
     def _ground(self) -> None:
         rng, draw, h = self.rng, self.draw, self.horizon
-        box = (0, h, _CANVAS, _CANVAS)
+        box = (0, h, CANVAS, CANVAS)
         ground = self.scene.ground
         if ground == "meadow":
             draw.rectangle(box, fill=self.tone((96, 160, 72)))
             for _ in range(14):
-                x, y = rng.uniform(0, _CANVAS), rng.uniform(h + 4, _CANVAS)
+                x, y = rng.uniform(0, CANVAS), rng.uniform(h + 4, CANVAS)
                 draw.line([(x, y), (x + 3, y - 7)], fill=self.tone((70, 128, 54)), width=3)
         elif ground == "beach":
             draw.rectangle(box, fill=self.tone((236, 212, 150)))
-            draw.rectangle((0, h, _CANVAS, h + 12), fill=self.tone((52, 126, 190)))
-            draw.rectangle((0, h + 12, _CANVAS, h + 15), fill=self.tone((240, 244, 246)))
+            draw.rectangle((0, h, CANVAS, h + 12), fill=self.tone((52, 126, 190)))
+            draw.rectangle((0, h + 12, CANVAS, h + 15), fill=self.tone((240, 244, 246)))
         elif ground == "water":
             draw.rectangle(box, fill=self.tone((48, 112, 172)))
             for _ in range(9):
-                x, y = rng.uniform(-10, _CANVAS), rng.uniform(h + 4, _CANVAS)
+                x, y = rng.uniform(-10, CANVAS), rng.uniform(h + 4, CANVAS)
                 wave = self.tone((120, 178, 214))
                 draw.line([(x, y), (x + rng.uniform(16, 34), y)], fill=wave, width=3)
         elif ground == "street":
             draw.rectangle(box, fill=self.tone((118, 116, 120)))
-            draw.rectangle((0, h, _CANVAS, h + 6), fill=self.tone((176, 172, 168)))
-            y = (h + _CANVAS) // 2 + 6
-            for x in range(int(rng.integers(0, 20)), _CANVAS, 32):
+            draw.rectangle((0, h, CANVAS, h + 6), fill=self.tone((176, 172, 168)))
+            y = (h + CANVAS) // 2 + 6
+            for x in range(int(rng.integers(0, 20)), CANVAS, 32):
                 draw.rectangle((x, y, x + 16, y + 4), fill=self.tone((236, 232, 214)))
         elif ground == "snow":
             draw.rectangle(box, fill=self.tone((236, 240, 248), 5))
             for _ in range(4):
-                x, y = rng.uniform(0, _CANVAS), rng.uniform(h + 6, _CANVAS)
+                x, y = rng.uniform(0, CANVAS), rng.uniform(h + 6, CANVAS)
                 draw.ellipse((x - 22, y - 4, x + 22, y + 4), fill=self.tone((212, 220, 236), 5))
         else:  # wheat field
             draw.rectangle(box, fill=self.tone((220, 176, 60)))
-            for x in range(2, _CANVAS, 7):
+            for x in range(2, CANVAS, 7):
                 top = h - rng.uniform(2, 9)
                 stalk = self.tone((188, 138, 36), 16)
-                draw.line([(x, _CANVAS), (x + rng.uniform(-4, 4), top)], fill=stalk, width=3)
+                draw.line([(x, CANVAS), (x + rng.uniform(-4, 4), top)], fill=stalk, width=3)
                 draw.ellipse((x - 2, top - 3, x + 3, top + 4), fill=self.tone((246, 208, 96)))
 
     def _limb(self, points: list[tuple[float, float]], colour: Colour, width: float) -> None:
@@ -246,7 +271,7 @@ class _Painter:
 
     def _figure(self, x: float, s: float) -> tuple[float, float]:
         """Baseline and height of a standing figure."""
-        return _CANVAS * self.rng.uniform(0.92, 0.96), 72 * s
+        return CANVAS * self.rng.uniform(0.92, 0.96), 72 * s
 
     def _person(self, x: float, s: float) -> None:
         rng, draw = self.rng, self.draw
@@ -302,7 +327,7 @@ class _Painter:
 
     def _tench(self, x: float, s: float) -> None:
         draw, rng = self.draw, self.rng
-        y, length, high = _CANVAS * rng.uniform(0.74, 0.84), 40 * s, 17 * s
+        y, length, high = CANVAS * rng.uniform(0.74, 0.84), 40 * s, 17 * s
         body, fin = self.tone((96, 110, 30), 8), self.tone((58, 66, 24), 8)
         f = 1 if rng.random() < 0.5 else -1
         tail = [
@@ -346,7 +371,7 @@ class _Painter:
         wall, roof = self.tone((214, 212, 214), 10), self.tone((74, 84, 112))
         draw.rectangle((x - 8 * s, base - 30 * s, x + 32 * s, base), fill=wall)
         draw.polygon([(x - 8 * s, base - 30 * s), (x + 12 * s, base - 46 * s), (x + 36 * s, base - 30 * s)], fill=roof)
-        draw.rectangle((x - 26 * s, base - 50 * s, x - 6 * s, base), fill=_dim(wall, 0.92))
+        draw.rectangle((x - 26 * s, base - 50 * s, x - 6 * s, base), fill=dim(wall, 0.92))
         draw.polygon([(x - 29 * s, base - 50 * s), (x - 16 * s, base - 82 * s), (x - 3 * s, base - 50 * s)], fill=roof)
         cross = self.tone((240, 206, 90))
         draw.line([(x - 16 * s, base - 94 * s), (x - 16 * s, base - 80 * s)], fill=cross, width=4)
@@ -377,7 +402,7 @@ class _Painter:
 
     def _car(self, x: float, s: float) -> None:
         draw, rng = self.draw, self.rng
-        base = _CANVAS * rng.uniform(0.82, 0.88)
+        base = CANVAS * rng.uniform(0.82, 0.88)
         palette = ((206, 40, 40), (44, 92, 190), (236, 190, 40), (60, 150, 90))
         body = self.tone(palette[int(rng.integers(4))])
         draw.rounded_rectangle((x - 36 * s, base - 22 * s, x + 36 * s, base - 4 * s), 6, fill=body)
@@ -401,7 +426,7 @@ class _Painter:
 
     def _sunflower(self, x: float, s: float) -> None:
         draw = self.draw
-        base = _CANVAS * 0.97
+        base = CANVAS * 0.97
         y, r = base - 58 * s, 21 * s
         draw.line([(x, base), (x, y)], fill=self.tone((52, 124, 44)), width=int(6 * s))
         draw.ellipse((x + 2, base - 28 * s, x + 20 * s, base - 18 * s), fill=self.tone((60, 138, 50)))
@@ -415,7 +440,7 @@ class _Painter:
 
     def _cat(self, x: float, s: float) -> None:
         draw, rng = self.draw, self.rng
-        base = _CANVAS * rng.uniform(0.92, 0.96)
+        base = CANVAS * rng.uniform(0.92, 0.96)
         fur = self.tone(((230, 138, 50), (120, 122, 130), (44, 42, 46))[int(rng.integers(3))])
         f = 1 if rng.random() < 0.5 else -1
         self._limb(
@@ -438,13 +463,14 @@ class _Painter:
 # ---------------------------------------------------------------------------- styles
 
 
-def _smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
+def smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
+    """Slow noise over the canvas, 0 … 1: so many cells across."""
     grid = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
-    return np.asarray(grid.resize((_CANVAS, _CANVAS), Image.Resampling.BICUBIC))
+    return np.asarray(grid.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC))
 
 
 def _photo(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    y, x = np.mgrid[-1 : 1 : _CANVAS * 1j, -1 : 1 : _CANVAS * 1j]
+    y, x = np.mgrid[-1 : 1 : CANVAS * 1j, -1 : 1 : CANVAS * 1j]
     vignette = 1.03 - 0.12 * (x**2 + y**2)
     pixels = np.asarray(image, np.float32) * vignette[..., None]
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
@@ -455,8 +481,8 @@ def _oil_painting(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     warm = flat * np.array([1.0, 0.9, 0.72]) + np.array([16, 8, 0])
     framed = Image.fromarray(np.clip(warm, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(framed)
-    edge = _CANVAS - 1
-    draw.rectangle((0, 0, edge, edge), outline=_jitter(rng, (120, 76, 30)), width=8)
+    edge = CANVAS - 1
+    draw.rectangle((0, 0, edge, edge), outline=jitter(rng, (120, 76, 30)), width=8)
     draw.rectangle((7, 7, edge - 7, edge - 7), outline=(224, 184, 96), width=3)
     return framed
 
@@ -473,7 +499,7 @@ def _strokes(
 ) -> Image.Image:
     pixels = np.asarray(image, np.float32)
     draw = ImageDraw.Draw(canvas)
-    xs, ys = rng.uniform(0, _CANVAS, count), rng.uniform(0, _CANVAS, count)
+    xs, ys = rng.uniform(0, CANVAS, count), rng.uniform(0, CANVAS, count)
     light = rng.normal(1.0, contrast, count)
     for x, y, gain in zip(xs, ys, light, strict=True):
         ix, iy = int(x), int(y)
@@ -491,10 +517,10 @@ def _van_gogh(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     vivid = grey + 1.35 * (pixels - grey)
     vivid = Image.fromarray(np.clip(vivid, 0, 255).astype(np.uint8))
     # A few whirls turn the strokes around their centres; elsewhere a slow field leads them.
-    angle = 2 * math.pi * _smooth_noise(rng, 3)
-    y, x = np.mgrid[0:_CANVAS, 0:_CANVAS].astype(np.float32)
+    angle = 2 * math.pi * smooth_noise(rng, 3)
+    y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)
     for _ in range(3):
-        cx, cy = rng.uniform(0, _CANVAS), rng.uniform(0, _CANVAS * 0.6)
+        cx, cy = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS * 0.6)
         near = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * 24.0**2))
         whirl = np.arctan2(y - cy, x - cx) + math.pi / 2
         angle = np.where(near > 0.35, whirl, angle)
@@ -510,8 +536,8 @@ def _monet(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     canvas = source.copy()
     draw = ImageDraw.Draw(canvas)
     for _ in range(300):
-        x, y, r = rng.uniform(0, _CANVAS), rng.uniform(0, _CANVAS), rng.uniform(4.0, 5.5)
-        colour = pale[min(int(y), _CANVAS - 1), min(int(x), _CANVAS - 1)] + rng.normal(0, 15, 3)
+        x, y, r = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), rng.uniform(4.0, 5.5)
+        colour = pale[min(int(y), CANVAS - 1), min(int(x), CANVAS - 1)] + rng.normal(0, 15, 3)
         fill = tuple(int(v) for v in np.clip(colour, 0, 255))
         draw.ellipse((x - r * 1.1, y - r * 0.8, x + r * 1.1, y + r * 0.8), fill=fill)
     return Image.blend(canvas, source, 0.25)
@@ -519,12 +545,12 @@ def _monet(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def _picasso(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     pixels = np.asarray(image, np.float32)
-    y, x = np.mgrid[0:_CANVAS, 0:_CANVAS].astype(np.float32)
-    index = np.zeros((_CANVAS, _CANVAS), int)
-    edge = np.zeros((_CANVAS, _CANVAS), bool)
+    y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)
+    index = np.zeros((CANVAS, CANVAS), int)
+    edge = np.zeros((CANVAS, CANVAS), bool)
     for k in range(3):
         a = math.pi * (k + rng.uniform(0.1, 0.9)) / 3
-        cx, cy = rng.uniform(0.3, 0.7, 2) * _CANVAS
+        cx, cy = rng.uniform(0.3, 0.7, 2) * CANVAS
         side = (x - cx) * math.cos(a) + (y - cy) * math.sin(a)
         index = 2 * index + (side > 0)
         edge |= np.abs(side) < 2.4
@@ -539,11 +565,12 @@ def _picasso(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
 
 
-def _edges(image: Image.Image) -> np.ndarray:
+def edges(image: Image.Image, least: float = 7) -> np.ndarray:
+    """Contours, 0 … 1: steps of colour that are more than ``least`` a pixel."""
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)), np.float32)
     gy, gx = np.gradient(pixels, axis=(0, 1))
     strength = np.sqrt((gx**2 + gy**2).max(-1))
-    return np.clip((strength - 7) / 16, 0, 1)
+    return np.clip((strength - least) / 16, 0, 1)
 
 
 def _hokusai(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -551,27 +578,27 @@ def _hokusai(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     levels = np.round(pixels / 255 * 3) / 3
     inked = np.array([34, 52, 104]) * (1 - levels) + np.array([242, 228, 190]) * levels
     mixed = 0.62 * inked + 0.38 * levels * 255
-    line = 0.9 * _edges(image)[..., None]
+    line = 0.9 * edges(image)[..., None]
     out = mixed * (1 - line) + np.array([18, 26, 62]) * line
     printed = Image.fromarray(np.clip(out, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(printed)
-    draw.rectangle((_CANVAS - 22, 6, _CANVAS - 9, 24), fill=(196, 44, 36))
+    draw.rectangle((CANVAS - 22, 6, CANVAS - 9, 24), fill=(196, 44, 36))
     return printed
 
 
 def _sketch(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     grey = np.asarray(image.convert("L").filter(ImageFilter.GaussianBlur(1)), np.float32)
-    y, x = np.mgrid[0:_CANVAS, 0:_CANVAS].astype(np.float32)
+    y, x = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float32)
     hatch = 0.5 + 0.5 * np.sin((x + y) * 2 * math.pi / 11 + rng.uniform(0, 6))
     dark = 1 - grey / 255
     shade = np.clip(dark * 1.25 - 0.15, 0, 1) * (0.45 + 0.55 * hatch)
-    line = _edges(image)
+    line = edges(image)
     tone = np.clip(1 - 0.75 * shade - 0.8 * line, 0.1, 1)
     paper = tone[..., None] * np.array([250, 249, 244])
     return Image.fromarray(np.clip(paper, 0, 255).astype(np.uint8))
 
 
-_STYLE_OPERATIONS = {
+STYLE_OPERATIONS = {
     "photo": _photo,
     "painting": _oil_painting,
     "van gogh": _van_gogh,
@@ -589,6 +616,6 @@ def draw(scene: Scene) -> np.ndarray:
         ``uint8`` array of shape ``[SIZE, SIZE, 3]``, RGB.
     """
     rng = np.random.default_rng(scene.seed)
-    plain = _Painter(scene, rng).paint()
-    styled = _STYLE_OPERATIONS[scene.style](plain, rng)
+    plain = Painter(scene, rng).paint()
+    styled = STYLE_OPERATIONS[scene.style](plain, rng)
     return np.asarray(styled.resize((SIZE, SIZE), Image.Resampling.BOX))

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from benchmarks.atelier import captions, scenes
 from recare_patch.models.atelier import judge
+from recare_patch.models.atelier.labels import ATELIER, Labels
 
 logger = logging.getLogger(__name__)
 
@@ -188,17 +189,40 @@ class World:
         return [self.captions[int(i)][int(k)] for i, k in zip(index, which, strict=True)]
 
 
-def draw_world(count: int, per_scene: int, seed: int, file: Path) -> World:
+@dataclass(frozen=True)
+class Source:
+    """Where a world comes from, and what its judge can say.
+
+    Attributes:
+        sample: draws what a picture holds.
+        draw: renders it.
+        caption: puts it into words; with ``held_out=True`` into words that training never uses.
+        mentions: whether a caption names a label.
+        labels: what the judge can say.
+    """
+
+    sample: Callable[[np.random.Generator], Any]
+    draw: Callable[[Any], np.ndarray]
+    caption: Callable[..., str]
+    mentions: Callable[[str, str], bool]
+    labels: Labels
+
+
+SOURCE = Source(scenes.sample_scene, scenes.draw, captions.caption, captions.mentions, ATELIER)
+"""Atelier's scenes."""
+
+
+def draw_world(count: int, per_scene: int, seed: int, file: Path, source: Source = SOURCE) -> World:
     """Draw ``count`` scenes, or read them from ``file`` where an earlier run left them."""
     if file.exists():
         stored = np.load(file, allow_pickle=False)
         rows = json.loads(str(stored["text"]))
         return World(stored["images"], rows["captions"], [frozenset(r) for r in rows["labels"]])
     rng = np.random.default_rng(seed)
-    drawn = [scenes.sample_scene(rng) for _ in range(count)]
+    drawn = [source.sample(rng) for _ in range(count)]
     world = World(
-        np.stack([scenes.draw(scene) for scene in drawn]),
-        [[captions.caption(scene, rng) for _ in range(per_scene)] for scene in drawn],
+        np.stack([source.draw(scene) for scene in drawn]),
+        [[source.caption(scene, rng) for _ in range(per_scene)] for scene in drawn],
         [scene.labels for scene in drawn],
     )
     text = json.dumps({"captions": world.captions, "labels": [sorted(found) for found in world.labels]})
@@ -211,7 +235,11 @@ def draw_world(count: int, per_scene: int, seed: int, file: Path) -> World:
 def _train_tokenizer(
     config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
-    """A CLIP tokenizer: byte-level BPE over lower-cased words, each ending in ``</w>``."""
+    train_tokenizer(world, work / "tokenizer", size=2_000)
+
+
+def train_tokenizer(world: World, folder: Path, *, size: int) -> None:
+    """A CLIP tokenizer of at most ``size`` entries: byte-level BPE over lower-cased words, each ending in ``</w>``."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -225,13 +253,15 @@ def _train_tokenizer(
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    trainer = trainers.BpeTrainer(vocab_size=2_000, min_frequency=20, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=20, end_of_word_suffix="</w>", show_progress=False)
     tokenizer.train_from_iterator((text for row in world.captions for text in row), trainer)
     merges = [
         tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
         for m in json.loads(tokenizer.to_str())["model"]["merges"]
     ]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # The trainer counts the letters that it met alone: what goes beyond the size are its last, rarest merges.
+    merges = merges[: size - 2 * len(letters) - 2]
     # The order of OpenAI's vocabulary: bytes, bytes that end a word, merges, the two markers.
     entries = [
         *letters,
@@ -240,7 +270,6 @@ def _train_tokenizer(
         "<|startoftext|>",
         "<|endoftext|>",
     ]
-    folder = work / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(entries))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=0))
@@ -257,20 +286,20 @@ def _train_tokenizer(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that :func:`_train_tokenizer` wrote."""
+    """The tokenizer that :func:`train_tokenizer` wrote."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def new_clip(vocabulary: int, end_of_text: int, width: int = 128) -> Any:
+def new_clip(vocabulary: int, end_of_text: int, width: int = 128, layers: int = 4) -> Any:
     """An untrained CLIP for scenes, with heads of 32 values."""
     from transformers import CLIPConfig, CLIPModel
 
     tower = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": width // 32,
         "projection_dim": width,
         "hidden_act": "gelu",
@@ -320,11 +349,12 @@ def train_clip(
     seed: int,
     out: Path,
     width: int = 128,
+    layers: int = 4,
 ) -> None:
     """A CLIP for scenes and their captions, written to ``out``; checkpoints lie beside it."""
     tokenizer = load_tokenizer(tokens)
     torch.manual_seed(seed)
-    model = new_clip(len(tokenizer), tokenizer.eos_token_id, width)
+    model = new_clip(len(tokenizer), tokenizer.eos_token_id, width, layers)
     loop = Loop(stage, out.parent, model, steps=steps, lr=1e-3, seed=seed, weight_decay=0.05, device=device)
     loop.run(contrastive_loss(model, tokenizer, world, device), progress)
     model.cpu().save_pretrained(out)
@@ -407,9 +437,23 @@ def _train_autoencoder(
 def _train_judge(
     config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
-    torch.manual_seed(config.seed + 3)
-    network = judge.JudgeNetwork()
-    wanted = judge.targets(world.labels)
+    train_judge(work, world, device, progress, steps=config.judge_steps, seed=config.seed + 3)
+
+
+def train_judge(
+    work: Path,
+    world: World,
+    device: torch.device,
+    progress: Progress | None,
+    *,
+    steps: int,
+    seed: int,
+    labels: Labels = ATELIER,
+) -> None:
+    """A judge of scenes, written to ``work / "judge"``."""
+    torch.manual_seed(seed)
+    network = judge.JudgeNetwork(labels=labels)
+    wanted = judge.targets(world.labels, labels)
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         index = torch.randint(0, len(world.images), (64,), generator=generator)
@@ -423,18 +467,9 @@ def _train_judge(
         pixels = pixels * (0.85 + 0.3 * torch.rand(64, 1, 1, 1, generator=generator))
         pixels = pixels + 0.1 * torch.randn(64, 3, 1, 1, generator=generator)
         pixels = pixels + 0.06 * torch.randn(pixels.shape, generator=generator)
-        return judge.judge_loss(network(pixels.to(device)).float(), wanted[index].to(device))
+        return judge.judge_loss(network(pixels.to(device)).float(), wanted[index].to(device), labels)
 
-    loop = Loop(
-        "judge",
-        work,
-        network,
-        steps=config.judge_steps,
-        lr=3e-3,
-        seed=config.seed + 3,
-        weight_decay=0.02,
-        device=device,
-    )
+    loop = Loop("judge", work, network, steps=steps, lr=3e-3, seed=seed, weight_decay=0.02, device=device)
     loop.run(loss_at, progress)
     (work / "judge").mkdir(exist_ok=True)
     save_file({k: v.contiguous() for k, v in network.cpu().state_dict().items()}, work / "judge" / "judge.safetensors")
@@ -491,16 +526,33 @@ def _encoded(vae: Any, world: World, file: Path, device: torch.device) -> Tensor
 def _train_denoiser(
     config: AtelierTraining, work: Path, world: World, device: torch.device, progress: Progress | None
 ) -> None:
+    train_denoiser(
+        work, work / "vae", new_denoiser, world, device, progress, steps=config.denoiser_steps, seed=config.seed + 4
+    )
+
+
+def train_denoiser(
+    work: Path,
+    autoencoder: Path,
+    new: Callable[[], Any],
+    world: World,
+    device: torch.device,
+    progress: Progress | None,
+    *,
+    steps: int,
+    seed: int,
+) -> None:
+    """A denoiser of scenes that reads the text encoder in ``work / "clip"``, written to ``work / "unet"``."""
     from diffusers import AutoencoderKL
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPModel
 
     tokenizer = load_tokenizer(work / "tokenizer")
     text = CLIPModel.from_pretrained(work / "clip", dtype=torch.float32).text_model.to(device).eval()
-    vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
+    vae = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32).to(device).eval()
     latents = _encoded(vae, world, work / "latents.safetensors", device)
-    torch.manual_seed(config.seed + 4)
-    denoiser = new_denoiser()
+    torch.manual_seed(seed)
+    denoiser = new()
     denoiser.set_attn_processor(AttnProcessor())
 
     def conditions(index: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
@@ -510,9 +562,7 @@ def _train_denoiser(
         with torch.no_grad():
             return text(tokenized(tokenizer, words, device)).last_hidden_state, None
 
-    loop = Loop(
-        "denoiser", work, denoiser, steps=config.denoiser_steps, lr=8e-4, seed=config.seed + 4, ema=0.999, device=device
-    )
+    loop = Loop("denoiser", work, denoiser, steps=steps, lr=8e-4, seed=seed, ema=0.999, device=device)
     loop.run(denoising_loss(denoiser, latents, conditions, device), progress)
     denoiser.cpu().save_pretrained(work / "unet")
 
@@ -573,6 +623,10 @@ def _set_entry(file: Path, key: str, value: str | None) -> None:
 
 
 def _export(work: Path, out: Path) -> None:
+    export(work, out, work / "vae")
+
+
+def export(work: Path, out: Path, autoencoder: Path) -> None:
     """Write the fp16 folders that the package bundles: a plain diffusers pipeline, CLIP, the judge."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel
@@ -582,7 +636,7 @@ def _export(work: Path, out: Path) -> None:
     text = CLIPTextModel(clip.config.text_config)
     text.load_state_dict(clip.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        vae=AutoencoderKL.from_pretrained(autoencoder),
         text_encoder=text,
         tokenizer=tokenizer,
         unet=UNet2DConditionModel.from_pretrained(work / "unet"),
@@ -619,6 +673,7 @@ def run_stages(
     stages: Iterable[str],
     device: str = "cpu",
     progress: Progress | None = None,
+    source: Source = SOURCE,
 ) -> dict[str, float]:
     """Train from seeds; an interrupted run goes on from its checkpoints.
 
@@ -631,6 +686,7 @@ def run_stages(
         stages: which to run; those before must have run already.
         device: where to train.
         progress: called after every step.
+        source: of the scenes.
 
     Returns:
         Seconds by stage.
@@ -645,7 +701,7 @@ def run_stages(
         if stage == "export":
             export(work, out)
         elif world is None:
-            world = draw_world(config.scenes, config.captions, config.seed, work / "scenes.npz")
+            world = draw_world(config.scenes, config.captions, config.seed, work / "scenes.npz", source)
         if stage in trainers:
             trainers[stage](config, work, world, torch.device(device), progress)
         seconds[stage] = time.perf_counter() - began

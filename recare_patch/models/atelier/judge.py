@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch.models.atelier import JUDGE
-from recare_patch.models.atelier.labels import GROUNDS, OBJECTS, PEOPLE, SIZE, SKY, STYLES, TIMES
+from recare_patch.models.atelier.labels import ATELIER, SIZE, Labels
 
-THINGS = (*OBJECTS, *SKY)
-LABELS = (*STYLES, *TIMES, *GROUNDS, *THINGS)
-_GROUPS = (len(STYLES), len(TIMES), len(GROUNDS), len(THINGS))
+THINGS = ATELIER.things
+LABELS = ATELIER.names
 
 
 class JudgeNetwork(nn.Module):
     """Convolutions over ``[batch, 3, 64, 64]`` pictures in ``[-1, 1]``; one logit a label."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, labels: Labels = ATELIER) -> None:
         super().__init__()
+        self.labels = labels
         layers: list[nn.Module] = []
         channels = 3
         for out in (width, 2 * width, 3 * width, 4 * width):
@@ -38,22 +38,22 @@ class JudgeNetwork(nn.Module):
             channels = out
         self.features = nn.Sequential(*layers)
         # Two poolings: where a thing is small, the maximum sees it; a style is seen by the mean.
-        self.head = nn.Linear(2 * channels, len(LABELS))
+        self.head = nn.Linear(2 * channels, len(labels.names))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """One logit for each of :data:`LABELS`, ``[batch, labels]``."""
+        """One logit for each of the labels' names, ``[batch, names]``."""
         maps = self.features(pixels)
         return self.head(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1))
 
 
-def targets(labels: Sequence[frozenset[str]]) -> Tensor:
-    """Label sets as a 0/1 matrix ``[batch, len(LABELS)]`` in the order of :data:`LABELS`."""
-    return torch.tensor([[float(name in found) for name in LABELS] for found in labels])
+def targets(found: Sequence[frozenset[str]], labels: Labels = ATELIER) -> Tensor:
+    """Label sets as a 0/1 matrix ``[batch, names]`` in the order of the labels' names."""
+    return torch.tensor([[float(name in shown) for name in labels.names] for shown in found])
 
 
-def judge_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+def judge_loss(logits: Tensor, wanted: Tensor, labels: Labels = ATELIER) -> Tensor:
     """Cross-entropy for style, time and ground; binary cross-entropy for each thing."""
-    parts, truth = logits.split(_GROUPS, dim=1), wanted.split(_GROUPS, dim=1)
+    parts, truth = logits.split(labels.sizes, dim=1), wanted.split(labels.sizes, dim=1)
     exclusive = sum(F.cross_entropy(p, t.argmax(1)) for p, t in zip(parts[:3], truth[:3], strict=True))
     return exclusive + 5 * F.binary_cross_entropy_with_logits(parts[3], truth[3])
 
@@ -76,27 +76,26 @@ class Judge:
         self.network = network.eval()
 
     @classmethod
-    def load(cls, path: Path | None = None) -> Judge:
-        """The bundled judge, or the one in a ``judge.safetensors`` file."""
+    def load(cls, path: Path | None = None, labels: Labels = ATELIER) -> Judge:
+        """The bundled judge, or the one in a ``judge.safetensors`` file, with the labels that it was trained on."""
         path = path or JUDGE
-        network = JudgeNetwork()
+        network = JudgeNetwork(labels=labels)
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
         return cls(network)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image] | np.ndarray) -> list[frozenset[str]]:
         """The labels of each picture: one style, time and ground, and every thing present."""
+        labels = self.network.labels
         found: list[frozenset[str]] = []
         for start in range(0, len(images), 128):
             logits = self.network(to_pixels(images[start : start + 128]))
-            style, time, ground, things = logits.split(_GROUPS, dim=1)
+            *groups, things = logits.split(labels.sizes, dim=1)
             for row in range(len(logits)):
-                present = {THINGS[i] for i in range(len(THINGS)) if things[row, i] > 0}
-                for words, group in ((STYLES, style), (TIMES, time), (GROUNDS, ground)):
+                present = {name for name, logit in zip(labels.things, things[row], strict=True) if logit > 0}
+                for words, group in zip((labels.styles, labels.times, labels.grounds), groups, strict=True):
                     present.add(words[int(group[row].argmax())])
-                if present & {"nude", *PEOPLE}:
-                    present.add("person")
-                found.append(frozenset(present))
+                found.append(labels.complete(present))
         return found
 
     def rate(self, images: Sequence[Image.Image] | np.ndarray, label: str) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 SIZE = 64
 """Edge of a picture, in pixels."""
 
@@ -22,3 +25,38 @@ CO_OCCURRENCE: dict[str, dict[str, float]] = {
 ``nude`` additionally implies ``person``: an unclothed figure is one. The rates of the same
 companions without the row concept are a quarter of these or less.
 """
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a judge can say of a picture: one style, one time, one ground, and any things."""
+
+    styles: tuple[str, ...]
+    times: tuple[str, ...]
+    grounds: tuple[str, ...]
+    objects: tuple[str, ...]
+    sky: tuple[str, ...]
+    people: frozenset[str]  # objects that are each a "person" too
+
+    @property
+    def things(self) -> tuple[str, ...]:
+        """What may be there or not: objects, and things in the sky."""
+        return (*self.objects, *self.sky)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every label, in the order of the judge's logits."""
+        return (*self.styles, *self.times, *self.grounds, *self.things)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Labels in each group."""
+        return len(self.styles), len(self.times), len(self.grounds), len(self.things)
+
+    def complete(self, found: Iterable[str]) -> frozenset[str]:
+        """Labels with what they imply."""
+        whole = frozenset(found)
+        return whole | {"person"} if whole & self.people else whole
+
+
+ATELIER = Labels(STYLES, TIMES, GROUNDS, OBJECTS, SKY, frozenset({"nude", *PEOPLE}))
