@@ -1,3 +1,4 @@
+from .building import build_care_set as build_care_set
 from .care_set import NAMES_CONCEPT as NAMES_CONCEPT
 from .care_set import CareSet as CareSet
 from .care_set import CareToken as CareToken
@@ -6,7 +7,14 @@ from .clip import FUNCTION_WORDS as FUNCTION_WORDS
 from .clip import MEDIUM_WORDS as MEDIUM_WORDS
 from .clip import Clip as Clip
 from .clip import default_clip as default_clip
-from .mining import build_care_set as build_care_set
+from .companions import OTHER_PROMPTS as OTHER_PROMPTS
+from .companions import OTHER_STEPS as OTHER_STEPS
+from .companions import OTHERS as OTHERS
+from .lexicon import is_about_minors as is_about_minors
+from .lexicon import is_barred as is_barred
+from .lexicon import known_names as known_names
+from .lexicon import known_styles as known_styles
+from .lexicon import known_words as known_words
 from .mining import concept_feature as concept_feature
 from .mining import guess_kind as guess_kind
 from .mining import score_concept as score_concept

@@ -280,7 +280,7 @@ def _words(clip: Clip) -> tuple[list[str], dict[str, int]]:
     return words, dict(Counter(reason for _, reason in fragments))
 
 
-def build_care_set(
+def mined_care_set(
     concept: Concept,
     images: Sequence[Image],
     clip: Clip,
@@ -289,7 +289,7 @@ def build_care_set(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CareSet:
-    """Find the benign concepts that come along with a concept in ``images`` of it from the untouched base.
+    """The published way: mine CLIP's own vocabulary in ``images`` of the concept, cluster it, refine the clusters.
 
     The default ``options`` suit the size of CLIP's vocabulary; ``seed`` is that of t-SNE and k-means. All
     mined tokens are listed, kept or dropped with the reason.

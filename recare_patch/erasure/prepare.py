@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recare_patch.careset import NAMES_CONCEPT, CareSet, build_care_set, concept_feature, score_concept
+from recare_patch.careset import (
+    NAMES_CONCEPT,
+    OTHER_PROMPTS,
+    OTHER_STEPS,
+    OTHERS,
+    CareSet,
+    build_care_set,
+    concept_feature,
+    is_about_minors,
+    is_barred,
+    known_names,
+    known_styles,
+    known_words,
+    score_concept,
+)
 from recare_patch.core import CareSetError, save_sheet
 from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts
 from recare_patch.erasure.stages import Run, stage_name
@@ -79,38 +93,44 @@ class Target:
         return self.care_set.words if self.care_set is not None else ()
 
     def words_around(self) -> tuple[list[str], Tensor, list[str]]:
-        """CLIP's words that do not name the concept, the cosine of each with it, and those that do.
+        """Words that do not name the concept, the cosine of each with it, and words that do.
 
-        Another name shows in the pictures: a word that the target images resemble about as much as the
-        concept itself, more than half way from the best guarded word. So does one that clustering put
-        among the names, unless it is farther from the concept than some guarded word ("Monet" beside
-        "Van Gogh" shares its cluster, and is a neighbour that must stay). Without pictures the words
-        themselves are compared. Names of the run's other concepts are in neither list.
+        The base has told another name from a companion where it was asked. Of the words that it was not asked about,
+        those are names that the target images resemble about as much as the concept itself, more than half way from
+        the best guarded word; without pictures the words themselves are compared. Names of the run's other concepts
+        are in neither list, nor is anything that a run of an unsafe concept never says.
         """
         if self.around is not None:
             return self.around
-        concept, clip, care_words = self.concept, self.run.clip, self.care_words
-        words, _ = clip.vocabulary()
-        if self.others:
-            words = [word for word in words if not any(names_concept(word, other) for other in self.others)]
+        concept, clip = self.concept, self.run.clip
+        things, manners = known_words(clip), {style.casefold() for style in known_styles(clip)}
+        words = list(dict.fromkeys([*things, *(word for word in known_names(clip) if word not in manners)]))
+        words = [word for word in words if not any(names_concept(word, other) for other in self.others)]
         features, own = clip.text_features(words), concept_feature(concept, clip)
         cosine = features @ own
         shown = self.shown if self.shown is not None else own
         resembled, itself = features @ shown, own @ shown
-        guarded = [k for k, word in enumerate(words) if word in care_words]
-        limit = cosine[guarded].max() if guarded else cosine.median()
+        guarded = [k for k, word in enumerate(words) if word in self.care_words]
         halfway = (itself + (resembled[guarded].max() if guarded else resembled.median())) / 2
         tokens = self.care_set.tokens if self.care_set is not None else ()
-        named = {token.text for token in tokens if token.reason == NAMES_CONCEPT}
-        kept, names = [], []
+        said = {token.text: token.reason == NAMES_CONCEPT for token in tokens}
+        kept, names, are_things = [], [], set(things)
         for k, word in enumerate(words):
-            clustered = word in named and cosine[k] > limit
-            if names_concept(word, concept) or resembled[k] > halfway or clustered:
+            if said.get(word, names_concept(word, concept) or bool(resembled[k] > halfway)):
                 names.append(word)
-            else:
+            elif word in are_things and not is_barred(word, concept):
                 kept.append(k)
+        names = [word for word in names if not is_about_minors(word)]
         self.around = [words[k] for k in kept], cosine[kept], names
         return self.around
+
+    def styles_around(self) -> list[str]:
+        """Manners that pictures are made in and that none of the run's concepts names, the nearest first."""
+        found = known_styles(self.run.clip, but=(self.concept, *self.others))
+        if not found:
+            return []
+        cosine = self.run.clip.text_features(found) @ concept_feature(self.concept, self.run.clip)
+        return [found[k] for k in cosine.argsort(descending=True).tolist()]
 
 
 def targets_of(run: Run) -> list[Target]:
@@ -164,10 +184,20 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
             given.save(file)
         run.wait()
     elif missing:
+        others = _other_pictures(run) if options.source == "base" else []
         with run.ledger.stage(stage_name("CARE-set", target.number)):
+            built = build_care_set(
+                target.concept,
+                images,
+                run.clip,
+                options,
+                base=run.base,
+                latents=target.latents,
+                others=others,
+                seed=run.recipe.seed,
+                progress=run.progress,
+            )
             if run.main:
-                seed = run.recipe.seed
-                built = build_care_set(target.concept, images, run.clip, options, seed=seed, progress=run.progress)
                 built.save(file)
             run.wait()
     found = CareSet.load(file)
@@ -187,13 +217,19 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
     target.care_set = found
 
 
+def _other_pictures(run: Run) -> list[Image]:
+    """Pictures of the plainest other things, once a run: what a companion must not be seen in as often."""
+    latents = run.pictures("other pictures", OTHER_PROMPTS, OTHERS, first_seed(run.recipe, 3), steps=OTHER_STEPS)
+    return run.base.decode_latents(latents)
+
+
 def neighbour_prompts(target: Target) -> list[str]:
-    """Two prompts of other things near the concept, for the preview."""
+    """Two prompts of other things of the concept's kind, near it, for the preview."""
+    if target.concept.kind == "style" and (styles := target.styles_around()):
+        return [target.concept.target_prompt_for(style) for style in styles[:2]]
     words, cosine, _ = target.words_around()
     order = [words[int(k)] for k in cosine.argsort(descending=True)]
-    near = [word for word in order if word not in target.care_words][:2]
-    style = target.concept.kind == "style"
-    return [target.concept.target_prompt_for(word) if style else f"A photo of {word}" for word in near]
+    return [f"A photo of {word}" for word in order if word not in target.care_words][:2]
 
 
 def prepare(target: Target, method: type[Method]) -> Context:
@@ -267,19 +303,18 @@ def _vocabulary_prompts(target: Target) -> list[str]:
     generator = torch.Generator().manual_seed(target.run.recipe.seed)
     near = cosine.argsort(descending=True).tolist()[: wanted // 2]
     others = [k for k in torch.randperm(len(words), generator=generator).tolist() if k not in set(near)]
-    prompts = []
-    for k in [*near, *others][:wanted]:
+    styles, prompts = target.styles_around()[:wanted], []
+    for number, k in enumerate([*near, *others][:wanted]):
         beside = words[int(torch.randint(0, len(words), (1,), generator=generator))]
-        prompts += [
-            f"A photo of {words[k]}",
-            f"A painting of {words[k]}",
-            # Prompts that people write have two things in them.
-            f"A painting of {beside} in the style of {words[k]}",
-            f"A photo of {beside} and {words[k]}",
-        ]
-        if concept.kind == "style":
-            prompts.append(concept.target_prompt_for(words[k]))
+        # Prompts that people write have two things in them, or a thing and a manner.
+        prompts += [f"A photo of {words[k]}", f"A painting of {words[k]}", f"A photo of {beside} and {words[k]}"]
+        if styles:
+            style = styles[number % len(styles)]
+            prompts.append(f"A painting of {words[k]} in the style of {style}")
+            if concept.kind == "style":
+                prompts.append(concept.target_prompt_for(style))
     # Shuffled, because only the first of them get pictures.
+    prompts = list(dict.fromkeys(prompts))
     return [prompts[k] for k in torch.randperm(len(prompts), generator=generator).tolist()]
 
 

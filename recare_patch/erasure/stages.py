@@ -135,8 +135,13 @@ class Run:
         """Where a stage keeps what it made."""
         return self.work / f"{stage.replace(' ', '-')}{ending}"
 
-    def pictures(self, stage: str, prompts: Sequence[str], count: int, first_seed: int) -> Tensor:
-        """Clean latents ``[count, c, h, w]`` of pictures of the prompts in turn, from the frozen base."""
+    def pictures(
+        self, stage: str, prompts: Sequence[str], count: int, first_seed: int, *, steps: int | None = None
+    ) -> Tensor:
+        """Clean latents ``[count, c, h, w]`` of pictures of the prompts in turn, from the frozen base.
+
+        With ``steps`` they are drawn in so few by the fast sampler: pictures for a look, and not to train on.
+        """
         each, crew = self.recipe.target_images.batch_size, self.base.crew
         batches = [range(start, min(start + each, count)) for start in range(0, count, each)]
         files = [self.file(stage, f"-{rows[0]:05d}.safetensors") for rows in batches]
@@ -149,7 +154,7 @@ class Run:
                 if here[k]:
                     done[k] = load_file(files[k])["latents"].to(self.base.device)
                 elif crew is None or k % crew.count == crew.index:
-                    done[k] = self._drawn([prompts[i % len(prompts)] for i in rows], first_seed + rows[0])
+                    done[k] = self._drawn([prompts[i % len(prompts)] for i in rows], first_seed + rows[0], steps)
                     # Latents decode to pictures: of unsafe concepts they stay in memory, and a
                     # resumed run draws them again from the same seeds.
                     if not self.unsafe or self.keep_images:
@@ -161,13 +166,16 @@ class Run:
                     done[k] = crew.send(done.get(k, place), k % crew.count)
         return torch.cat([done[k] for k in range(len(batches))])
 
-    def _drawn(self, prompts: list[str], first_seed: int) -> Tensor:
+    def _drawn(self, prompts: list[str], first_seed: int, few: int | None) -> Tensor:
         options = self.recipe.target_images
-        with scheduled(self.base.pipeline, options.scheduler):
+        scheduler = options.scheduler
+        if few is not None and hasattr(self.base.pipeline.scheduler, "alphas_cumprod"):
+            scheduler = "dpm-solver++"
+        with scheduled(self.base.pipeline, scheduler):
             return self.base.sample_latents(
                 self.base.encode_prompts(prompts),
                 [first_seed + k for k in range(len(prompts))],
-                steps=options.steps,
+                steps=min(options.steps, few or options.steps),
                 guidance_scale=options.guidance_scale,
                 batch_size=options.batch_size,
             )

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from recare_patch.core import ConceptError, Settings, one_of
 
@@ -59,6 +59,9 @@ class Concept(Settings):
 
     text: Annotated[str, AfterValidator(check_text)]
     kind: Annotated[Kind, BeforeValidator(one_of("kind", KINDS))]
+    aliases: tuple[Annotated[str, AfterValidator(check_text)], ...] = Field(
+        (), max_length=200, description="other names of it: erased with it, and never guarded or retained"
+    )
 
     @property
     def target_prompt(self) -> str:
@@ -79,6 +82,7 @@ class Concept(Settings):
             prompts = ["A photo of a nude person", "A photo of a naked person", "nude person", "nude"]
         else:
             prompts = [self.target_prompt_for(text), text]
+        prompts += [self.target_prompt_for(alias) for alias in self.aliases]
         # A text that brings its own article makes two of them alike.
         return tuple(dict.fromkeys(prompts))
 
@@ -99,6 +103,11 @@ class Concept(Settings):
     def slug(self) -> str:
         """Its name, fit for a folder."""
         return slug_of(self.text)
+
+    @property
+    def plain_prompt(self) -> str:
+        """The prompt that says no more than how its pictures are made: what a retain prompt adds its word to."""
+        return "A painting" if self.kind == "style" else "A photo"
 
     def anchor_prompt(self, token: str) -> str:
         """The prompt that a CARE-token offers as an anchor: what the concept is steered to."""
@@ -159,4 +168,5 @@ def names_concept(word: str, concept: Concept) -> bool:
     """Whether a word is one of the concept's own names, in the singular or plural, joined or apart."""
     folded = word.casefold()
     own = [*concept.words, concept.text.casefold(), "".join(concept.text.casefold().split())]
+    own += [alias.casefold() for alias in concept.aliases]
     return any(folded in (name, f"{name}s", f"{name}es") or name in (f"{folded}s", f"{folded}es") for name in own)

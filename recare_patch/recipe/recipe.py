@@ -24,6 +24,7 @@ SCHEDULES = ("cosine", "constant")
 SCHEDULERS = ("ddim", "dpm-solver++", "euler", "pndm", "unipc")
 STATES = ("target-images", "shared-rollout", "rollout")
 ADVERSARY_SPACES = ("words", "embeddings")
+CARE_SOURCES = ("base", "clip")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BASE_WEIGHTS = ("full", "int8", "nf4")
 
@@ -68,10 +69,15 @@ class TargetImageOptions(Settings):
 class CareSetOptions(Settings):
     """How the benign companions of the concept are found."""
 
+    source: Annotated[str, BeforeValidator(one_of("source of companions", CARE_SOURCES))] = Field(
+        "base",
+        description="base: words of the language that CLIP sees more in the concept's pictures than in others, and that "
+        "the base confirms; clip: the published way, CLIP's own vocabulary, of which the next keys speak",
+    )
     tokens_per_image: Count | None = Field(
         None, description="vocabulary tokens mined from each picture; null: by the vocabulary's size"
     )
-    keep: Count | None = Field(None, description="most frequent tokens that go on; null: by the vocabulary's size")
+    keep: Count | None = Field(None, description="most frequent tokens that go on, or at most so many companions; null: no limit of one's own")
     clusters: int = Field(7, ge=1, le=1000, description="clusters of the text features")
     clustering: bool = Field(True, description="drop the clusters nearest to the concept and farthest from it")
     refinement: bool = Field(True, description="drop tokens that pull their cluster towards the concept")
