@@ -7,6 +7,8 @@ from .clip import FUNCTION_WORDS as FUNCTION_WORDS
 from .clip import MEDIUM_WORDS as MEDIUM_WORDS
 from .clip import Clip as Clip
 from .clip import default_clip as default_clip
+from .companions import ASKED_AT as ASKED_AT
+from .companions import MOST_ASKED as MOST_ASKED
 from .companions import OTHER_PROMPTS as OTHER_PROMPTS
 from .companions import OTHER_STEPS as OTHER_STEPS
 from .companions import OTHERS as OTHERS
@@ -18,4 +20,5 @@ from .lexicon import known_words as known_words
 from .mining import concept_feature as concept_feature
 from .mining import guess_kind as guess_kind
 from .mining import score_concept as score_concept
+from .mining import shows as shows
 from .plot import plot_care_set as plot_care_set

@@ -34,12 +34,15 @@ BELONGS = 3.5
 how much further it leads towards the concept than words taken at random. Of words that have nothing to do with the
 concept one in a hundred passes, and a companion may be plain to one of the two and faint to the other."""
 
-PROPOSED, STATES, OTHERS = 13, 9, 12
+PROPOSED, ASKED_AT, OTHERS = 13, 9, 12
 """Words that the base is asked about, states that it is asked at, and pictures of other things: with these numbers all
 of it costs less than 400 denoiser evaluations."""
 
 OTHER_STEPS = 6
 _REFERENCES, _SUSPECTS = 10, 3
+
+MOST_ASKED = (2 + PROPOSED + _REFERENCES + _SUSPECTS) * ASKED_AT
+"""Denoiser evaluations that the base takes to confirm words, at most."""
 
 _LOOKED_AT = 64
 """Words of each list that CLIP reads beside all the other pictures' prompts too."""
@@ -117,7 +120,9 @@ def fits_beside(
 class BaseReading:
     """What the base predicts under prompts, at noised pictures of one concept: always at the same states."""
 
-    def __init__(self, base: BaseModel, latents: Tensor, concept: Concept, *, seed: int, states: int = STATES) -> None:
+    def __init__(
+        self, base: BaseModel, latents: Tensor, concept: Concept, *, seed: int, states: int = ASKED_AT
+    ) -> None:
         """Noise clean latents ``[pictures, c, h, w]``, spread evenly over the pictures and the process."""
         self.base, self.concept = base, concept
         generator = torch.Generator().manual_seed(seed)

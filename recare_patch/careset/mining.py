@@ -369,12 +369,20 @@ def score_concept(images: Sequence[Image], clip: Clip, concept: Concept) -> Conc
     """Measure whether its target images show a concept rather than anything plain; 0 for no images."""
     if not len(images):
         return ConceptScore()
-    seen = clip.image_features(images)
     own = [name for name in concept.name_prompts if name != concept.text] or [concept.text]
-    best = (seen @ clip.text_features(own).T).amax(1)
-    plain = (seen @ clip.text_features(_NEUTRAL[concept.kind]).T).amax(1)
-    margin = best - plain
+    margin = _margin(images, clip, own, _NEUTRAL[concept.kind])
     return ConceptScore(float((margin > 0).float().mean()), float(margin.mean()))
+
+
+def shows(images: Sequence[Image], clip: Clip, own: Sequence[str], rivals: Sequence[str]) -> list[bool]:
+    """Whether each picture is more like one of some texts than like any of others."""
+    return [bool(one > 0) for one in _margin(images, clip, own, rivals)]
+
+
+def _margin(images: Sequence[Image], clip: Clip, own: Sequence[str], rivals: Sequence[str]) -> Tensor:
+    seen = clip.image_features(images)
+    best, other = ((seen @ clip.text_features(list(texts)).T).amax(1) for texts in (own, rivals))
+    return best - other
 
 
 def guess_kind(

@@ -32,6 +32,7 @@ from recare_patch.recipe import KINDS, PRESETS, WEIGHTS_NAME, Concept, Recipe, l
 @flag("--together", "One patch that erases all the concepts.")
 @option("--stack FOLDER", "Stack the concepts' patches into one file afterwards, exactly.", cli.FOLDER, into="stacked")
 @option("--kind KIND", f"{' | '.join(KINDS)}.  [default: a recipe's, else guessed]")
+@option("--alias NAME", "Another name of the concept, erased with it; repeatable.", into="aliases", multiple=True)
 @cli.recipe_option("replace_with", "--replace-with")
 @option(
     "--from TEXT",
@@ -75,6 +76,7 @@ def erase(
     subject: str | None,
     base: str | None,
     clip: str | None,
+    aliases: tuple[str, ...],
     **run: Any,
 ) -> None:
     """Erase a concept from a base model and save the patch.
@@ -95,6 +97,8 @@ def erase(
     if "adapter.rank" in named:
         named.setdefault("adapter.alpha", float(named["adapter.rank"]))
     overrides = {**preset_overrides(preset), **cli.overrides_from(assignments, named)}
+    if aliases:
+        overrides["concept.aliases"] = list(aliases)
     texts = [*concepts, *(_listed(concepts_file) if concepts_file is not None else ())]
     if resume and not texts and recipe is None and out is not None:
         recipe = _recipe_of_run(out)
@@ -204,6 +208,8 @@ def _check_several(plans: Sequence[Recipe], stacked: Path | None, named: dict[st
     for given, key in (("--continue-from", "continue_from"), ("--care-set", "care_set.file")):
         if key in named and len(plans) > 1:
             raise RecipeError(f"{given} is for one patch, and there would be {len(plans)}")
+    if len(plans) > 1 and plans[0].concept.aliases:
+        raise RecipeError(f"--alias is of one concept, and there are {len(plans)}")
     if stacked is not None and len(plans) < 2:
         raise RecipeError("--stack is for several patches, and there is one")
 
@@ -245,6 +251,15 @@ def _report(concept: str, result: Any) -> None:
     spent = [f"{seconds:.0f} s"] if isinstance(seconds, int | float) else []
     spent += [f"{evaluations:,} denoiser evaluations"] if isinstance(evaluations, int) else []
     echo(f"Erased {concept}{': ' + ', '.join(spent) if spent else ''}.")
+    measured, seen = result.cost.get("measured"), result.cost.get("seen")
+    if measured:
+        echo(
+            f"The run's own measure: {measured['gone']:.2f} of the concept gone (bar {measured['bars']['gone']:g}), "
+            f"retained prompts drifted by {measured['drift']:.2f} (bar {measured['bars']['drift']:g})."
+        )
+    if seen:
+        told = [f"{one['what']} in {one['after']} of {one['of']}, before {one['before']}" for one in seen]
+        echo(f"CLIP sees in the preview: {'; '.join(told)}.")
     echo(f"Patch: {folder}")
     if (folder / "preview.png").is_file():
         echo(f"Before and after: {folder / 'preview.png'}")
@@ -282,8 +297,8 @@ def plan(
     recare-patch plan --base path/to/pipeline --vram 6
     recare-patch plan --recipe tench-sd-1.5 --checkpointing
 
-    Evaluations are exact. Memory and time are estimates: tensors are added up on a model without values,
-    and operations divided by the device's speed. No weights are read.
+    Evaluations are exact, or the most where a run measures when to end. Memory and time are estimates: tensors are
+    added up on a model without values, and operations divided by the device's speed. No weights are read.
     """
     cli.quiet_libraries()
     overrides = cli.overrides_from(assignments)
@@ -310,7 +325,8 @@ def plan(
     )
     echo(f"Patch: {found.patch_bytes / 1e6:.2f} MB")
     source = "as given" if tflops is not None else f"{UTILIZATION:.0%} of a matrix product on {place}"
-    sure = "exact" if made.search.patience is None else "the most that there can be"
+    ends = made.erase.ends == "steps" and made.search.patience is None and made.care_set.source == "clip"
+    sure = "exact" if ends else "the most that there can be"
     echo(
         f"Evaluations are {sure}; memory and time are estimates, at {speed / 1e12:.3g} TFLOP/s ({source}). "
         "training.json will say what it was."

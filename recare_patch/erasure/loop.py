@@ -73,6 +73,30 @@ class Carried(Protocol):
         """Go on from what :meth:`state` returned."""
 
 
+class Watch(Carried, Protocol):
+    """Looks at what a loop has reached, every so many steps, and may end it or slow it down.
+
+    Attributes:
+        every: steps between two looks; the last step is looked at too.
+        rate: what the learning rate is multiplied by.
+        over: whether the loop has reached what it was after.
+    """
+
+    every: int
+
+    @property
+    def rate(self) -> float: ...  # noqa: D102
+
+    @property
+    def over(self) -> bool: ...  # noqa: D102
+
+    def look(self) -> None:
+        """Measure the parameters as they stand."""
+
+    def settle(self) -> None:
+        """The loop has ended."""
+
+
 _BETTER = 1e-3
 """By what share a held-out loss must fall to be a new best: it creeps on long after it has said all."""
 
@@ -90,6 +114,8 @@ class EarlyStop:
         self.parameters, self.held_out, self.patience, self.every = parameters, held_out, patience, every
         self._best, self._since = math.inf, 0
         self._kept = [parameter.detach().clone() for parameter in parameters]
+
+    rate = 1.0
 
     @property
     def over(self) -> bool:  # noqa: D102
@@ -238,7 +264,7 @@ def fit(
     loop: Loop,
     *,
     carried: Carried | None = None,
-    stop: EarlyStop | None = None,
+    stop: Watch | None = None,
 ) -> Fitted:
     """Minimise a loss over ``parameters``, which come in an order that does not change between runs.
 
@@ -264,6 +290,8 @@ def fit(
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, loop.learning_rate, loop.schedule)
+            if stop is not None:
+                group["lr"] *= stop.rate
         loss = loss_at(step, step_generator(loop.seed, loop.stage, step))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"{loop.stage}: the loss is {loss.item()} at step {step}")

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS
 from recare_patch.core import RecipeError
 from recare_patch.erasure.methods import Work
 from recare_patch.erasure.stages import attach, stage_name
@@ -47,7 +48,7 @@ _WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.5625}
 def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, int]:
     """Denoiser evaluations of every stage, as ``training.json`` will count them.
 
-    Inversions that may end early are counted with all their steps; ``sampler_steps`` is how often the base's
+    What may end early, or ask about fewer words, is counted at its most; ``sampler_steps`` is how often the base's
     scheduler calls the denoiser for a picture, by default as often as the recipe has steps.
 
     Raises:
@@ -63,7 +64,13 @@ def _works(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, Work]:
     method, images = METHODS.get(recipe.method), recipe.target_images
     picture = (sampler_steps or images.steps) * (2 if images.guidance_scale > 1 else 1)
     found: dict[str, Work] = {}
+    confirmed = method.needs.care_set and recipe.care_set.source == "base" and recipe.care_set.file is None
+    if confirmed:
+        few = min(images.steps, OTHER_STEPS) * (2 if images.guidance_scale > 1 else 1)
+        found["other pictures"] = Work(OTHERS * few)
     for number in range(len(recipe.concepts)):
+        if confirmed:
+            found[stage_name("CARE-set", number)] = Work(MOST_ASKED, predicted=ASKED_AT)
         if method.needs.target_images:
             found[stage_name("target images", number)] = Work(images.count * picture)
         if method.needs.retained_images:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from recare_patch.careset import (
     known_styles,
     known_words,
     score_concept,
+    shows,
 )
 from recare_patch.core import CareSetError, save_sheet
 from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts
@@ -41,6 +42,9 @@ RELATED_WORDS = 50
 
 _SEED_STRIDE = 1_000_003
 _BLOCKS = 10
+_LOOKED_AT, _LOOK_STEPS = 12, 8
+"""Pictures of a concept, and steps of each, when a run looks whether it is still there."""
+
 """Blocks of seeds that a concept may use."""
 
 
@@ -68,6 +72,7 @@ class Target:
         shown: mean CLIP feature of the target images, ``[width]``; None where none are drawn.
         care_set: its companions, where the method needs them.
         around: what :meth:`words_around` found: a large vocabulary takes a while to encode.
+        seen_by_clip: whether CLIP sees it in its target images.
     """
 
     run: Run
@@ -79,6 +84,7 @@ class Target:
     shown: Tensor | None = None
     care_set: CareSet | None = None
     around: tuple[list[str], Tensor, list[str]] | None = None
+    seen_by_clip: bool = False
 
     @property
     def asked(self) -> str:
@@ -152,6 +158,7 @@ def draw_target(target: Target) -> list[Image]:
     target.latents = run.pictures(stage_name("target images", target.number), prompts, count, seed)
     images = run.base.decode_latents(target.latents)
     score = score_concept(images, run.clip, concept)
+    target.seen_by_clip = score.drawn
     if not score.drawn:
         run.warn(
             f"the base may not draw '{concept.text}': {score.share:.0%} of its {len(images)} "
@@ -221,6 +228,37 @@ def _other_pictures(run: Run) -> list[Image]:
     """Pictures of the plainest other things, once a run: what a companion must not be seen in as often."""
     latents = run.pictures("other pictures", OTHER_PROMPTS, OTHERS, first_seed(run.recipe, 3), steps=OTHER_STEPS)
     return run.base.decode_latents(latents)
+
+
+def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
+    """What draws a few pictures of the concepts as the model stands, and tells in what share CLIP still sees one.
+
+    None where CLIP does not see the concepts in the base's own pictures: it would see nothing in any.
+    """
+    run, rows = targets[0].run, []
+    for target in targets:
+        concept = target.concept
+        if target.attribute is not None or run.recipe.replace_with is not None or not target.seen_by_clip:
+            continue
+        words = [*target.care_words, *target.words_around()[0][:_LOOKED_AT]][:_LOOKED_AT]
+        texts = [*concept.name_prompts[:4], *map(concept.composed_prompt, words)]
+        rows += [(concept, target.care_words, texts[k % len(texts)]) for k in range(_LOOKED_AT)]
+    if not rows:
+        return None
+    seeds, own = (
+        [first_seed(run.recipe, 4) + k for k in range(len(rows))],
+        run.base.encode_prompts([r[2] for r in rows]),
+    )
+
+    def still_seen() -> float:
+        latents = run.sampled(own, seeds, steps=_LOOK_STEPS)
+        images, count = run.base.decode_latents(latents), 0
+        for image, (concept, words, _) in zip(images, rows, strict=True):
+            rivals = [*OTHER_PROMPTS, *map(concept.retain_prompt, words)]
+            count += shows([image], run.clip, concept.name_prompts, rivals)[0]
+        return count / len(rows)
+
+    return still_seen
 
 
 def neighbour_prompts(target: Target) -> list[str]:

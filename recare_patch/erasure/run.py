@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +21,18 @@ from recare_patch.core import (
     OutputError,
     Progress,
     ResumeError,
-    SheetRow,
     claim_folder,
     file_sha256,
     launched_together,
     save_sheet,
-    sheet,
     write_json,
     write_text,
 )
 from recare_patch.erasure import prepare
 from recare_patch.erasure.methods import Method
+from recare_patch.erasure.preview import Preview, draw_preview
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch
-from recare_patch.models import BaseModel, device_name, load_base, lora, scheduled, versions
+from recare_patch.models import BaseModel, device_name, load_base, lora, versions
 from recare_patch.patch import (
     FORMATS,
     Erased,
@@ -190,7 +189,8 @@ def erase(
             run = Run(recipe, work, base, clip, progress or NullProgress(), save_target_images)
             run.wait()
             patch, found, targets = _train(run, method, care_set, earlier)
-        drawn = _preview(run, targets, patch) if preview else None
+        _tell_measured(run)
+        drawn = draw_preview(run, targets, patch) if preview else None
         cost = _finish(run, out, patch, found, chosen, drawn)
         if crew is not None:
             crew.wait()
@@ -248,6 +248,7 @@ def _train(
             made.append(method(prepare.prepare(target, method)))
             made[-1].search(Stages(run, number=target.number))
         care_set = _all_companions(targets)
+        run.still_seen = prepare.looker(targets) if method.needs.care_set else None
         with Stages(run).adapter(recipe.seed) as stages:
             method.erase(made, stages)
             metadata = PatchMetadata.describe(recipe, run.base, care_set, versions(PACKAGES))
@@ -270,39 +271,21 @@ def _all_companions(targets: Sequence[prepare.Target]) -> CareSet | None:
     return found[0].model_copy(update={"tokens": tuple(tokens[name] for name in order)})
 
 
-def _preview(run: Run, targets: Sequence[prepare.Target], patch: Patch) -> Image:
-    """Pictures before and after, three seeds each: what is erased, companions, neighbours."""
-    base, options, prompts = run.base, run.recipe.target_images, []
-    for target in targets:
-        prompts.append(("replaced" if run.recipe.replace_with else "erased", target.asked))
-        prompts += [("kept", target.concept.retain_prompt(word)) for word in target.care_words[:3]]
-        prompts += [("neighbour", prompt) for prompt in prepare.neighbour_prompts(target)]
-    first = prepare.first_seed(run.recipe, 7)
-    texts = [prompt for _, prompt in prompts for _ in range(3)]
-    seeds = [first + k for _ in prompts for k in range(3)]
-
-    def draw() -> list[Image]:
-        with scheduled(base.pipeline, options.scheduler):
-            return base.generate(
-                texts, seeds, steps=options.steps, guidance_scale=options.guidance_scale, batch_size=options.batch_size
-            )
-
-    run.progress.update("preview", 0, 2)
-    before = draw()
-    run.progress.update("preview", 1, 2)
-    with patch.apply(base.pipeline):
-        after = draw()
-    run.progress.update("preview", 2, 2)
-    rows = [
-        SheetRow(f"{role}: {prompt}", [*before[3 * i : 3 * i + 3], *after[3 * i : 3 * i + 3]])
-        for i, (role, prompt) in enumerate(prompts)
-    ]
-    title = f"{run.recipe.title} · {run.recipe.method}"
-    return sheet(rows, ["before"] * 3 + ["after"] * 3, title, blur=run.unsafe)
+def _tell_measured(run: Run) -> None:
+    """Say loudly where a run missed its own bars; its patch is written all the same."""
+    governor = run.governor
+    if governor is None or governor.reached:
+        return
+    last, bars = governor.last, governor.bars
+    run.warn(
+        f"the run ended at its last step short of its bars: {last.gone:.2f} of the concept gone (bar {bars.gone:g}), "
+        f"retained prompts drifted by {last.drift:.2f} (bar {bars.drift:g}); look at preview.png, and give it more "
+        "--steps"
+    )
 
 
 def _finish(
-    run: Run, out: Path, patch: Patch, care_set: CareSet | None, file_formats: Sequence[str], preview: Image | None
+    run: Run, out: Path, patch: Patch, care_set: CareSet | None, file_formats: Sequence[str], preview: Preview | None
 ) -> dict[str, Any]:
     """Write the patch and what belongs to it; the weights come last: a folder that has them is a whole patch."""
     stages = run.ledger.stages
@@ -319,6 +302,8 @@ def _finish(
         "device": device_name(run.base.device),
         "stages": stages,
         "losses": run.losses,
+        **({"measured": run.governor.told()} if run.governor is not None else {}),
+        **({"seen": [asdict(one) for one in preview.seen]} if preview is not None else {}),
         **run.notes,
         "warnings": run.warnings,
     }
@@ -327,7 +312,7 @@ def _finish(
         care_set.save(out / "care_set.json")
     write_json(out / "training.json", cost)
     if preview is not None:
-        save_sheet(preview, out / "preview.png")
+        save_sheet(preview.sheet, out / "preview.png")
     previews = ["preview.png"] if preview is not None else []
     write_text(out / "README.md", card_text(patch.metadata, cost, previews=previews))
     if "kohya" in file_formats and has_kohya_names(patch):

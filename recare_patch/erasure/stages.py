@@ -23,7 +23,9 @@ from recare_patch.recipe import Recipe
 
 if TYPE_CHECKING:
     from recare_patch.careset import Clip
+    from recare_patch.erasure.gauge import Governor
     from recare_patch.erasure.methods import LossMethod
+    from recare_patch.models import PromptEmbeds
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,8 @@ class Run:
         losses: loop → the loss of every step.
         notes: further figures for ``training.json``.
         ground: an earlier patch's adapter that the run goes on from, by component; empty without one.
+        governor: what ended the erasing, where it was measured.
+        still_seen: draws a few pictures as the model stands, and tells in what share of them CLIP sees a concept.
     """
 
     def __init__(
@@ -109,6 +113,8 @@ class Run:
         self.losses: dict[str, list[float]] = {}
         self.notes: dict[str, float] = {}
         self.ground: dict[str, dict[str, Tensor]] = {}
+        self.governor: Governor | None = None
+        self.still_seen: Callable[[], float] | None = None
 
     def warn(self, sentence: str) -> None:
         """Tell the user now, and again at the end."""
@@ -167,15 +173,20 @@ class Run:
         return torch.cat([done[k] for k in range(len(batches))])
 
     def _drawn(self, prompts: list[str], first_seed: int, few: int | None) -> Tensor:
+        seeds = [first_seed + k for k in range(len(prompts))]
+        return self.sampled(self.base.encode_prompts(prompts), seeds, steps=few)
+
+    def sampled(self, embeds: PromptEmbeds, seeds: Sequence[int], *, steps: int | None = None) -> Tensor:
+        """Clean latents ``[len(seeds), c, h, w]`` that the model draws as it stands; ``steps`` as for pictures."""
         options = self.recipe.target_images
         scheduler = options.scheduler
-        if few is not None and hasattr(self.base.pipeline.scheduler, "alphas_cumprod"):
+        if steps is not None and hasattr(self.base.pipeline.scheduler, "alphas_cumprod"):
             scheduler = "dpm-solver++"
         with scheduled(self.base.pipeline, scheduler):
             return self.base.sample_latents(
-                self.base.encode_prompts(prompts),
-                [first_seed + k for k in range(len(prompts))],
-                steps=min(options.steps, few or options.steps),
+                embeds,
+                list(seeds),
+                steps=min(options.steps, steps or options.steps),
                 guidance_scale=options.guidance_scale,
                 batch_size=options.batch_size,
             )
@@ -212,24 +223,38 @@ class Stages:
         with self.run.ledger.stage(stage_name(stage, self.number)):
             yield
 
-    def fit(self, stage: str, loss_at: LossAt, steps: int, *, every: int = 20, carried: Carried | None = None) -> None:
+    def fit(
+        self,
+        stage: str,
+        loss_at: LossAt,
+        steps: int,
+        *,
+        every: int = 20,
+        carried: Carried | None = None,
+        rate: float | None = None,
+        governed: Callable[[], Governor] | None = None,
+    ) -> Governor | None:
         """Train the adapter.
 
         Args:
             stage: its name, a different one for each.
             every: checkpoints fall on multiples of this many steps.
             carried: what else goes on where it stopped.
+            rate: of learning; None: the recipe's of the erasing.
+            governed: makes what ends the loop before its last step, and steers it on the way; it is returned.
         """
         run, options = self.run, self.run.recipe.erase
         loop = replace(
-            self._loop(stage, steps, options.learning_rate),
+            self._loop(stage, steps, rate or options.learning_rate),
             optimizer=options.optimizer,
-            schedule=options.schedule,
+            schedule=options.schedule if governed is None else "constant",
             save_every=every,
             crew=run.base.crew,
         )
         with run.ledger.stage(loop.stage):
-            run.losses[loop.stage] = fit(self.parameters, loss_at, loop, carried=carried).losses
+            governor = governed() if governed is not None else None
+            run.losses[loop.stage] = fit(self.parameters, loss_at, loop, carried=carried, stop=governor).losses
+        return governor
 
     def _loop(self, stage: str, steps: int, learning_rate: float) -> Loop:
         run, stage = self.run, stage_name(stage, self.number)
@@ -261,7 +286,17 @@ class Stages:
 
         hunters = [one.adversaries for one in methods if one.adversaries is not None]
         carried = hunters[0] if len(hunters) == 1 else _AllCarried(hunters) if hunters else None
-        self.fit("erase", loss_at, recipe.erase.steps * count, every=20 * count, carried=carried)
+        options, steps = recipe.erase, recipe.erase.steps * count
+        if options.ends == "steps":
+            self.fit("erase", loss_at, steps, every=20 * count, carried=carried)
+            return
+        from recare_patch.erasure.gauge import Governor
+
+        def governed() -> Governor:
+            bars = {"gone": options.gone, "drift": options.drift}
+            return Governor(methods, recipe.seed, **bars, still_seen=self.run.still_seen, carried=carried)
+
+        self.run.governor = self.fit("erase", loss_at, steps, every=20 * count, governed=governed)
 
     def once(self, stage: str, make: Callable[[torch.Generator], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` returns from a generator for all of its draws, or from the disk where it was made before."""

@@ -25,6 +25,7 @@ SCHEDULERS = ("ddim", "dpm-solver++", "euler", "pndm", "unipc")
 STATES = ("target-images", "shared-rollout", "rollout")
 ADVERSARY_SPACES = ("words", "embeddings")
 CARE_SOURCES = ("base", "clip")
+ENDS = ("measured", "steps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BASE_WEIGHTS = ("full", "int8", "nf4")
 
@@ -71,13 +72,13 @@ class CareSetOptions(Settings):
 
     source: Annotated[str, BeforeValidator(one_of("source of companions", CARE_SOURCES))] = Field(
         "base",
-        description="base: words of the language that CLIP sees more in the concept's pictures than in others, and that "
-        "the base confirms; clip: the published way, CLIP's own vocabulary, of which the next keys speak",
+        description="base: words of the language that CLIP sees more in the concept's pictures than in others, and "
+        "that the base confirms; clip: the published way, CLIP's own vocabulary, of which the next keys speak",
     )
     tokens_per_image: Count | None = Field(
         None, description="vocabulary tokens mined from each picture; null: by the vocabulary's size"
     )
-    keep: Count | None = Field(None, description="most frequent tokens that go on, or at most so many companions; null: no limit of one's own")
+    keep: Count | None = Field(None, description="most frequent tokens that go on; at most so many companions")
     clusters: int = Field(7, ge=1, le=1000, description="clusters of the text features")
     clustering: bool = Field(True, description="drop the clusters nearest to the concept and farthest from it")
     refinement: bool = Field(True, description="drop tokens that pull their cluster towards the concept")
@@ -90,6 +91,9 @@ class SearchOptions(Settings):
 
     rounds: int = Field(2, ge=0, le=100, description="how often to erase and invert; 0: no search")
     erase_steps: Count = Field(30, description="training steps of each erasure")
+    erase_learning_rate: Rate | None = Field(
+        None, description="of each erasure, its highest value; null: a quarter of erase.learning_rate, as published"
+    )
     inversion_steps: Count = Field(48, description="training steps of each inversion")
     batch_size: Count = Field(8, description="states a step")
     learning_rate: Rate = Field(2.0e-2, description="of the inversion")
@@ -132,7 +136,25 @@ class AdversaryOptions(Settings):
 class EraseOptions(Settings):
     """The training that makes the patch."""
 
-    steps: Count = Field(130, description="training steps of the patch")
+    ends: Annotated[str, BeforeValidator(one_of("end of the training", ENDS))] = Field(
+        "measured",
+        description="measured: when the concept has gone and nothing retained has drifted, as the run sees itself, at "
+        "the latest after `steps`; steps: after `steps`, on the schedule",
+    )
+    gone: float = Field(
+        0.5,
+        gt=0,
+        le=10,
+        description="bar of the first: what share of what the concept's prompts say along its own direction must be "
+        "gone before pictures are looked at; where they still show it, the bar rises",
+    )
+    drift: float = Field(
+        0.15,
+        gt=0,
+        le=10,
+        description="bar of the second: how far retained prompts may drift, as a share of what they say",
+    )
+    steps: Count = Field(130, description="training steps of the patch, at most")
     batch_size: Count = Field(3, description="states a step")
     learning_rate: Rate = Field(2.0e-3, description="its highest value")
     optimizer: Annotated[str, BeforeValidator(one_of("optimizer", OPTIMIZERS))] = Field(

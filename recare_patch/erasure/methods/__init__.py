@@ -215,11 +215,13 @@ class LossMethod(Method):
         context: what it was given.
         names: embeddings of what names the concept, a row each.
         adversaries: what else changes while the loop runs, and must go on where it stopped.
+        retain_scale: by how much the run has raised the weight of what must not change.
     """
 
     context: Context
     names: PromptEmbeds
     adversaries: Adversaries | None = None
+    retain_scale: float = 1.0
 
     @abstractmethod
     def loss(self, latents: Tensor, timesteps: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:

@@ -50,6 +50,8 @@ class ESD(LossMethod):
         caution="ESD guards nothing: what goes along with the concept may fade with it.",
         replaces="the prediction under the concept's prompt becomes that under the replacement's",
         separates="what the attribute adds to the subject's prompts is taken away",
+        # The baseline trains as published.
+        defaults={"erase.ends": "steps"},
     )
 
     def __init__(self, context: Context) -> None:

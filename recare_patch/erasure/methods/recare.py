@@ -88,6 +88,7 @@ class ReCARE(LossMethod):
     @classmethod
     def work(cls, recipe: Recipe) -> Mapping[str, Work]:
         """The search's stages for each concept, then the erasing."""
+        from recare_patch.erasure.gauge import look_evaluations
         from recare_patch.erasure.loop import HELD_OUT, most_evaluations
         from recare_patch.erasure.rollouts import rollout_evaluations
         from recare_patch.erasure.stages import stage_name
@@ -111,8 +112,11 @@ class ReCARE(LossMethod):
         frozen = rows * (3 if separates or recipe.replace_with is None else 1) + held
         trained = rows * (1 + hunts) + held
         step = frozen + 3 * trained + hunts * hunt.steps * hunt.batch_size * 3
+        looks = 0
+        if erase.ends == "measured":
+            looks = len(recipe.concepts) * look_evaluations(erase.steps * len(recipe.concepts))
         found["erase"] = Work(
-            len(recipe.concepts) * erase.steps * step + rollout_evaluations(recipe),
+            len(recipe.concepts) * erase.steps * step + looks + rollout_evaluations(recipe),
             max(trained, hunt.batch_size if hunts else 0),
             frozen,
             reads=hunts,
@@ -135,7 +139,8 @@ class ReCARE(LossMethod):
             current = concept
             with stages.adapter(recipe.seed + 1) as inner:
                 for number in range(1, options.rounds + 1):
-                    inner.fit(f"search {number} erase", self._forget(current), options.erase_steps)
+                    rate = options.erase_learning_rate or recipe.erase.learning_rate / 4
+                    inner.fit(f"search {number} erase", self._forget(current), options.erase_steps, rate=rate)
                     stage = f"search {number} inversion"
                     vectors = inner.invert(stage, context.latents, template, start, options.inversion_steps)
                     name = base.encode_with_vectors([template], vectors).detach()
@@ -233,7 +238,7 @@ class ReCARE(LossMethod):
             cat([named, *hunted, retained]),
         ).float()
         loss = F.mse_loss(student[:rows], target)
-        loss = loss + options.retain_weight * F.mse_loss(student[again * rows :], kept)
+        loss = loss + options.retain_weight * self.retain_scale * F.mse_loss(student[again * rows :], kept)
         if self.adversaries is not None:
             loss = loss + self.adversaries.options.weight * F.mse_loss(student[rows : 2 * rows], target)
         return loss

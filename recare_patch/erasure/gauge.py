@@ -1,0 +1,226 @@
+"""What a run measures of itself while it trains, and what it does about it.
+
+Two numbers without units, at states that are never trained on: how much of what an erased prompt says has gone, and
+how far a retained prompt has drifted beside what it says. They are the same on every base, whatever its widths and
+rates, so a run that ends by them needs no number that was found on another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recare_patch.models import PromptEmbeds, off
+
+if TYPE_CHECKING:
+    from recare_patch.erasure.loop import Carried
+    from recare_patch.erasure.methods import LossMethod, RetainedPrompts
+    from recare_patch.models import BaseModel
+
+LOOK_EVERY = 10
+"""Steps between two looks."""
+
+STATES = 8
+"""States of each kind that a look predicts; the frozen model's predictions at them are made once."""
+
+
+_COOLING, _SMALL, _SLOWER, _OVERSHOT, _MOST, _FURTHER = 0.5, 0.25, 0.7, 0.15, 8.0, 1.25
+"""By how much the rate falls from look to look once the concept has gone; the rate at which a run may end; by how much
+it falls after a step too far; how much may come back between two looks; the most that the
+retained weight rises; by how much the first bar rises where pictures still show the concept."""
+
+
+def look_evaluations(steps: int) -> int:
+    """Denoiser evaluations that one concept's looks take in a loop of so many steps."""
+    return 4 * STATES + 2 * STATES * -(-steps // LOOK_EVERY)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one look found.
+
+    Attributes:
+        gone: of what the erased prompts say along the concept's own direction, the share that is no longer said: 0
+            untouched, 1 as the empty prompt, above 1 pushed away from it. Of the name that has least of it.
+        drift: mean squared change of retained prompts' predictions beside what they say: 0 untouched, 1 as far as
+            from the prompt to the empty one.
+    """
+
+    gone: float
+    drift: float
+
+
+class Gauge:
+    """Looks at one concept, always at the same states."""
+
+    def __init__(self, method: LossMethod, seed: int) -> None:
+        """Draw the states, and predict at them by the frozen model: ``4 * STATES`` evaluations."""
+        context = method.context
+        self.base: BaseModel = context.base
+        base, erased, texts = self.base, context.erased, context.retained
+        generator, rows = torch.Generator().manual_seed(seed), torch.arange(STATES)
+        # Half of the rows are names, against nothing; half are prompts that have the name in them, against those
+        # that they become.
+        half = STATES // 2
+        empty = base.encode_prompts([""])
+        pairs = [erased.pairs[int(k)] for k in torch.linspace(0, len(erased.pairs) - 1, STATES - half).round()]
+        asked, instead = (base.encode_prompts([pair[k] for pair in pairs]) for k in (0, 1))
+        self._named = PromptEmbeds.cat([method.names[rows[:half] % len(method.names)], asked])
+        plain = PromptEmbeds.cat([empty.repeat(half), instead])
+        self._group = (rows >= half).long()
+        self._states, self._times = self._noised(context.latents[rows * len(context.latents) // STATES], generator)
+        self._held: PromptEmbeds | None = None
+        with torch.no_grad(), off(*base.components.values()):
+            self._without = base.denoise(self._states, self._times, plain).float()
+            self._said = base.denoise(self._states, self._times, self._named).float() - self._without
+            if texts.prompts:
+                self._held_at(texts, context.latents, empty, generator)
+
+    def _held_at(
+        self, texts: RetainedPrompts, latents: Tensor, empty: PromptEmbeds, generator: torch.Generator
+    ) -> None:
+        """Companions' prompts and others' in equal parts, each at a picture of its own where there is one."""
+        base, half, count = self.base, STATES // 2, len(texts.prompts)
+        guarded = texts.guarded or count
+        picks = [int(k) for k in torch.linspace(0, guarded - 1, half).round()]
+        start = guarded if guarded < count else 0
+        picks += [int(k) for k in torch.linspace(start, count - 1, STATES - half).round()]
+        own = {prompt: k for k, prompt in enumerate(texts.pictured.tolist())}
+        clean = torch.stack([texts.latents[own[p]] if p in own else latents[p % len(latents)] for p in picks])
+        self._held = base.encode_prompts([texts.prompts[p] for p in picks])
+        self._held_states, self._held_times = self._noised(clean, generator)
+        self._kept = base.denoise(self._held_states, self._held_times, self._held).float()
+        nothing = base.denoise(self._held_states, self._held_times, empty.repeat(STATES)).float()
+        self._contributed = float((self._kept - nothing).square().sum())
+
+    def _noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        base = self.base
+        levels = (torch.randperm(STATES, generator=generator) + 0.5) / STATES * 0.8 + 0.1
+        times = (levels * base.num_train_timesteps).long().to(base.device)
+        noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
+        return base.add_noise(clean, noise, times), times
+
+    @torch.no_grad()
+    def look(self) -> Reading:
+        """Measure the model as it stands: ``2 * STATES`` evaluations, half of them where nothing is retained."""
+        base = self.base
+        now = base.denoise(self._states, self._times, self._named).float() - self._without
+        along, whole = ((one * self._said).flatten(1).sum(1).cpu() for one in (now, self._said))
+        gone = [1 - float(along[self._group == k].sum() / whole[self._group == k].sum()) for k in (0, 1)]
+        drift = 0.0
+        if self._held is not None:
+            moved = base.denoise(self._held_states, self._held_times, self._held).float() - self._kept
+            drift = float(moved.square().sum()) / max(self._contributed, 1e-12)
+        return Reading(min(gone), drift)
+
+
+class Governor:
+    """Ends an erasing when all of its concepts are gone and nothing retained has drifted, and steers until then.
+
+    While a retained prompt has drifted too far its weight rises; when steps overshoot (what was gone comes back, or
+    drift jumps) the rate falls; and once the concepts are gone the rate falls look by look, so that the run ends on
+    small steps as it does on a schedule. It is a :class:`Watch`.
+    """
+
+    every = LOOK_EVERY
+
+    def __init__(
+        self,
+        methods: Sequence[LossMethod],
+        seed: int,
+        *,
+        gone: float,
+        drift: float,
+        still_seen: Callable[[], float] | None = None,
+        carried: Carried | None = None,
+    ) -> None:
+        """Make the gauges, one a concept.
+
+        Args:
+            methods: of the run.
+            seed: of their states.
+            gone, drift: the bars, see :class:`Reading`.
+            still_seen: draws pictures and tells in what share of them a concept is seen; None: nobody looks.
+            carried: what else must go on where it stopped.
+        """
+        self._still_seen = still_seen
+        self.seen: float | None = None
+        self.methods, self.bars, self._carried = methods, Reading(gone, drift), carried
+        self.gauges = [Gauge(method, seed + number) for number, method in enumerate(methods)]
+        self.readings: list[Reading] = []
+        self.rate, self._retain, self.over = 1.0, 1.0, False
+
+    @property
+    def last(self) -> Reading:
+        """What the last look found."""
+        return self.readings[-1] if self.readings else Reading(0.0, 0.0)
+
+    @property
+    def reached(self) -> bool:
+        """Whether both numbers are within their bars, and no picture showed the concept at the last look at any."""
+        return not self.seen and self.last.gone >= self.bars.gone and self.last.drift <= self.bars.drift
+
+    def told(self) -> dict[str, Any]:
+        """What was reached, for ``training.json``."""
+        rows = [[round(one.gone, 4), round(one.drift, 4)] for one in self.readings]
+        bars = {"gone": self.bars.gone, "drift": self.bars.drift}
+        return {
+            **dict(zip(("gone", "drift"), rows[-1], strict=True)),
+            "reached": self.reached,
+            "bars": bars,
+            "looks": rows,
+        }
+
+    def look(self) -> None:
+        """Measure the concept that has gone least and what has drifted farthest, and steer."""
+        found, before, bars = [gauge.look() for gauge in self.gauges], self.last, self.bars
+        now = Reading(min(one.gone for one in found), max(one.drift for one in found))
+        self.readings.append(now)
+        gone, within = now.gone >= bars.gone, now.drift <= bars.drift
+        if gone and within and self.rate <= _SMALL:
+            self.seen = self._still_seen() if self._still_seen is not None else None
+            self.over = not self.seen
+            if not self.over:
+                # How much must go differs from base to base and from concept to concept: pictures tell.
+                self.bars, self.rate = Reading(bars.gone * _FURTHER, bars.drift), 1.0
+        elif gone:
+            self.rate = max(self.rate * _COOLING, _SMALL / 2)
+        elif before.gone >= bars.gone:
+            # Cooled too early, or the retained part has pulled the concept back.
+            self.rate = min(1.0, self.rate / _COOLING)
+        elif before.gone - now.gone > _OVERSHOT or now.drift > 2 * max(before.drift, bars.drift):
+            self.rate *= _SLOWER
+        self._retain = min(self._retain * 1.5, _MOST) if not within else max(1.0, self._retain / 1.25)
+        self._tell()
+
+    def _tell(self) -> None:
+        for method in self.methods:
+            method.retain_scale = self._retain
+
+    def settle(self) -> None:
+        """Nothing: the parameters of the last step are the result."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Everything, as tensors on the CPU."""
+        rows = [[one.gone, one.drift] for one in self.readings]
+        found = {
+            "readings": torch.tensor(rows, dtype=torch.float64).reshape(-1, 2),
+            "steering": torch.tensor([self.rate, self._retain, float(self.over), self.bars.gone], dtype=torch.float64),
+        }
+        inner = self._carried.state() if self._carried is not None else {}
+        return found | {f"inner:{key}": one for key, one in inner.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self.readings = [Reading(*row) for row in state["readings"].tolist()]
+        self.rate, self._retain, over, gone = state["steering"].tolist()
+        self.over, self.bars = bool(over), Reading(gone, self.bars.drift)
+        if self._carried is not None:
+            self._carried.load_state(
+                {key.removeprefix("inner:"): one for key, one in state.items() if key.startswith("inner:")}
+            )
+        self._tell()
