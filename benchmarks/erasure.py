@@ -121,14 +121,17 @@ def _paper(arguments: argparse.Namespace) -> None:
     goals = _goals(arguments, base)
     row = arguments.row or "paper"
     # Named after what decides its weights: the same row at another rate must not find these.
-    out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-paper-at-{arguments.rate:g}"
+    out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-paper-times-{arguments.times:g}"
     weights, bill = out / "denoiser.safetensors", out / "cost.json"
     if bill.exists():
         # Erased before, with what it cost then.
         base.denoiser.load_state_dict(load_file(weights))
         cost = json.loads(bill.read_text(encoding="utf-8"))
     else:
-        settings = PaperSettings(erase_rate=arguments.rate)
+        released = PaperSettings()
+        settings = PaperSettings(
+            search_rate=released.search_rate * arguments.times, final_rate=released.final_rate * arguments.times
+        )
         began = time.perf_counter()
         made = run(
             base,
@@ -147,7 +150,7 @@ def _paper(arguments: argparse.Namespace) -> None:
         save_file(base.denoiser.state_dict(), weights)
         write_json(bill, cost)
     rows = _scored(arguments, base)
-    note = {"row": row, "concept": arguments.concept, "cost": cost, "rate": arguments.rate}
+    note = {"row": row, "concept": arguments.concept, "cost": cost, "times": arguments.times}
     save_scores(_file(arguments, row), rows, **note, **_attacked(goals))
 
 
@@ -218,7 +221,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="report")
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--figure", action="append", default=[], help="score this figure alone; repeatable")
-    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of the published procedure")
+    parser.add_argument("--times", type=float, default=1, help="multiple of the published procedure's learning rates")
     parser.add_argument("--ddim", action="store_true", help="draw in twenty steps of the base's own sampler")
     parser.add_argument("--attack", action="store_true", help="attack what is left, too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")

@@ -28,7 +28,7 @@ from recare_patch.recipe import CareSetOptions, Concept
 
 @dataclass(frozen=True)
 class PaperSettings:
-    """The released settings; the learning rates are ten times theirs, as a small model needs."""
+    """The released settings."""
 
     target_images: int = 500
     steps: int = 50
@@ -39,7 +39,8 @@ class PaperSettings:
     guidance: float = 3.0
     w_plus: float = 1.0
     w_minus: float = 3.0
-    erase_rate: float = 1e-4
+    search_rate: float = 5e-6
+    final_rate: float = 2e-5
     inversion_rate: float = 5e-3
     seed: int = 0
 
@@ -113,10 +114,10 @@ class _Procedure:
         self._use(self.adapted)
         return found
 
-    def _train(self, steps: int, loss: Callable[[], Tensor], stage: str) -> None:
+    def _train(self, steps: int, rate: float, loss: Callable[[], Tensor], stage: str) -> None:
         for parameter in self.trained:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.Adam(self.trained, lr=self.settings.erase_rate)
+        optimizer = torch.optim.AdamW(self.trained, lr=rate)
         for step in range(steps):
             value = loss()
             optimizer.zero_grad(set_to_none=True)
@@ -134,7 +135,7 @@ class _Procedure:
             (target,) = self._frozen(latents, timestep, [self.base.encode_prompts([""])])
             return F.mse_loss(self._both_halves(latents, timestep, embeds, 1.0), target)
 
-        self._train(self.settings.erase_steps, loss, stage)
+        self._train(self.settings.erase_steps, self.settings.search_rate, loss, stage)
 
     def invert(self, images: list[Any], stage: str) -> Tensor:
         base, settings = self.base, self.settings
@@ -175,7 +176,7 @@ class _Procedure:
             held = self._both_halves(latents, timestep, retain, 1.0)
             return F.mse_loss(student, target) + F.mse_loss(held, kept)
 
-        self._train(settings.final_steps, loss, "erase")
+        self._train(settings.final_steps, settings.final_rate, loss, "erase")
 
 
 def run(
@@ -219,7 +220,7 @@ def run(
             [concept.target_prompt] * count, seeds, steps=settings.steps, guidance_scale=7.5, batch_size=10
         ),
     )
-    options = mining or CareSetOptions()
+    options = mining or CareSetOptions(source="clip")
     care_set = timed("CARE-set", lambda: build_care_set(concept, images, clip, options, seed=settings.seed))
     result.care_set = care_set
     template = concept.target_prompt_for(PLACEHOLDER)
