@@ -100,6 +100,8 @@ def erase(
     if aliases:
         overrides["concept.aliases"] = list(aliases)
     texts = [*concepts, *(_listed(concepts_file) if concepts_file is not None else ())]
+    if aliases and len(texts) > 1:
+        raise RecipeError(f"--alias is of one concept, and there are {len(texts)}")
     if resume and not texts and recipe is None and out is not None:
         recipe = _recipe_of_run(out)
     wanted: dict[str, Any] = {"subject": subject, "kind": kind, "recipe": recipe, "base": base, "clip": clip}
@@ -208,8 +210,6 @@ def _check_several(plans: Sequence[Recipe], stacked: Path | None, named: dict[st
     for given, key in (("--continue-from", "continue_from"), ("--care-set", "care_set.file")):
         if key in named and len(plans) > 1:
             raise RecipeError(f"{given} is for one patch, and there would be {len(plans)}")
-    if len(plans) > 1 and plans[0].concept.aliases:
-        raise RecipeError(f"--alias is of one concept, and there are {len(plans)}")
     if stacked is not None and len(plans) < 2:
         raise RecipeError("--stack is for several patches, and there is one")
 
@@ -302,7 +302,7 @@ def plan(
     """
     cli.quiet_libraries()
     overrides = cli.overrides_from(assignments)
-    from recare_patch.erasure import UTILIZATION, choose, measured_speed, resolve_recipe
+    from recare_patch.erasure import UTILIZATION, choose, is_exact, measured_speed, resolve_recipe
     from recare_patch.erasure import plan as planned
     from recare_patch.models import chosen_device
 
@@ -325,8 +325,7 @@ def plan(
     )
     echo(f"Patch: {found.patch_bytes / 1e6:.2f} MB")
     source = "as given" if tflops is not None else f"{UTILIZATION:.0%} of a matrix product on {place}"
-    ends = made.erase.ends == "steps" and made.search.patience is None and made.care_set.source == "clip"
-    sure = "exact" if ends else "the most that there can be"
+    sure = "exact" if is_exact(made) else "the most that there can be"
     echo(
         f"Evaluations are {sure}; memory and time are estimates, at {speed / 1e12:.3g} TFLOP/s ({source}). "
         "training.json will say what it was."

@@ -10,6 +10,7 @@ from .methods.recare import recare_target as recare_target
 from .planning import UTILIZATION as UTILIZATION
 from .planning import choose as choose
 from .planning import evaluations as evaluations
+from .planning import is_exact as is_exact
 from .planning import measured_speed as measured_speed
 from .planning import phantom as phantom
 from .planning import plan as plan

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recare_patch.erasure.loop import Carried
     from recare_patch.erasure.methods import LossMethod, RetainedPrompts
     from recare_patch.models import BaseModel
+    from recare_patch.recipe import Recipe
 
 LOOK_EVERY = 10
 """Steps between two looks."""
@@ -27,6 +28,8 @@ LOOK_EVERY = 10
 STATES = 8
 """States of each kind that a look predicts; the frozen model's predictions at them are made once."""
 
+PICTURES, PICTURE_STEPS = 12, 8
+"""Pictures of each concept, and steps of each, when a run looks whether CLIP still sees it."""
 
 _COOLING, _SMALL, _SLOWER, _OVERSHOT, _MOST, _FURTHER = 0.5, 0.25, 0.7, 0.15, 8.0, 1.25
 """By how much the rate falls from look to look once the concept has gone; the rate at which a run may end; by how much
@@ -34,9 +37,13 @@ it falls after a step too far; how much may come back between two looks; the mos
 retained weight rises; by how much the first bar rises where pictures still show the concept."""
 
 
-def look_evaluations(steps: int) -> int:
-    """Denoiser evaluations that one concept's looks take in a loop of so many steps."""
-    return 4 * STATES + 2 * STATES * -(-steps // LOOK_EVERY)
+def look_evaluations(recipe: Recipe) -> int:
+    """Denoiser evaluations that a run's looks take at most: it may end early, and need not look at pictures."""
+    count, images = len(recipe.concepts), recipe.target_images
+    looks = -(-recipe.erase.steps * count // LOOK_EVERY)
+    # Pictures are looked at once the rate has fallen twice, which two looks before it have seen to.
+    picture = min(images.steps, PICTURE_STEPS) * (2 if images.guidance_scale > 1 else 1)
+    return count * (4 * STATES + 2 * STATES * looks + PICTURES * picture * (looks // 3))
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,18 @@ class Gauge:
         generator, rows = torch.Generator().manual_seed(seed), torch.arange(STATES)
         # Half of the rows are names, against nothing; half are prompts that have the name in them, against those
         # that they become.
-        half = STATES // 2
-        empty = base.encode_prompts([""])
-        pairs = [erased.pairs[int(k)] for k in torch.linspace(0, len(erased.pairs) - 1, STATES - half).round()]
-        asked, instead = (base.encode_prompts([pair[k] for pair in pairs]) for k in (0, 1))
-        self._named = PromptEmbeds.cat([method.names[rows[:half] % len(method.names)], asked])
-        plain = PromptEmbeds.cat([empty.repeat(half), instead])
+        half, empty = STATES // 2, base.encode_prompts([""])
+        names, nothing, pairs = method.names, empty, erased.pairs
+        if erased.attribute is not None:
+            # The subject stays: what must go is what the attribute adds to it.
+            pairs, names = (erased.attribute,), base.encode_prompts([erased.attribute[0]])
+            nothing = base.encode_prompts([erased.attribute[1]])
+        elif erased.instead is not None:
+            nothing = base.encode_prompts([erased.instead[0][0]])
+        picks = [pairs[int(k)] for k in torch.linspace(0, len(pairs) - 1, STATES - half).round()]
+        asked, instead = (base.encode_prompts([pair[k] for pair in picks]) for k in (0, 1))
+        self._named = PromptEmbeds.cat([names[rows[:half] % len(names)], asked])
+        plain = PromptEmbeds.cat([nothing.repeat(half), instead])
         self._group = (rows >= half).long()
         self._states, self._times = self._noised(context.latents[rows * len(context.latents) // STATES], generator)
         self._held: PromptEmbeds | None = None
@@ -110,7 +123,9 @@ class Gauge:
         base = self.base
         now = base.denoise(self._states, self._times, self._named).float() - self._without
         along, whole = ((one * self._said).flatten(1).sum(1).cpu() for one in (now, self._said))
-        gone = [1 - float(along[self._group == k].sum() / whole[self._group == k].sum()) for k in (0, 1)]
+        # Prompts that say nothing, on this base, have nothing that could go.
+        parts = [[one[self._group == k].sum() for one in (along, whole)] for k in (0, 1)]
+        gone = [1 - float(part / said.clamp(min=1e-12)) for part, said in parts]
         drift = 0.0
         if self._held is not None:
             moved = base.denoise(self._held_states, self._held_times, self._held).float() - self._kept
@@ -210,6 +225,7 @@ class Governor:
         found = {
             "readings": torch.tensor(rows, dtype=torch.float64).reshape(-1, 2),
             "steering": torch.tensor([self.rate, self._retain, float(self.over), self.bars.gone], dtype=torch.float64),
+            "seen": torch.tensor([] if self.seen is None else [self.seen], dtype=torch.float64),
         }
         inner = self._carried.state() if self._carried is not None else {}
         return found | {f"inner:{key}": one for key, one in inner.items()}
@@ -219,6 +235,7 @@ class Governor:
         self.readings = [Reading(*row) for row in state["readings"].tolist()]
         self.rate, self._retain, over, gone = state["steering"].tolist()
         self.over, self.bars = bool(over), Reading(gone, self.bars.drift)
+        self.seen = float(state["seen"]) if len(state["seen"]) else None
         if self._carried is not None:
             self._carried.load_state(
                 {key.removeprefix("inner:"): one for key, one in state.items() if key.startswith("inner:")}

@@ -13,7 +13,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS
 from recare_patch.core import RecipeError
-from recare_patch.erasure.methods import Work
+from recare_patch.erasure.gauge import STATES, look_evaluations
+from recare_patch.erasure.methods import LossMethod, Work
 from recare_patch.erasure.stages import attach, stage_name
 from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout, lora, scheduled
 from recare_patch.recipe import METHODS, MemoryOptions, Recipe
@@ -64,7 +65,7 @@ def _works(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, Work]:
     method, images = METHODS.get(recipe.method), recipe.target_images
     picture = (sampler_steps or images.steps) * (2 if images.guidance_scale > 1 else 1)
     found: dict[str, Work] = {}
-    confirmed = method.needs.care_set and recipe.care_set.source == "base" and recipe.care_set.file is None
+    confirmed = _confirmed(recipe)
     if confirmed:
         few = min(images.steps, OTHER_STEPS) * (2 if images.guidance_scale > 1 else 1)
         found["other pictures"] = Work(OTHERS * few)
@@ -76,7 +77,27 @@ def _works(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, Work]:
         if method.needs.retained_images:
             found[stage_name("retained images", number)] = Work(recipe.erase.retained_images * picture)
     found |= method.work(recipe)
+    if _measured(recipe):
+        one = found["erase"]
+        looks = one.evaluations + look_evaluations(recipe)
+        found["erase"] = replace(one, evaluations=looks, predicted=max(one.predicted, STATES))
     return {stage: work for stage, work in found.items() if work.evaluations}
+
+
+def _confirmed(recipe: Recipe) -> bool:
+    """Whether the base is asked about companions."""
+    options = recipe.care_set
+    return METHODS.get(recipe.method).needs.care_set and options.source == "base" and options.file is None
+
+
+def _measured(recipe: Recipe) -> bool:
+    """Whether the run may end by what it measures of itself: what has one loss is trained in the one loop that can."""
+    return recipe.erase.ends == "measured" and issubclass(METHODS.get(recipe.method), LossMethod)
+
+
+def is_exact(recipe: Recipe) -> bool:
+    """Whether a run takes all of :func:`evaluations`: nothing in it ends early, or asks about fewer words."""
+    return recipe.search.patience is None and not _confirmed(recipe) and not _measured(recipe)
 
 
 class _Tracker(TorchDispatchMode):

@@ -27,6 +27,7 @@ from recare_patch.careset import (
     shows,
 )
 from recare_patch.core import CareSetError, save_sheet
+from recare_patch.erasure.gauge import PICTURE_STEPS, PICTURES
 from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts
 from recare_patch.erasure.stages import Run, stage_name
 from recare_patch.recipe import Concept, Recipe, names_concept
@@ -42,9 +43,6 @@ RELATED_WORDS = 50
 
 _SEED_STRIDE = 1_000_003
 _BLOCKS = 10
-_LOOKED_AT, _LOOK_STEPS = 12, 8
-"""Pictures of a concept, and steps of each, when a run looks whether it is still there."""
-
 """Blocks of seeds that a concept may use."""
 
 
@@ -240,9 +238,9 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
         concept = target.concept
         if target.attribute is not None or run.recipe.replace_with is not None or not target.seen_by_clip:
             continue
-        words = [*target.care_words, *target.words_around()[0][:_LOOKED_AT]][:_LOOKED_AT]
+        words = [*target.care_words, *target.words_around()[0][:PICTURES]][:PICTURES]
         texts = [*concept.name_prompts[:4], *map(concept.composed_prompt, words)]
-        rows += [(concept, target.care_words, texts[k % len(texts)]) for k in range(_LOOKED_AT)]
+        rows += [(concept, target.care_words, texts[k % len(texts)]) for k in range(PICTURES)]
     if not rows:
         return None
     seeds, own = (
@@ -251,14 +249,19 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
     )
 
     def still_seen() -> float:
-        latents = run.sampled(own, seeds, steps=_LOOK_STEPS)
+        latents = run.sampled(own, seeds, steps=PICTURE_STEPS)
         images, count = run.base.decode_latents(latents), 0
         for image, (concept, words, _) in zip(images, rows, strict=True):
-            rivals = [*OTHER_PROMPTS, *map(concept.retain_prompt, words)]
+            rivals = [*plain_rivals(concept.text), *map(concept.retain_prompt, words)]
             count += shows([image], run.clip, concept.name_prompts, rivals)[0]
         return count / len(rows)
 
     return still_seen
+
+
+def plain_rivals(named: str) -> list[str]:
+    """Prompts of the plainest things, but not of the one that is named: what a picture of it is not taken for."""
+    return [prompt for prompt in OTHER_PROMPTS if prompt.split()[-1] != named.casefold()]
 
 
 def neighbour_prompts(target: Target) -> list[str]:
@@ -359,7 +362,9 @@ def _vocabulary_prompts(target: Target) -> list[str]:
 def _erased_prompts(target: Target, *, joins: bool) -> ErasedPrompts:
     """The texts that name the concept, and what becomes of them."""
     recipe, concept, words = target.run.recipe, target.concept, target.care_words
-    names = (concept.target_prompt,) if target.attribute is None else (concept.target_prompt, target.asked)
+    # An attribute is taken out of the subject under the subject's own name; aliases are the attribute's.
+    further = map(concept.target_prompt_for, concept.aliases) if target.attribute is None else (target.asked,)
+    names = tuple(dict.fromkeys((concept.target_prompt, *further)))
     beside, near = _joined_words(target) if joins and recipe.erase.composed else ([], [])
     joined = tuple(map(concept.composed_prompt, beside))
     aliases = (*concept.name_prompts[1:], *map(concept.composed_prompt, near)) if beside else ()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recare_patch.careset import OTHER_PROMPTS, shows
+from recare_patch.careset import shows
 from recare_patch.core import SheetRow, sheet
 from recare_patch.erasure import prepare
 from recare_patch.models import scheduled
@@ -92,7 +92,8 @@ def draw_preview(run: Run, targets: Sequence[prepare.Target], patch: Patch) -> P
     for k, row in enumerate(rows):
         mine = slice(EACH * k, EACH * (k + 1))
         # What an erased prompt may have become are the companions; a companion may have become anything plain.
-        rivals = [*OTHER_PROMPTS, *(r.prompt for r in rows if r.role == "kept" and row.role in ("erased", "replaced"))]
+        kept = [r.prompt for r in rows if r.role == "kept" and row.role in ("erased", "replaced")]
+        rivals = [*prepare.plain_rivals(row.what), *kept]
         rivals = [text for text in rivals if text not in row.own]
         there = [sum(shows(some, run.clip, row.own, rivals)) for some in (before[mine], after[mine])]
         seen.append(Seen(row.role, row.what, there[0], there[1], EACH))

@@ -277,10 +277,11 @@ def _tell_measured(run: Run) -> None:
     if governor is None or governor.reached:
         return
     last, bars = governor.last, governor.bars
+    seen = f", CLIP saw it in {governor.seen:.0%} of the pictures that it was shown last" if governor.seen else ""
     run.warn(
-        f"the run ended at its last step short of its bars: {last.gone:.2f} of the concept gone (bar {bars.gone:g}), "
-        f"retained prompts drifted by {last.drift:.2f} (bar {bars.drift:g}); look at preview.png, and give it more "
-        "--steps"
+        f"the run ended at its last step short of its bars: {last.gone:.2f} of the concept gone (bar {bars.gone:g})"
+        f"{seen}, retained prompts drifted by {last.drift:.2f} (bar {bars.drift:g}); look at preview.png, and give it "
+        "more --steps"
     )
 
 

@@ -187,7 +187,9 @@ class ForgetMeNot(Method):
         self.embeds = base.encode_prompts(concept.name_prompts)
         # The whole name first: one of its words may be another one of the prompt's, as in "The Who".
         self.positions = [
-            name_positions(base, prompt, [concept.text]) or name_positions(base, prompt, concept.words)
+            name_positions(base, prompt, [concept.text])
+            or name_positions(base, prompt, concept.aliases)
+            or name_positions(base, prompt, concept.words)
             for prompt in concept.name_prompts
         ]
         if not self.options.inversion_steps and not all(self.positions):

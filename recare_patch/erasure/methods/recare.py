@@ -88,7 +88,6 @@ class ReCARE(LossMethod):
     @classmethod
     def work(cls, recipe: Recipe) -> Mapping[str, Work]:
         """The search's stages for each concept, then the erasing."""
-        from recare_patch.erasure.gauge import look_evaluations
         from recare_patch.erasure.loop import HELD_OUT, most_evaluations
         from recare_patch.erasure.rollouts import rollout_evaluations
         from recare_patch.erasure.stages import stage_name
@@ -112,11 +111,8 @@ class ReCARE(LossMethod):
         frozen = rows * (3 if separates or recipe.replace_with is None else 1) + held
         trained = rows * (1 + hunts) + held
         step = frozen + 3 * trained + hunts * hunt.steps * hunt.batch_size * 3
-        looks = 0
-        if erase.ends == "measured":
-            looks = len(recipe.concepts) * look_evaluations(erase.steps * len(recipe.concepts))
         found["erase"] = Work(
-            len(recipe.concepts) * erase.steps * step + looks + rollout_evaluations(recipe),
+            len(recipe.concepts) * erase.steps * step + rollout_evaluations(recipe),
             max(trained, hunt.batch_size if hunts else 0),
             frozen,
             reads=hunts,
