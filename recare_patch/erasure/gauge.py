@@ -52,7 +52,8 @@ class Reading:
 
     Attributes:
         gone: of what the erased prompts say along the concept's own direction, the share that is no longer said: 0
-            untouched, 1 as the empty prompt, above 1 pushed away from it. Of the name that has least of it.
+            untouched, 1 as the empty prompt or what they become, above 1 pushed away from it. Of names alone or
+            prompts that have one in them, whichever has less of it.
         drift: mean squared change of retained prompts' predictions beside what they say: 0 untouched, 1 as far as
             from the prompt to the empty one.
     """

@@ -254,7 +254,8 @@ def recipe_for(
         made = Recipe(concept=named(concept), base=source, clip=clip)
     changes: dict[str, Any] = dict(earlier)
     if concept and concept.strip().lower() != made.concept.text.lower():
-        changes["concept.text"] = concept
+        # Whose other names a recipe of another concept tells is not asked.
+        changes |= {"concept.text": concept, "concept.aliases": []}
     if kind is not None and subject is None:
         changes["concept.kind"] = kind
     changes |= {key: value for key, value in (("base", base), ("clip", clip)) if value is not None}

@@ -27,6 +27,7 @@ class Stage:
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     fault: BaseException | None = None
     warnings: tuple[str, ...] = ()
+    cost: dict[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -44,7 +45,7 @@ class Stage:
         return SimpleNamespace(
             folder=folder,
             care_set=SimpleNamespace(words=("stars", "night")),
-            cost={"seconds": 12.3, "denoiser_evaluations": 10_000},
+            cost={"seconds": 12.3, "denoiser_evaluations": 10_000, **self.cost},
             warnings=self.warnings,
         )
 

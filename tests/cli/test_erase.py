@@ -6,7 +6,7 @@ import pytest
 
 from recare_patch.core import OutputError
 from recare_patch.patch import Patch
-from recare_patch.recipe import load_recipe
+from recare_patch.recipe import load_recipe, recipe_for
 from tests.cli.conftest import Invoke, Stage, one_sentence
 from tests.cli.test_end_to_end import SMALL
 
@@ -123,6 +123,9 @@ def test_an_interrupted_run_goes_on_by_its_folder_alone(stage: Stage) -> None:
         (["--concept", "a", "--concept", "b", "--recipe", "tench"], "--recipe is for one concept"),
         (["--concept", "a", "--concept", "b", "--continue-from", "x"], "--continue-from is for one patch"),
         (["--concept", "a", "--concept", "b", "--care-set", "x"], "--care-set is for one patch"),
+        (["--concept", "a", "--concept", "b", "--alias", "x"], "--alias is of one concept, and there are 2"),
+        (["--concept", "a", "--concept", "b", "--together", "--alias", "x"], "--alias is of one concept"),
+        (["--concept", "a", "--alias", "!!"], "at least one letter or digit"),
         (["--concept", "a", "--stack", "x"], "--stack is for several patches"),
         (["--concepts", "nowhere.txt"], "cannot read the concepts in nowhere.txt"),
         (["--concept", "tench", "--from", "x", "--replace-with", "cat"], "do not go together"),
@@ -204,6 +207,31 @@ def test_a_replacement_an_attribute_and_an_earlier_patch_arrive(stage: Stage) ->
     stage.run("erase --concept cat --kind object --continue-from boat")
     assert stage.options["overrides"] == {"continue_from": "boat-patch"}
     one_sentence(stage.run("erase --concept tench --continue-from boat:0.5"), "has a scale")
+
+
+def test_other_names_arrive(stage: Stage) -> None:
+    result = stage.run("erase", "--concept", "Van Gogh", "--alias", "Vincent", "--alias", "the  Dutchman")
+    assert result.exit_code == 0, result.output
+    assert stage.options["overrides"] == {"concept.aliases": ["Vincent", "the  Dutchman"]}
+    made = recipe_for("Van Gogh", guess_kind=lambda *_: "style", overrides=stage.options["overrides"])
+    assert made.concept.aliases == ("Vincent", "the Dutchman")
+    Path("mine.yaml").write_text(made.to_yaml())
+    assert recipe_for("", guess_kind=lambda *_: "style", recipe="mine.yaml").concept == made.concept
+    # Of another concept they are no names.
+    assert recipe_for("Monet", guess_kind=lambda *_: "style", recipe="mine.yaml").concept.aliases == ()
+
+
+def test_what_the_run_measured_is_told(stage: Stage) -> None:
+    bars = {"gone": 0.5, "drift": 0.15}
+    stage.cost = {
+        "measured": {"gone": 0.823, "drift": 0.061, "bars": bars, "reached": True},
+        "seen": [{"what": "tench", "before": 4, "after": 0, "of": 4}, {"what": "man", "before": 3, "after": 3, "of": 4}],
+    }
+    told = stage.run("erase --concept tench").stdout.splitlines()
+    assert told[2:4] == [
+        "The run's own measure: 0.82 of the concept gone (bar 0.5), retained prompts drifted by 0.06 (bar 0.15).",
+        "CLIP sees in the preview: tench in 0 of 4, before 4; man in 3 of 4, before 3.",
+    ]
 
 
 def test_the_stack_has_a_free_folder_before_anything_is_erased(stage: Stage) -> None:

@@ -10,7 +10,7 @@ import torch
 from recare_patch.careset import Clip
 from recare_patch.core import NullProgress
 from recare_patch.erasure.methods import Method
-from recare_patch.erasure.prepare import draw_target, find_companions, prepare, targets_of
+from recare_patch.erasure.prepare import Target, draw_target, find_companions, prepare, targets_of
 from recare_patch.erasure.stages import ADAPTER, Run, Stages
 from recare_patch.models import BaseModel, remove_adapter
 from recare_patch.models import lora as adapters
@@ -50,18 +50,26 @@ def small_recipe(base: Path | str, clip: Path | str, method: str = "recare", **c
     return plain.with_overrides({"method": method, **SMALL, **ITS_OWN.get(method, {}), **changes})
 
 
-def methods_of(recipe: Recipe, base: BaseModel, work: Path) -> list[Any]:
-    """The methods of a run's concepts, up to their erasing: a fresh adapter is in the base."""
+def prepared(recipe: Recipe, base: BaseModel, work: Path) -> tuple[Run, list[Target]]:
+    """A run whose concepts are drawn and have their companions."""
     work.mkdir(parents=True, exist_ok=True)
     run = Run(recipe, work, base, Clip.load(str(recipe.clip)), NullProgress(), False)
     kind: type[Method] = METHODS.get(recipe.method)
-    made = []
-    for target in targets_of(run):
+    targets = targets_of(run)
+    for target in targets:
         images = draw_target(target) if kind.needs.target_images else []
         if kind.needs.care_set:
             find_companions(target, images, None)
-        made.append(kind(prepare(target, kind)))
-        made[-1].search(Stages(run))
+    return run, targets
+
+
+def methods_of(recipe: Recipe, base: BaseModel, work: Path) -> list[Any]:
+    """The methods of a run's concepts, up to their erasing: a fresh adapter is in the base."""
+    run, targets = prepared(recipe, base, work)
+    kind: type[Method] = METHODS.get(recipe.method)
+    made = [kind(prepare(target, kind)) for target in targets]
+    for one in made:
+        one.search(Stages(run))
     attach(base, recipe)
     return made
 

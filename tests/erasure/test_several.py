@@ -191,6 +191,25 @@ class TestAttribute:
         assert (result.folder / "preview.png").exists()
 
 
+class TestOtherNames:
+    CALLED = "A painting in the style of vincent"
+
+    @pytest.mark.parametrize("name", ["esd", "recare"])
+    def test_they_are_erased_like_the_first(self, name: str, base: BaseModel, method: Callable[..., Any]) -> None:
+        made = method(name, **{"concept.aliases": ["vincent"], **PLAIN})
+        assert made.context.erased.names == ("A painting in the style of Van Gogh", self.CALLED)
+        torch.testing.assert_close(made.names[1:].prompt_embeds, base.encode_prompts([self.CALLED]).prompt_embeds)
+        assert not any("vincent" in prompt.lower() for prompt in made.context.retained.prompts)
+
+    def test_methods_that_look_at_their_tokens_find_them(self, method: Callable[..., Any]) -> None:
+        made = method("forget-me-not", **{"concept.aliases": ["vincent"]})
+        assert made.context.concept.name_prompts[-1] == self.CALLED and len(made.positions[-1]) == 1
+
+    def test_a_replacement_stands_for_all_of_them(self, method: Callable[..., Any]) -> None:
+        made = method("esd", **{"concept.aliases": ["vincent"]}, replace_with="Monet")
+        assert len(made.instead.prompts) == len(made.names) == 2
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "sentence"),
     [

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from recare_patch.core import ConceptError
-from recare_patch.recipe import KINDS, Concept, Kind, same_concept
+from recare_patch.recipe import KINDS, Concept, Kind, names_concept, same_concept
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,18 @@ def test_own_words_and_other_spellings() -> None:
     assert "naked" in Concept(text="nudity", kind="nsfw").words
     assert same_concept("Van Gogh", "van-GOGH") and same_concept(concept, " van  gogh")
     assert not same_concept("Van Gogh", "vangogh")
+
+
+def test_other_names() -> None:
+    concept = Concept(text="Van Gogh", kind="style", aliases=("Vincent", "Van Gogh"))
+    # Its own name again adds nothing.
+    assert concept.name_prompts == (
+        *Concept(text="Van Gogh", kind="style").name_prompts,
+        "A painting in the style of Vincent",
+    )
+    assert names_concept("vincent", concept) and not names_concept("vincent", Concept(text="Van Gogh", kind="style"))
+    with pytest.raises(ConceptError, match="at least one letter"):
+        Concept(text="Van Gogh", kind="style", aliases=("",))
 
 
 @pytest.mark.parametrize("text", ["", "   ", "!?", "x" * 101])
