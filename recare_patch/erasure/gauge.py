@@ -185,7 +185,8 @@ class Governor:
         rows = [[round(one.gone, 4), round(one.drift, 4)] for one in self.readings]
         bars = {"gone": self.bars.gone, "drift": self.bars.drift}
         return {
-            **dict(zip(("gone", "drift"), rows[-1], strict=True)),
+            "gone": round(self.last.gone, 4),
+            "drift": round(self.last.drift, 4),
             "reached": self.reached,
             "bars": bars,
             "looks": rows,

@@ -225,7 +225,10 @@ def test_what_the_run_measured_is_told(stage: Stage) -> None:
     bars = {"gone": 0.5, "drift": 0.15}
     stage.cost = {
         "measured": {"gone": 0.823, "drift": 0.061, "bars": bars, "reached": True},
-        "seen": [{"what": "tench", "before": 4, "after": 0, "of": 4}, {"what": "man", "before": 3, "after": 3, "of": 4}],
+        "seen": [
+            {"what": "tench", "before": 4, "after": 0, "of": 4},
+            {"what": "man", "before": 3, "after": 3, "of": 4},
+        ],
     }
     told = stage.run("erase --concept tench").stdout.splitlines()
     assert told[2:4] == [

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from recare_patch.careset import CareSet
+from recare_patch.careset import MOST_ASKED, OTHERS, CareSet
 from recare_patch.core import ClipError, NoMatchingModuleError, OutputError, RecarePatchError, ResumeError
 from recare_patch.erasure import EraseResult, erase, stages
+from recare_patch.erasure.gauge import STATES
 from recare_patch.erasure.run import RUN_FOLDER
 from recare_patch.models import BaseModel, lora
 from recare_patch.patch import Patch, from_any, generate_pictures
@@ -45,20 +46,24 @@ def test_a_run_leaves_a_whole_patch_and_nothing_else(finished: Path) -> None:
     assert {file.name for file in finished.iterdir()} == names
     cost = json.loads((finished / "training.json").read_text())
     counted = {stage: one["evaluations"] for stage, one in cost["stages"].items()}
+    assert cost["denoiser_evaluations"] == sum(counted.values()) and cost["peak_memory_bytes"] > 0
+    # How many words the base is asked about depends on what CLIP proposes.
+    assert 0 < counted.pop("CARE-set") <= MOST_ASKED
     assert counted == {
         # 4 pictures of 2 steps, both halves of the guidance; and 3.
         "target images": 16,
         "retained images": 12,
-        "CARE-set": 0,
+        "other pictures": OTHERS * 2 * 2,
         # 3 steps of 2 states: one frozen sample, and a trained one that counts three times.
         "search 1 erase": 3 * 2 * (1 + 3),
         "search 1 inversion": 3 * 2 * 3,
         "search 1 check": 3 * 4,
         # Erased rows: ∅, anchor, one name, and a trained sample; retained rows: one frozen, one trained.
-        "erase": 6 * (2 * (3 + 3) + 2 * (1 + 3)),
+        # What the frozen model says at the gauge's states, and one look after the last step.
+        "erase": 6 * (2 * (3 + 3) + 2 * (1 + 3)) + 4 * STATES + 2 * STATES,
     }
-    assert cost["denoiser_evaluations"] == sum(counted.values()) and cost["peak_memory_bytes"] > 0
-    assert len(cost["losses"]["erase"]) == 6
+    assert len(cost["losses"]["erase"]) == 6 and len(cost["measured"]["looks"]) == 1
+    assert [one["role"] for one in cost["seen"]].count("erased") == 1
     # Two files: the patch's own hash is the recorded one, and the other says the same.
     patch, other = Patch.load(finished), from_any(finished / KOHYA)
     assert _same(patch, other) and other.metadata == patch.metadata
@@ -114,7 +119,7 @@ def test_unsafe_target_images_never_touch_the_disk(small: Small, run: Runs, monk
 
 def test_killed_runs_resume_to_the_same_bits(small: Small, run: Runs, tmp_path: Path) -> None:
     """SIGKILL as soon as the last stage begins to checkpoint, then ``--resume``."""
-    recipe = small(**{"erase.steps": 120})
+    recipe = small(**{"erase.steps": 60, "search.rounds": 0})
     whole, out, file = run(recipe, "whole"), tmp_path / "killed", tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     command = [sys.executable, *f"-m recare_patch erase --recipe {file} --out {out} --device cpu".split()]

@@ -53,10 +53,9 @@ def test_everything_is_told_and_faults_are_warnings(scene: Scene) -> None:
     assert {role for role, *_ in rows[3:]} == {"neighbour"}
     assert not any(what.startswith("A p") for _, what, *_ in rows)
     found = [one for one in result.warnings if "CLIP" in one]
-    assert found == told["warnings"][-2:] == [
-        "CLIP still sees Van Gogh in 2 of 4 pictures, before 3 of 4; look at preview.png before you rely on the patch",
-        "a companion has suffered: CLIP sees stars in 1 of 4 pictures, before 4 of 4",
-    ]
+    assert found == told["warnings"][-2:]
+    assert found[0].startswith("CLIP still sees Van Gogh in 2 of 4 pictures, before 3 of 4; look at preview.png")
+    assert found[1] == "a companion has suffered: CLIP sees stars in 1 of 4 pictures, before 4 of 4"
 
 
 def test_what_clip_did_not_see_before_is_no_fault(scene: Scene) -> None:
