@@ -64,6 +64,9 @@ _NEVER_IN_TEXT = (0xC0, 0xC1, *range(0xF5, 0x100))
 """Bytes that UTF-8 never uses: their tokens, which a byte-level BPE writes as these very letters, cannot
 have occurred in any training text."""
 
+_MANY = 1000
+"""Texts that are a lexicon, and no prompts of one run."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PARTS = {
     "configuration": ("config.json",),
@@ -95,6 +98,7 @@ class Clip:
         self._tokenizer = tokenizer
         self._image_processor = image_processor
         self._vocabulary: tuple[list[str], list[tuple[str, str]]] | None = None
+        self._kept: dict[str, Tensor] = {}
 
     @classmethod
     def load(cls, source: str = BUNDLED, *, device: str | torch.device = "cpu") -> Clip:
@@ -187,7 +191,17 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str], batch_size: int = 256, progress: Progress | None = None) -> Tensor:
-        """Unit features of texts, float32 ``[len(texts), width]``; what the tower cannot read is cut."""
+        """Unit features of texts, float32 ``[len(texts), width]``; what the tower cannot read is cut.
+
+        A whole lexicon takes minutes on a CPU: features of so many texts are kept, and not computed twice.
+        """
+        if len(texts) >= _MANY:
+            new = [text for text in dict.fromkeys(texts) if text not in self._kept]
+            self._kept |= zip(new, self._read_texts(new, batch_size, progress), strict=True)
+            return torch.stack([self._kept[text] for text in texts])
+        return self._read_texts(texts, batch_size, progress)
+
+    def _read_texts(self, texts: Sequence[str], batch_size: int, progress: Progress | None) -> Tensor:
         rows = [torch.empty(0, self.width)]
         longest = int(self._model.config.text_config.max_position_embeddings)
         for start in range(0, len(texts), batch_size):

@@ -26,11 +26,11 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.careset import Clip, concept_feature
+from recare_patch.careset import Clip, concept_feature, is_barred, known_words
 from recare_patch.core import PatchError, Progress
 from recare_patch.models import BaseModel, split_name
 from recare_patch.patch import Patch
-from recare_patch.recipe import Concept, names_concept
+from recare_patch.recipe import Concept
 
 KEPT_WEIGHT = 1.0
 """How much the kept prompts count against one concept's."""
@@ -132,12 +132,12 @@ class Asked:
     def __init__(self, erased: Sequence[Concept], clip: Clip, seed: int) -> None:
         self.erased, self.clip = erased, clip
         self.named: set[str] = set()
-        words = self._free(clip.vocabulary()[0])
+        words = self._free(known_words(clip))
         order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
         self.words = [words[k] for k in order]
 
     def _free(self, words: Sequence[str]) -> list[str]:
-        return [word for word in words if not any(names_concept(word, one) for one in self.erased)]
+        return [word for word in words if not any(is_barred(word, one) for one in self.erased)]
 
     def of_concepts(self, own: Sequence[_Guarded]) -> list[str]:
         """Prompts that name a patch's concepts, by themselves and beside other words."""

@@ -43,13 +43,13 @@ FIGURES_FILE = Path(__file__).parent / "method_figures.json"
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds, and weak: see `recare-patch methods forget-me-not`.
     "fast": {"method": "forget-me-not"},
-    # A third of the default's evaluations: fewer pictures in fewer steps, no search, half the training.
+    # A third of the default's evaluations: fewer pictures in fewer steps, no search, less training at most.
     "quick": {
         "target_images.count": 24,
         "target_images.steps": 8,
         "target_images.scheduler": "dpm-solver++",
         "search.rounds": 0,
-        "erase.steps": 68,
+        "erase.steps": 100,
     },
     # Against learnt names of several vectors, at a third of the default's evaluations and ten times its size:
     # adversaries in the loop, which take the search's place, and layers enough to lose the concept itself
@@ -61,6 +61,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "target_images.steps": 8,
         "target_images.scheduler": "dpm-solver++",
         "search.rounds": 0,
+        # What adversaries find is not what the run's own look sees: it takes all its steps.
+        "erase.ends": "steps",
         "erase.steps": 55,
         "erase.batch_size": 2,
         "erase.retain_batch_size": 7,
