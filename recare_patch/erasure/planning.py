@@ -78,8 +78,8 @@ def _works(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, Work]:
             found[stage_name("retained images", number)] = Work(recipe.erase.retained_images * picture)
     found |= method.work(recipe)
     if _measured(recipe):
-        one = found["erase"]
-        looks = one.evaluations + look_evaluations(recipe)
+        one, plain = found["erase"], recipe.subject is None and recipe.replace_with is None
+        looks = one.evaluations + look_evaluations(recipe, pictures=plain and method.needs.care_set)
         found["erase"] = replace(one, evaluations=looks, predicted=max(one.predicted, STATES))
     return {stage: work for stage, work in found.items() if work.evaluations}
 

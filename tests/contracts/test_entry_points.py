@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from recare_patch.erasure.gauge import LOOK_EVERY, STATES
 from tests.contracts import throwaway
 
 SHORT = {"target_images.count": 4, "target_images.steps": 2, "erase.batch_size": 2, "adapter.rank": 2}
@@ -91,9 +92,14 @@ def test_its_runs_are_planned_killed_and_resumed(
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
     cost = json.loads((tmp_path / "whole" / "training.json").read_text())
-    assert cost["stages"]["erase"]["evaluations"] == 60 * 2 * 4 and len(cost["losses"]["erase"]) == 60
-    planned = [line.split() for line in tell("plan", *strong, "--tflops", 1).splitlines()]
-    assert ["erase", "480"] in [words[:2] for words in planned]
+    # Nothing is retained: a look is at the erased prompts alone, and the first one takes two more.
+    steps, looks = len(cost["losses"]["erase"]), len(cost["measured"]["looks"])
+    counted = cost["stages"]["erase"]["evaluations"]
+    assert counted == steps * 2 * 4 + (2 + looks) * STATES and looks == -(-steps // LOOK_EVERY)
+    for more, least, most in (((), counted, 2 * counted), (("--set", "erase.ends=steps"), 480, 480)):
+        table = [line.split() for line in tell("plan", *strong, *more, "--tflops", 1).splitlines()]
+        (planned,) = [int(words[1]) for words in table if words and words[0] == "erase"]
+        assert least <= planned <= most
     recipe, card = ((tmp_path / "whole" / name).read_text() for name in ("recipe.yaml", "README.md"))
     assert "throw_away:\n  strength: 2.0\n" in recipe
     assert "Throw-Away: guards nothing at all." in card and "2601.00001" in card
