@@ -370,16 +370,17 @@ def score_concept(images: Sequence[Image], clip: Clip, concept: Concept) -> Conc
     if not len(images):
         return ConceptScore()
     own = [name for name in concept.name_prompts if name != concept.text] or [concept.text]
-    margin = _margin(images, clip, own, _NEUTRAL[concept.kind])
+    margin = margins(images, clip, own, _NEUTRAL[concept.kind])
     return ConceptScore(float((margin > 0).float().mean()), float(margin.mean()))
 
 
 def shows(images: Sequence[Image], clip: Clip, own: Sequence[str], rivals: Sequence[str]) -> list[bool]:
     """Whether each picture is more like one of some texts than like any of others."""
-    return [bool(one > 0) for one in _margin(images, clip, own, rivals)]
+    return [bool(one > 0) for one in margins(images, clip, own, rivals)]
 
 
-def _margin(images: Sequence[Image], clip: Clip, own: Sequence[str], rivals: Sequence[str]) -> Tensor:
+def margins(images: Sequence[Image], clip: Clip, own: Sequence[str], rivals: Sequence[str]) -> Tensor:
+    """By how much each picture is more like the nearest of some texts than like that of others, ``[pictures]``."""
     seen = clip.image_features(images)
     best, other = ((seen @ clip.text_features(list(texts)).T).amax(1) for texts in (own, rivals))
     return best - other
