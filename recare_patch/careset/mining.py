@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.careset.care_set import KEPT, NAMES_CONCEPT, CareSet, CareToken
+from recare_patch.careset.care_set import BARRED, KEPT, NAMES_CONCEPT, CareSet, CareToken
+from recare_patch.careset.lexicon import is_barred
 from recare_patch.core import CareSetError, NullProgress
 from recare_patch.recipe import CareSetOptions, Concept, Kind, names_concept
 
@@ -204,7 +205,10 @@ class _Sorting:
 
     def __init__(self, concept: Concept, names: Sequence[str], features: Tensor, counts: list[int], u: Tensor) -> None:
         self.names, self.features, self.counts, self.u = names, features, counts, u
-        self.verdicts = [NAMES_CONCEPT if names_concept(name, concept) else KEPT for name in names]
+        self.verdicts = [
+            NAMES_CONCEPT if names_concept(name, concept) else BARRED if is_barred(name, concept) else KEPT
+            for name in names
+        ]
         self.clusters: list[int | None] = [None] * len(names)
         self.made = 1
         self.notes: list[str] = []
@@ -270,13 +274,18 @@ class _Sorting:
         )
 
 
+def no_word(clip: str) -> str:
+    """The sentence for a CLIP of whose vocabulary nothing can be mined."""
+    return (
+        f"the tokenizer of the CLIP '{clip}' has no whole word to mine: choose another --clip, "
+        "or give words of your own with --care-set"
+    )
+
+
 def _words(clip: Clip) -> tuple[list[str], dict[str, int]]:
     words, fragments = clip.vocabulary()
     if not words:
-        raise CareSetError(
-            f"the tokenizer of the CLIP '{clip.id}' has no whole word to mine: choose another --clip, "
-            "or give words of your own with --care-set"
-        )
+        raise CareSetError(no_word(clip.id))
     return words, dict(Counter(reason for _, reason in fragments))
 
 

@@ -51,12 +51,6 @@ def first_seed(recipe: Recipe, block: int, number: int = 0) -> int:
     return (recipe.seed * _SEED_STRIDE + (block + _BLOCKS * number) * 100_000) % 2**31
 
 
-def target_seeds(recipe: Recipe) -> list[int]:
-    """The seeds of a recipe's target images, one each: `careset build` mines what `erase` would."""
-    first = first_seed(recipe, 1)
-    return [first + k for k in range(recipe.target_images.count)]
-
-
 @dataclass
 class Target:
     """One concept of a run, and what is found out about it.
@@ -126,7 +120,7 @@ class Target:
         for k, word in enumerate(words):
             if said.get(word, names_concept(word, concept) or bool(resembled[k] > halfway)):
                 names.append(word)
-            elif word in are_things and not is_barred(word, concept):
+            elif word in are_things and not any(is_barred(word, one) for one in (concept, *self.others)):
                 kept.append(k)
         names = [word for word in names if not is_about_minors(word)]
         self.around = [words[k] for k in kept], cosine[kept], names
@@ -213,7 +207,7 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
     if target.attribute is not None:
         # By itself it stays: only what shows the subject loses it.
         found = found.with_added([target.attribute.text])
-    unguarded = [word for word in found.words if any(names_concept(word, one) for one in target.others)]
+    unguarded = [word for word in found.words if any(is_barred(word, one) for one in target.others)]
     if set(unguarded) != set(found.words):
         found = found.with_removed(unguarded)
     elif unguarded:
