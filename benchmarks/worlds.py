@@ -96,7 +96,7 @@ def figures(place: World, concept: str, count: int) -> dict[str, list[tuple[str,
     others = captions(
         place.source, lambda text: not any(mentions(text, one) for one in (concept, *companions)), 2 * count
     )
-    known = {label for group in place.source.labels.groups for label in group}
+    known = frozenset(place.source.labels.names)
     found["everything else"] = [(text, labels & known) for text, labels in others if labels & known]
     return found
 
