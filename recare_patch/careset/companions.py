@@ -9,6 +9,7 @@ that leads part of it is a companion; the others are neither.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 NAME_SHARE = 0.5
 """A word is another name of the concept where it says at least so much of what the name says: the share by which an
 adversarial name counts as one."""
+
+NAME_LIKENESS = 0.4
+"""Where no base is asked: the cosine with the concept's name, beyond what all words have in common."""
 
 BELONGS, BELONGS_BESIDE = 3.5, 2.5
 """A companion's least product of two z-scores: how much more it is seen in the concept's pictures than in others, and
@@ -51,6 +55,9 @@ _LOOKED_AT = 64
 
 _FEWEST = 3
 """Of so many words taken at random can chance be told."""
+
+_CLOSED = 2000
+"""A vocabulary of more words is that of the language at large."""
 
 _FAINT = 0.35
 """A word that moves a text by so little of what the median word does says nothing to CLIP."""
@@ -87,7 +94,7 @@ def seen_more(concept_images: Tensor, other_images: Tensor, words: Tensor) -> tu
 
 
 def fits_beside(
-    concept: Concept, clip: Clip, seen: Tensor, others: Tensor, words: Sequence[str]
+    concept: Concept, clip: Clip, seen: Tensor, others: Tensor, words: Sequence[str], *, among_words: bool = False
 ) -> tuple[Tensor, Tensor]:
     """In how many more of the concept's pictures than of others a prompt fits better when it names a word too.
 
@@ -97,6 +104,7 @@ def fits_beside(
         seen: features of pictures of the concept, ``[pictures, width]``.
         others: those of pictures of :data:`OTHER_PROMPTS` in turn; there may be none.
         words: that may be named.
+        among_words: they are so many that what is usual among them is what chance does.
 
     Returns:
         The z-score of the difference of the two shares, and which words say anything at all: ``[words]`` each. Only of
@@ -120,7 +128,13 @@ def fits_beside(
     pooled = (fits[best] * ours + hits + 0.5) / (ours + theirs + 1)
     spread = (pooled * (1 - pooled) * (1 / ours + 1 / theirs)).sqrt()
     z[best] = (fits[best] - hits / theirs) / spread
-    return z, speaks
+    return torch.minimum(z, _among_words(fits)) if among_words else z, speaks
+
+
+def _among_words(values: Tensor) -> Tensor:
+    """Each value's distance from the median, in standard deviations as the median distance tells them."""
+    apart = values - values.median()
+    return apart / (1.4826 * apart.abs().median()).clamp(min=1e-6)
 
 
 class BaseReading:
@@ -187,6 +201,7 @@ class _Sight:
         words: the things first, then names of somebody or something.
         things: how many of the words are things.
         z: how much more each word is seen in the concept's pictures, in standard errors, ``[words]``.
+        chance: what the largest of so many z-scores is by chance.
         like: how much each word is like the concept's name, beyond what all words have in common, ``[words]``.
     """
 
@@ -199,8 +214,14 @@ class _Sight:
         elsewhere = others if len(others) else clip.text_features(OTHER_PROMPTS)
         self._level = (elsewhere @ self._features.T).mean(0)
         self._lift, self.z = seen_more(seen, elsewhere, self._features)
+        # In the language at large hardly any word has to do with the concept, so that the others tell how far a word
+        # that has not is from none by chance; the words of a small world all have to do with one another.
+        is_open = len(things) > _CLOSED
+        self.chance = math.sqrt(2 * math.log(max(len(things), 2))) if is_open else 1.0
+        if is_open:
+            self.z = torch.minimum(self.z, _among_words(self._lift))
         self._least = self.z[: len(things)].argsort(stable=True).tolist()
-        beside, speaks = fits_beside(concept, clip, seen, others, things)
+        beside, speaks = fits_beside(concept, clip, seen, others, things, among_words=is_open)
         self.z[: self.things] = torch.maximum(self.z[: self.things], beside) * speaks
         middle = self._features.mean(0)
         self.like = F.cosine_similarity(self._features - middle, (u - middle)[None], dim=-1)
@@ -286,9 +307,10 @@ def judge_words(
     asked, listed = sight.proposed(verdicts)
     suspects = sight.suspects(listed, verdicts)
     enough = BELONGS_BESIDE if concept.kind == "style" else BELONGS
-    leads = dict.fromkeys(asked, enough)  # of what CLIP decides alone, one standard error is enough
+    # Of what CLIP decides alone, what chance does not reach is enough.
+    leads = dict.fromkeys(asked, enough / sight.chance)
     if reading is None:
-        shares = sight.like[suspects].tolist()
+        shares = (sight.like[suspects] * NAME_SHARE / NAME_LIKENESS).tolist()
     else:
         shares = reading.shares([sight.words[k] for k in suspects]).tolist() if suspects else []
         chance = sight.by_chance(concept, asked, seed)
@@ -303,7 +325,8 @@ def judge_words(
     if best and not kept and not first:
         kept = best[:2]
         notes.append("no word was confirmed: the two that came nearest were taken")
-    verdicts |= {k: ENOUGH if k in kept else SEEN_NO_MORE if sight.z[k] < 1 else LEADS_ELSEWHERE for k in best}
+    elsewhere = LEADS_ELSEWHERE if reading is not None else SEEN_NO_MORE
+    verdicts |= {k: ENOUGH if k in kept else SEEN_NO_MORE if sight.z[k] < 1 else elsewhere for k in best}
     room = None if keep is None else max(keep - len(first), 0)
     kept = [k for k in kept if sight.words[k] not in first][:room]
     tokens = sight.tokens(listed, kept, verdicts | dict.fromkeys(kept, KEPT))
