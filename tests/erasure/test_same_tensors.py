@@ -86,7 +86,10 @@ RUNS = [pytest.param(name, marks=pytest.mark.slow if run.get("slow") else ()) fo
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_tensors(name: str, made: Path) -> None:
-    assert _digests(_make(name, made)) == RECORDED["runs"][name]["sha256"]
+    recorded = RECORDED["runs"][name]["sha256"]
+    if recorded is None:
+        pytest.skip(f"to be recorded: python -m tests.erasure.test_same_tensors {name}")
+    assert _digests(_make(name, made)) == recorded
 
 
 if __name__ == "__main__":
