@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,7 +25,8 @@ FREQUENT = 30_000
 FOLDER = Path(__file__).parents[1] / "recare_patch" / "careset" / "words"
 
 _HEADS = {
-    "nouns": "Words that people use for things, the most frequent first: CARE-sets and retained prompts take theirs here.",
+    "nouns": "Words that people use for things, the most frequent first: CARE-sets and retained prompts take theirs "
+    "here.",
     "names": "Names of people and places, the most frequent first: they may name a concept, and are never guarded.",
 }
 _MADE = (
@@ -37,8 +39,9 @@ def word_lists() -> dict[str, list[str]]:
     """The lists, the most frequent word first."""
     frequent = (files("symspellpy") / "frequency_dictionary_en_82_765.txt").read_text(encoding="utf-8-sig")
     forms: dict[str, set[str]] = {}
-    with (files("lemminflect") / "resources" / "lemma_lu.csv.gz").open("rb") as packed:
-        for word, part, *_ in csv.reader(gzip.open(packed, "rt", encoding="utf-8")):
+    packed = (files("lemminflect") / "resources" / "lemma_lu.csv.gz").read_bytes()
+    with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
+        for word, part, *_ in csv.reader(lines):
             forms.setdefault(word, set()).add(part)
     found: dict[str, list[str]] = {"nouns": [], "names": []}
     for line in frequent.splitlines()[:FREQUENT]:

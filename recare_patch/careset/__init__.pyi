@@ -19,6 +19,7 @@ from .lexicon import known_styles as known_styles
 from .lexicon import known_words as known_words
 from .mining import concept_feature as concept_feature
 from .mining import guess_kind as guess_kind
+from .mining import margins as margins
 from .mining import score_concept as score_concept
 from .mining import shows as shows
 from .plot import plot_care_set as plot_care_set

@@ -21,6 +21,7 @@ from recare_patch.recipe import CareSetOptions, Concept, names_concept
 
 KEPT = "kept"
 NAMES_CONCEPT = "names the concept"
+BARRED = "on the list of words that an unsafe concept's run never says"
 ADDED = "added by hand"
 REMOVED = "removed by hand"
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.careset.care_set import KEPT, NAMES_CONCEPT, CareToken
+from recare_patch.careset.care_set import BARRED, KEPT, NAMES_CONCEPT, CareToken
 from recare_patch.careset.lexicon import is_barred, known_names, known_words
-from recare_patch.careset.mining import residuals
+from recare_patch.careset.mining import no_word, residuals
+from recare_patch.core import CareSetError
 from recare_patch.recipe import Concept, names_concept
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ MOST_ASKED = (2 + PROPOSED + _REFERENCES + _SUSPECTS) * ASKED_AT
 _LOOKED_AT = 64
 """Words of each list that CLIP reads beside all the other pictures' prompts too."""
 
+_FEWEST = 3
+"""Of so many words taken at random can chance be told."""
+
 _FAINT = 0.35
 """A word that moves a text by so little of what the median word does says nothing to CLIP."""
 
@@ -59,8 +63,8 @@ OTHER_PROMPTS = (
 SEEN_NO_MORE = "not seen more in its pictures than in others"
 LEADS_ELSEWHERE = "the base does not draw it with the concept"
 NO_THING = "the name of somebody or something, not a thing that comes along"
-BARRED = "on the list of words that an unsafe concept's run never says"
 KIND_OF = "what the concept is one of"
+ENOUGH = "belongs to it, but others do more, and no more are wanted"
 
 
 def seen_more(concept_images: Tensor, other_images: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +81,9 @@ def seen_more(concept_images: Tensor, other_images: Tensor, words: Tensor) -> tu
     ours, theirs = concept_images @ words.T, other_images @ words.T
     lift = ours.mean(0) - theirs.mean(0)
     lift = lift - lift.median()
-    spread = ours.var(0) / len(ours) + theirs.var(0) / len(theirs)
+    # One picture tells nothing of how far pictures differ: the others stand in, or the words.
+    spreads = [side.var(0) for side in (ours, theirs) if len(side) > 1] or [lift.var(correction=0).expand_as(lift)]
+    spread = spreads[0] / len(ours) + spreads[-1] / len(theirs)
     return lift, lift / spread.sqrt().clamp(min=1e-6)
 
 
@@ -87,9 +93,10 @@ def fits_beside(
     """In how many more of the concept's pictures than of others a prompt fits better when it names a word too.
 
     Args:
-        concept: whose pictures are ``seen``.
+        concept: who the word is named beside.
         clip: reads the prompts.
-        seen, others: features of pictures, ``[pictures, width]``; the others' prompts are :data:`OTHER_PROMPTS` in turn.
+        seen: features of pictures of the concept, ``[pictures, width]``.
+        others: those of pictures of :data:`OTHER_PROMPTS` in turn; there may be none.
         words: that may be named.
 
     Returns:
@@ -174,6 +181,77 @@ class BaseReading:
         return F.cosine_similarity(said - start, (self.named - start)[None], dim=-1).mean(1)
 
 
+class _Sight:
+    """What CLIP sees of each word that it knows, in the concept's pictures and in others.
+
+    Attributes:
+        words: the things first, then names of somebody or something.
+        things: how many of the words are things.
+        z: how much more each word is seen in the concept's pictures, in standard errors, ``[words]``.
+        like: how much each word is like the concept's name, beyond what all words have in common, ``[words]``.
+    """
+
+    def __init__(self, concept: Concept, clip: Clip, seen: Tensor, others: Tensor, u: Tensor) -> None:
+        things = known_words(clip)
+        self.words, self.things = list(dict.fromkeys([*things, *known_names(clip)])), len(things)
+        if not self.words:
+            raise CareSetError(no_word(clip.id))
+        self._seen, self._u, self._features = seen, u, clip.text_features(self.words)
+        elsewhere = others if len(others) else clip.text_features(OTHER_PROMPTS)
+        self._level = (elsewhere @ self._features.T).mean(0)
+        self._lift, self.z = seen_more(seen, elsewhere, self._features)
+        beside, speaks = fits_beside(concept, clip, seen, others, things)
+        self.z[: self.things] = torch.maximum(self.z[: self.things], beside) * speaks
+        middle = self._features.mean(0)
+        self.like = F.cosine_similarity(self._features - middle, (u - middle)[None], dim=-1)
+
+    def told(self, concept: Concept) -> dict[int, str]:
+        """What spelling alone says of words: those that no companion can be, with the reason."""
+        told: dict[int, str] = {}
+        for k, word in enumerate(self.words):
+            if names_concept(word, concept):
+                told[k] = NAMES_CONCEPT
+            elif is_barred(word, concept):
+                told[k] = BARRED
+            elif k >= self.things:
+                told[k] = NO_THING
+        return told
+
+    def proposed(self, told: dict[int, str]) -> tuple[list[int], list[int]]:
+        """The words to be asked about, and these with the told ones that are as conspicuous; most seen first."""
+        order = [k for k in self.z.argsort(descending=True).tolist() if self.z[k] > 0]
+        asked = [k for k in order if k not in told][:PROPOSED]
+        known = [k for k in order if k in told and (not asked or self.z[k] >= self.z[asked[-1]])][:PROPOSED]
+        return asked, [k for k in order if k in {*asked, *known}]
+
+    def suspects(self, listed: Sequence[int], told: dict[int, str]) -> list[int]:
+        """Those of the listed words that are the likest to be other names of the concept."""
+        open_ = [k for k in listed if told.get(k) in (None, NO_THING)]
+        return sorted(open_, key=lambda k: -float(self.like[k]))[:_SUSPECTS]
+
+    def by_chance(self, concept: Concept, asked: Sequence[int], seed: int) -> list[str]:
+        """Words taken at random among those that are seen least, so that no companion is taken for chance."""
+        least = self.z[: self.things].argsort()[: max(self.things // 2, _REFERENCES)].tolist()
+        words = [self.words[k] for k in least if k not in asked]
+        shuffled = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [words[k] for k in shuffled if not is_barred(words[k], concept)][:_REFERENCES]
+
+    def tokens(self, listed: Sequence[int], kept: Sequence[int], verdicts: dict[int, str]) -> list[CareToken]:
+        """The listed words with their verdicts, the kept ones first."""
+        residual = residuals(self._features, self._u)
+        halfway = self._level + self._lift / 2
+        return [
+            CareToken(
+                text=self.words[k],
+                count=int((self._seen @ self._features[k] > halfway[k]).sum()),
+                residual=round(float(residual[k]), 6),
+                kept=k in kept,
+                reason=verdicts[k],
+            )
+            for k in [*kept, *(k for k in listed if k not in kept)]
+        ]
+
+
 def judge_words(
     concept: Concept,
     clip: Clip,
@@ -199,81 +277,43 @@ def judge_words(
 
     Returns:
         The candidates, those that belong first, and notes on what was done otherwise than asked.
+
+    Raises:
+        CareSetError: the CLIP knows no word.
     """
-    things = known_words(clip)
-    words = list(dict.fromkeys([*things, *known_names(clip)]))
-    features = clip.text_features(words)
-    elsewhere = others if len(others) else clip.text_features(OTHER_PROMPTS)
-    lift, z = seen_more(seen, elsewhere, features)
-    beside, speaks = fits_beside(concept, clip, seen, others, words[: len(things)])
-    z[: len(things)] = torch.maximum(z[: len(things)], beside) * speaks
-    own = features - features.mean(0)
-    like = F.cosine_similarity(own, (u - features.mean(0))[None], dim=-1)
-    verdicts: dict[int, str] = {}
-    for k, word in enumerate(words):
-        if names_concept(word, concept):
-            verdicts[k] = NAMES_CONCEPT
-        elif is_barred(word, concept):
-            verdicts[k] = BARRED
-        elif k >= len(things):
-            verdicts[k] = NO_THING
-    order = [k for k in z.argsort(descending=True).tolist() if z[k] > 0]
-    asked = [k for k in order if k not in verdicts][:PROPOSED]
-    # What is told by its spelling is listed with the others, as far as it is as conspicuous.
-    told = [k for k in order if k in verdicts and (not asked or z[k] >= z[asked[-1]])][:PROPOSED]
-    listed = [k for k in order if k in {*asked, *told}]
-    suspects = sorted((k for k in listed if verdicts.get(k) in (None, NO_THING)), key=lambda k: -float(like[k]))
-    suspects = suspects[:_SUSPECTS]
-    notes: list[str] = []
+    sight, notes = _Sight(concept, clip, seen, others, u), []
+    verdicts = sight.told(concept)
+    asked, listed = sight.proposed(verdicts)
+    suspects = sight.suspects(listed, verdicts)
     leads = dict.fromkeys(asked, BELONGS)  # of what CLIP decides alone, one standard error is enough
     if reading is None:
-        named = [k for k in suspects if like[k] >= NAME_SHARE]
+        shares = sight.like[suspects].tolist()
     else:
-        # Among the words that CLIP sees least there, so that no companion is taken for chance.
-        least = z[: len(things)].argsort()[: max(len(things) // 2, _REFERENCES)].tolist()
-        chance = _at_random(concept, [words[k] for k in least if k not in asked], seed)
-        if asked and len(chance) >= 3:
-            leads = dict(zip(asked, reading.leads([words[k] for k in asked], chance).tolist(), strict=True))
+        shares = reading.shares([sight.words[k] for k in suspects]).tolist() if suspects else []
+        chance = sight.by_chance(concept, asked, seed)
+        if asked and len(chance) >= _FEWEST:
+            leads = dict(zip(asked, reading.leads([sight.words[k] for k in asked], chance).tolist(), strict=True))
         elif asked:
             notes.append("the base was not asked: CLIP knows too few words to tell chance by")
-        shares = reading.shares([words[k] for k in suspects]).tolist() if suspects else []
-        named = [k for k, share in zip(suspects, shares, strict=True) if share >= NAME_SHARE]
-    verdicts |= dict.fromkeys(named, NAMES_CONCEPT)
-    belongs = {k: float(z[k]) * leads[k] for k in asked if k not in verdicts}
-    kept = [k for k in belongs if belongs[k] >= BELONGS]
-    if not kept and belongs:
-        kept = sorted(belongs, key=lambda k: -belongs[k])[:2]
+    verdicts |= {k: NAMES_CONCEPT for k, share in zip(suspects, shares, strict=True) if share >= NAME_SHARE}
+    belongs = {k: float(sight.z[k]) * leads[k] for k in asked if k not in verdicts}
+    best = sorted(belongs, key=lambda k: -belongs[k])
+    kept = [k for k in best if belongs[k] >= BELONGS]
+    if best and not kept:
+        kept = best[:2]
         notes.append("no word was confirmed: the two that came nearest were taken")
-    kept.sort(key=lambda k: -belongs[k])
-    verdicts |= {k: KEPT if k in kept else SEEN_NO_MORE if z[k] < 1 else LEADS_ELSEWHERE for k in belongs}
-    kept = kept[:keep]
-    residual, shown = residuals(features, u), {*kept}
-    level = (elsewhere @ features.T).mean(0)
-    tokens = [
-        CareToken(
-            text=words[k],
-            count=int((seen @ features[k] > level[k] + lift[k] / 2).sum()),
-            residual=round(float(residual[k]), 6),
-            kept=k in shown,
-            reason=verdicts[k],
-        )
-        for k in [*kept, *(k for k in listed if k not in shown)]
-    ]
-    return _with_class_word(concept, tokens), notes
+    verdicts |= {k: ENOUGH if k in kept else SEEN_NO_MORE if sight.z[k] < 1 else LEADS_ELSEWHERE for k in best}
+    first = _class_words(concept)
+    room = None if keep is None else max(keep - len(first), 0)
+    kept = [k for k in kept if sight.words[k] not in first][:room]
+    tokens = sight.tokens(listed, kept, verdicts | dict.fromkeys(kept, KEPT))
+    counts = {token.text: token for token in tokens}
+    kinds = [counts.get(word) or CareToken(text=word, count=0, residual=0.0, kept=True) for word in first]
+    kinds = [token.model_copy(update={"kept": True, "reason": KIND_OF}) for token in kinds]
+    return [*kinds, *(token for token in tokens if token.text not in first)], notes
 
 
-def _at_random(concept: Concept, words: Sequence[str], seed: int) -> list[str]:
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = [words[k] for k in torch.randperm(len(words), generator=generator).tolist()]
-    return [word for word in shuffled if not is_barred(word, concept)][:_REFERENCES]
-
-
-def _with_class_word(concept: Concept, tokens: list[CareToken]) -> list[CareToken]:
+def _class_words(concept: Concept) -> list[str]:
     """What a person is, whoever it is and whatever they wear, stays: the first to suffer, as published."""
-    if concept.kind not in ("nsfw", "identity"):
-        return tokens
     word = concept.class_word
-    found = [one for one in tokens if one.text == word]
-    token = found[0] if found else CareToken(text=word, count=0, residual=0.0, kept=True)
-    token = token.model_copy(update={"kept": True, "reason": KIND_OF})
-    return [token, *(one for one in tokens if one.text != word)]
+    return [word] if concept.kind in ("nsfw", "identity") and not names_concept(word, concept) else []

@@ -6,8 +6,11 @@ vocabulary is none of them: most of its entries are pieces of words, and many of
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from recare_patch.careset.clip import Clip
 
 _FOLDER = Path(__file__).parent / "words"
+
+_PLURALS = (("s", ""), ("es", ""), ("ies", "y"))
 
 _COMMON = 1000
 """So many words of the lexicon say whether a vocabulary is that of the language at large."""
@@ -57,16 +62,22 @@ def is_barred(word: str, concept: Concept) -> bool:
         return True
     if concept.kind != "nsfw":
         return False
-    return any(part in _set("unsafe") or part in _set("minors") for part in _parts(word))
+    return not _parts(word).isdisjoint(_set("unsafe") | _set("minors"))
 
 
 def is_about_minors(word: str) -> bool:
     """Whether a word or phrase speaks of minors."""
-    return any(part in _set("minors") for part in _parts(word))
+    return not _parts(word).isdisjoint(_set("minors"))
 
 
-def _parts(word: str) -> list[str]:
-    return [word.casefold(), *word.casefold().replace("-", " ").split()]
+def _parts(text: str) -> frozenset[str]:
+    """The words of a text as a list may spell them: apart and joined, without accents, of plurals the singular too."""
+    letters = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", text).casefold())
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter) and letter.isprintable())
+    words = re.findall(r"[^\W_]+(?:&[^\W_]+)?", plain)
+    found = {plain, *words, "".join(words), *map("".join, pairwise(words))}
+    singular = {word[: -len(end)] + new for word in found for end, new in _PLURALS if word.endswith(end)}
+    return frozenset(found | singular)
 
 
 def _is_open(clip: Clip) -> tuple[bool, frozenset[str]]:
@@ -89,7 +100,8 @@ def known_words(clip: Clip) -> list[str]:
     is_open, there = _is_open(clip)
     if is_open:
         return list(nouns())
-    return [word for word in nouns() if word in there] or list(clip.vocabulary()[0])
+    own = dict.fromkeys(word.casefold() for word in clip.vocabulary()[0])
+    return [word for word in nouns() if word in there] or list(own)
 
 
 def known_names(clip: Clip) -> list[str]:

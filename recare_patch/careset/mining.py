@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.careset.care_set import KEPT, NAMES_CONCEPT, CareSet, CareToken
+from recare_patch.careset.care_set import BARRED, KEPT, NAMES_CONCEPT, CareSet, CareToken
+from recare_patch.careset.lexicon import is_barred
 from recare_patch.core import CareSetError, NullProgress
 from recare_patch.recipe import CareSetOptions, Concept, Kind, names_concept
 
@@ -204,7 +205,10 @@ class _Sorting:
 
     def __init__(self, concept: Concept, names: Sequence[str], features: Tensor, counts: list[int], u: Tensor) -> None:
         self.names, self.features, self.counts, self.u = names, features, counts, u
-        self.verdicts = [NAMES_CONCEPT if names_concept(name, concept) else KEPT for name in names]
+        self.verdicts = [
+            NAMES_CONCEPT if names_concept(name, concept) else BARRED if is_barred(name, concept) else KEPT
+            for name in names
+        ]
         self.clusters: list[int | None] = [None] * len(names)
         self.made = 1
         self.notes: list[str] = []
@@ -270,13 +274,18 @@ class _Sorting:
         )
 
 
+def no_word(clip: str) -> str:
+    """The sentence for a CLIP of whose vocabulary nothing can be mined."""
+    return (
+        f"the tokenizer of the CLIP '{clip}' has no whole word to mine: choose another --clip, "
+        "or give words of your own with --care-set"
+    )
+
+
 def _words(clip: Clip) -> tuple[list[str], dict[str, int]]:
     words, fragments = clip.vocabulary()
     if not words:
-        raise CareSetError(
-            f"the tokenizer of the CLIP '{clip.id}' has no whole word to mine: choose another --clip, "
-            "or give words of your own with --care-set"
-        )
+        raise CareSetError(no_word(clip.id))
     return words, dict(Counter(reason for _, reason in fragments))
 
 
@@ -370,16 +379,17 @@ def score_concept(images: Sequence[Image], clip: Clip, concept: Concept) -> Conc
     if not len(images):
         return ConceptScore()
     own = [name for name in concept.name_prompts if name != concept.text] or [concept.text]
-    margin = _margin(images, clip, own, _NEUTRAL[concept.kind])
+    margin = margins(images, clip, own, _NEUTRAL[concept.kind])
     return ConceptScore(float((margin > 0).float().mean()), float(margin.mean()))
 
 
 def shows(images: Sequence[Image], clip: Clip, own: Sequence[str], rivals: Sequence[str]) -> list[bool]:
     """Whether each picture is more like one of some texts than like any of others."""
-    return [bool(one > 0) for one in _margin(images, clip, own, rivals)]
+    return [bool(one > 0) for one in margins(images, clip, own, rivals)]
 
 
-def _margin(images: Sequence[Image], clip: Clip, own: Sequence[str], rivals: Sequence[str]) -> Tensor:
+def margins(images: Sequence[Image], clip: Clip, own: Sequence[str], rivals: Sequence[str]) -> Tensor:
+    """By how much each picture is more like the nearest of some texts than like that of others, ``[pictures]``."""
     seen = clip.image_features(images)
     best, other = ((seen @ clip.text_features(list(texts)).T).amax(1) for texts in (own, rivals))
     return best - other

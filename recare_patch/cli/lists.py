@@ -125,6 +125,7 @@ def careset() -> None:
 @careset.command()
 @option("--concept TEXT", "The concept whose companions to find.")
 @option("--kind KIND", f"{' | '.join(KINDS)}.  [default: a recipe's, else guessed]")
+@option("--alias NAME", "Another name of the concept, never its companion; repeatable.", into="aliases", multiple=True)
 @cli.base_option
 @cli.clip_option
 @cli.recipe_option("seed", "--seed")
@@ -133,34 +134,31 @@ def careset() -> None:
 @cli.device_option
 @cli.set_option()
 def build(
-    concept: str | None, recipe: str | None, out: Path | None, device: str, assignments: tuple[str, ...], **words: Any
+    concept: str | None,
+    aliases: tuple[str, ...],
+    recipe: str | None,
+    out: Path | None,
+    device: str,
+    assignments: tuple[str, ...],
+    **words: Any,
 ) -> None:
-    """Draw pictures of a concept and mine its CARE-set from them."""
+    """Draw pictures of a concept and find its CARE-set in them, as `erase` would."""
     if concept is None and recipe is None:
         raise RecipeError('no concept given: add --concept "Van Gogh", or --recipe NAME')
     overrides = cli.overrides_from(assignments)
+    if aliases:
+        overrides["concept.aliases"] = list(aliases)
     if concept is not None:
         # Faults of spelling are told before any model is loaded.
         Recipe(concept=Concept(text=concept, kind=words["kind"] or "object")).with_overrides(overrides)
-    from recare_patch.careset import Clip, build_care_set, default_clip
-    from recare_patch.erasure import resolve_recipe, target_seeds
-    from recare_patch.models import load_base, scheduled
+    from recare_patch.careset import Clip, default_clip
+    from recare_patch.erasure import care_set_of, resolve_recipe
+    from recare_patch.models import load_base
 
     with cli.shown_progress() as progress:
         plan = resolve_recipe(concept or "", recipe=recipe, overrides=overrides, device=device, **words)
         model = load_base(plan.base, precision=plan.precision, device=device)
-        options = plan.target_images
-        with scheduled(model.pipeline, options.scheduler):
-            images = model.generate(
-                [plan.concept.target_prompt] * options.count,
-                target_seeds(plan),
-                steps=options.steps,
-                guidance_scale=options.guidance_scale,
-                batch_size=options.batch_size,
-                progress=progress,
-            )
-        reader = Clip.load(plan.clip or default_clip(plan.base))
-        found = build_care_set(plan.concept, images, reader, plan.care_set, seed=plan.seed, progress=progress)
+        found = care_set_of(plan, model, Clip.load(plan.clip or default_clip(plan.base)), progress)
     _save(found, out if out is not None else Path(f"{plan.concept.slug}-care-set.json"))
 
 

@@ -1,3 +1,4 @@
+from .care_sets import care_set_of as care_set_of
 from .loop import OPTIMIZERS as OPTIMIZERS
 from .loop import Checkpoint as Checkpoint
 from .loop import Loop as Loop
@@ -14,7 +15,6 @@ from .planning import is_exact as is_exact
 from .planning import measured_speed as measured_speed
 from .planning import phantom as phantom
 from .planning import plan as plan
-from .prepare import target_seeds as target_seeds
 from .rollouts import classifier_free as classifier_free
 from .run import EraseResult as EraseResult
 from .run import erase as erase

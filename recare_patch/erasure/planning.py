@@ -66,7 +66,7 @@ def _works(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, Work]:
     picture = (sampler_steps or images.steps) * (2 if images.guidance_scale > 1 else 1)
     found: dict[str, Work] = {}
     confirmed = _confirmed(recipe)
-    if confirmed:
+    if confirmed or (method.needs.care_set and _measured(recipe)):
         few = min(images.steps, OTHER_STEPS) * (2 if images.guidance_scale > 1 else 1)
         found["other pictures"] = Work(OTHERS * few)
     for number in range(len(recipe.concepts)):

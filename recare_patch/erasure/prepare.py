@@ -23,8 +23,8 @@ from recare_patch.careset import (
     known_names,
     known_styles,
     known_words,
+    margins,
     score_concept,
-    shows,
 )
 from recare_patch.core import CareSetError, save_sheet
 from recare_patch.erasure.gauge import PICTURE_STEPS, PICTURES
@@ -51,12 +51,6 @@ def first_seed(recipe: Recipe, block: int, number: int = 0) -> int:
     return (recipe.seed * _SEED_STRIDE + (block + _BLOCKS * number) * 100_000) % 2**31
 
 
-def target_seeds(recipe: Recipe) -> list[int]:
-    """The seeds of a recipe's target images, one each: `careset build` mines what `erase` would."""
-    first = first_seed(recipe, 1)
-    return [first + k for k in range(recipe.target_images.count)]
-
-
 @dataclass
 class Target:
     """One concept of a run, and what is found out about it.
@@ -71,6 +65,8 @@ class Target:
         care_set: its companions, where the method needs them.
         around: what :meth:`words_around` found: a large vocabulary takes a while to encode.
         seen_by_clip: whether CLIP sees it in its target images.
+        images: some of these, for CLIP to compare with.
+        level: the margin above which a picture shows it, see :func:`sees`.
     """
 
     run: Run
@@ -83,6 +79,8 @@ class Target:
     care_set: CareSet | None = None
     around: tuple[list[str], Tensor, list[str]] | None = None
     seen_by_clip: bool = False
+    images: Sequence[Image] = ()
+    level: float | None = None
 
     @property
     def asked(self) -> str:
@@ -122,7 +120,7 @@ class Target:
         for k, word in enumerate(words):
             if said.get(word, names_concept(word, concept) or bool(resembled[k] > halfway)):
                 names.append(word)
-            elif word in are_things and not is_barred(word, concept):
+            elif word in are_things and not any(is_barred(word, one) for one in (concept, *self.others)):
                 kept.append(k)
         names = [word for word in names if not is_about_minors(word)]
         self.around = [words[k] for k in kept], cosine[kept], names
@@ -156,7 +154,7 @@ def draw_target(target: Target) -> list[Image]:
     target.latents = run.pictures(stage_name("target images", target.number), prompts, count, seed)
     images = run.base.decode_latents(target.latents)
     score = score_concept(images, run.clip, concept)
-    target.seen_by_clip = score.drawn
+    target.seen_by_clip, target.images = score.drawn, images[:PICTURES]
     if not score.drawn:
         run.warn(
             f"the base may not draw '{concept.text}': {score.share:.0%} of its {len(images)} "
@@ -209,7 +207,7 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
     if target.attribute is not None:
         # By itself it stays: only what shows the subject loses it.
         found = found.with_added([target.attribute.text])
-    unguarded = [word for word in found.words if any(names_concept(word, one) for one in target.others)]
+    unguarded = [word for word in found.words if any(is_barred(word, one) for one in target.others)]
     if set(unguarded) != set(found.words):
         found = found.with_removed(unguarded)
     elif unguarded:
@@ -224,8 +222,11 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
 
 def _other_pictures(run: Run) -> list[Image]:
     """Pictures of the plainest other things, once a run: what a companion must not be seen in as often."""
+    if run.others:
+        return run.others
     latents = run.pictures("other pictures", OTHER_PROMPTS, OTHERS, first_seed(run.recipe, 3), steps=OTHER_STEPS)
-    return run.base.decode_latents(latents)
+    run.others = run.base.decode_latents(latents)
+    return run.others
 
 
 def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
@@ -240,23 +241,31 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
             continue
         words = [*target.care_words, *target.words_around()[0][:PICTURES]][:PICTURES]
         texts = [*concept.name_prompts[:4], *map(concept.composed_prompt, words)]
-        rows += [(concept, target.care_words, texts[k % len(texts)]) for k in range(PICTURES)]
+        rows += [(target, texts[k % len(texts)]) for k in range(PICTURES)]
     if not rows:
         return None
+    _other_pictures(run)
     seeds, own = (
         [first_seed(run.recipe, 4) + k for k in range(len(rows))],
-        run.base.encode_prompts([r[2] for r in rows]),
+        run.base.encode_prompts([text for _, text in rows]),
     )
 
     def still_seen() -> float:
-        latents = run.sampled(own, seeds, steps=PICTURE_STEPS)
-        images, count = run.base.decode_latents(latents), 0
-        for image, (concept, words, _) in zip(images, rows, strict=True):
-            rivals = [*plain_rivals(concept.text), *map(concept.retain_prompt, words)]
-            count += shows([image], run.clip, concept.name_prompts, rivals)[0]
-        return count / len(rows)
+        images = run.base.decode_latents(run.sampled(own, seeds, steps=PICTURE_STEPS))
+        count = sum(sees(target, [image])[0] for image, (target, _) in zip(images, rows, strict=True))
+        # One picture may be taken for what it is not.
+        return count / len(rows) if count > len(rows) // PICTURES else 0.0
 
     return still_seen
+
+
+def sees(target: Target, images: Sequence[Image]) -> list[bool]:
+    """Whether CLIP sees a concept in each picture: more of it than half way from other pictures to its own."""
+    own, rivals = target.concept.name_prompts, plain_rivals(target.concept.text)
+    if target.level is None:
+        ends = [margins(some, target.run.clip, own, rivals) for some in (target.images, target.run.others)]
+        target.level = float(sum(one.mean() for one in ends)) / 2 if all(map(len, ends)) else 0.0
+    return [bool(one > target.level) for one in margins(images, target.run.clip, own, rivals)]
 
 
 def plain_rivals(named: str) -> list[str]:

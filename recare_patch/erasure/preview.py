@@ -49,6 +49,7 @@ class _Row:
     prompt: str
     what: str
     own: tuple[str, ...]  # texts that say what the prompt is about
+    target: prepare.Target | None = None  # of what is erased, where its own pictures say how it looks
 
 
 def _rows(targets: Sequence[prepare.Target], replaced: bool) -> list[_Row]:
@@ -57,7 +58,8 @@ def _rows(targets: Sequence[prepare.Target], replaced: bool) -> list[_Row]:
         concept = target.concept
         name = target.attribute.text if target.attribute is not None else concept.text
         own = concept.name_prompts if target.attribute is None else (target.asked,)
-        rows.append(_Row("replaced" if replaced else "erased", target.asked, name, own))
+        whole = target if target.attribute is None else None
+        rows.append(_Row("replaced" if replaced else "erased", target.asked, name, own, whole))
         for word in target.care_words[:3]:
             rows.append(_Row("kept", concept.retain_prompt(word), word, (concept.retain_prompt(word), word)))
         for prompt in prepare.neighbour_prompts(target):
@@ -91,17 +93,20 @@ def draw_preview(run: Run, targets: Sequence[prepare.Target], patch: Patch) -> P
     drawn, seen = [], []
     for k, row in enumerate(rows):
         mine = slice(EACH * k, EACH * (k + 1))
-        # What an erased prompt may have become are the companions; a companion may have become anything plain.
-        kept = [r.prompt for r in rows if r.role == "kept" and row.role in ("erased", "replaced")]
-        rivals = [*prepare.plain_rivals(row.what), *kept]
-        rivals = [text for text in rivals if text not in row.own]
-        there = [sum(shows(some, run.clip, row.own, rivals)) for some in (before[mine], after[mine])]
+        there = [sum(_sees(run, row, some)) for some in (before[mine], after[mine])]
         seen.append(Seen(row.role, row.what, there[0], there[1], EACH))
         drawn.append(SheetRow(f"{row.role}: {row.prompt}", [*before[mine], *after[mine]]))
     title = f"{run.recipe.title} · {run.recipe.method}"
     for one in seen:
         _warn(run, one)
     return Preview(sheet(drawn, ["before"] * EACH + ["after"] * EACH, title, blur=run.unsafe), tuple(seen))
+
+
+def _sees(run: Run, row: _Row, images: Sequence[Image]) -> list[bool]:
+    if row.target is not None:
+        return prepare.sees(row.target, images)
+    rivals = [text for text in prepare.plain_rivals(row.what) if text not in row.own]
+    return shows(images, run.clip, row.own, rivals)
 
 
 def _warn(run: Run, one: Seen) -> None:

@@ -248,7 +248,8 @@ def _train(
             made.append(method(prepare.prepare(target, method)))
             made[-1].search(Stages(run, number=target.number))
         care_set = _all_companions(targets)
-        run.still_seen = prepare.looker(targets) if method.needs.care_set else None
+        if method.needs.care_set and recipe.erase.ends == "measured":
+            run.still_seen = prepare.looker(targets)
         with Stages(run).adapter(recipe.seed) as stages:
             method.erase(made, stages)
             metadata = PatchMetadata.describe(recipe, run.base, care_set, versions(PACKAGES))

@@ -22,6 +22,8 @@ from recare_patch.patch import Patch
 from recare_patch.recipe import Recipe
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from recare_patch.careset import Clip
     from recare_patch.erasure.gauge import Governor
     from recare_patch.erasure.methods import LossMethod
@@ -101,6 +103,7 @@ class Run:
         notes: further figures for ``training.json``.
         ground: an earlier patch's adapter that the run goes on from, by component; empty without one.
         governor: what ended the erasing, where it was measured.
+        others: pictures of plain other things, drawn once.
         still_seen: draws a few pictures as the model stands, and tells in what share of them CLIP sees a concept.
     """
 
@@ -115,6 +118,7 @@ class Run:
         self.ground: dict[str, dict[str, Tensor]] = {}
         self.governor: Governor | None = None
         self.still_seen: Callable[[], float] | None = None
+        self.others: list[Image] = []
 
     def warn(self, sentence: str) -> None:
         """Tell the user now, and again at the end."""

@@ -1,4 +1,4 @@
-"""From pictures to a CARE-set, with a stand-in for CLIP whose words mean what they are said to mean."""
+"""From pictures to a CARE-set in the published way, with a stand-in for CLIP whose words mean what they say."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 from recare_patch.careset import (
     CareSet,
@@ -25,43 +22,10 @@ from recare_patch.careset import (
 )
 from recare_patch.core import CareSetError, ConceptError
 from recare_patch.recipe import CareSetOptions, Concept
+from tests.careset.stand_ins import WordClip
 
 TENCH = Concept(text="tench", kind="object")
 COMPANIONS = (["angler", "fisherman"], ["water", "river", "lake"], ["person", "man", "woman"], ["castle"])
-
-
-class WordClip:
-    """A stand-in for CLIP: a text is the sum of its words' axes, a picture the words it is made of.
-
-    Words in one group share most of their axis, as synonyms do.
-    """
-
-    id = "words"
-
-    def __init__(self, *groups: Sequence[str], filler: int = 40) -> None:
-        groups = (*groups, *([f"filler{k}"] for k in range(filler)))
-        self.words = [word for group in groups for word in group]
-        generator = torch.Generator().manual_seed(0)
-        self.width = 2 * len(groups) + 8
-        self.axes: dict[str, Tensor] = {}
-        for at, group in enumerate(groups):
-            for word in group:
-                own = 0.25 * torch.randn(self.width, generator=generator) / self.width**0.5
-                own[at] += 1
-                self.axes[word] = F.normalize(own, dim=0)
-
-    def vocabulary(self) -> tuple[list[str], list[tuple[str, str]]]:
-        return list(self.words), [("ight", "a piece"), ("the", "a function word")]
-
-    def text_features(self, texts: Sequence[str]) -> Tensor:
-        rows = []
-        for text in texts:
-            parts = [self.axes[w] for w in text.lower().split() if w in self.axes]
-            rows.append(F.normalize(sum(parts, torch.full((self.width,), 1e-3)), dim=0))
-        return torch.stack(rows) if rows else torch.empty(0, self.width)
-
-    def image_features(self, images: Sequence[Any], batch_size: int = 32) -> Tensor:
-        return self.text_features([" ".join(words) for words in images])
 
 
 def pictures(count: int = 40) -> list[list[str]]:
@@ -78,7 +42,8 @@ def clip() -> Any:
 
 
 def build(clip: Any, images: Any = None, **options: Any) -> CareSet:
-    return build_care_set(TENCH, pictures() if images is None else images, clip, CareSetOptions(**options))
+    published = CareSetOptions(source="clip", **options)
+    return build_care_set(TENCH, pictures() if images is None else images, clip, published)
 
 
 def test_companions_are_found_and_the_name_is_not(clip: Any) -> None:
@@ -105,7 +70,7 @@ def test_what_was_used_is_recorded_and_every_token_has_a_reason(clip: Any) -> No
 def test_given_numbers_are_obeyed_and_progress_is_told(clip: Any) -> None:
     told: list[tuple[object, ...]] = []
     progress: Any = SimpleNamespace(update=lambda *given: told.append(given))
-    options = CareSetOptions(tokens_per_image=3, keep=5)
+    options = CareSetOptions(source="clip", tokens_per_image=3, keep=5)
     found = build_care_set(TENCH, pictures(), clip, options, progress=progress)
     assert told == [("CARE-set", done, 3) for done in range(4)]
     assert len(found.tokens) == 5
@@ -184,11 +149,12 @@ def test_kind_is_guessed_from_what_is_drawn() -> None:
         guess_kind("  ", drawn_as("monet", "house"), words)
 
 
-def test_a_real_clip_builds_and_plots(tiny_clip: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["base", "clip"])
+def test_a_real_clip_builds_and_plots(tiny_clip: Path, tmp_path: Path, source: str) -> None:
     clip = Clip.load(str(tiny_clip))
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(6)]
-    found = build_care_set(Concept(text="Van Gogh", kind="style"), images, clip)
+    found = build_care_set(Concept(text="Van Gogh", kind="style"), images, clip, CareSetOptions(source=source))
     assert found.words
     found.save(tmp_path / "care_set.json")
     read = CareSet.load(tmp_path / "care_set.json").with_added(["cypress trees"])

@@ -107,12 +107,8 @@ class FakeSet:
 def models(stage: Stage, fake: Fake) -> Stage:
     """Stand-ins for base model, CLIP and mining; what they were asked is in ``stage.calls``."""
 
-    def generate(prompts: list[str], seeds: list[int], **options: Any) -> list[str]:
-        stage.calls.append(("generate", {"prompts": prompts, "seeds": seeds, **options}))
-        return ["picture"] * len(prompts)
-
-    def build(concept: Concept, images: list[str], clip: Any, options: Any, **more: Any) -> FakeSet:
-        stage.calls.append(("build", {"concept": concept, "images": images, "options": options, **more}))
+    def build(recipe: Recipe, base: Any, clip: Any, progress: Any) -> FakeSet:
+        stage.calls.append(("build", {"recipe": recipe, "base": base.id, "clip": clip}))
         return FakeSet()
 
     def resolve_recipe(concept: str, **options: Any) -> Recipe:
@@ -120,12 +116,11 @@ def models(stage: Stage, fake: Fake) -> Stage:
         kind = options["kind"] or "style"
         return Recipe(concept=Concept(text=concept, kind=kind)).with_overrides(options["overrides"])
 
-    fake("models", load_base=lambda source, **_: SimpleNamespace(id=source, generate=generate, pipeline=None))
-    fake("erasure", resolve_recipe=resolve_recipe, target_seeds=lambda one: [*range(one.target_images.count)])
+    fake("models", load_base=lambda source, **_: SimpleNamespace(id=source))
+    fake("erasure", resolve_recipe=resolve_recipe, care_set_of=build)
     fake(
         "careset",
         CareSet=FakeSet,
-        build_care_set=build,
         plot_care_set=lambda care_set, path, clip: path.write_bytes(b"png"),
         Clip=SimpleNamespace(load=lambda source: source),
         default_clip=lambda base: base,
@@ -134,14 +129,13 @@ def models(stage: Stage, fake: Fake) -> Stage:
 
 
 def test_careset_build(models: Stage) -> None:
-    more = ["--seed", 3, "--set", "target_images.count=5", "--set", "care_set.clusters=2"]
+    more = ["--seed", 3, "--alias", "Vincent", "--alias", "van gough", "--set", "target_images.count=5"]
     result = models.run("careset", "build", "--concept", "Van Gogh", *more)
     assert result.exit_code == 0, result.output
-    calls = dict(models.calls)
-    assert calls["generate"]["prompts"] == ["A painting in the style of Van Gogh"] * 5
-    assert len(set(calls["generate"]["seeds"])) == 5
-    assert calls["build"]["images"] == ["picture"] * 5
-    assert (calls["build"]["options"].clusters, calls["build"]["seed"]) == (2, 3)
+    asked = dict(models.calls)["build"]
+    assert asked["base"] == asked["clip"] == "atelier"
+    assert asked["recipe"].concept == Concept(text="Van Gogh", kind="style", aliases=("Vincent", "van gough"))
+    assert (asked["recipe"].target_images.count, asked["recipe"].seed) == (5, 3)
     assert Path("van-gogh-care-set.json").read_text() == "stars,night"
     assert "2 CARE-concepts of Van Gogh: stars, night" in result.stdout
 
@@ -170,6 +164,7 @@ def test_careset_show_plot_and_edit(models: Stage) -> None:
         (["build"], "no concept given"),
         (["build", "--concept", " "], "a concept needs"),
         (["build", "--concept", "x", "--kind", "stile"], "did you mean 'style'?"),
+        (["build", "--concept", "x", "--alias", "…"], "concept.aliases"),
         (["build", "--concept", "x", "--set", "care_set.cluster=2"], "did you mean 'care_set.clusters'?"),
         (["edit", "set.json"], "nothing to edit"),
         (["edit", "set.json", "--remove", "x"], "no such word"),
