@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recare_patch.careset import OTHERS
 from recare_patch.erasure import EraseResult, erase, evaluations, gauge, prepare
 from recare_patch.erasure.gauge import LOOK_EVERY, PICTURE_STEPS, PICTURES, STATES, Gauge, Governor, Reading
 from recare_patch.models import BaseModel
@@ -237,24 +238,28 @@ class TestLooker:
         target.seen_by_clip = False
         assert prepare.looker([target]) is None
 
-    def test_it_draws_the_concept_s_prompts_and_asks(
+    def test_it_draws_the_concept_and_counts(self, target: prepare.Target, monkeypatch: pytest.MonkeyPatch) -> None:
+        target.seen_by_clip, base, shown = True, target.run.base, iter([True] * 3 + [False] * 9 + [True] + [False] * 11)
+        monkeypatch.setattr(prepare, "sees", lambda asked, images: [next(shown) for _ in images])
+        look = prepare.looker([target])
+        assert look is not None and len(target.run.others) == OTHERS
+        before, steps = base.counter.total, min(PICTURE_STEPS, target.run.recipe.target_images.steps)
+        assert look() == 3 / PICTURES
+        assert base.counter.total - before == PICTURES * steps * 2
+        # One picture may be taken for what it is not.
+        assert look() == 0
+
+    def test_a_picture_shows_it_beyond_the_middle(
         self, target: prepare.Target, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        target.seen_by_clip, base, asked = True, target.run.base, []
-
-        def shows(images: Any, clip: Any, own: Any, rivals: Any) -> list[bool]:
-            asked.append((own, rivals))
-            return [len(asked) <= 3]
-
-        monkeypatch.setattr(prepare, "shows", shows)
-        look = prepare.looker([target])
-        assert look is not None
-        before, steps = base.counter.total, min(PICTURE_STEPS, target.run.recipe.target_images.steps)
-        assert look() == 3 / PICTURES == len(asked[:3]) / len(asked)
-        assert base.counter.total - before == PICTURES * steps * 2
-        own, rivals = asked[0]
-        assert own == target.concept.name_prompts and set(own).isdisjoint(rivals) and "A photo" in rivals
-        assert {target.concept.retain_prompt(word) for word in target.care_words} <= set(rivals)
+        margin = {"own": 0.3, "other": 0.1, "near": 0.21, "far": 0.19}
+        monkeypatch.setattr(prepare, "margins", lambda images, *asked: torch.tensor([margin[one] for one in images]))
+        images: Any = ["near", "far"]
+        target.images, target.run.others = ["own", "own"], ["other"] * 3  # type: ignore[list-item]
+        assert prepare.sees(target, images) == [True, False]
+        # Without pictures to compare with, whatever is more like it than like anything plain.
+        target.level, target.run.others = None, []
+        assert prepare.sees(target, images) == [True, True]
 
     def test_a_plain_thing_is_not_its_own_rival(self) -> None:
         assert "A photo of a tree" in prepare.plain_rivals("red tree")

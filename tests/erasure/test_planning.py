@@ -101,7 +101,7 @@ def test_what_a_run_decides_on_the_way_is_planned_at_its_most(
 ) -> None:
     """Also where CLIP sees the concept in every picture that the run looks at."""
     monkeypatch.setattr(Target, "seen_by_clip", property(lambda self: True, lambda self, value: None), raising=False)
-    monkeypatch.setattr("recare_patch.erasure.prepare.shows", lambda *asked: [True])
+    monkeypatch.setattr("recare_patch.erasure.prepare.sees", lambda *asked: [True])
     recipe = small(method, **{"search.rounds": 0, "erase.gone": 1e-9, "erase.drift": 10.0, **changes})
     assert not is_exact(recipe)
     planned, counted = _both(recipe, run(recipe))
