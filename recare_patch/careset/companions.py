@@ -30,10 +30,11 @@ NAME_SHARE = 0.5
 """A word is another name of the concept where it says at least so much of what the name says: the share by which an
 adversarial name counts as one."""
 
-BELONGS = 3.5
+BELONGS, BELONGS_BESIDE = 3.5, 2.5
 """A companion's least product of two z-scores: how much more it is seen in the concept's pictures than in others, and
 how much further it leads towards the concept than words taken at random. Of words that have nothing to do with the
-concept one in a hundred passes, and a companion may be plain to one of the two and faint to the other."""
+concept one in a hundred passes, and a companion may be plain to one of the two and faint to the other. Said beside a
+style's name, words lead more surely, and less is enough."""
 
 PROPOSED, ASKED_AT, OTHERS = 13, 9, 12
 """Words that the base is asked about, states that it is asked at, and pictures of other things: with these numbers all
@@ -54,11 +55,9 @@ _FEWEST = 3
 _FAINT = 0.35
 """A word that moves a text by so little of what the median word does says nothing to CLIP."""
 
-OTHER_PROMPTS = (
-    *("A photo", "A painting", "A photo of a person", "A painting of a house", "A photo of a tree"),
-    *("A painting of a person", "A photo of a house", "A photo of a street"),
-)
-"""What the pictures of other things show: the plainest there is."""
+OTHER_PROMPTS = ("A photo", "A painting")
+"""What the pictures of other things show: whatever the base draws unasked. Prompts that name plain things would put
+people and houses into them more often than chance does, and people would be seen beside nothing."""
 
 SEEN_NO_MORE = "not seen more in its pictures than in others"
 LEADS_ELSEWHERE = "the base does not draw it with the concept"
@@ -200,6 +199,7 @@ class _Sight:
         elsewhere = others if len(others) else clip.text_features(OTHER_PROMPTS)
         self._level = (elsewhere @ self._features.T).mean(0)
         self._lift, self.z = seen_more(seen, elsewhere, self._features)
+        self._least = self.z[: len(things)].argsort(stable=True).tolist()
         beside, speaks = fits_beside(concept, clip, seen, others, things)
         self.z[: self.things] = torch.maximum(self.z[: self.things], beside) * speaks
         middle = self._features.mean(0)
@@ -219,7 +219,7 @@ class _Sight:
 
     def proposed(self, told: dict[int, str]) -> tuple[list[int], list[int]]:
         """The words to be asked about, and these with the told ones that are as conspicuous; most seen first."""
-        order = [k for k in self.z.argsort(descending=True).tolist() if self.z[k] > 0]
+        order = [k for k in self.z.argsort(descending=True, stable=True).tolist() if self.z[k] > 0]
         asked = [k for k in order if k not in told][:PROPOSED]
         known = [k for k in order if k in told and (not asked or self.z[k] >= self.z[asked[-1]])][:PROPOSED]
         return asked, [k for k in order if k in {*asked, *known}]
@@ -231,7 +231,7 @@ class _Sight:
 
     def by_chance(self, concept: Concept, asked: Sequence[int], seed: int) -> list[str]:
         """Words taken at random among those that are seen least, so that no companion is taken for chance."""
-        least = self.z[: self.things].argsort()[: max(self.things // 2, _REFERENCES)].tolist()
+        least = self._least[: max(self.things // 2, _REFERENCES)]
         words = [self.words[k] for k in least if k not in asked]
         shuffled = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
         return [words[k] for k in shuffled if not is_barred(words[k], concept)][:_REFERENCES]
@@ -285,7 +285,8 @@ def judge_words(
     verdicts = sight.told(concept)
     asked, listed = sight.proposed(verdicts)
     suspects = sight.suspects(listed, verdicts)
-    leads = dict.fromkeys(asked, BELONGS)  # of what CLIP decides alone, one standard error is enough
+    enough = BELONGS_BESIDE if concept.kind == "style" else BELONGS
+    leads = dict.fromkeys(asked, enough)  # of what CLIP decides alone, one standard error is enough
     if reading is None:
         shares = sight.like[suspects].tolist()
     else:
@@ -298,12 +299,11 @@ def judge_words(
     verdicts |= {k: NAMES_CONCEPT for k, share in zip(suspects, shares, strict=True) if share >= NAME_SHARE}
     belongs = {k: float(sight.z[k]) * leads[k] for k in asked if k not in verdicts}
     best = sorted(belongs, key=lambda k: -belongs[k])
-    kept = [k for k in best if belongs[k] >= BELONGS]
-    if best and not kept:
+    kept, first = [k for k in best if belongs[k] >= enough], _class_words(concept)
+    if best and not kept and not first:
         kept = best[:2]
         notes.append("no word was confirmed: the two that came nearest were taken")
     verdicts |= {k: ENOUGH if k in kept else SEEN_NO_MORE if sight.z[k] < 1 else LEADS_ELSEWHERE for k in best}
-    first = _class_words(concept)
     room = None if keep is None else max(keep - len(first), 0)
     kept = [k for k in kept if sight.words[k] not in first][:room]
     tokens = sight.tokens(listed, kept, verdicts | dict.fromkeys(kept, KEPT))

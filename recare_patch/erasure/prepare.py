@@ -51,6 +51,12 @@ def first_seed(recipe: Recipe, block: int, number: int = 0) -> int:
     return (recipe.seed * _SEED_STRIDE + (block + _BLOCKS * number) * 100_000) % 2**31
 
 
+_PLAINEST = (
+    *("A photo", "A painting", "A photo of a person", "A painting of a house", "A photo of a tree"),
+    *("A painting of a person", "A photo of a house", "A photo of a street"),
+)
+
+
 @dataclass
 class Target:
     """One concept of a run, and what is found out about it.
@@ -270,7 +276,7 @@ def sees(target: Target, images: Sequence[Image]) -> list[bool]:
 
 def plain_rivals(named: str) -> list[str]:
     """Prompts of the plainest things, but not of the one that is named: what a picture of it is not taken for."""
-    return [prompt for prompt in OTHER_PROMPTS if prompt.split()[-1] != named.casefold()]
+    return [prompt for prompt in _PLAINEST if prompt.split()[-1] != named.casefold()]
 
 
 def neighbour_prompts(target: Target) -> list[str]:
