@@ -46,6 +46,10 @@ def look_evaluations(recipe: Recipe, *, pictures: bool) -> int:
     return count * (4 * STATES + 2 * STATES * looks + pictures * PICTURES * picture * (looks // 3))
 
 
+_STANDS, _CREEPS = 3, 0.05
+"""Looks in which the first number must have risen by so much, or it stands."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """What one look found.
@@ -139,7 +143,8 @@ class Governor:
 
     While a retained prompt has drifted too far its weight rises; when steps overshoot (what was gone comes back, or
     drift jumps) the rate falls; and once the concepts are gone the rate falls look by look, so that the run ends on
-    small steps as it does on a schedule. It is a :class:`Watch`.
+    small steps as it does on a schedule. The first bar is where to look at pictures: it rises while they still show a
+    concept, and falls to where the first number stands. It is a :class:`Watch`.
     """
 
     every = LOOK_EVERY
@@ -194,9 +199,12 @@ class Governor:
 
     def look(self) -> None:
         """Measure the concept that has gone least and what has drifted farthest, and steer."""
-        found, before, bars = [gauge.look() for gauge in self.gauges], self.last, self.bars
+        found, before = [gauge.look() for gauge in self.gauges], self.last
         now = Reading(min(one.gone for one in found), max(one.drift for one in found))
         self.readings.append(now)
+        if self._stands():
+            self.bars = Reading(now.gone, self.bars.drift)
+        bars = self.bars
         gone, within = now.gone >= bars.gone, now.drift <= bars.drift
         if gone and within and self.rate <= _SMALL:
             self.seen = self._still_seen() if self._still_seen is not None else None
@@ -213,6 +221,13 @@ class Governor:
             self.rate *= _SLOWER
         self._retain = min(self._retain * 1.5, _MOST) if not within else max(1.0, self._retain / 1.25)
         self._tell()
+
+    def _stands(self) -> bool:
+        """Whether the first number has stopped short of its bar: then pictures tell whether it is enough."""
+        if self._still_seen is None or len(self.readings) <= _STANDS or not 0 < self.last.gone < self.bars.gone:
+            return False
+        recent = [one.gone for one in self.readings[-_STANDS - 1 :]]
+        return max(recent[1:]) - recent[0] < _CREEPS
 
     def _tell(self) -> None:
         for method in self.methods:
