@@ -156,6 +156,19 @@ class TestSteering:
         looks(governor, 2)
         assert governor.over and governor.reached and governor.told()["bars"] == {"gone": 0.625, "drift": 0.1}
 
+    def test_pictures_tell_whether_less_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        standing = [(0.1, 0.0), (0.3, 0.0), (0.31, 0.0), (0.32, 0.0), (0.32, 0.0), (0.32, 0.0), (0.33, 0.0)]
+        pictures = iter([0.0])
+        governor = steered(monkeypatch, standing, still_seen=lambda: next(pictures))
+        assert looks(governor, 5) == [1.0, 1.0, 1.0, 1.0, 0.5]
+        # The bar is where the number stands, and nothing is reached as long as no picture was looked at.
+        assert governor.bars.gone == governor.last.gone == 0.32 and not governor.reached
+        looks(governor, 2)
+        assert governor.over and governor.reached
+        # Where nobody looks at pictures, the bar stays.
+        blind = steered(monkeypatch, standing)
+        assert looks(blind, 7) == [1.0] * 7 and blind.bars.gone == 0.5 and not blind.reached
+
     def test_the_concept_that_has_gone_least_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         governor = steered(monkeypatch, [(0.9, 0.0), (0.3, 0.05)], concepts=2)
         governor.look()
