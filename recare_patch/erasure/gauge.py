@@ -36,6 +36,9 @@ _COOLING, _SMALL, _SLOWER, _OVERSHOT, _MOST, _FURTHER = 0.5, 0.25, 0.7, 0.15, 8.
 it falls after a step too far; how much may come back between two looks; the most that the
 retained weight rises; by how much the first bar rises where pictures still show the concept."""
 
+_STANDS, _CREEPS = 3, 0.05
+"""Looks in which the first number must have risen by so much, or it stands."""
+
 
 def look_evaluations(recipe: Recipe, *, pictures: bool) -> int:
     """Denoiser evaluations that a run's looks take at most, with ``pictures`` also at those: it may end early."""
@@ -44,10 +47,6 @@ def look_evaluations(recipe: Recipe, *, pictures: bool) -> int:
     # Pictures are looked at once the rate has fallen twice, which two looks before it have seen to.
     picture = min(images.steps, PICTURE_STEPS) * (2 if images.guidance_scale > 1 else 1)
     return count * (4 * STATES + 2 * STATES * looks + pictures * PICTURES * picture * (looks // 3))
-
-
-_STANDS, _CREEPS = 3, 0.05
-"""Looks in which the first number must have risen by so much, or it stands."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class Governor:
         """
         self._still_seen = still_seen
         self.seen: float | None = None
-        self.methods, self.bars, self._carried = methods, Reading(gone, drift), carried
+        self.methods, self.bars, self._carried, self.asked = methods, Reading(gone, drift), carried, gone
         self.gauges = [Gauge(method, seed + number) for number, method in enumerate(methods)]
         self.readings: list[Reading] = []
         self.rate, self._retain, self.over = 1.0, 1.0, False
@@ -182,8 +181,12 @@ class Governor:
 
     @property
     def reached(self) -> bool:
-        """Whether both numbers are within their bars, and no picture showed the concept at the last look at any."""
-        return not self.seen and self.last.gone >= self.bars.gone and self.last.drift <= self.bars.drift
+        """Whether both numbers are within their bars, and no picture showed the concept at the last look at any.
+
+        That the first number stands short of the recipe's bar is enough only where pictures have told so.
+        """
+        told = self.over or self.bars.gone >= self.asked
+        return told and not self.seen and self.last.gone >= self.bars.gone and self.last.drift <= self.bars.drift
 
     def told(self) -> dict[str, Any]:
         """What was reached, for ``training.json``."""

@@ -278,9 +278,10 @@ def _tell_measured(run: Run) -> None:
     if governor is None or governor.reached:
         return
     last, bars = governor.last, governor.bars
+    gone = max(bars.gone, governor.asked)
     seen = f", CLIP saw it in {governor.seen:.0%} of the pictures that it was shown last" if governor.seen else ""
     run.warn(
-        f"the run ended at its last step short of its bars: {last.gone:.2f} of the concept gone (bar {bars.gone:g})"
+        f"the run ended at its last step short of its bars: {last.gone:.2f} of the concept gone (bar {gone:g})"
         f"{seen}, retained prompts drifted by {last.drift:.2f} (bar {bars.drift:g}); look at preview.png, and give it "
         "more --steps"
     )

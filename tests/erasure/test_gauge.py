@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recare_patch.careset import OTHERS
 from recare_patch.erasure import EraseResult, erase, evaluations, gauge, prepare
 from recare_patch.erasure.gauge import LOOK_EVERY, PICTURE_STEPS, PICTURES, STATES, Gauge, Governor, Reading
 from recare_patch.models import BaseModel
@@ -155,6 +156,19 @@ class TestSteering:
         looks(governor, 2)
         assert governor.over and governor.reached and governor.told()["bars"] == {"gone": 0.625, "drift": 0.1}
 
+    def test_pictures_tell_whether_less_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        standing = [(0.1, 0.0), (0.3, 0.0), (0.31, 0.0), (0.32, 0.0), (0.32, 0.0), (0.32, 0.0), (0.33, 0.0)]
+        pictures = iter([0.0])
+        governor = steered(monkeypatch, standing, still_seen=lambda: next(pictures))
+        assert looks(governor, 5) == [1.0, 1.0, 1.0, 1.0, 0.5]
+        # The bar is where the number stands, and nothing is reached as long as no picture was looked at.
+        assert governor.bars.gone == governor.last.gone == 0.32 and not governor.reached
+        looks(governor, 2)
+        assert governor.over and governor.reached
+        # Where nobody looks at pictures, the bar stays.
+        blind = steered(monkeypatch, standing)
+        assert looks(blind, 7) == [1.0] * 7 and blind.bars.gone == 0.5 and not blind.reached
+
     def test_the_concept_that_has_gone_least_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         governor = steered(monkeypatch, [(0.9, 0.0), (0.3, 0.05)], concepts=2)
         governor.look()
@@ -237,24 +251,28 @@ class TestLooker:
         target.seen_by_clip = False
         assert prepare.looker([target]) is None
 
-    def test_it_draws_the_concept_s_prompts_and_asks(
+    def test_it_draws_the_concept_and_counts(self, target: prepare.Target, monkeypatch: pytest.MonkeyPatch) -> None:
+        target.seen_by_clip, base, shown = True, target.run.base, iter([True] * 3 + [False] * 9 + [True] + [False] * 11)
+        monkeypatch.setattr(prepare, "sees", lambda asked, images: [next(shown) for _ in images])
+        look = prepare.looker([target])
+        assert look is not None and len(target.run.others) == OTHERS
+        before, steps = base.counter.total, min(PICTURE_STEPS, target.run.recipe.target_images.steps)
+        assert look() == 3 / PICTURES
+        assert base.counter.total - before == PICTURES * steps * 2
+        # One picture may be taken for what it is not.
+        assert look() == 0
+
+    def test_a_picture_shows_it_beyond_the_middle(
         self, target: prepare.Target, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        target.seen_by_clip, base, asked = True, target.run.base, []
-
-        def shows(images: Any, clip: Any, own: Any, rivals: Any) -> list[bool]:
-            asked.append((own, rivals))
-            return [len(asked) <= 3]
-
-        monkeypatch.setattr(prepare, "shows", shows)
-        look = prepare.looker([target])
-        assert look is not None
-        before, steps = base.counter.total, min(PICTURE_STEPS, target.run.recipe.target_images.steps)
-        assert look() == 3 / PICTURES == len(asked[:3]) / len(asked)
-        assert base.counter.total - before == PICTURES * steps * 2
-        own, rivals = asked[0]
-        assert own == target.concept.name_prompts and set(own).isdisjoint(rivals) and "A photo" in rivals
-        assert {target.concept.retain_prompt(word) for word in target.care_words} <= set(rivals)
+        margin = {"own": 0.3, "other": 0.1, "near": 0.21, "far": 0.19}
+        monkeypatch.setattr(prepare, "margins", lambda images, *asked: torch.tensor([margin[one] for one in images]))
+        images: Any = ["near", "far"]
+        target.images, target.run.others = ["own", "own"], ["other"] * 3  # type: ignore[list-item]
+        assert prepare.sees(target, images) == [True, False]
+        # Without pictures to compare with, whatever is more like it than like anything plain.
+        target.level, target.run.others = None, []
+        assert prepare.sees(target, images) == [True, True]
 
     def test_a_plain_thing_is_not_its_own_rival(self) -> None:
         assert "A photo of a tree" in prepare.plain_rivals("red tree")

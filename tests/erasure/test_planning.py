@@ -101,7 +101,7 @@ def test_what_a_run_decides_on_the_way_is_planned_at_its_most(
 ) -> None:
     """Also where CLIP sees the concept in every picture that the run looks at."""
     monkeypatch.setattr(Target, "seen_by_clip", property(lambda self: True, lambda self, value: None), raising=False)
-    monkeypatch.setattr("recare_patch.erasure.prepare.shows", lambda *asked: [True])
+    monkeypatch.setattr("recare_patch.erasure.prepare.sees", lambda *asked: [True])
     recipe = small(method, **{"search.rounds": 0, "erase.gone": 1e-9, "erase.drift": 10.0, **changes})
     assert not is_exact(recipe)
     planned, counted = _both(recipe, run(recipe))
@@ -196,4 +196,4 @@ def test_words() -> None:
 @pytest.mark.parametrize(("preset", "part"), [("quick", 15), ("robust", 25)])
 def test_fast_presets_take_a_small_part_of_the_published_evaluations_at_most(preset: str, part: int) -> None:
     recipe = load_recipe("van-gogh-atelier").with_overrides(preset_overrides(preset))
-    assert sum(evaluations(recipe).values()) <= 108_000 / part
+    assert sum(evaluations(recipe).values()) <= 107_400 / part

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recare_patch.careset import CareSet
-from recare_patch.erasure import EraseResult, preview
+from recare_patch.erasure import EraseResult, prepare, preview
 from recare_patch.erasure.preview import EACH, Seen
 from recare_patch.recipe import Recipe
 from tests.erasure.making import STARS_FROM_VAN_GOGH
@@ -31,6 +31,10 @@ def scene(small: Callable[..., Recipe], run: Callable[..., EraseResult], monkeyp
             return [k < count for k in range(EACH)]
 
         monkeypatch.setattr(preview, "shows", shows)
+        # What is erased is compared with pictures of its own.
+        monkeypatch.setattr(
+            prepare, "sees", lambda target, images: shows(images, None, target.concept.name_prompts, ())
+        )
         recipe = small(method, **{"erase.steps": 1, "search.rounds": 0, "erase.ends": "steps", **changes})
         care_set = CareSet.of_words(recipe.concept, list(words)) if words else None
         return run(recipe, preview=True, care_set=care_set)

@@ -1,9 +1,9 @@
 """Small runs end with the very tensors that they ended with before.
 
-``same_tensors.json`` holds each run's command line and the SHA-256 of its files' tensors. Those of uce, esd and
-forget-me-not's training are from before the package was rebuilt, and so is what reads no list of words; recare, s-grace
-and uce's closed form were recorded anew when companions came to be confirmed by the base, retained words to be taken
-from a lexicon, and a run to end by what it measures of itself.
+``same_tensors.json`` holds each run's command line and the SHA-256 of its files' tensors. Those of esd and
+forget-me-not are from before the package was rebuilt. Those of recare, s-grace and uce were recorded anew when
+companions came to be confirmed by the base, retained words to be taken from a lexicon, and runs to end by what they
+measure of themselves; a run without any is still to be recorded.
 
 Floating-point sums depend on the machine, so elsewhere these tests say why they are skipped. Who changes a
 result on purpose records anew, and says so in the change log: ``python -m tests.erasure.test_same_tensors NAME …``.
@@ -86,7 +86,10 @@ RUNS = [pytest.param(name, marks=pytest.mark.slow if run.get("slow") else ()) fo
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_tensors(name: str, made: Path) -> None:
-    assert _digests(_make(name, made)) == RECORDED["runs"][name]["sha256"]
+    recorded = RECORDED["runs"][name]["sha256"]
+    if recorded is None:
+        pytest.skip(f"to be recorded: python -m tests.erasure.test_same_tensors {name}")
+    assert _digests(_make(name, made)) == recorded
 
 
 if __name__ == "__main__":

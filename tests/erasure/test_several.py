@@ -56,7 +56,7 @@ class TestTogether:
             words = {word.lower() for prompt in context.retained.prompts for word in prompt.split()}
             assert words.isdisjoint({"gogh", "tench", "boat"})
             # What a random model takes for a name of the concept is not retained either.
-            assert len(words & {"river", "lake", "field", "house", "church", "bird"}) > 2
+            assert len(words & {"monet", "moon", "garden", "church", "red", "road", "sun"}) > 2
 
     def test_they_take_turns(self, base: BaseModel, small: Small, tmp_path: Path) -> None:
         methods, seen = methods_of(small("esd", also=[TENCH]), base, tmp_path / "work"), []

@@ -130,8 +130,10 @@ def test_quantized_weights_come_near(folder: Path, plain: BaseModel, kind: str) 
 def test_a_whole_run_under_levers(tiny_sdxl: Path, tiny_clip: Path, tmp_path: Path) -> None:
     flags = ("offload", "checkpointing", "encoders_off_device", "vae_off_device")
     levers = {**dict.fromkeys(flags, True), "micro_batch": 3}
+    # Which words a random model confirms may hang on the last digits of a sum.
+    recipe = small_recipe(tiny_sdxl, tiny_clip, **{"care_set.source": "clip"})
     with_levers, without = (
-        erase(small_recipe(tiny_sdxl, tiny_clip, memory=memory), tmp_path / name, device="cpu", preview=False)
+        erase(recipe.with_overrides({"memory": memory}), tmp_path / name, device="cpu", preview=False)
         for name, memory in (("patch", levers), ("without", {}))
     )
     told = json.loads((tmp_path / "patch" / "training.json").read_text())

@@ -77,12 +77,14 @@ def test_a_patch_made_here_gives_plain_diffusers_the_same_pictures(tmp_path: Pat
     small = {
         "target_images.count": 4,
         "target_images.steps": 4,
+        "care_set.source": "clip",
         "search.rounds": 0,
         "erase.steps": 4,
+        "erase.ends": "steps",
         "erase.retained_images": 4,
     }
     folder = tmp_path / "p"
-    erase(resolve_recipe("van gogh", overrides=small), folder, device="cpu")
+    erase(resolve_recipe("van gogh", overrides=small), folder, device="cpu", preview=False)
     prompts, seeds = ["A painting in the style of Van Gogh", "a photo of stars"], [3, 4]
     pairs = generate_pictures("atelier", [(folder, 1.0)], prompts, seeds, steps=4, device="cpu")
     pipe = StableDiffusionPipeline.from_pretrained(atelier.PIPELINE)

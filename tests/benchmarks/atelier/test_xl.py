@@ -49,7 +49,7 @@ def test_a_second_run_finds_its_work_done(built: Path) -> None:
 
 def test_its_recipe_erases_on_it(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(built)
-    recipe = load_recipe("van-gogh-atelier-xl").with_overrides(SMALL)
+    recipe = load_recipe("van-gogh-atelier-xl").with_overrides(SMALL | {"erase.steps": 4, "care_set.source": "clip"})
     result = erase(recipe, tmp_path / "patch", device="cpu", preview=False)
     assert result.patch.metadata is not None and result.patch.metadata.base_family == "stable-diffusion-xl"
     assert Patch.load(tmp_path / "patch").check_base(load_base(recipe.base))
