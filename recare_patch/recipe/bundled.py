@@ -43,7 +43,7 @@ FIGURES_FILE = Path(__file__).parent / "method_figures.json"
 PRESETS: dict[str, dict[str, Any]] = {
     # Seconds, and weak: see `recare-patch methods forget-me-not`.
     "fast": {"method": "forget-me-not"},
-    # A third of the default's evaluations: fewer pictures in fewer steps, no search, less training at most.
+    # Half of the default's evaluations: fewer pictures in fewer steps, no search.
     "quick": {
         "target_images.count": 24,
         "target_images.steps": 8,
