@@ -34,7 +34,7 @@ adversarial name counts as one."""
 NAME_LIKENESS = 0.4
 """Where no base is asked: the cosine with the concept's name, beyond what all words have in common."""
 
-BELONGS, BELONGS_BESIDE = 3.5, 2.5
+BELONGS, BELONGS_BESIDE = 3.5, 2.0
 """A companion's least product of two z-scores: how much more it is seen in the concept's pictures than in others, and
 how much further it leads towards the concept than words taken at random. Of words that have nothing to do with the
 concept one in a hundred passes, and a companion may be plain to one of the two and faint to the other. Said beside a
@@ -223,6 +223,8 @@ class _Sight:
         self._least = self.z[: len(things)].argsort(stable=True).tolist()
         beside, speaks = fits_beside(concept, clip, seen, others, things, among_words=is_open)
         self.z[: self.things] = torch.maximum(self.z[: self.things], beside) * speaks
+        # A word that says nothing leads wherever the concept's name does when it stands beside it.
+        self._least = [k for k in self._least if speaks[k]]
         middle = self._features.mean(0)
         self.like = F.cosine_similarity(self._features - middle, (u - middle)[None], dim=-1)
 
