@@ -112,8 +112,7 @@ def fits_beside(
     """
     plain = clip.text_features([concept.target_prompt, *OTHER_PROMPTS])
     moved = clip.text_features([concept.composed_prompt(word) for word in words]) - plain[0]
-    effect = moved.norm(dim=1)
-    speaks = effect >= _FAINT * effect.median()
+    speaks = _not_faint(moved)
     fits = (seen @ moved.T > 0).float().mean(0) * speaks
     z = torch.zeros(len(words))
     best = fits.argsort(descending=True)[:_LOOKED_AT].tolist()
@@ -129,6 +128,19 @@ def fits_beside(
     spread = (pooled * (1 - pooled) * (1 / ours + 1 / theirs)).sqrt()
     z[best] = (fits[best] - hits / theirs) / spread
     return torch.minimum(z, _among_words(fits)) if among_words else z, speaks
+
+
+def _not_faint(moved: Tensor) -> Tensor:
+    effect = moved.norm(dim=1)
+    return effect >= _FAINT * effect.median()
+
+
+def spoken(clip: Clip, plain: str, prompts: Sequence[str]) -> list[bool]:
+    """Whether each prompt says more to CLIP than the plain one: a word that a small CLIP never met says nothing."""
+    if not prompts:
+        return []
+    found: list[bool] = _not_faint(clip.text_features(prompts) - clip.text_features([plain])).tolist()
+    return found
 
 
 def _among_words(values: Tensor) -> Tensor:

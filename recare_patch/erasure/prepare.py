@@ -25,6 +25,7 @@ from recare_patch.careset import (
     known_words,
     margins,
     score_concept,
+    spoken,
 )
 from recare_patch.core import CareSetError, save_sheet
 from recare_patch.erasure.gauge import PICTURE_STEPS, PICTURES
@@ -40,6 +41,9 @@ JOINED = 64
 
 RELATED_WORDS = 50
 """At most so many words name a concept to S-GRACE, as published; CLIP's whole vocabulary may have more."""
+
+_NEAREST = 24
+"""Words near a concept that its neighbours in the preview are taken from: some of them may say nothing to CLIP."""
 
 _SEED_STRIDE = 1_000_003
 _BLOCKS = 10
@@ -285,7 +289,9 @@ def neighbour_prompts(target: Target) -> list[str]:
         return [target.concept.target_prompt_for(style) for style in styles[:2]]
     words, cosine, _ = target.words_around()
     order = [words[int(k)] for k in cosine.argsort(descending=True)]
-    return [f"A photo of {word}" for word in order if word not in target.care_words][:2]
+    prompts = [f"A photo of {word}" for word in order if word not in target.care_words][:_NEAREST]
+    said = spoken(target.run.clip, "A photo", prompts)
+    return [prompt for prompt, said_anything in zip(prompts, said, strict=True) if said_anything][:2]
 
 
 def prepare(target: Target, method: type[Method]) -> Context:
