@@ -287,6 +287,7 @@ class _Sight:
         ]
 
 
+# Long for its arguments and what they mean.
 def judge_words(
     concept: Concept,
     clip: Clip,

@@ -33,6 +33,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Scale = Annotated[float, Field(ge=0, le=100)]
 Weight = Annotated[float, Field(ge=0, le=10_000)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Bar = Annotated[float, Field(gt=0, le=10)]
 
 
 def method_info(name: str) -> MethodInfo:
@@ -75,9 +76,7 @@ class CareSetOptions(Settings):
         description="base: words of the language that CLIP sees more in the concept's pictures than in others, and "
         "that the base confirms; clip: the published way, CLIP's own vocabulary, of which the next keys speak",
     )
-    tokens_per_image: Count | None = Field(
-        None, description="vocabulary tokens mined from each picture; null: by the vocabulary's size"
-    )
+    tokens_per_image: Count | None = Field(None, description="tokens of each picture; null: by the vocabulary's size")
     keep: Count | None = Field(None, description="most frequent tokens that go on; at most so many companions")
     clusters: int = Field(7, ge=1, le=1000, description="clusters of the text features")
     clustering: bool = Field(True, description="drop the clusters nearest to the concept and farthest from it")
@@ -92,7 +91,7 @@ class SearchOptions(Settings):
     rounds: int = Field(2, ge=0, le=100, description="how often to erase and invert; 0: no search")
     erase_steps: Count = Field(30, description="training steps of each erasure")
     erase_learning_rate: Rate | None = Field(
-        None, description="of each erasure, its highest value; null: a quarter of erase.learning_rate, as published"
+        None, description="of each erasure; null: a quarter of erase.learning_rate"
     )
     inversion_steps: Count = Field(48, description="training steps of each inversion")
     batch_size: Count = Field(8, description="states a step")
@@ -138,22 +137,10 @@ class EraseOptions(Settings):
 
     ends: Annotated[str, BeforeValidator(one_of("end of the training", ENDS))] = Field(
         "measured",
-        description="measured: when the concept has gone and nothing retained has drifted, as the run sees itself, at "
-        "the latest after `steps`; steps: after `steps`, on the schedule",
+        description="measured: when the run sees itself done, at the latest after `steps`; steps: after them",
     )
-    gone: float = Field(
-        0.5,
-        gt=0,
-        le=10,
-        description="bar of the first: what share of what the concept's prompts say along its own direction must be "
-        "gone before pictures are looked at; where they still show it, the bar rises",
-    )
-    drift: float = Field(
-        0.15,
-        gt=0,
-        le=10,
-        description="bar of the second: how far retained prompts may drift, as a share of what they say",
-    )
+    gone: Bar = Field(0.5, description="share of what erased prompts say that is gone before pictures are looked at")
+    drift: Bar = Field(0.15, description="how far retained prompts may drift, as a share of what they say")
     steps: Count = Field(130, description="training steps of the patch, at most")
     batch_size: Count = Field(3, description="states a step")
     learning_rate: Rate = Field(2.0e-3, description="its highest value")
