@@ -203,7 +203,7 @@ class MemoryOptions(Settings):
     vae_off_device: bool = Field(False, description="so is the autoencoder while it works")
     vae_tiling: bool = Field(False, description="it works on one picture at a time, in tiles")
     checkpointing: bool = Field(
-        False, description="forget activations, and compute them again: less memory, a third slower"
+        False, description="forget activations, compute them again: less memory, a third slower"
     )
     micro_batch: Count | None = Field(
         None, description="at most so many samples in the denoiser at once; what a step learns is the same"
