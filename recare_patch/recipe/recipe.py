@@ -214,9 +214,7 @@ class MemoryOptions(Settings):
     resolution: Annotated[str, BeforeValidator(_resolution)] | None = Field(
         None, description="WIDTHxHEIGHT of the pictures in pixels; null: what the base was trained on"
     )
-    channels_last: bool = Field(
-        False, description="a pixel's channels side by side in memory, as most devices' convolutions like it"
-    )
+    channels_last: bool = Field(False, description="a pixel's channels side by side in memory, as convolutions like it")
     compile: bool = Field(False, description="compile the denoiser's transformer blocks when they are first used")
 
     @model_validator(mode="after")
