@@ -77,7 +77,8 @@ class Gauge:
         # Half of the rows are names, against nothing; half are prompts that have the name in them, against those
         # that they become.
         half, empty = STATES // 2, base.encode_prompts([""])
-        names, nothing, pairs = method.names, empty, erased.pairs
+        sure = torch.tensor(method.sure_names or range(len(method.names)))
+        names, nothing, pairs = method.names[sure], empty, erased.pairs
         if erased.attribute is not None:
             # The subject stays: what must go is what the attribute adds to it.
             pairs, names = (erased.attribute,), base.encode_prompts([erased.attribute[0]])

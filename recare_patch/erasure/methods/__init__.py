@@ -214,12 +214,14 @@ class LossMethod(Method):
     Attributes:
         context: what it was given.
         names: embeddings of what names the concept, a row each.
+        sure_names: which of them the base is sure to know it by; none said: all.
         adversaries: what else changes while the loop runs, and must go on where it stopped.
         retain_scale: by how much the run has raised the weight of what must not change.
     """
 
     context: Context
     names: PromptEmbeds
+    sure_names: tuple[int, ...] = ()
     adversaries: Adversaries | None = None
     retain_scale: float = 1.0
 

@@ -150,6 +150,10 @@ class ReCARE(LossMethod):
                         found.append(name)
         self.names = models.PromptEmbeds.cat([self.names, *found])
         self.named = models.PromptEmbeds.cat([self.names, *self.tables])
+        # An alias is erased, and tells nothing of the concept where the base does not know it by that name.
+        given = len(context.erased.names)
+        sure = given - (len(context.concept.aliases) if context.erased.attribute is None else 0)
+        self.sure_names = (*range(max(sure, 1)), *range(given, len(self.names)))
         if context.erased.instead is not None:
             self.instead = Instead(base, context.erased, len(self.names))
 
@@ -206,7 +210,8 @@ class ReCARE(LossMethod):
         held, held_times, retained = self._held(latents, timesteps, generator)
         # The mean over names is drawn, one name a row: the loss is quadratic in its target, so the
         # gradient is the same on average, and one prediction does where there were as many as names.
-        names = torch.randint(0, len(self.names), (rows,), generator=generator)
+        pushed = torch.tensor(self.sure_names)
+        names = pushed[torch.randint(0, len(pushed), (rows,), generator=generator)]
         # One forward pass of the frozen model: ∅, anchor, erased name, retained.
         parts = [self.empty.repeat(rows), self.anchors[picks], self.names[names]]
         if self.instead is not None:
