@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recare_patch.careset.care_set import BARRED, KEPT, NAMES_CONCEPT, CareToken
-from recare_patch.careset.lexicon import is_barred, known_names, known_words
+from recare_patch.careset.lexicon import is_barred, known_names, known_words, vocabulary_of
 from recare_patch.careset.mining import no_word, residuals
 from recare_patch.core import CareSetError
 from recare_patch.recipe import Concept, names_concept
@@ -55,9 +55,6 @@ _LOOKED_AT = 64
 
 _FEWEST = 3
 """Of so many words taken at random can chance be told."""
-
-_CLOSED = 2000
-"""A vocabulary of more words is that of the language at large."""
 
 _FAINT = 0.35
 """A word that moves a text by so little of what the median word does says nothing to CLIP."""
@@ -228,7 +225,7 @@ class _Sight:
         self._lift, self.z = seen_more(seen, elsewhere, self._features)
         # In the language at large hardly any word has to do with the concept, so that the others tell how far a word
         # that has not is from none by chance; the words of a small world all have to do with one another.
-        is_open = len(things) > _CLOSED
+        is_open, _ = vocabulary_of(clip)
         self.chance = math.sqrt(2 * math.log(max(len(things), 2))) if is_open else 1.0
         if is_open:
             self.z = torch.minimum(self.z, _among_words(self._lift))

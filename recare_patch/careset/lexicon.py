@@ -80,7 +80,7 @@ def _parts(text: str) -> frozenset[str]:
     return frozenset(found | singular)
 
 
-def _is_open(clip: Clip) -> tuple[bool, frozenset[str]]:
+def vocabulary_of(clip: Clip) -> tuple[bool, frozenset[str]]:
     """Whether a CLIP was trained on the language at large, and the words that its vocabulary has whole.
 
     Such a one has most of the lexicon's commonest words whole. The vocabulary of a small world splits nearly all
@@ -97,7 +97,7 @@ def known_words(clip: Clip) -> list[str]:
     One that was trained on the language at large knows all of them, whatever number of tokens they take. In a small
     world those are known that are whole tokens; where none is, the vocabulary itself is taken.
     """
-    is_open, there = _is_open(clip)
+    is_open, there = vocabulary_of(clip)
     if is_open:
         return list(nouns())
     own = dict.fromkeys(word.casefold() for word in clip.vocabulary()[0])
@@ -106,13 +106,13 @@ def known_words(clip: Clip) -> list[str]:
 
 def known_names(clip: Clip) -> list[str]:
     """The words of :func:`names` that a CLIP knows, as :func:`known_words` decides it."""
-    is_open, there = _is_open(clip)
+    is_open, there = vocabulary_of(clip)
     return [word for word in names() if is_open or word in there]
 
 
 def known_styles(clip: Clip, but: Iterable[Concept] = ()) -> list[str]:
     """The manners of :func:`styles` that a CLIP knows, without those that name one of some concepts."""
-    is_open, there = _is_open(clip)
+    is_open, there = vocabulary_of(clip)
     found = [one for one in styles() if is_open or all(part in there for part in one.casefold().split())]
     return [one for one in found if not any(shares_name(one, concept) for concept in but)]
 

@@ -244,27 +244,24 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
 
     None where CLIP does not see the concepts in the base's own pictures: it would see nothing in any.
     """
-    run, rows = targets[0].run, []
-    for target in targets:
-        concept = target.concept
-        if target.attribute is not None or run.recipe.replace_with is not None or not target.seen_by_clip:
-            continue
-        words = [*target.care_words, *target.words_around()[0][:PICTURES]][:PICTURES]
-        texts = [*concept.name_prompts[:4], *map(concept.composed_prompt, words)]
-        rows += [(target, texts[k % len(texts)]) for k in range(PICTURES)]
-    if not rows:
+    run, texts = targets[0].run, []
+    goes = run.recipe.replace_with is None
+    looked_at = [one for one in targets if goes and one.attribute is None and one.seen_by_clip]
+    if not looked_at:
         return None
+    for target in looked_at:
+        words = [*target.care_words, *target.words_around()[0][:PICTURES]][:PICTURES]
+        prompts = [*target.concept.name_prompts[:4], *map(target.concept.composed_prompt, words)]
+        texts += [prompts[k % len(prompts)] for k in range(PICTURES)]
     _other_pictures(run)
-    seeds, own = (
-        [first_seed(run.recipe, 4) + k for k in range(len(rows))],
-        run.base.encode_prompts([text for _, text in rows]),
-    )
+    seeds = [first_seed(run.recipe, 4) + k for k in range(len(texts))]
+    own = run.base.encode_prompts(texts)
 
     def still_seen() -> float:
         images = run.base.decode_latents(run.sampled(own, seeds, steps=PICTURE_STEPS))
-        count = sum(sees(target, [image])[0] for image, (target, _) in zip(images, rows, strict=True))
+        count = sum(sum(sees(one, images[k * PICTURES : (k + 1) * PICTURES])) for k, one in enumerate(looked_at))
         # One picture may be taken for what it is not.
-        return count / len(rows) if count > len(rows) // PICTURES else 0.0
+        return count / len(texts) if count > len(looked_at) else 0.0
 
     return still_seen
 
