@@ -197,8 +197,8 @@ def _loads_in_diffusers(base: Any, folder: Path) -> bool:
 
 def adam(arguments: argparse.Namespace) -> Path:
     """Measure the bytes of both optimizers' states after a step, at each base's size and rank."""
-    from recare_patch.erasure import OPTIMIZERS, phantom
-    from recare_patch.models import find_layout
+    from recare_patch.erasure import OPTIMIZERS
+    from recare_patch.models import find_layout, phantom
     from recare_patch.models import lora as adapters
 
     rows = []

@@ -12,6 +12,7 @@ from .companions import MOST_ASKED as MOST_ASKED
 from .companions import OTHER_PROMPTS as OTHER_PROMPTS
 from .companions import OTHER_STEPS as OTHER_STEPS
 from .companions import OTHERS as OTHERS
+from .companions import PROPOSED as PROPOSED
 from .companions import spoken as spoken
 from .lexicon import is_about_minors as is_about_minors
 from .lexicon import is_barred as is_barred

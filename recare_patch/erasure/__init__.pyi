@@ -8,12 +8,12 @@ from .loop import name_templates as name_templates
 from .loop import noised as noised
 from .loop import step_generator as step_generator
 from .methods.recare import recare_target as recare_target
+from .planning import ENCODING as ENCODING
 from .planning import UTILIZATION as UTILIZATION
 from .planning import choose as choose
 from .planning import evaluations as evaluations
 from .planning import is_exact as is_exact
 from .planning import measured_speed as measured_speed
-from .planning import phantom as phantom
 from .planning import plan as plan
 from .rollouts import classifier_free as classifier_free
 from .run import EraseResult as EraseResult

@@ -1,8 +1,6 @@
 """What a run will cost, before it is run: denoiser evaluations exactly, memory and time as estimates.
 
-The base is built from its configurations on torch's meta device, where tensors have shapes and no
-values. One prediction and one training sample go through it there, in the very code of a run, and what
-lives at the worst moment is added up.
+What each stage asks of the base at its worst moment is told here, and what that takes by :mod:`models.footprint`.
 """
 
 from __future__ import annotations
@@ -10,40 +8,46 @@ from __future__ import annotations
 import math
 import time
 import types
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS
+from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS, PROPOSED
 from recare_patch.core import RecipeError
-from recare_patch.erasure.gauge import STATES, look_evaluations
+from recare_patch.erasure.gauge import PICTURES, STATES, look_evaluations
 from recare_patch.erasure.methods import LossMethod, Work
-from recare_patch.erasure.stages import attach, stage_name
-from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout, lora, scheduled
-from recare_patch.recipe import METHODS, MemoryOptions, Recipe
+from recare_patch.erasure.prepare import JOINED, RELATED_WORDS
+from recare_patch.erasure.stages import stage_name
+from recare_patch.models import (
+    PRECISIONS,
+    TEXT_ROOM,
+    Load,
+    find_layout,
+    first_fit,
+    lever_sets,
+    measure,
+    peak,
+    scheduled,
+)
+from recare_patch.recipe import METHODS, Recipe
 
 if TYPE_CHECKING:
-    from recare_patch.models import LatentDiffusion, Layout
+    from recare_patch.models import Footprint, Layout
 
-META = torch.device("meta")
-USED = 0.7
-"""Share of a card's GB that a plan fills; the driver, fragments and other programs take some too."""
 UTILIZATION = 0.4
 """Share of a large matrix product's speed that a denoiser reaches; an assumption."""
 
-_GB = 1e9
-"""Bytes. A card sold as 12 GB has 12 GiB, 7 % more; that is left to others too."""
-_WEIGHT_BYTES = {"int8": 1.01, "nf4": 0.5625}
-"""Of a quantized weight, with the scales of its row or block."""
+KIND, KIND_PICTURES, KIND_STEPS, KIND_BATCH = "kind", 4, 10, 4
+"""The stage that sees a concept's kind in pictures: as many of each of three kinds' prompts, in so many steps, so many
+together."""
+
+ENCODING = "encoding"
+"""The prompts of a method, read by the text encoders."""
+
+_MINED = 50
+"""Companions that the published mining may find, where nothing bounds them."""
 
 
 def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, int]:
@@ -55,33 +59,71 @@ def evaluations(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, i
     Raises:
         RecipeError: the source of states costs what cannot be told in advance.
     """
-    return {stage: work.evaluations for stage, work in _works(recipe, sampler_steps).items()}
+    return {stage: work.evaluations for stage, work in _works(recipe, sampler_steps).items() if work.evaluations}
 
 
-def _works(recipe: Recipe, sampler_steps: int | None = None) -> dict[str, Work]:
-    """What every stage computes; a stage that draws pictures has no rows of its own."""
+def _works(recipe: Recipe, sampler_steps: int | None = None, *, guessed: bool = False) -> dict[str, Work]:
+    """What every stage asks of the base."""
     if recipe.erase.states == "rollout":
         raise RecipeError("what the states 'rollout' will cost is not known before a run: they stop at random")
     method, images = METHODS.get(recipe.method), recipe.target_images
-    picture = (sampler_steps or images.steps) * (2 if images.guidance_scale > 1 else 1)
+    each, batch = 2 if images.guidance_scale > 1 else 1, images.batch_size
+    picture = (sampler_steps or images.steps) * each
     found: dict[str, Work] = {}
+    if guessed:
+        found[KIND] = Work(3 * KIND_PICTURES * KIND_STEPS * 2, pictures=KIND_BATCH)
     confirmed = _confirmed(recipe)
     if confirmed or (method.needs.care_set and _measured(recipe)):
-        few = min(images.steps, OTHER_STEPS) * (2 if images.guidance_scale > 1 else 1)
-        found["other pictures"] = Work(OTHERS * few)
+        found["other pictures"] = Work(OTHERS * min(images.steps, OTHER_STEPS) * each, pictures=batch)
     for number in range(len(recipe.concepts)):
         if confirmed:
             found[stage_name("CARE-set", number)] = Work(MOST_ASKED, predicted=ASKED_AT)
         if method.needs.target_images:
-            found[stage_name("target images", number)] = Work(images.count * picture)
+            found[stage_name("target images", number)] = Work(images.count * picture, pictures=batch)
         if method.needs.retained_images:
-            found[stage_name("retained images", number)] = Work(recipe.erase.retained_images * picture)
+            count = recipe.erase.retained_images
+            found[stage_name("retained images", number)] = Work(count * picture, pictures=batch)
     found |= method.work(recipe)
     if _measured(recipe):
         one, plain = found["erase"], recipe.subject is None and recipe.replace_with is None
-        looks = one.evaluations + look_evaluations(recipe, pictures=plain and method.needs.care_set)
-        found["erase"] = replace(one, evaluations=looks, predicted=max(one.predicted, STATES))
-    return {stage: work for stage, work in found.items() if work.evaluations}
+        seen = plain and method.needs.care_set
+        looks = one.evaluations + look_evaluations(recipe, pictures=seen)
+        drawn = min(batch, PICTURES * len(recipe.concepts)) if seen else 0
+        found["erase"] = replace(one, evaluations=looks, predicted=max(one.predicted, STATES), pictures=drawn)
+    found = {stage: work for stage, work in found.items() if work.evaluations or work.reads}
+    return found | {"preview": Work(0, pictures=batch)}
+
+
+def _loads(found: Footprint, recipe: Recipe, works: Mapping[str, Work]) -> dict[str, Load]:
+    """What every stage asks of a device: encoding beside those of :func:`_works`, before the method's own."""
+    images, erase, count = recipe.target_images, recipe.erase, len(recipe.concepts)
+    needs, own = METHODS.get(recipe.method).needs, METHODS.get(recipe.method).work(recipe)
+    latents = count * (images.count * needs.target_images + erase.retained_images * needs.retained_images)
+    pictures, (retained, others) = latents * found.latent, _prompts(recipe)
+    texts = count * (retained + others) * found.row
+    # fp32 weights and gradients, and two moments of one or four bytes each; an adversary has those too.
+    adapter = found.adapter * (8 + (2 if erase.optimizer == "adamw8bit" else 8))
+    adapter += recipe.adversary.count * found.row * 16 // found.size
+    loads = {}
+    for stage, work in works.items():
+        if (stage in own or stage == "preview") and ENCODING not in loads:
+            loads[ENCODING] = Load(encoded=retained or others, held=pictures + texts)
+        held = pictures + (texts + adapter if stage in own or stage == "preview" else 0)
+        guided = images.guidance_scale > 1 or stage == KIND
+        rows = {"trained": work.trained, "predicted": work.predicted, "reads": int(work.reads)}
+        loads[stage] = Load(pictures=work.pictures, guided=guided, held=held, **rows)
+    return loads
+
+
+def _prompts(recipe: Recipe) -> tuple[int, int]:
+    """Prompts of one concept whose embeddings a run keeps, at most: of what is retained, and of what is erased."""
+    needs, erase = METHODS.get(recipe.method).needs, recipe.erase
+    words = (recipe.care_set.keep or (PROPOSED if _confirmed(recipe) else _MINED)) if needs.care_set else 0
+    each = 5 if recipe.concept.kind == "style" else 4
+    retained = words * (3 + erase.retained_pairs) + erase.retained_vocabulary * each if needs.retained else 0
+    # Prompts that join the name to words, their anchors, and all of them again beside the names.
+    joined = 3 * (words + JOINED) + 2 * RELATED_WORDS if needs.joined and erase.composed else 0
+    return retained, joined + len(recipe.concept.name_prompts) + 2 * PICTURES
 
 
 def _confirmed(recipe: Recipe) -> bool:
@@ -98,199 +140,6 @@ def _measured(recipe: Recipe) -> bool:
 def is_exact(recipe: Recipe) -> bool:
     """Whether a run takes all of :func:`evaluations`: nothing in it ends early, or asks about fewer words."""
     return recipe.search.patience is None and not _confirmed(recipe) and not _measured(recipe)
-
-
-class _Tracker(TorchDispatchMode):
-    """Bytes of all tensors that live, now and at most, apart from those that were there before."""
-
-    def __init__(self, before: list[Tensor]) -> None:
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self._kept = [tensor.untyped_storage() for tensor in before]
-        self._seen: dict[int, Any] = {storage._cdata: None for storage in self._kept}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return made
-
-    def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-
-        def forget(_: Any) -> None:
-            del self._seen[key]
-            self.now -= size
-
-        self._seen[key] = weakref.ref(storage, forget)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-class _Attention(torch.autograd.Function):
-    """Fused attention's shapes: it keeps its inputs, its output and one number a row, and no matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = ctx.saved_tensors[:3]
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-@contextmanager
-def _fused_attention() -> Iterator[list[int]]:
-    """The meta device knows only attention that writes out its matrix, devices run the fused kind: the operations."""
-    operations: list[int] = []
-
-    def shapes(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        pairs = math.prod(query.shape[:-1]) * key.shape[-2]
-        operations.append(2 * pairs * (query.shape[-1] + value.shape[-1]))
-        made: Tensor = _Attention.apply(query, key, value)
-        return made
-
-    # A torch function mode would not reach what is computed again during a backward pass.
-    own = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = shapes
-    try:
-        yield operations
-    finally:
-        functional.scaled_dot_product_attention = own
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a base takes, in bytes and operations, at one precision and resolution."""
-
-    denoiser: int  # bytes of its weights
-    linear: int  # weights of its linear layers, which can be quantized, not in bytes
-    size: int  # bytes of one weight
-    block: int  # of the largest part that is computed at once when activations are forgotten
-    encoders: int
-    vae: int
-    adapter: int  # parameters of the LoRA
-    operations: float  # floating-point operations of one sample's prediction
-    predicting: int  # what lives at most while one sample is predicted
-    training: int  # the same with its backward pass
-    checkpointed: int  # the same, activations forgotten
-    decoding: int  # while one picture is decoded
-
-
-def _bytes(*networks: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
-
-
-def phantom(layout: Layout, precision: str, resolution: str | None = None) -> LatentDiffusion:
-    """A base on the meta device, from its configurations alone; it has no tokenizers.
-
-    Raises:
-        BaseModelError: it is of no supported family.
-    """
-    import diffusers
-    import transformers
-
-    family, dtype = family_of(layout), PRECISIONS[precision]
-    parts: dict[str, Any] = {}
-    for name in (family.denoiser_name, "vae", *family.encoder_names):
-        config = dict(layout.require(name, weights=False))
-        kind = layout.index[name][1]
-        with META:
-            if name in family.encoder_names:
-                made = getattr(transformers, kind)
-                parts[name] = made(made.config_class.from_dict(config))
-            else:
-                parts[name] = getattr(diffusers, kind).from_config(config)
-        nn.Module.to(parts[name], dtype=dtype)
-    scheduler = getattr(diffusers, layout.index["scheduler"][1]).from_config(layout.require("scheduler", weights=False))
-    tokenizers = {name.replace("text_encoder", "tokenizer"): None for name in family.encoder_names}
-    left_out = dict.fromkeys(name for name in family.left_out)
-    extra = {"requires_safety_checker": False} if "safety_checker" in left_out else {}
-    pipeline = getattr(diffusers, family.pipeline_class)(
-        **parts, **tokenizers, scheduler=scheduler, **left_out, **extra
-    )
-    return family(pipeline, layout.name, device=META, memory=MemoryOptions(resolution=resolution))
-
-
-def measure(layout: Layout, recipe: Recipe) -> Footprint:
-    """What a recipe's base takes at its precision and resolution, its levers left aside."""
-    base = phantom(layout, recipe.precision, recipe.memory.resolution)
-    denoiser, encoders, vae = base.denoiser, base._encoders, base.pipeline.vae
-    linear = sum(m.weight.numel() for m in denoiser.modules() if isinstance(m, nn.Linear))
-    blocks = [_bytes(m) for name, m in denoiser.named_modules() if _is_block(name)]
-    whole, generator = _bytes(denoiser), torch.Generator()
-    networks = lora.adapted(base, recipe.adapter.layers).values()
-    parameters = [one for network in networks for one in attach(recipe, network, lora.ADAPTER_NAME, generator)]
-    embeds = _embeds(base)
-    # As where word vectors are fitted: a patch may leave the denoiser alone.
-    embeds.prompt_embeds.requires_grad_()
-    latents = torch.empty((1, *base.latent_shape), device=META)
-    at = torch.zeros(1, dtype=torch.long, device=META)
-
-    def trained() -> None:
-        base.denoise(latents, at, embeds).mean().backward()
-        for parameter in (*parameters, embeds.prompt_embeds):
-            parameter.grad = None
-
-    def predicted() -> None:
-        with torch.no_grad():
-            base.denoise(latents, at, embeds.detach())
-
-    with _fused_attention() as attention:
-        with FlopCounterMode(display=False) as counted:
-            predicted()
-        operations = counted.get_total_flops() + sum(attention)
-        peaks = [_peak(base, predicted), _peak(base, trained)]
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        peaks.append(_peak(base, trained))
-        picture = torch.empty((1, *base.latent_shape), device=META, dtype=vae.dtype)
-        with torch.no_grad():
-            decoding = _peak(base, lambda: vae.decode(picture, return_dict=False))
-    return Footprint(
-        denoiser=whole,
-        linear=linear,
-        size=base.dtype.itemsize,
-        block=max(blocks, default=whole),
-        encoders=_bytes(*encoders),
-        vae=_bytes(vae),
-        adapter=sum(parameter.numel() for parameter in parameters),
-        operations=float(operations),
-        predicting=peaks[0],
-        training=peaks[1],
-        checkpointed=peaks[2],
-        decoding=decoding,
-    )
-
-
-def _is_block(name: str) -> bool:
-    """Whether a module is one whose activations diffusers forgets as a whole."""
-    parent, _, last = name.rpartition(".")
-    return last.isdigit() and parent.rpartition(".")[2] in ("resnets", "transformer_blocks")
-
-
-def _embeds(base: LatentDiffusion) -> PromptEmbeds:
-    outputs = []
-    for encoder in base._encoders:
-        ids = torch.zeros((1, encoder.config.max_position_embeddings), dtype=torch.long, device=META)
-        with torch.no_grad():
-            outputs.append(encoder(ids, output_hidden_states=True))
-    return base._join(outputs)
-
-
-def _peak(base: LatentDiffusion, work: Callable[[], Any]) -> int:
-    networks = [base.denoiser, base.pipeline.vae]
-    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    with _Tracker(tensors) as tracker:
-        work()
-    return tracker.peak
 
 
 @dataclass(frozen=True)
@@ -323,8 +172,10 @@ class Plan:
         return sum(stage.seconds for stage in self.stages)
 
 
-def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) -> Plan:
+def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None, guessed: bool = False) -> Plan:
     """Plan a run on a device of a ``speed`` in floating-point operations a second; see :func:`measured_speed`.
+
+    ``guessed`` says that the concept's kind is still to be seen in pictures.
 
     Raises:
         BaseModelError: the base is not found, or of no supported family.
@@ -332,12 +183,15 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None) ->
     """
     layout, _ = find_layout(recipe.base, weights=False)
     found = footprint or measure(layout, recipe)
-    works = _works(recipe, _sampler_steps(layout, recipe))
-    stages = tuple(
-        PlannedStage(stage, work.evaluations, _seconds(found, recipe, work, speed), _stage_peak(found, recipe, work))
-        for stage, work in works.items()
-    )
-    return Plan(stages, found, speed, 2 * found.adapter)
+    works = _works(recipe, _sampler_steps(layout, recipe), guessed=guessed)
+    stages = []
+    for stage, load in _loads(found, recipe, works).items():
+        # A text encoder multiplies each of its weights once for every token.
+        encoding = 2 * found.encoders / found.size * load.encoded * (TEXT_ROOM + 2) / speed
+        work = works.get(stage, Work(0))
+        seconds = _seconds(found, recipe, work, speed) + encoding
+        stages.append(PlannedStage(stage, work.evaluations, seconds, peak(found, recipe.memory, load)))
+    return Plan(tuple(stages), found, speed, 2 * found.adapter)
 
 
 def _sampler_steps(layout: Layout, recipe: Recipe) -> int:
@@ -359,55 +213,13 @@ def _seconds(found: Footprint, recipe: Recipe, work: Work, speed: float) -> floa
     return work.evaluations * found.operations * (1 + training * repeated / 3) / speed
 
 
-def resident(found: Footprint, memory: MemoryOptions) -> int:
-    """Bytes of the weights that stay on the device throughout."""
-    saved = found.linear * (found.size - _WEIGHT_BYTES.get(memory.weights, found.size))
-    denoiser = found.block if memory.offload else found.denoiser - saved
-    encoders = 0 if memory.encoders_off_device else found.encoders
-    vae = 0 if memory.vae_off_device else found.vae
-    return int(denoiser + encoders + vae)
-
-
-def _stage_peak(found: Footprint, recipe: Recipe, work: Work) -> int:
-    memory, erase = recipe.memory, recipe.erase
-    # fp32 weights and gradients, and two moments of one or four bytes each.
-    adapter = found.adapter * (8 + (2 if erase.optimizer == "adamw8bit" else 8))
-    fixed = resident(found, memory) + (found.encoders if memory.encoders_off_device else 0)
-    trained, predicted = work.trained, work.predicted
-    if not trained and not predicted:
-        images = recipe.target_images
-        guided, most = 2 if images.guidance_scale > 1 else 1, memory.micro_batch or 10**6
-        drawing = max(1, min(images.batch_size, most // guided)) * guided * found.predicting
-        # A tile is half of a picture's side or less.
-        decoding = found.decoding / 4 if memory.vae_tiling else min(8, most) * found.decoding
-        vae = found.vae if memory.vae_off_device else 0
-        return int(max(fixed + drawing, resident(found, memory) + vae + decoding))
-    one = found.checkpointed if memory.checkpointing else found.training
-    if memory.micro_batch:
-        trained, predicted = min(trained, memory.micro_batch), min(predicted, memory.micro_batch)
-    # Where word vectors are fitted, the encoders take part in the backward pass.
-    weights = fixed if work.reads else resident(found, memory)
-    return int(weights + adapter + max(trained * one, predicted * found.predicting))
-
-
-_SETS: tuple[dict[str, Any], ...] = (
-    {},
-    *({"micro_batch": size} for size in (8, 4, 2, 1)),
-    *({"micro_batch": size, "checkpointing": True} for size in (8, 4, 2, 1)),
-    {"micro_batch": 1, "checkpointing": True, "weights": "int8"},
-    {"micro_batch": 1, "checkpointing": True, "weights": "nf4"},
-    {"micro_batch": 1, "checkpointing": True, "offload": True},
-)
-"""Levers from fast to slow; those before int8 change no result. Parts that wait off the device cost little,
-and come first of all."""
-
-
-def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
+def choose(recipe: Recipe, gigabytes: float, *, guessed: bool = False) -> tuple[Recipe, Footprint]:
     """The recipe with the fastest set of levers that is expected to fit a card, and what its base takes.
 
     Args:
         recipe: of the run; levers that it sets already stay, its micro batch as the largest.
-        gigabytes: GB (10⁹ bytes) of the card's memory, of which :data:`USED` is filled.
+        gigabytes: GB (10⁹ bytes) of the card's memory, of which a part is filled; see :func:`first_fit`.
+        guessed: whether the concept's kind is still to be seen in pictures.
 
     Raises:
         BaseModelError: the base is not found, or of no supported family.
@@ -416,25 +228,10 @@ def choose(recipe: Recipe, gigabytes: float) -> tuple[Recipe, Footprint]:
     half = recipe if recipe.precision != "fp32" else recipe.with_overrides({"precision": "bf16"})
     layout, _ = find_layout(half.base, weights=False)
     found = measure(layout, half)
-    own = half.memory.model_dump(exclude_defaults=True)
-    smallest = math.inf
-    for levers in _SETS:
-        for tiling in (False, True):
-            chosen = {"encoders_off_device": True, "vae_off_device": True, "vae_tiling": tiling, **levers}
-            kept = {**chosen, **own}
-            if "micro_batch" in own:
-                # What a recipe sets for one card is the most that another one takes at once.
-                kept["micro_batch"] = min(own["micro_batch"], levers.get("micro_batch", own["micro_batch"]))
-            tried = half.with_overrides({"memory": kept})
-            peak = plan(tried, speed=1.0, footprint=found).peak
-            smallest = min(smallest, peak)
-            if peak <= USED * gigabytes * _GB:
-                return tried, found
-    raise RecipeError(
-        f"nothing makes base '{recipe.base}' fit into {gigabytes:g} GB: the smallest set of levers is "
-        f"expected to take {smallest / _GB:.1f} GB, and {USED * gigabytes:.1f} are used of such a card; a "
-        "smaller memory.resolution takes less"
-    )
+    loads = _loads(found, half, _works(half, guessed=guessed)).values()
+    sets = lever_sets(half.memory)
+    memory = first_fit(half.base, sets, lambda one: max(peak(found, one, load) for load in loads), gigabytes)
+    return half.with_overrides({"memory": memory.model_dump()}), found
 
 
 def measured_speed(device: torch.device, precision: str) -> float:

@@ -1,3 +1,13 @@
+from .fitting import Load as Load
+from .fitting import first_fit as first_fit
+from .fitting import lever_sets as lever_sets
+from .fitting import load_to_draw as load_to_draw
+from .fitting import peak as peak
+from .footprint import Footprint as Footprint
+from .footprint import Tracker as Tracker
+from .footprint import fused_attention as fused_attention
+from .footprint import measure as measure
+from .footprint import phantom as phantom
 from .inputs import PLACEHOLDER as PLACEHOLDER
 from .inputs import SCHEDULERS as SCHEDULERS
 from .inputs import TEXT_ROOM as TEXT_ROOM

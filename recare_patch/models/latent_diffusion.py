@@ -7,6 +7,7 @@ for all.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from recare_patch.core import BaseModelError
 from recare_patch.models import memory as levers
-from recare_patch.models.inputs import PLACEHOLDER, EvaluationCounter, PromptEmbeds
+from recare_patch.models.encoding import PromptEncoding, parts_of, tokenizer_of
+from recare_patch.models.inputs import EvaluationCounter, PromptEmbeds
 from recare_patch.models.loading import Layout, stored_weights_hash, weights_hash
 from recare_patch.models.lora import networks
 from recare_patch.recipe import MemoryOptions
@@ -29,17 +31,17 @@ if TYPE_CHECKING:
 
     from recare_patch.core import Crew, Progress
 
+DECODED_AT_ONCE = 512**2
+"""Pixels that go through the autoencoder together, or one picture: more fill a device without being faster."""
 
-class LatentDiffusion:
+
+class LatentDiffusion(PromptEncoding):
     """A frozen text-to-image model around a diffusers pipeline; no parameter of it asks for a gradient."""
 
     family: ClassVar[str]  # its name in FAMILIES
     pipeline_class: ClassVar[str]  # the diffusers pipeline that loads it
     denoiser_name: ClassVar[str] = "unet"  # the denoiser's component
-    # The text encoders' components. A token's vector is those of all encoders end to end, in this order.
-    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     left_out: ClassVar[tuple[str, ...]] = ()  # loaded as None, where the folder lists them or not
-    other_prompts: ClassVar[tuple[str, ...]] = ()  # the pipeline asks for them when it encodes prompts
     upcast_vae: ClassVar[bool] = False  # keep the autoencoder in fp32 where fp16 overflows in it
 
     prediction_type: str  # epsilon, v_prediction or flow
@@ -49,9 +51,7 @@ class LatentDiffusion:
         self, pipeline: Any, base_id: str, *, device: torch.device | None = None, memory: MemoryOptions | None = None
     ) -> None:
         """Wrap a loaded pipeline of the family's class; by default it computes where its denoiser is."""
-        self.id = base_id  # atelier, a hub id, or the name of the folder it came from
-        self.pipeline = pipeline
-        self.memory = memory or MemoryOptions()
+        self.id, self.pipeline, self.memory = base_id, pipeline, memory or MemoryOptions()
         # Processes that share the rows of every denoise(); None: this one makes them all.
         self.crew: Crew | None = None
         self.denoiser: nn.Module = getattr(pipeline, self.denoiser_name)
@@ -68,12 +68,14 @@ class LatentDiffusion:
             size = levers.latent_size(base_id, self.memory.resolution, scale, self._step)
         self.latent_shape: tuple[int, int, int] = (int(self._config.in_channels), *size)
         self._size = {"height": size[0] * scale, "width": size[1] * scale}  # of a picture, in pixels
+        if self.memory.vae_tiling:
+            self.tile_pictures()
         # What the autoencoder's latents are moved by before they are scaled.
         self._shift = float(getattr(pipeline.vae.config, "shift_factor", None) or 0.0)
         for part in (self.denoiser, pipeline.vae, *self._encoders):
             part.requires_grad_(False).eval()
         self._token_widths = [one.get_input_embeddings().embedding_dim for one in self._encoders]
-        self.token_width: int = sum(self._token_widths)
+        self.token_width = sum(self._token_widths)
         pipeline.set_progress_bar_config(disable=True)
         self.counter = EvaluationCounter()
         self.counter.watch(self.denoiser)
@@ -88,15 +90,11 @@ class LatentDiffusion:
         """Refuse what could not be patched: a component or its weights are missing, or of another kind."""
         for component in (cls.denoiser_name, "vae", *cls.encoder_names):
             layout.require(component)
-        for component in (*map(_tokenizer, cls.encoder_names), "scheduler"):
+        for component in (*map(tokenizer_of, cls.encoder_names), "scheduler"):
             layout.require(component, weights=False)
 
     def _read_schedule(self) -> None:
         """Set ``prediction_type``, ``num_train_timesteps`` and what else noising needs."""
-        raise NotImplementedError
-
-    def _join(self, outputs: Sequence[Any]) -> PromptEmbeds:
-        """What the denoiser reads, from the outputs of the text encoders with all their hidden states."""
         raise NotImplementedError
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
@@ -186,139 +184,6 @@ class LatentDiffusion:
         """SHA-256 of the denoiser's own weights."""
         return self.component_hash(self.denoiser_name)
 
-    @property
-    def _encoders(self) -> list[Any]:
-        return [getattr(self.pipeline, name) for name in self.encoder_names]
-
-    @property
-    def _tokenizers(self) -> list[Any]:
-        return [getattr(self.pipeline, _tokenizer(name)) for name in self.encoder_names]
-
-    @contextmanager
-    def _on_device(self, parts: Sequence[nn.Module], parked: bool, *, keep: bool = False) -> Iterator[None]:
-        """Parts that are kept off the device come to it, and go again unless ``keep``."""
-        if parked:
-            for part in parts:
-                part.to(self.device)
-        try:
-            yield
-        finally:
-            if parked and not keep:
-                for part in parts:
-                    part.to(levers.HOST)
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Encode prompts, without gradient."""
-        options: dict[str, Any] = {"device": self.device, **dict.fromkeys(self.other_prompts)}
-        options |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        with self._on_device(self._encoders, self.memory.encoders_off_device):
-            text, _, *pooled = self.pipeline.encode_prompt(list(prompts), **options)
-        return PromptEmbeds(text, pooled[0] if pooled else None)
-
-    def token_ids(self, text: str) -> list[int]:
-        """The ids of a text's tokens, without start, end and padding."""
-        return list(self._tokenizers[0](text, add_special_tokens=False).input_ids)
-
-    def token_text(self, ids: Sequence[int]) -> str:
-        """The text that token ids spell; special ones are left out."""
-        text: str = self._tokenizers[0].decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip()
-
-    def token_table(self) -> Tensor:
-        """The vectors of all tokens, ``[vocabulary, token_width]``, fp32."""
-        count = len(self._tokenizers[0])
-        tables = [encoder.get_input_embeddings().weight.detach()[:count] for encoder in self._encoders]
-        return torch.cat(tables, 1).to(self.device).float()
-
-    @property
-    def special_token_ids(self) -> tuple[int, ...]:
-        """Ids that stand for no text: start, end and the like."""
-        return tuple(sorted(set(self._tokenizers[0].all_special_ids)))
-
-    @torch.no_grad()
-    def word_vector(self, word: str) -> Tensor:
-        """The token vector of a word, ``[token_width]``, fp32; the mean where it has several tokens."""
-        ids = self.token_ids(word)
-        if not ids:
-            raise BaseModelError(f"the word '{word}' has no token in base {self.id}")
-        return self.token_table()[ids].mean(0)
-
-    def _check_vectors(self, vectors: Tensor) -> None:
-        if vectors.ndim != 2 or vectors.shape[1] != self.token_width:
-            raise BaseModelError(
-                f"token vectors of shape {tuple(vectors.shape)} do not fit base {self.id}: "
-                f"[vectors, {self.token_width}] is needed"
-            )
-
-    def encode_with_vectors(self, prompts: Sequence[str], vectors: Tensor) -> PromptEmbeds:
-        """Encode prompts that hold :data:`PLACEHOLDER`, differentiably in the vectors put there.
-
-        Each placeholder takes as many token positions as there are vectors, ``[vectors, token_width]``.
-        """
-        self._check_vectors(vectors)
-        length = self._tokenizers[0].model_max_length
-        rows: list[list[int]] = []
-        places: list[tuple[int, int]] = []
-        for row, prompt in enumerate(prompts):
-            segments = prompt.split(PLACEHOLDER)
-            if len(segments) == 1:
-                raise BaseModelError(f"the prompt '{prompt}' has no {PLACEHOLDER} for the token vectors")
-            ids = self.token_ids(segments[0])
-            for segment in segments[1:]:
-                places += [(row, len(ids) + k) for k in range(len(vectors))]
-                # Any token would do: the vector is put in its place.
-                ids += [0] * len(vectors) + self.token_ids(segment)
-            rows.append(ids)
-        if any(position >= length - 2 for _, position in places):
-            raise BaseModelError(f"{len(vectors)} token vectors do not fit into a prompt of {length} tokens")
-        return self._encode_tokens(rows, places, vectors.repeat(len(places) // len(vectors), 1))
-
-    def encode_token_vectors(self, rows: Sequence[Tensor]) -> PromptEmbeds:
-        """Encode prompts given as the vectors of their tokens, differentiably in all of them.
-
-        Rows, ``[tokens, token_width]`` each, may differ in length; start, end and padding are added, and
-        what is too long loses its end, as long prompts do.
-        """
-        if not rows:
-            raise BaseModelError("there are no token vectors to encode")
-        for row in rows:
-            self._check_vectors(row)
-        kept = [row[: self._tokenizers[0].model_max_length - 2] for row in rows]
-        places = [(row, position) for row, one in enumerate(kept) for position in range(len(one))]
-        return self._encode_tokens([[0] * len(one) for one in kept], places, torch.cat(kept))
-
-    def _encode_tokens(
-        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], vectors: Tensor
-    ) -> PromptEmbeds:
-        """Encode token ids between start, end and padding, with vectors in some places (row, position)."""
-        # Encoders that are kept off the device stay on it as long as a backward pass will come.
-        trained = any(weight.requires_grad for one in self._encoders for weight in one.parameters())
-        keep = torch.is_grad_enabled() and (vectors.requires_grad or trained)
-        row_index = torch.tensor([row for row, _ in places], dtype=torch.long, device=self.device)
-        position_index = torch.tensor([k + 1 for _, k in places], dtype=torch.long, device=self.device)
-
-        def read(tokenizer: Any, encoder: Any, own: Tensor) -> Any:
-            def insert(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
-                return embedded.index_put((row_index, position_index), own.to(self.device, embedded.dtype))
-
-            length, mask = tokenizer.model_max_length, None
-            framed = [[tokenizer.bos_token_id, *row[: length - 2], tokenizer.eos_token_id] for row in rows]
-            padded = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in framed]
-            if getattr(encoder.config, "use_attention_mask", None):
-                shown = [[1] * len(row) + [0] * (length - len(row)) for row in framed]
-                mask = torch.tensor(shown, device=self.device)
-            hook = encoder.get_input_embeddings().register_forward_hook(insert)
-            try:
-                ids = torch.tensor(padded, device=self.device)
-                return encoder(ids, attention_mask=mask, output_hidden_states=True)
-            finally:
-                hook.remove()
-
-        with self._on_device(self._encoders, self.memory.encoders_off_device, keep=keep):
-            columns = vectors.split(self._token_widths, 1)
-            return self._join(list(map(read, self._tokenizers, self._encoders, columns)))
-
     def denoise(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """``model_pred`` for noisy latents ``z_t``, both ``[batch, channels, height, width]`` of one dtype.
 
@@ -337,33 +202,45 @@ class LatentDiffusion:
         model_pred = part(whole) if self.crew is None else self.crew.share(len(latents), part, rows)
         return model_pred.to(latents.dtype)
 
+    def tile_pictures(self) -> None:
+        """Let the autoencoder work on one picture at a time, in tiles of half a side."""
+        vae, side = self.pipeline.vae, max(self.latent_shape[1:]) // 2
+        vae.enable_slicing()
+        vae.enable_tiling()
+        # Its own tiles are as large as the pictures that it was trained on, which would never be cut.
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * self.pipeline.vae_scale_factor
+
     def _at_once(self, pictures: int, samples: int = 1) -> int:
         """How many pictures of so many samples each go through a network together."""
         most = self.memory.micro_batch
         return pictures if most is None else max(1, min(pictures, most // samples))
 
+    @property
+    def decoded_at_once(self) -> int:
+        """Pictures that go through the autoencoder together: :data:`DECODED_AT_ONCE` pixels, or one."""
+        return self._at_once(min(8, max(1, DECODED_AT_ONCE // math.prod(self._size.values()))))
+
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Image], batch_size: int = 8) -> Tensor:
+    def encode_images(self, images: Sequence[Image]) -> Tensor:
         """Scaled latents (posterior mean) ``[images, channels, height, width]``, fp32."""
         if not images:
             raise BaseModelError("there are no pictures to encode")
-        vae, found, batch_size = self.pipeline.vae, [], self._at_once(batch_size)
+        vae, found = self.pipeline.vae, []
         with self._on_device([vae], self.memory.vae_off_device):
-            for start in range(0, len(images), batch_size):
-                batch = [image.convert("RGB") for image in images[start : start + batch_size]]
+            for rows in parts_of(len(images), self.decoded_at_once):
+                batch = [image.convert("RGB") for image in images[rows]]
                 pixels = self.pipeline.image_processor.preprocess(batch, **self._size)
                 mode = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float()
                 found.append((mode - self._shift) * vae.config.scaling_factor)
         return torch.cat(found)
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor, batch_size: int = 8) -> list[Image]:
-        """Pictures of scaled latents."""
-        vae, images, batch_size = self.pipeline.vae, [], self._at_once(batch_size)
+    def decode_latents(self, latents: Tensor) -> list[Image]:
+        """Pictures of scaled latents, :attr:`decoded_at_once` at a time."""
+        vae, images = self.pipeline.vae, []
         with self._on_device([vae], self.memory.vae_off_device):
-            for start in range(0, len(latents), batch_size):
-                rows = latents[start : start + batch_size].to(self.device, vae.dtype)
-                scaled = rows / vae.config.scaling_factor + self._shift
+            for rows in parts_of(len(latents), self.decoded_at_once):
+                scaled = latents[rows].to(self.device, vae.dtype) / vae.config.scaling_factor + self._shift
                 pixels = vae.decode(scaled, return_dict=False)[0]
                 images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
         return images
@@ -390,7 +267,7 @@ class LatentDiffusion:
         """
         images: list[Image] = []
         for latents in self._batches(prompts, prompt_embeds, seeds, steps, guidance_scale, batch_size, progress, stage):
-            images += self.decode_latents(latents, batch_size=len(latents))
+            images += self.decode_latents(latents)
         return images
 
     def sample_latents(self, embeds: PromptEmbeds, seeds: Sequence[int], *how: Any, **more: Any) -> Tensor:
@@ -424,11 +301,12 @@ class LatentDiffusion:
 
         # Guidance doubles the samples.
         batch_size = self._at_once(batch_size, 2 if guidance_scale > 1 else 1)
+        empty = self.encode_prompts([""]) if guidance_scale > 1 else None
         for start in range(0, len(seeds), batch_size):
             rows, own = given[start : start + batch_size], seeds[start : start + batch_size]
             text = named(rows if isinstance(rows, PromptEmbeds) else self.encode_prompts(rows))
-            if guidance_scale > 1:
-                text |= named(self.encode_prompts([""] * len(own)), "negative_")
+            if empty is not None:
+                text |= named(empty.repeat(len(own)), "negative_")
             with self._only_denoiser():
                 latents = self.pipeline(
                     **text,
@@ -456,10 +334,6 @@ class LatentDiffusion:
 
 
 BaseModel = LatentDiffusion
-
-
-def _tokenizer(encoder: str) -> str:
-    return encoder.replace("text_encoder", "tokenizer")
 
 
 @contextmanager

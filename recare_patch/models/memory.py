@@ -44,9 +44,6 @@ def place(
     for encoder in encoders:
         nn.Module.to(encoder, HOST if memory.encoders_off_device else device)
     nn.Module.to(pipeline.vae, HOST if memory.vae_off_device else device)
-    if memory.vae_tiling:
-        pipeline.vae.enable_slicing()
-        pipeline.vae.enable_tiling()
     if memory.channels_last:
         for network in (denoiser, pipeline.vae):
             nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -160,7 +160,7 @@ class BaseModelContract:
 
     def test_pictures_to_latents_and_back(self, base: BaseModel) -> None:
         pictures = base.generate(["a cat"] * 3, [0, 1, 2], steps=1)
-        latents = base.encode_images(pictures, batch_size=2)
+        latents = base.encode_images(pictures)
         assert (latents.shape, latents.dtype) == ((3, *base.latent_shape), torch.float32)
         # A picture of another size is brought to the base's.
         other = base.encode_images([pictures[0].resize((50, 41))])

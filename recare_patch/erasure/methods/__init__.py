@@ -50,13 +50,15 @@ class Work:
         evaluations: denoiser evaluations; a training sample counts as 3.
         trained: samples of one prediction that gradients flow through.
         predicted: samples of one that they do not.
-        reads: whether gradients flow into the text encoders too.
+        reads: prompts of one that gradients flow through the text encoders to.
+        pictures: drawn together, then decoded.
     """
 
     evaluations: int
     trained: int = 0
     predicted: int = 0
-    reads: bool = False
+    reads: int = 0
+    pictures: int = 0
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ class Adversaries:
         self.base, self.latents, self.options = base, latents, options
         self.templates = name_templates(concept)
         self._start = base.word_vector(concept.class_word)
-        self._spread = _SPREAD * base.token_table().std()
+        table = base.token_table()
+        self._spread, self._vocabulary = _SPREAD * table.std(), len(table)
         self._members: list[_Member | None] = [None] * options.count
         self._turn = 0
 
@@ -135,9 +136,8 @@ class Adversaries:
     def _newcomer(self, generator: torch.Generator) -> _Member:
         single, of_class = (torch.rand(2, generator=generator) < torch.tensor([_SINGLE, 0.5])).tolist()
         count = 1 if single else self.options.vectors
-        table = self.base.token_table()
-        tokens = torch.randint(0, len(table), (count,), generator=generator).to(table.device)
-        first = self._start.repeat(count, 1) if of_class else table[tokens]
+        tokens = torch.randint(0, self._vocabulary, (count,), generator=generator)
+        first = self._start.repeat(count, 1) if of_class else self.base.token_vectors(tokens)
         noise = torch.randn(first.shape, generator=generator).to(first.device)
         first = first + self._spread * noise
         if self.options.space == "words":

@@ -233,7 +233,7 @@ class ForgetMeNot(Method):
         most = most_evaluations(recipe.own.inversion_steps, search.batch_size, search.patience)
         looks = 0 if search.patience is None else HELD_OUT
         for number in range(len(recipe.concepts)) if recipe.own.inversion_steps else ():
-            found[stage_name("inversion", number)] = Work(most, search.batch_size, looks, reads=True)
+            found[stage_name("inversion", number)] = Work(most, search.batch_size, looks, reads=1)
         frozen = erase.batch_size if recipe.replace_with is not None else 0
         evaluations = len(recipe.concepts) * erase.steps * (frozen + 3 * erase.batch_size)
         found["erase"] = Work(evaluations + rollout_evaluations(recipe), erase.batch_size, frozen)

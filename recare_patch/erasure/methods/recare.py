@@ -103,7 +103,7 @@ class ReCARE(LossMethod):
                 found |= {
                     # The frozen model's prediction and the trained one's, which counts as three.
                     stage_name(f"search {k} erase", number): Work(search.erase_steps * rows * 4, rows, rows),
-                    stage_name(f"search {k} inversion", number): Work(most, search.batch_size, looks, reads=True),
+                    stage_name(f"search {k} inversion", number): Work(most, search.batch_size, looks, reads=1),
                     stage_name(f"search {k} check", number): Work(3 * checked, 0, checked),
                 }
         rows, held = erase.batch_size, erase.retain_batch_size or erase.batch_size
@@ -115,7 +115,7 @@ class ReCARE(LossMethod):
             len(recipe.concepts) * erase.steps * step + rollout_evaluations(recipe),
             max(trained, hunt.batch_size if hunts else 0),
             frozen,
-            reads=hunts,
+            reads=int(hunts),
         )
         return found
 

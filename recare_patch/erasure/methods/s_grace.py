@@ -123,18 +123,21 @@ class SGrace(Method):
 
     @classmethod
     def work(cls, recipe: Recipe) -> Mapping[str, Work]:
-        """The attacks; the edits need no denoiser."""
+        """The attacks, and the edits, which need no denoiser."""
         assert isinstance(recipe.own, SGraceOptions)
-        rows = recipe.erase.batch_size
-        attack = Work(recipe.own.attack_steps * rows * 3 * len(recipe.concepts), rows, reads=True)
-        return {f"attack {k}": attack for k in range(1, recipe.own.rounds + 1)}
+        rows, erase = recipe.erase.batch_size, recipe.erase
+        attack = Work(recipe.own.attack_steps * rows * 3 * len(recipe.concepts), rows, reads=rows)
+        own = len(recipe.concept.name_prompts) if recipe.replace_with is not None else 0
+        edit = Work(0, reads=rows + (erase.retain_batch_size or rows) + own)
+        rounds = range(1, recipe.own.rounds + 1)
+        return {f"{what} {k}": one for k in rounds for what, one in (("attack", attack), ("edit", edit))}
 
     def _vectors(self, text: str) -> Tensor:
         """The vectors of a text's tokens, as many as are read, ``[tokens, token_width]``."""
         import torch
 
-        table, ids = self.context.base.token_table(), self.context.base.token_ids(text)[: models.TEXT_ROOM]
-        return table[torch.tensor(ids, dtype=torch.long, device=table.device)]
+        ids = self.context.base.token_ids(text)[: models.TEXT_ROOM]
+        return self.context.base.token_vectors(torch.tensor(ids, dtype=torch.long))
 
     def _features(self, rows: Sequence[Tensor], embeds: PromptEmbeds | None = None) -> Tensor:
         """``f`` of each row, ``[rows, width]``."""

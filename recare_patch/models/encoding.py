@@ -1,0 +1,198 @@
+"""The text side of a base: prompts and token vectors to what the denoiser reads, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from recare_patch.core import BaseModelError
+from recare_patch.models import memory as levers
+from recare_patch.models.inputs import PLACEHOLDER, PromptEmbeds
+from recare_patch.recipe import MemoryOptions
+
+ENCODED_AT_ONCE = 32
+"""Prompts that go through the text encoders together: SDXL's hold 10 MB of each while they work."""
+
+
+def parts_of(count: int, most: int) -> list[slice]:
+    """Slices of at most ``most`` rows, one at least."""
+    return [slice(start, start + most) for start in range(0, max(count, 1), max(most, 1))]
+
+
+def tokenizer_of(encoder: str) -> str:
+    """The component that makes a text encoder's tokens."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+class PromptEncoding:
+    """What :class:`LatentDiffusion` does with its text encoders."""
+
+    # The text encoders' components. A token's vector is those of all encoders end to end, in this order.
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    other_prompts: ClassVar[tuple[str, ...]] = ()  # the pipeline asks for them when it encodes prompts
+
+    id: str  # atelier, a hub id, or the name of the folder it came from
+    pipeline: Any
+    memory: MemoryOptions
+    device: torch.device
+    token_width: int
+    _token_widths: list[int]
+
+    def _join(self, outputs: Sequence[Any]) -> PromptEmbeds:
+        """What the denoiser reads, from the outputs of the text encoders with all their hidden states."""
+        raise NotImplementedError
+
+    @property
+    def _encoders(self) -> list[Any]:
+        return [getattr(self.pipeline, name) for name in self.encoder_names]
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        return [getattr(self.pipeline, tokenizer_of(name)) for name in self.encoder_names]
+
+    @contextmanager
+    def _on_device(self, parts: Sequence[nn.Module], parked: bool, *, keep: bool = False) -> Iterator[None]:
+        """Parts that are kept off the device come to it, and go again unless ``keep``."""
+        if parked:
+            for part in parts:
+                part.to(self.device)
+        try:
+            yield
+        finally:
+            if parked and not keep:
+                for part in parts:
+                    part.to(levers.HOST)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Encode prompts, without gradient, :data:`ENCODED_AT_ONCE` at a time."""
+        options: dict[str, Any] = {"device": self.device, **dict.fromkeys(self.other_prompts)}
+        options |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+
+        def encoded(some: Sequence[str]) -> PromptEmbeds:
+            text, _, *pooled = self.pipeline.encode_prompt(list(some), **options)
+            return PromptEmbeds(text, pooled[0] if pooled else None)
+
+        with self._on_device(self._encoders, self.memory.encoders_off_device):
+            return PromptEmbeds.cat([encoded(prompts[rows]) for rows in parts_of(len(prompts), ENCODED_AT_ONCE)])
+
+    def token_ids(self, text: str) -> list[int]:
+        """The ids of a text's tokens, without start, end and padding."""
+        return list(self._tokenizers[0](text, add_special_tokens=False).input_ids)
+
+    def token_text(self, ids: Sequence[int]) -> str:
+        """The text that token ids spell; special ones are left out."""
+        text: str = self._tokenizers[0].decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.strip()
+
+    def token_table(self) -> Tensor:
+        """The vectors of all tokens, ``[vocabulary, token_width]``, fp32."""
+        count = len(self._tokenizers[0])
+        return self.token_vectors(torch.arange(count))
+
+    def token_vectors(self, ids: Tensor) -> Tensor:
+        """Rows of :meth:`token_table`, ``[ids, token_width]``, which is itself not made: SDXL's takes 400 MB."""
+        tables = [encoder.get_input_embeddings().weight.detach() for encoder in self._encoders]
+        return torch.cat([table[ids.to(table.device)].to(self.device) for table in tables], 1).float()
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text: start, end and the like."""
+        return tuple(sorted(set(self._tokenizers[0].all_special_ids)))
+
+    @torch.no_grad()
+    def word_vector(self, word: str) -> Tensor:
+        """The token vector of a word, ``[token_width]``, fp32; the mean where it has several tokens."""
+        ids = self.token_ids(word)
+        if not ids:
+            raise BaseModelError(f"the word '{word}' has no token in base {self.id}")
+        return self.token_vectors(torch.tensor(ids)).mean(0)
+
+    def _check_vectors(self, vectors: Tensor) -> None:
+        if vectors.ndim != 2 or vectors.shape[1] != self.token_width:
+            raise BaseModelError(
+                f"token vectors of shape {tuple(vectors.shape)} do not fit base {self.id}: "
+                f"[vectors, {self.token_width}] is needed"
+            )
+
+    def encode_with_vectors(self, prompts: Sequence[str], vectors: Tensor) -> PromptEmbeds:
+        """Encode prompts that hold :data:`PLACEHOLDER`, differentiably in the vectors put there.
+
+        Each placeholder takes as many token positions as there are vectors, ``[vectors, token_width]``.
+        """
+        self._check_vectors(vectors)
+        length = self._tokenizers[0].model_max_length
+        rows: list[list[int]] = []
+        places: list[tuple[int, int]] = []
+        for row, prompt in enumerate(prompts):
+            segments = prompt.split(PLACEHOLDER)
+            if len(segments) == 1:
+                raise BaseModelError(f"the prompt '{prompt}' has no {PLACEHOLDER} for the token vectors")
+            ids = self.token_ids(segments[0])
+            for segment in segments[1:]:
+                places += [(row, len(ids) + k) for k in range(len(vectors))]
+                # Any token would do: the vector is put in its place.
+                ids += [0] * len(vectors) + self.token_ids(segment)
+            rows.append(ids)
+        if any(position >= length - 2 for _, position in places):
+            raise BaseModelError(f"{len(vectors)} token vectors do not fit into a prompt of {length} tokens")
+        return self._encode_tokens(rows, places, vectors.repeat(len(places) // len(vectors), 1))
+
+    def encode_token_vectors(self, rows: Sequence[Tensor]) -> PromptEmbeds:
+        """Encode prompts given as the vectors of their tokens, differentiably in all of them.
+
+        Rows, ``[tokens, token_width]`` each, may differ in length; start, end and padding are added, and
+        what is too long loses its end, as long prompts do.
+        """
+        if not rows:
+            raise BaseModelError("there are no token vectors to encode")
+        for row in rows:
+            self._check_vectors(row)
+        kept = [row[: self._tokenizers[0].model_max_length - 2] for row in rows]
+        places = [(row, position) for row, one in enumerate(kept) for position in range(len(one))]
+        return self._encode_tokens([[0] * len(one) for one in kept], places, torch.cat(kept))
+
+    def _encode_tokens(
+        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], vectors: Tensor
+    ) -> PromptEmbeds:
+        """Encode token ids between start, end and padding, with vectors in some places (row, position)."""
+        # Encoders that are kept off the device stay on it as long as a backward pass will come.
+        trained = any(weight.requires_grad for one in self._encoders for weight in one.parameters())
+        keep = torch.is_grad_enabled() and (vectors.requires_grad or trained)
+        # A backward pass wants all activations anyway.
+        parts = parts_of(len(rows), len(rows) if keep else ENCODED_AT_ONCE)
+        with self._on_device(self._encoders, self.memory.encoders_off_device, keep=keep):
+            return PromptEmbeds.cat([self._read_tokens(rows, places, vectors, part) for part in parts])
+
+    def _read_tokens(
+        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], vectors: Tensor, part: slice
+    ) -> PromptEmbeds:
+        """Some rows of :meth:`_encode_tokens` in one batch."""
+        here = [k for k, (row, _) in enumerate(places) if part.start <= row < part.stop]
+        row_index = torch.tensor([places[k][0] - part.start for k in here], dtype=torch.long, device=self.device)
+        position_index = torch.tensor([places[k][1] + 1 for k in here], dtype=torch.long, device=self.device)
+
+        def read(tokenizer: Any, encoder: Any, own: Tensor) -> Any:
+            def insert(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+                return embedded.index_put((row_index, position_index), own.to(self.device, embedded.dtype))
+
+            length, mask = tokenizer.model_max_length, None
+            framed = [[tokenizer.bos_token_id, *row[: length - 2], tokenizer.eos_token_id] for row in rows[part]]
+            padded = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in framed]
+            if getattr(encoder.config, "use_attention_mask", None):
+                shown = [[1] * len(row) + [0] * (length - len(row)) for row in framed]
+                mask = torch.tensor(shown, device=self.device)
+            hook = encoder.get_input_embeddings().register_forward_hook(insert)
+            try:
+                ids = torch.tensor(padded, device=self.device)
+                return encoder(ids, attention_mask=mask, output_hidden_states=True)
+            finally:
+                hook.remove()
+
+        chosen = vectors if len(here) == len(places) else vectors[here]
+        columns = chosen.split(self._token_widths, 1)
+        return self._join(list(map(read, self._tokenizers, self._encoders, columns)))
