@@ -33,7 +33,15 @@ from recare_patch.core import (
     read_safetensors_header,
     unknown_name,
 )
-from recare_patch.recipe import PARTS_KEY, WEIGHTS_NAME, Recipe, load_recipe, parse_assignment
+from recare_patch.recipe import (
+    PARTS_KEY,
+    PRECISIONS,
+    WEIGHTS_NAME,
+    MemoryOptions,
+    Recipe,
+    load_recipe,
+    parse_assignment,
+)
 
 if TYPE_CHECKING:
     from recare_patch.core import RichProgress
@@ -96,12 +104,32 @@ class _Commands(click.Group):
             # Named by class, since torch is not imported here.
             if type(fault).__name__ != "OutOfMemoryError":
                 raise
-            sentence = (
-                "the accelerator's memory is full; try --vram with less than it has (`recare-patch plan` "
-                "tells what a run takes)"
-            )
+            sentence = _memory_is_full(ctx, fault)
         click.echo(f"Error: {sentence}", err=True)
         ctx.exit(code)
+
+
+def _memory_is_full(ctx: click.Context, fault: RuntimeError) -> str:
+    """At what the memory ran out, and an option of the command that makes it take less."""
+    name = ctx.invoked_subcommand or ""
+    options = _options_of(ctx.command.get_command(ctx, name)) if isinstance(ctx.command, click.Group) else set()
+    notes: list[str] = getattr(fault, "__notes__", [])
+    where = f" at {', '.join(reversed(notes))}" if notes else ""
+    given = ctx.meta.get(_VRAM)
+    if "--vram" in options:
+        remedy = "--vram with less than it has" if given is None else f"a smaller --vram than {given:g}"
+    else:
+        remedy = "--device cpu" if "--device" in options else "again when other programs have freed it"
+    plan = " (`recare-patch plan` tells what a run takes)" if name == "erase" else ""
+    return f"the accelerator's memory is full{where}; try {remedy}{plan}"
+
+
+def _options_of(command: click.Command | None) -> set[str]:
+    """The options of a command, or of all commands of a group."""
+    if command is None:
+        return set()
+    inner = command.commands.values() if isinstance(command, click.Group) else ()
+    return {name for one in command.params for name in one.opts}.union(*map(_options_of, inner))
 
 
 @click.group(
@@ -189,7 +217,7 @@ class NamesOption(click.Option):
         return given
 
 
-_GIVEN = f"{__name__}.given"
+_GIVEN, _VRAM = f"{__name__}.given", f"{__name__}.vram"
 
 
 def recipe_option(key: str, name: str, default: str | None = None, **options: Any) -> Callable[[Command], Command]:
@@ -247,7 +275,31 @@ def memory_options(command: Command) -> Command:
         command = recipe_option(f"memory.{key}", f"--{key.replace('_', '-')}", "", **more)(command)
     size = click.FloatRange(min=0, min_open=True)
     told = "Choose the switches below for a card of this size, such as 6, 8, 12 or 24."
-    return option("--vram GB", told, size)(command)
+
+    def remember(ctx: click.Context, _: click.Parameter, value: float | None) -> float | None:
+        # Of all contexts of a call, so that the group knows it when memory runs out.
+        ctx.meta[_VRAM] = value
+        return value
+
+    return option("--vram GB", told, size, callback=remember)(command)
+
+
+def drawing_options(command: Command) -> Command:
+    """Add ``--precision`` and :func:`memory_options` to a command that draws, or attacks; see :func:`given_memory`."""
+    told = f"{' | '.join(PRECISIONS)}.  [default: the recipe's on a GPU, fp32 on the CPU]"
+    return option("--precision NAME", told, callback=_known_precision)(memory_options(command))
+
+
+def _known_precision(ctx: click.Context, _: click.Parameter, given: str | None) -> str | None:
+    if given not in (None, *PRECISIONS):
+        raise unknown_name("precision", given, PRECISIONS)
+    return given
+
+
+def given_memory() -> MemoryOptions:
+    """The levers that were given by the options of :func:`memory_options`."""
+    named = given_options().items()
+    return MemoryOptions(**{key.removeprefix("memory."): value for key, value in named if key.startswith("memory.")})
 
 
 def given_options() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from click import FloatRange, command, echo
 from recare_patch import cli
 from recare_patch.cli import flag, option
 from recare_patch.core import OutputError, RecipeError, ResumeError, read_text
-from recare_patch.recipe import KINDS, PRESETS, WEIGHTS_NAME, Concept, Recipe, load_recipe, preset_overrides
+from recare_patch.recipe import KINDS, PRESETS, WEIGHTS_NAME, Concept, Recipe, load_recipe, preset_overrides, recipe_for
 
 
 # Long: an argument for each option, and the refusals that belong before torch is loaded.
@@ -271,6 +271,7 @@ def _report(concept: str, result: Any) -> None:
 @command()
 @option("--concept TEXT", "What would be erased.", None, "Van Gogh")
 @option("--recipe NAME|FILE|PATCH", "Plan this recipe.")
+@option("--kind KIND", f"{' | '.join(KINDS)}.  [default: a recipe's, else to be guessed]")
 @cli.base_option
 @cli.recipe_option("precision", "--precision", "")
 @cli.recipe_option("erase.optimizer", "--optimizer")
@@ -285,6 +286,7 @@ def _report(concept: str, result: Any) -> None:
 def plan(
     concept: str,
     recipe: str | None,
+    kind: str | None,
     base: str | None,
     vram: float | None,
     tflops: float | None,
@@ -302,26 +304,32 @@ def plan(
     """
     cli.quiet_libraries()
     overrides = cli.overrides_from(assignments)
-    from recare_patch.erasure import UTILIZATION, choose, is_exact, measured_speed, resolve_recipe
+    from recare_patch.erasure import UTILIZATION, choose, is_exact, measured_speed
     from recare_patch.erasure import plan as planned
     from recare_patch.models import chosen_device
 
-    # The kind changes words, not costs.
-    text, kind = ("", None) if recipe else (concept, "object")
-    made = resolve_recipe(text, kind=kind, recipe=recipe, base=base, overrides=overrides)
-    footprint = None
+    unknown: list[str] = []
+
+    def guess(text: str, source: str, clip: str | None) -> str:
+        # What the kind is changes words, and that it is seen in pictures costs.
+        unknown.append(text)
+        return "style"
+
+    words: dict[str, Any] = {"kind": kind, "recipe": recipe, "base": base, "overrides": overrides}
+    made, footprint = recipe_for("" if recipe else concept, guess_kind=guess, **words), None
+    guessed = bool(unknown)
     if vram is not None:
-        made, footprint = choose(made, vram)
+        made, footprint = choose(made, vram, guessed=guessed)
     place = chosen_device(device)
     speed = tflops * 1e12 if tflops is not None else measured_speed(place, made.precision)
-    found = planned(made, speed=speed, footprint=footprint)
+    found = planned(made, speed=speed, footprint=footprint, guessed=guessed)
     echo(f"Base: {made.base}, {made.precision}")
     echo(f"Levers: {made.memory.in_words()}")
     whole = ("all", sum(one.evaluations for one in found.stages), found.seconds, found.peak)
     rows = [(one.name, one.evaluations, one.seconds, one.peak) for one in found.stages] + [whole]
     cli.echo_table(
         [("stage", "evaluations", "seconds", "peak GB")]
-        + [(name, f"{n:,}", f"{seconds:,.0f}", f"{peak / 1e9:.2f}") for name, n, seconds, peak in rows]
+        + [(name, f"{n:,}" if n else "–", f"{seconds:,.0f}", f"{peak / 1e9:.2f}") for name, n, seconds, peak in rows]
     )
     echo(f"Patch: {found.patch_bytes / 1e6:.2f} MB")
     source = "as given" if tflops is not None else f"{UTILIZATION:.0%} of a matrix product on {place}"

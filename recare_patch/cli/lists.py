@@ -131,7 +131,9 @@ def careset() -> None:
 @cli.recipe_option("seed", "--seed")
 @option("--recipe NAME|FILE|PATCH", "Start from a recipe.")
 @option("--out", "The file.  [default: CONCEPT-care-set.json]", cli.FOLDER)
+@cli.recipe_option("precision", "--precision", "")
 @cli.device_option
+@cli.memory_options
 @cli.set_option()
 def build(
     concept: str | None,
@@ -152,12 +154,13 @@ def build(
         # Faults of spelling are told before any model is loaded.
         Recipe(concept=Concept(text=concept, kind=words["kind"] or "object")).with_overrides(overrides)
     from recare_patch.careset import Clip, default_clip
-    from recare_patch.erasure import care_set_of, resolve_recipe
+    from recare_patch.erasure import PREPARING, care_set_of, resolve_recipe
     from recare_patch.models import load_base
 
     with cli.shown_progress() as progress:
-        plan = resolve_recipe(concept or "", recipe=recipe, overrides=overrides, device=device, **words)
-        model = load_base(plan.base, precision=plan.precision, device=device)
+        words |= {"recipe": recipe, "overrides": overrides, "device": device}
+        plan = resolve_recipe(concept or "", only=PREPARING, **words)
+        model = load_base(plan.base, precision=plan.precision, device=device, memory=plan.memory)
         found = care_set_of(plan, model, Clip.load(plan.clip or default_clip(plan.base)), progress)
     _save(found, out if out is not None else Path(f"{plan.concept.slug}-care-set.json"))
 

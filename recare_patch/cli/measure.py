@@ -13,8 +13,8 @@ from click import Context, FloatRange, IntRange, argument, command, echo, pass_c
 
 from recare_patch import cli
 from recare_patch.cli import flag, option
-from recare_patch.core import EvaluationError, PatchError, RecipeError, nearest, unknown_name
-from recare_patch.recipe import PRECISIONS, slug_of
+from recare_patch.core import EvaluationError, PatchError, RecipeError, nearest
+from recare_patch.recipe import slug_of
 
 if TYPE_CHECKING:
     from recare_patch.measure import AttackOptions, AttackResult, Evidence
@@ -71,9 +71,9 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
 @label_option
 @cli.clip_option
 @option("--seed", "First seed.  [default: the suite's]", IntRange(min=0))
-@option("--precision NAME", f"{' | '.join(PRECISIONS)}.  [default: the recipe's]")
 @option("--batch-size", "Pictures drawn together.  [default: by the base]", IntRange(1, 1024))
 @cli.device_option
+@cli.drawing_options
 def evaluate(
     patch: str,
     metrics: tuple[str, ...],
@@ -94,8 +94,6 @@ def evaluate(
     Pictures are drawn once: a run that was stopped goes on where it was, and a second one draws
     nothing.
     """
-    if options["precision"] not in (None, *PRECISIONS):
-        raise unknown_name("precision", options["precision"], PRECISIONS)
     if no_cache and cache is not None:
         raise EvaluationError("--no-cache and --cache exclude each other")
     from recare_patch import measure
@@ -117,6 +115,7 @@ def evaluate(
                 prompts_file=prompts,
                 attacks=attacks or None,
                 progress=progress,
+                memory=cli.given_memory(),
                 **options,
             )
         if first:
@@ -166,6 +165,7 @@ def _tell_evidence(evidence: Evidence, folder: Path) -> None:
 @option("--base FOLDER|HUB-ID", "The base model.  [default: the patch's]")
 @cli.concept_option
 @cli.device_option
+@cli.drawing_options
 def attack(
     patch: str,
     attacks: tuple[str, ...],
@@ -205,6 +205,7 @@ def attack(
     if several and replay is not None and concept is None:
         concept = measure.replayed_concept(replay)
     found: list[tuple[str, AttackResult, Path]] = []
+    shared["memory"] = cli.given_memory()
     with cli.shown_progress() as progress:
         shared["progress"] = progress
         for chosen in several if several and concept is None else (concept,):
@@ -263,6 +264,7 @@ def _attack_options(attacks: Sequence[str], budget: str, overrides: Mapping[str,
     _FOLDER,
 )
 @cli.device_option
+@cli.drawing_options
 @cli.json_option
 @pass_context
 def verify(
@@ -280,7 +282,8 @@ def verify(
     from recare_patch.measure.verify import verify as verified
 
     with cli.shown_progress() as progress:
-        found = verified(patch, base, figures=figures or ("all",), progress=progress, **options)
+        options |= {"memory": cli.given_memory(), "progress": progress}
+        found = verified(patch, base, figures=figures or ("all",), **options)
     if as_json:
         findings = [{"about": one.about, "holds": one.holds, "told": one.told} for one in found.findings]
         echo(json.dumps({"holds": found.holds, "findings": findings}, indent=2, ensure_ascii=False))

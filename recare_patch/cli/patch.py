@@ -200,6 +200,7 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
 @flag("--blur", "Blur the sheet.")
 @flag("--gated", "Let each patch's scale follow how much the prompt has to do with its concept.")
 @cli.device_option
+@cli.drawing_options
 def generate(
     patches: tuple[str, ...],
     prompts: tuple[str, ...],
@@ -228,8 +229,9 @@ def generate(
     from recare_patch.patch import generate_pictures
 
     seeds = list(range(seed, seed + count))
+    options |= {"gated": gated, "memory": cli.given_memory()}
     with cli.shown_progress() as progress:
-        pairs = generate_pictures(source, chosen, list(prompts), seeds, gated=gated, progress=progress, **options)
+        pairs = generate_pictures(source, chosen, list(prompts), seeds, progress=progress, **options)
     title = f"{source}: " + (", ".join(f"{path.name} at {scale:g}" for path, scale in chosen) or "no patch")
     title += ", gated" if gated else ""
     save_pairs(pairs, out, title=title, blur=blur, patched=bool(chosen))

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 @cli.base_option
 @cli.clip_option
 @cli.device_option
+@cli.memory_options
 def stack(
     patches: tuple[str, ...],
     out: Path,
@@ -72,6 +73,7 @@ def stack(
     A patch is a folder or a file; "van-gogh" finds the folder "van-gogh-patch" too.
     """
     chosen = [cli.parse_patch(cli.short_patch(text)) for text in patches]
+    places["memory"] = cli.given_memory()
     import torch
 
     from recare_patch import combine
@@ -110,11 +112,12 @@ def _measured(
     """The base, and what the parts' layers read in it, for ``regmean``."""
     from recare_patch.careset import Clip, default_clip
     from recare_patch.combine import KEPT_WEIGHT, measure_moments
-    from recare_patch.models import load_base
+    from recare_patch.models import Load, load_to_draw
 
     weight = KEPT_WEIGHT if kept_weight is None else kept_weight
     with cli.shown_progress() as progress:
-        model = load_base(places["base"] or known, device=places["device"])
+        how = {key: places[key] for key in ("device", "memory", "vram")}
+        model = load_to_draw(places["base"] or known, precision="fp32", load=Load(pictures=8), **how)
         tower = Clip.load(places["clip"] or default_clip(model.id), device=model.device)
         patches = [patch for patch, _ in loaded]
         found = measure_moments(patches, model, tower, kept_weight=weight, seed=seed, progress=progress)
@@ -147,6 +150,7 @@ def _tell_change(patches: Sequence[Patch], out: Path, pictures: int, places: Map
 @flag("--verify", "Draw with the patch and with the merged folder, and compare.")
 @flag("--any-base", "Merge also into other weights than the patch was made for.")
 @cli.device_option
+@cli.memory_options
 def merge(
     patches: tuple[str, ...],
     base: str | None,
@@ -155,6 +159,7 @@ def merge(
     verify: bool,
     device: str,
     any_base: bool,
+    vram: float | None,
 ) -> None:
     """Write a base with patches in its weights, as a complete diffusers pipeline folder.
 
@@ -174,7 +179,8 @@ def merge(
         loaded = [(Patch.load(path), scale) for path, scale in chosen]
         options: Any = {"single_file": single_file, "any_base": any_base, "progress": progress}
         record = combine.merge(loaded, source, out, device=device, **options)
-        apart = combine.compare(loaded, source, out, device=device) if verify else None
+        how: Any = {"device": device, "memory": cli.given_memory(), "vram": vram}
+        apart = combine.compare(loaded, source, out, **how) if verify else None
     told = ", ".join(f"{part.name} at {part.scale:g}" for part in record.patches)
     echo(f"Merged: {out}  ({told} into {record.base})")
     if single_file is not None:

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -43,12 +44,13 @@ from recare_patch.models import (
     chosen_device,
     full_name,
     in_words,
-    load_base,
+    load_to_draw,
     read_layout,
     split_name,
     stored_weights_hash,
 )
 from recare_patch.patch import Patch, PatchPart, apply_all, check_together, has_known_sizes, plan, write_single_file
+from recare_patch.recipe import MemoryOptions
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +241,16 @@ def unmerge(
     return Unmerged(Path(out), same, apart, record.rounding)
 
 
-def compare(patches: Weighted, base: str | Path, merged: str | Path, *, steps: int = 20, device: str = "auto") -> int:
+def compare(
+    patches: Weighted,
+    base: str | Path,
+    merged: str | Path,
+    *,
+    steps: int = 20,
+    device: str = "auto",
+    memory: MemoryOptions | None = None,
+    vram: float | None = None,
+) -> int:
     """Draw the patches' concepts and a house with the patches in the base and with the merged folder.
 
     Returns:
@@ -250,11 +261,13 @@ def compare(patches: Weighted, base: str | Path, merged: str | Path, *, steps: i
     names = [part.name for part in parts_of(patches)]
     asked = dict.fromkeys([*(f"a picture of {name}" for name in names), "a photo of a house"])
     texts, draws = [text for text in asked for _ in range(2)], [0, 1] * len(asked)
-    patched = load_base(base, device=device)
+    # In fp32, as half precision would round the merged weights apart from the patched ones.
+    how: dict[str, Any] = {"precision": "fp32", "device": device, "memory": memory, "vram": vram}
+    patched = load_to_draw(base, **how)
     with apply_all(patched.pipeline, patches):
         ours = patched.generate(texts, draws, steps=steps)
     del patched
-    theirs = load_base(merged, device=device).generate(texts, draws, steps=steps)
+    theirs = load_to_draw(merged, **how).generate(texts, draws, steps=steps)
     return max(
         int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
         for a, b in zip(ours, theirs, strict=True)

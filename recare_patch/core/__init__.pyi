@@ -19,6 +19,7 @@ from .errors import ResumeError as ResumeError
 from .errors import SettingsError as SettingsError
 from .errors import UnknownNameError as UnknownNameError
 from .errors import nearest as nearest
+from .errors import noted as noted
 from .errors import reason as reason
 from .errors import unknown_name as unknown_name
 from .files import LOCK_NAME as LOCK_NAME

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _LONGEST_NAME = 500
 """Nothing longer is compared with names: that takes time by the square of the length."""
@@ -110,6 +111,19 @@ class EvaluationError(SettingsError):
 def reason(fault: OSError) -> str:
     """Why the system refused, in words that go on a sentence."""
     return (fault.strerror or str(fault)).lower()
+
+
+@contextmanager
+def noted(what: str) -> Iterator[None]:
+    """A device whose memory is full says what it was asked for; inside, the fault is told what for.
+
+    The notes are the fault's own (``__notes__``), the innermost first.
+    """
+    try:
+        yield
+    except RuntimeError as fault:
+        fault.add_note(what)
+        raise
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str | None:

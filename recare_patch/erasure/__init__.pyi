@@ -9,6 +9,7 @@ from .loop import noised as noised
 from .loop import step_generator as step_generator
 from .methods.recare import recare_target as recare_target
 from .planning import ENCODING as ENCODING
+from .planning import PREPARING as PREPARING
 from .planning import UTILIZATION as UTILIZATION
 from .planning import choose as choose
 from .planning import evaluations as evaluations

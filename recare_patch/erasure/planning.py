@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,9 @@ together."""
 
 ENCODING = "encoding"
 """The prompts of a method, read by the text encoders."""
+
+PREPARING = (KIND, "other pictures", "target images", "CARE-set")
+"""The stages that find a CARE-set."""
 
 _MINED = 50
 """Companions that the published mining may find, where nothing bounds them."""
@@ -213,13 +216,16 @@ def _seconds(found: Footprint, recipe: Recipe, work: Work, speed: float) -> floa
     return work.evaluations * found.operations * (1 + training * repeated / 3) / speed
 
 
-def choose(recipe: Recipe, gigabytes: float, *, guessed: bool = False) -> tuple[Recipe, Footprint]:
+def choose(
+    recipe: Recipe, gigabytes: float, *, guessed: bool = False, only: Sequence[str] = ()
+) -> tuple[Recipe, Footprint]:
     """The recipe with the fastest set of levers that is expected to fit a card, and what its base takes.
 
     Args:
         recipe: of the run; levers that it sets already stay, its micro batch as the largest.
         gigabytes: GB (10⁹ bytes) of the card's memory, of which a part is filled; see :func:`first_fit`.
         guessed: whether the concept's kind is still to be seen in pictures.
+        only: stages that must fit; none said: all.
 
     Raises:
         BaseModelError: the base is not found, or of no supported family.
@@ -228,7 +234,8 @@ def choose(recipe: Recipe, gigabytes: float, *, guessed: bool = False) -> tuple[
     half = recipe if recipe.precision != "fp32" else recipe.with_overrides({"precision": "bf16"})
     layout, _ = find_layout(half.base, weights=False)
     found = measure(layout, half)
-    loads = _loads(found, half, _works(half, guessed=guessed)).values()
+    works = _works(half, guessed=guessed)
+    loads = [load for stage, load in _loads(found, half, works).items() if not only or stage in only]
     sets = lever_sets(half.memory)
     memory = first_fit(half.base, sets, lambda one: max(peak(found, one, load) for load in loads), gigabytes)
     return half.with_overrides({"memory": memory.model_dump()}), found

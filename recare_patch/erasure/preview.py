@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recare_patch.careset import shows
-from recare_patch.core import SheetRow, sheet
+from recare_patch.core import SheetRow, noted, sheet
 from recare_patch.erasure import prepare
 from recare_patch.models import scheduled
 from recare_patch.patch import Patch
@@ -85,9 +85,10 @@ def draw_preview(run: Run, targets: Sequence[prepare.Target], patch: Patch) -> P
             )
 
     run.progress.update("preview", 0, 2)
-    before = draw()
+    with noted("preview"):
+        before = draw()
     run.progress.update("preview", 1, 2)
-    with patch.apply(base.pipeline):
+    with noted("preview"), patch.apply(base.pipeline):
         after = draw()
     run.progress.update("preview", 2, 2)
     drawn, seen = [], []

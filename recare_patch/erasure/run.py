@@ -31,8 +31,8 @@ from recare_patch.core import (
 from recare_patch.erasure import prepare
 from recare_patch.erasure.methods import Method
 from recare_patch.erasure.preview import Preview, draw_preview
-from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch
-from recare_patch.models import BaseModel, device_name, load_base, lora, versions
+from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch, quick_sampler
+from recare_patch.models import BaseModel, device_name, load_base, lora, scheduled, versions
 from recare_patch.patch import (
     FORMATS,
     Erased,
@@ -98,12 +98,7 @@ def erase_concept(
         device, resume, progress, care_set, save_target_images, file_formats: as :func:`erase` takes them.
         words: what :func:`recipe_for` takes: also, subject, kind, recipe, preset, base, clip, overrides.
     """
-    recipe = resolve_recipe(concept, device=device, **words)
-    if vram is not None:
-        from recare_patch.erasure.planning import choose
-
-        recipe, _ = choose(recipe, vram)
-        logger.info("for %g GB: %s", vram, recipe.memory.in_words())
+    recipe = resolve_recipe(concept, device=device, vram=vram, **words)
     return erase(
         recipe,
         Path(out) if out is not None else Path(f"{recipe.slug}-patch"),
@@ -116,18 +111,55 @@ def erase_concept(
     )
 
 
-def resolve_recipe(concept: str, *, device: str = "auto", **words: Any) -> Recipe:
-    """The recipe that a call of :func:`erase_concept` would run; a kind that nothing tells is seen in pictures."""
+def resolve_recipe(
+    concept: str, *, device: str = "auto", vram: float | None = None, only: Sequence[str] = (), **words: Any
+) -> Recipe:
+    """The recipe that a call of :func:`erase_concept` would run, its levers chosen for a card of ``vram`` GB.
+
+    A kind that nothing tells is seen in pictures, which are drawn as the run draws: at its precision, under its levers.
+
+    Args:
+        concept, device, vram, words: as there.
+        only: stages that must fit the card; none said: all.
+    """
+    drawing: list[tuple[Recipe, BaseModel]] = []
 
     def guess(text: str, source: str, clip: str | None) -> str:
-        base = load_base(source, device=device)
+        if not drawing:
+            # Of all kinds a style has most prompts; what the kind really is changes little else.
+            asked = recipe_for(concept, guess_kind=lambda *_: "style", **(words | {"kind": "style"}))
+            asked = _fitted(asked, vram, only, guessed=True)
+            how: dict[str, Any] = {"precision": asked.precision, "memory": asked.memory, "device": device}
+            drawing.append((asked, load_base(source, **how)))
+        return _seen_kind(text, drawing[0][1], Clip.load(clip or default_clip(source)))
 
-        def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-            return base.generate(prompts, seeds, steps=10, guidance_scale=5.0)
+    made = recipe_for(concept, guess_kind=guess, **words)
+    if vram is not None and drawing:
+        fitted = drawing[0][0]
+        return made.with_overrides({"precision": fitted.precision, "memory": fitted.memory.model_dump()})
+    return _fitted(made, vram, only)
 
-        return guess_kind(text, generate, Clip.load(clip or default_clip(source)))
 
-    return recipe_for(concept, guess_kind=guess, **words)
+def _fitted(recipe: Recipe, vram: float | None, only: Sequence[str], *, guessed: bool = False) -> Recipe:
+    """A recipe with levers for a card, where one is named."""
+    if vram is None:
+        return recipe
+    from recare_patch.erasure.planning import choose
+
+    recipe, _ = choose(recipe, vram, guessed=guessed, only=only)
+    logger.info("for %g GB: %s, %s", vram, recipe.precision, recipe.memory.in_words())
+    return recipe
+
+
+def _seen_kind(text: str, base: BaseModel, clip: Clip) -> str:
+    from recare_patch.erasure.planning import KIND, KIND_BATCH, KIND_PICTURES, KIND_STEPS
+
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        few: dict[str, Any] = {"steps": KIND_STEPS, "batch_size": KIND_BATCH, "stage": KIND}
+        with scheduled(base.pipeline, quick_sampler(base)):
+            return base.generate(prompts, seeds, guidance_scale=5.0, **few)
+
+    return guess_kind(text, generate, clip, count=KIND_PICTURES)
 
 
 # Long for its arguments; the way of a run should be read in one piece.

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recare_patch.core import IncompatiblePatchError, Progress, write_json, write_tensors
+from recare_patch.core import IncompatiblePatchError, Progress, noted, write_json, write_tensors
 from recare_patch.erasure.loop import Carried, Checkpoint, Loop, fit, invert, state_source, step_generator
 from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory, scheduled
 from recare_patch.patch import Patch
@@ -47,23 +47,26 @@ class Ledger:
         self.path, self.base = path, base
         self.stages: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
         self._began, self._evaluations, self._peak = 0.0, 0, 0
-        self._loading = peak_memory(base.device)
+        self._between = peak_memory(base.device)
 
     @property
     def peak(self) -> int:
-        """The highest figure of all stages, and of what came before the first."""
-        return max(self._loading, *(int(one.get("peak_memory_bytes", 0)) for one in self.stages.values()))
+        """The highest figure of all stages, and of what came before and between them: loading, encoding, decoding."""
+        return max(self._between, *(int(one.get("peak_memory_bytes", 0)) for one in self.stages.values()))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Book what happens inside on a stage; one that was done before a resume is not booked again."""
         if name in self.stages:
             # What little is repeated to restore it is not counted twice.
-            yield
+            with noted(name):
+                yield
             return
         self._began, self._evaluations, self._peak = time.perf_counter(), self.base.counter.total, 0
+        self._between = max(self._between, peak_memory(self.base.device))
         forget_peak_memory(self.base.device)
-        yield
+        with noted(name):
+            yield
         self.stages[name] = self.so_far()
         if self.base.crew is None or self.base.crew.main:
             write_json(self.path, self.stages)
@@ -184,8 +187,8 @@ class Run:
         """Clean latents ``[len(seeds), c, h, w]`` that the model draws as it stands; ``steps`` as for pictures."""
         options = self.recipe.target_images
         scheduler = options.scheduler
-        if steps is not None and hasattr(self.base.pipeline.scheduler, "alphas_cumprod"):
-            scheduler = "dpm-solver++"
+        if steps is not None:
+            scheduler = quick_sampler(self.base) or scheduler
         with scheduled(self.base.pipeline, scheduler):
             return self.base.sample_latents(
                 embeds,
@@ -194,6 +197,11 @@ class Run:
                 guidance_scale=options.guidance_scale,
                 batch_size=options.batch_size,
             )
+
+
+def quick_sampler(base: BaseModel) -> str | None:
+    """The sampler that makes pictures for a look in few steps; None where the base has no such noise schedule."""
+    return "dpm-solver++" if hasattr(base.pipeline.scheduler, "alphas_cumprod") else None
 
 
 class Stages:

@@ -12,8 +12,10 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,12 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 from recare_patch.core import EvaluationError, NullProgress, launched_together, write_bytes
-from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, named_tuner_layers, scheduled, weights_hash
+from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, deciding, named_tuner_layers, scheduled, weights_hash
 
 if TYPE_CHECKING:
     from recare_patch.core import Progress
     from recare_patch.models import BaseModel
     from recare_patch.patch import Patch
+
+logger = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 """Part of every key: raised when pictures of the same key would come out differently."""
@@ -148,6 +152,7 @@ class Studio:
             **{part: base.component_hash(part) for part in TEXT_ENCODERS[1:] if part in base.components},
             "vae": weights_hash(base.pipeline.vae),
             "precision": str(base.dtype).removeprefix("torch."),
+            **deciding(base.memory),
         }
         self._hashes: dict[int, tuple[Patch, str]] = {}
 
@@ -238,7 +243,7 @@ class Studio:
 
         # All look before any draws, and none draws the next request while others read this one.
         self._wait()
-        missing = [rows for rows in batches if not all(cache.path(keys[row]).is_file() for row in rows)]
+        missing = self._missing(cache, keys, batches)
         self._wait()
         done = len(keys) - sum(map(len, missing))
         self.from_cache += done
@@ -260,6 +265,47 @@ class Studio:
                     mended = draw(batches[row // self.batch_size])
                 image = mended.pop(row)
             yield row, image
+
+    @staticmethod
+    def _missing(cache: PictureCache, keys: Sequence[str], batches: Sequence[range]) -> list[range]:
+        """The batches of which a picture is not there; each is drawn as a whole."""
+        return [rows for rows in batches if not all(cache.path(keys[row]).is_file() for row in rows)]
+
+    def announce(self, asked: Sequence[Mapping[str, Any]]) -> None:
+        """Say how many pictures these requests take, and about how long, as a step of one batch is timed."""
+        missing, seconds, requests = 0, 0.0, [Request(**one) for one in asked]
+        times: dict[tuple[int, bool], tuple[float, float]] = {}
+        for request in requests:
+            batches = self._batches(request)
+            if self.cache is not None:
+                batches = self._missing(self.cache, self._keys(request), batches)
+            rows = sum(map(len, batches))
+            if rows:
+                how = len(batches[0]), request.guidance_scale > 1
+                step, decoding = times[how] = times.get(how) or self._timed(*how)
+                seconds += rows * (request.steps * step + decoding)
+            missing += rows
+        if missing:
+            found = sum(len(request.prompts) for request in requests) - missing
+            beside = f" ({found:,} more are in the cache)" if found else ""
+            logger.info("%s pictures to draw%s: about %s", f"{missing:,}", beside, _in_words(seconds))
+
+    @torch.no_grad()
+    def _timed(self, pictures: int, guided: bool) -> tuple[float, float]:
+        """Seconds a picture of so many drawn together: of one denoising step, and of decoding."""
+        base, rows = self.base, pictures * (2 if guided else 1)
+        latents = torch.zeros((rows, *base.latent_shape), device=base.device)
+        at, embeds = torch.tensor([base.num_train_timesteps // 2]).expand(rows), base.encode_prompts([""]).repeat(rows)
+
+        def seconds(work: Callable[[], Any]) -> float:
+            work()  # warms the device up
+            began = time.perf_counter()
+            work()
+            return time.perf_counter() - began
+
+        with base.counter.stage(None):
+            step = seconds(lambda: base.denoise(latents, at, embeds).sum().item())
+            return step / pictures, seconds(lambda: base.decode_latents(latents[:1]))
 
     def _wait(self) -> None:
         if self._launched is not None:
@@ -289,3 +335,9 @@ class Studio:
             )
         self.drawn += len(images)
         return images
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import os
 import shlex
 import time
@@ -49,14 +50,17 @@ from recare_patch.measure.suites import (
     read_prompts,
     resolve_suite,
 )
-from recare_patch.models import ATELIER, PRECISIONS, BaseModel, load_base, peak_memory, versions
+from recare_patch.models import ATELIER, PRECISIONS, BaseModel, Load, deciding, load_to_draw, peak_memory, versions
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, PREVIEW_NAME, TRAINING_NAME, Patch, card_text
-from recare_patch.recipe import WEIGHTS_NAME, slug_of
+from recare_patch.recipe import WEIGHTS_NAME, MemoryOptions, slug_of
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "torchmetrics", "nudenet")
 """Whose versions the evidence names, where they are installed."""
+
+PICTURES_AT_ONCE = 16
+"""Pictures of 512² pixels that a GPU draws together, where nothing else is asked for."""
 
 PICTURES = 200
 """Pictures of a figure, where nothing else is asked for."""
@@ -120,6 +124,8 @@ def evaluate(
     check_pictures: int = CHECK_PICTURES,
     card: bool = False,
     precision: str | None = None,
+    memory: MemoryOptions | None = None,
+    vram: float | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
     device: str = "auto",
@@ -145,7 +151,8 @@ def evaluate(
         checks: names of :data:`CHECKS`, or "all".
         card: write the figures into the patch's ``README.md`` as well; one that tells figures already
             is always kept in step with the evidence beside it.
-        precision, seed: of the base, and the first seed; None: the recipe's, and the suite's.
+        precision, memory, vram: of a base that is not loaded yet; see :func:`load_to_draw`.
+        seed: the first one; None: the suite's.
         batch_size: pictures drawn together; None: by the size of the base.
         progress: told of every batch.
 
@@ -191,8 +198,9 @@ def evaluate(
     folder = folder_of(loaded, Path(out).expanduser() if out is not None else weights.parent, chosen.concept)
     found = _attack_figures(weights, attacks, folder, chosen.concept if several else None)
     if isinstance(base, str | Path):
-        precision = precision or (recipe.precision if recipe else "fp32")
-        base = load_base(base, precision=precision, device=options.device)
+        how: dict[str, Any] = {"precision": precision, "memory": memory, "vram": vram, "device": options.device}
+        load = Load(pictures=batch_size or PICTURES_AT_ONCE)
+        base = load_to_draw(base, recorded=recipe.precision if recipe else None, load=load, **how)
     if retained is not None:
         check_lengths(base, retained, prompts_file or "")
     scores = score(loaded, base, chosen, options)
@@ -240,8 +248,7 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
     sha256 = file_sha256(_weights_file(patch))
     patch.check_base(base)
     if options.batch_size is None:
-        small = max(base.latent_shape[1:]) <= 32
-        options = replace(options, batch_size=20 if small else 16 if base.device.type == "cuda" else 4)
+        options = replace(options, batch_size=usual_batch(base))
     judges = _judges(patch, base, suite, options)
     wanted = None if options.figures is None else set(options.figures)
     jobs = make_jobs(judges, metrics, options.pictures, options.retained, wanted)
@@ -252,6 +259,8 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
     if studios is None:
         return None
     drawer, studio = studios
+    if drawer.processes == 1:
+        studio.announce([drawing for job in jobs for drawing in _drawings(job, patch, suite)])
     figures: list[Figure] = []
     pictures: Comparisons = {}
     for job in jobs:
@@ -280,6 +289,14 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
     figures = [one for one in figures if wanted is None or one.name in wanted]
     told = {**_setting(patch, base, judges, options), "patch_sha256": sha256, "cost": cost}
     return Scores(Evidence(figures=tuple(figures), checks=checks, **told), pictures)
+
+
+def usual_batch(base: BaseModel) -> int:
+    """Pictures to draw together: fewer where they are larger, which fill a device sooner."""
+    area = math.prod(base.latent_shape[1:])
+    if area <= 32**2:
+        return 20
+    return max(1, PICTURES_AT_ONCE * 64**2 // area) if base.device.type == "cuda" else 4
 
 
 def _studios(
@@ -341,6 +358,8 @@ def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) ->
         "clip": short_name(clip.id if isinstance(clip, Clip) else clip),
         "batch_size": options.batch_size,
     }
+    if levers := deciding(base.memory):
+        depends["memory"] = levers
     if options.checks:
         depends |= {"checks": list(check_names(options.checks)), "check_pictures": options.check_pictures}
     return {

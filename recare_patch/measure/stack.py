@@ -16,10 +16,10 @@ from recare_patch.core import EvaluationError, Progress, file_sha256, write_json
 from recare_patch.measure.evidence import show_value
 from recare_patch.measure.pictures import PictureCache, default_cache
 from recare_patch.measure.run import PICTURES, Options, evaluate, score
-from recare_patch.measure.suites import Suite, resolve_suite
-from recare_patch.models import BaseModel, load_base
+from recare_patch.measure.suites import Suite, own_recipe, resolve_suite
+from recare_patch.models import BaseModel, load_to_draw
 from recare_patch.patch import Patch, concepts_of
-from recare_patch.recipe import WEIGHTS_NAME
+from recare_patch.recipe import WEIGHTS_NAME, MemoryOptions
 
 CHANGE_NAME = "evidence_change.json"
 """The figures side by side, in the stack's folder."""
@@ -60,6 +60,8 @@ def change_in_evidence(
     clip: Clip | str | None = None,
     cache: str | Path | None = None,
     device: str = "auto",
+    memory: MemoryOptions | None = None,
+    vram: float | None = None,
     progress: Progress | None = None,
 ) -> tuple[FigureChange, ...]:
     """Measure a stack beside each of its parts alone.
@@ -73,7 +75,7 @@ def change_in_evidence(
         base: the base model; None: the one that the stack was made for.
         suites: to judge a concept by instead of its own; see :func:`resolve_suite`.
         pictures: of each figure.
-        metrics, clip, cache, device, progress: see :func:`evaluate`.
+        metrics, clip, cache, device, memory, vram, progress: see :func:`evaluate`.
 
     Raises:
         RecarePatchError: one sentence on what was wrong; what was drawn stays in the cache.
@@ -81,7 +83,11 @@ def change_in_evidence(
     whole, folder = Patch.load(stack), Path(stack).expanduser()
     if base is None:
         base = whole.metadata.base if whole.metadata is not None else ""
-    model = load_base(base, device=device) if isinstance(base, str | Path) else base
+    model = base
+    if isinstance(model, str | Path):
+        made = next(filter(None, map(own_recipe, parts)), None)
+        drawn: dict[str, Any] = {"device": device, "memory": memory, "vram": vram}
+        model = load_to_draw(model, recorded=made.precision if made else None, **drawn)
     place = Path(cache).expanduser() if cache is not None else default_cache()
     how: dict[str, Any] = {"metrics": metrics, "pictures": pictures, "clip": clip}
     how |= {"device": device, "progress": progress}

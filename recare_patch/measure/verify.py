@@ -25,8 +25,9 @@ from recare_patch.measure.integrity import (
 )  # fmt: skip
 from recare_patch.measure.meters import wilson_interval
 from recare_patch.measure.suites import Suite, list_suites, load_suite
-from recare_patch.models import BaseModel, load_base
+from recare_patch.models import BaseModel, Load, load_to_draw
 from recare_patch.patch import EVIDENCE_NAME, Patch
+from recare_patch.recipe import MemoryOptions
 
 TOLERANCE = 0.05
 """Of figures without an interval: this share of the recorded value may be missed."""
@@ -75,6 +76,9 @@ def verify(
     clip: str | None = None,
     cache: Path | None = None,
     device: str = "auto",
+    precision: str | None = None,
+    memory: MemoryOptions | None = None,
+    vram: float | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a patch's integrity, then measure its figures again; damage and alterations are findings.
@@ -96,6 +100,8 @@ def verify(
         clip: of figures that CLIP reads; by default the recipe's.
         cache: folder of pictures drawn before; none by default, so that each is drawn anew.
         device, progress: of the drawing.
+        precision: None: the recorded one.
+        memory, vram: see :func:`load_to_draw`; levers that decide the pictures are the recorded ones.
 
     Raises:
         PatchError: there is no patch.
@@ -105,6 +111,7 @@ def verify(
             no such concept.
     """
     how = {"pictures": pictures, "clip": clip, "cache": cache, "device": device, "progress": progress}
+    drawn = {"device": device, "precision": precision, "memory": memory, "vram": vram}
     sound = check_integrity(patch, concept)
     loaded, findings = sound.patch, list(sound.findings)
     for record in sound.records:
@@ -117,7 +124,7 @@ def verify(
         return Verification(tuple(findings))
     measured = None
     for plan in plans:
-        found, measured = _verify_figures(loaded, plan, base, tolerance, how)
+        found, measured = _verify_figures(loaded, plan, base, tolerance, how, drawn)
         findings += plan.record.named(found)
     return Verification(tuple(findings), None if loaded.metadata.by_concept else measured)
 
@@ -143,11 +150,16 @@ def _plans(records: Sequence[Record], figures: Sequence[str]) -> list[Plan]:
 
 
 def _verify_figures(
-    patch: Patch, plan: Plan, base: str | Path | None, tolerance: float, how: Mapping[str, Any]
+    patch: Patch,
+    plan: Plan,
+    base: str | Path | None,
+    tolerance: float,
+    how: Mapping[str, Any],
+    drawn: Mapping[str, Any],
 ) -> tuple[list[Finding], Evidence | None]:
     """Whether the base, the suite and the figures are those that the evidence tells of."""
     evidence = plan.record.evidence
-    model, found = _check_base(patch, evidence, base, how["device"])
+    model, found = _check_base(patch, evidence, base, drawn)
     findings = [found]
     if evidence is None or not plan:
         return findings, None
@@ -163,29 +175,30 @@ def _verify_figures(
 
 
 def _check_base(
-    patch: Patch, evidence: Evidence | None, base: str | Path | None, device: str
+    patch: Patch, evidence: Evidence | None, base: str | Path | None, drawn: Mapping[str, Any]
 ) -> tuple[BaseModel, Finding]:
     """The base to measure on, and whether it is the one of the patch and of the evidence."""
     assert patch.metadata is not None
     recipe = patch.metadata.parsed_recipe if patch.metadata.recipe is not None else None
     source = base or (recipe.base if recipe is not None else patch.metadata.base)
-    made_in = recipe.precision if recipe is not None else "fp32"
-    model = load_base(source, precision=made_in, device=device)
+    recorded = dict(evidence.options) if evidence is not None else {}
+    precision = drawn["precision"] or recorded.get("precision")
+    given = (drawn["memory"] or MemoryOptions()).model_dump(exclude_defaults=True)
+    decided, batch = (recorded.get(key) for key in ("memory", "batch_size"))
+    memory = MemoryOptions(**{**given, **(decided if isinstance(decided, dict) else {})})
+    load = Load(pictures=batch if isinstance(batch, int) else 8)
+    how = {**drawn, "precision": precision, "memory": memory, "load": load}
+    model = load_to_draw(source, recorded=recipe.precision if recipe is not None else None, **how)
     try:
         patch.check_base(model, strict=True)
     except RecarePatchError as fault:
         return model, Finding("base", False, str(fault))
-    if evidence is not None:
-        precision = str(evidence.options.get("precision", made_in))
-        if precision != made_in:
-            # Rounding changes the hash: the evidence speaks of the base as it was loaded then.
-            model = load_base(source, precision=precision, device=device)
-        if (now := model.denoiser_hash()) != evidence.base_denoiser_sha256:
-            told = (
-                f"{EVIDENCE_NAME} was measured on a denoiser with SHA-256 "
-                f"{evidence.base_denoiser_sha256[:12]}…, and that of {model.id} has {now[:12]}…"
-            )
-            return model, Finding("base", False, told)
+    if evidence is not None and (now := model.denoiser_hash()) != evidence.base_denoiser_sha256:
+        told = (
+            f"{EVIDENCE_NAME} was measured on a denoiser with SHA-256 "
+            f"{evidence.base_denoiser_sha256[:12]}…, and that of {model.id} has {now[:12]}…"
+        )
+        return model, Finding("base", False, told)
     return model, Finding("base", True, f"{model.id}, the very weights that it was made for")
 
 

@@ -54,3 +54,4 @@ from .lora import settle_adapter as settle_adapter
 from .lora import split_name as split_name
 from .lora import target_modules as target_modules
 from .lora import tuner_layers as tuner_layers
+from .memory import deciding as deciding

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from recare_patch.core import BaseModelError
+from recare_patch.core import BaseModelError, noted
 from recare_patch.models import memory as levers
 from recare_patch.models.inputs import PLACEHOLDER, PromptEmbeds
 from recare_patch.recipe import MemoryOptions
@@ -77,7 +77,7 @@ class PromptEncoding:
             text, _, *pooled = self.pipeline.encode_prompt(list(some), **options)
             return PromptEmbeds(text, pooled[0] if pooled else None)
 
-        with self._on_device(self._encoders, self.memory.encoders_off_device):
+        with noted("encoding prompts"), self._on_device(self._encoders, self.memory.encoders_off_device):
             return PromptEmbeds.cat([encoded(prompts[rows]) for rows in parts_of(len(prompts), ENCODED_AT_ONCE)])
 
     def token_ids(self, text: str) -> list[int]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recare_patch.core import Registry
+from recare_patch.core import Registry, noted
 
 TEXT_ROOM = 75
 """Tokens between start and end of a text that CLIP's towers read."""
@@ -92,7 +92,8 @@ class EvaluationCounter:
         """Evaluations inside count towards ``name``; None: not at all, as they only save memory."""
         outer, self._stage = self._stage, name
         try:
-            yield
+            with noted(name) if name is not None else nullcontext():
+                yield
         finally:
             self._stage = outer
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from recare_patch.core import BaseModelError
+from recare_patch.core import BaseModelError, noted
 from recare_patch.models import memory as levers
 from recare_patch.models.encoding import PromptEncoding, parts_of, tokenizer_of
 from recare_patch.models.inputs import EvaluationCounter, PromptEmbeds
@@ -238,7 +238,7 @@ class LatentDiffusion(PromptEncoding):
     def decode_latents(self, latents: Tensor) -> list[Image]:
         """Pictures of scaled latents, :attr:`decoded_at_once` at a time."""
         vae, images = self.pipeline.vae, []
-        with self._on_device([vae], self.memory.vae_off_device):
+        with noted("decoding pictures"), self._on_device([vae], self.memory.vae_off_device):
             for rows in parts_of(len(latents), self.decoded_at_once):
                 scaled = latents[rows].to(self.device, vae.dtype) / vae.config.scaling_factor + self._shift
                 pixels = vae.decode(scaled, return_dict=False)[0]

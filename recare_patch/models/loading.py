@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 import recare_patch
-from recare_patch.core import BaseModelError, PatchError, Registry, nearest, read_safetensors_header, unknown_name
+from recare_patch.core import (
+    BaseModelError,
+    PatchError,
+    Registry,
+    nearest,
+    noted,
+    read_safetensors_header,
+    unknown_name,
+)
 from recare_patch.models.lora import TEXT_ENCODERS, UNET, tuner_layers
 from recare_patch.recipe import MemoryOptions
 
@@ -263,7 +271,8 @@ def load_base(
         raise unknown_name("precision", precision, PRECISIONS)
     chosen = chosen_device(device)
     layout, base_id = find_layout(source)
-    return family_of(layout).load(layout, base_id, PRECISIONS[precision], chosen, memory or MemoryOptions())
+    with noted("loading the base"):
+        return family_of(layout).load(layout, base_id, PRECISIONS[precision], chosen, memory or MemoryOptions())
 
 
 def weights_hash(network: nn.Module, component: str = UNET) -> str:

@@ -129,6 +129,11 @@ def in_chunks(
     return torch.cat(parts)
 
 
+def deciding(memory: MemoryOptions) -> dict[str, Any]:
+    """The levers that are set and decide what is drawn; the others change it by rounding."""
+    return memory.model_dump(include={"weights", "vae_tiling", "resolution"}, exclude_defaults=True)
+
+
 def latent_size(name: str, resolution: str, scale: int, step: int) -> tuple[int, int]:
     """Height and width of a base's latents for ``WIDTHxHEIGHT`` pixels, ``scale`` of them a latent's side.
 

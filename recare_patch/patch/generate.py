@@ -6,14 +6,22 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from recare_patch.core import Progress
-from recare_patch.models import load_base
+from recare_patch.models import Load, load_to_draw
 from recare_patch.patch.apply import check_together
 from recare_patch.patch.gate import gated as put_in_gated
 from recare_patch.patch.patch import Patch
+
+if TYPE_CHECKING:
+    from recare_patch.recipe import MemoryOptions
+
+
+BATCH = 8
+"""Pictures drawn together."""
 
 
 @dataclass
@@ -36,6 +44,9 @@ def generate_pictures(
     guidance_scale: float = 5.0,
     gated: bool = False,
     device: str = "auto",
+    precision: str | None = None,
+    memory: MemoryOptions | None = None,
+    vram: float | None = None,
     progress: Progress | None = None,
 ) -> list[GeneratedPair]:
     """Every prompt at every seed, before and after the patches.
@@ -47,17 +58,23 @@ def generate_pictures(
         steps, guidance_scale: of the sampler.
         gated: let each patch's scale follow the prompt; see :class:`Gate`.
         device: where to draw.
+        precision, memory, vram: as :func:`load_to_draw` takes them; the first patch's recipe says what is usual.
         progress: hears of the steps.
     """
     loaded = [(Patch.load(path), scale) for path, scale in patches]
     if loaded:
         check_together(loaded)
-    model = load_base(base, device=device)
+    told = loaded[0][0].metadata if loaded else None
+    recorded = told.parsed_recipe.precision if told is not None and told.recipe is not None else None
+    how: dict[str, Any] = {"precision": precision, "device": device, "memory": memory, "vram": vram}
+    model = load_to_draw(base, recorded=recorded, load=Load(pictures=BATCH, guided=guidance_scale > 1), **how)
     texts = [prompt for prompt in prompts for _ in seeds]
     numbers = [seed for _ in prompts for seed in seeds]
 
     def draw() -> list[Image.Image]:
-        return model.generate(texts, numbers, steps=steps, guidance_scale=guidance_scale, progress=progress)
+        return model.generate(
+            texts, numbers, steps=steps, guidance_scale=guidance_scale, batch_size=BATCH, progress=progress
+        )
 
     before = after = draw()
     if loaded:

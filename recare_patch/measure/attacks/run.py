@@ -46,9 +46,9 @@ from recare_patch.measure.judges import Detector, can_tell, check_label, load_de
 from recare_patch.measure.names import ATTACKS
 from recare_patch.measure.suites import find_suite_for, subject_of
 from recare_patch.measure.unwritten import default_suite
-from recare_patch.models import BaseModel, load_base, off, scheduled
+from recare_patch.models import PRECISIONS, BaseModel, Load, load_to_draw, off, scheduled
 from recare_patch.patch import Patch, concepts_of
-from recare_patch.recipe import Recipe, same_concept
+from recare_patch.recipe import MemoryOptions, Recipe, same_concept
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,9 @@ def attack_patch(
     resume: bool = False,
     progress: Progress | None = None,
     device: str = "auto",
+    precision: str | None = None,
+    memory: MemoryOptions | None = None,
+    vram: float | None = None,
 ) -> AttackResult:
     """Attack a patch, or try on it what was found on another one.
 
@@ -94,6 +97,7 @@ def attack_patch(
         steps, scheduler, guidance_scale: of all pictures; else as the recipe's target images have them.
         out: folder for the result; ``None`` keeps nothing.
         resume: go on with a run in ``out`` that was stopped; a finished one is read, without its pictures.
+        device, precision, memory, vram: of a base that is not loaded yet; see :func:`load_to_draw`.
 
     Raises:
         RecarePatchError: one sentence on what was wrong.
@@ -118,7 +122,8 @@ def attack_patch(
             f"the saved attack in {replay} is after '{after}', and the patch erases '{recipe.concept.text}'"
         )
     judge, known = _detector(recipe, subject.care_words, detector, label)
-    model = _base(recipe, base, device)
+    how: dict[str, Any] = {"device": device, "precision": precision, "memory": memory, "vram": vram}
+    model = _base(recipe, base, options.batch_size, **how)
     loaded.check_base(model)
     target = AttackTarget(
         base=model,
@@ -139,6 +144,7 @@ def attack_patch(
         "patch_sha256": loaded.sha256(),
         "base": model.id,
         "base_denoiser_sha256": model.denoiser_hash(),
+        "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.dtype),
         "concept": recipe.concept.text,
         "kind": recipe.concept.kind,
         "method": subject.method,
@@ -173,9 +179,11 @@ def replayed_concept(replay: Path | str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _base(recipe: Recipe, base: BaseModel | str | None, device: str) -> BaseModel:
+def _base(recipe: Recipe, base: BaseModel | str | None, batch: int, **how: Any) -> BaseModel:
+    """The base, loaded so that an attack on so many prompts at once fits the card that is named."""
     if isinstance(base, str | None):
-        base = load_base(base or recipe.base, precision=recipe.precision, device=device)
+        load = Load(pictures=batch, trained=batch, predicted=batch, reads=batch)
+        base = load_to_draw(base or recipe.base, recorded=recipe.precision, load=load, **how)
     return base
 
 
@@ -297,7 +305,9 @@ class _Job:
 
 
 def _check_same(out: Path, run: dict[str, Any], stored: dict[str, Any]) -> None:
-    parts = [(run[part], dict(stored.get(part, {}))) for part in ("about", "options")]
+    # Earlier versions did not say the precision.
+    unsaid = {"about": {"precision": run["about"].get("precision")}, "options": {}}
+    parts = [(run[part], unsaid[part] | dict(stored.get(part, {}))) for part in ("about", "options")]
     differ = [key for one, other in parts for key in {**one, **other} if one.get(key) != other.get(key)]
     if differ:
         raise ResumeError(
@@ -314,6 +324,9 @@ def run_attacks(
     base: BaseModel | str | None = None,
     out: Path | str | None = None,
     device: str = "auto",
+    precision: str | None = None,
+    memory: MemoryOptions | None = None,
+    vram: float | None = None,
     **common: Any,
 ) -> Iterator[tuple[str, AttackResult]]:
     """Several attacks (name → options) on one patch, the base model loaded once, each in a folder of ``out``.
@@ -321,7 +334,9 @@ def run_attacks(
     Each result comes when it is there; ``common`` are other arguments of :func:`attack_patch`.
     """
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    common |= {"concept": concept, "base": _base(subject_of(loaded, concept).recipe, base, device)}
+    how: dict[str, Any] = {"device": device, "precision": precision, "memory": memory, "vram": vram}
+    batch = max((one.batch_size for one in attacks.values()), default=1)
+    common |= {"concept": concept, "base": _base(subject_of(loaded, concept).recipe, base, batch, **how)}
     for name, options in attacks.items():
         place = Path(out) / name if out is not None else None
         yield name, attack_patch(loaded, name, options=options, out=place, **common)
