@@ -120,7 +120,7 @@ def _memory_is_full(ctx: click.Context, fault: RuntimeError) -> str:
         remedy = "--vram with less than it has" if given is None else f"a smaller --vram than {given:g}"
     else:
         remedy = "--device cpu" if "--device" in options else "again when other programs have freed it"
-    plan = " (`recare-patch plan` tells what a run takes)" if name == "erase" else ""
+    plan = " (`recare-patch plan` tells what it takes)" if name == "erase" else ""
     return f"the accelerator's memory is full{where}; try {remedy}{plan}"
 
 

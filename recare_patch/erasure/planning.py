@@ -110,7 +110,8 @@ def _loads(found: Footprint, recipe: Recipe, works: Mapping[str, Work]) -> dict[
     loads = {}
     for stage, work in works.items():
         if (stage in own or stage == "preview") and ENCODING not in loads:
-            loads[ENCODING] = Load(encoded=retained or others, held=pictures + texts)
+            table = retained or others
+            loads[ENCODING] = Load(encoded=table, held=pictures + texts - table * found.row)
         held = pictures + (texts + adapter if stage in own or stage == "preview" else 0)
         guided = images.guidance_scale > 1 or stage == KIND
         rows = {"trained": work.trained, "predicted": work.predicted, "reads": int(work.reads)}

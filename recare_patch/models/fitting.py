@@ -37,7 +37,7 @@ class Load:
     """What one piece of work asks of a base at its worst moment.
 
     Attributes:
-        pictures: drawn together, then decoded.
+        pictures: drawn together from as many prompts, then decoded.
         guided: whether guidance doubles their samples.
         trained, predicted: samples of one prediction that gradients flow through, and that they do not.
         encoded: prompts that are encoded without a gradient.
@@ -68,14 +68,15 @@ def peak(found: Footprint, memory: MemoryOptions, load: Load) -> int:
     fixed, most = resident(found, memory) + load.held, memory.micro_batch or 10**6
     encoders = found.encoders if memory.encoders_off_device else 0
     moments = [fixed]
-    if load.encoded:
+    encoded = max(load.encoded, load.pictures)
+    if encoded:
         # The parts of a table of embeddings, and the table that they are joined to.
-        moments.append(
-            fixed + encoders + min(load.encoded, ENCODED_AT_ONCE) * found.encoding + 2 * load.encoded * found.row
-        )
+        moments.append(fixed + encoders + min(encoded, ENCODED_AT_ONCE) * found.encoding + 2 * encoded * found.row)
     if load.pictures:
         each = 2 if load.guided else 1
-        moments.append(fixed + max(1, min(load.pictures, most // each)) * each * found.predicting)
+        samples = max(1, min(load.pictures, most // each)) * each
+        # Their prompts are there twice, one beside the other where guidance has two of them.
+        moments.append(fixed + samples * (found.predicting + 2 * found.row))
         decoded = found.tiled if memory.vae_tiling else min(found.decoded_at_once, most) * found.decoding
         moments.append(fixed + (found.vae if memory.vae_off_device else 0) + decoded)
     if load.trained or load.predicted or load.reads:
@@ -172,7 +173,7 @@ def load_to_draw(
         RecipeError: nothing fits the card.
     """
     place, memory = chosen_device(device), memory or MemoryOptions()
-    load = load or Load(pictures=8, encoded=8)
+    load = load or Load(pictures=8)
     precision = precision or drawing_precision(recorded, place)
     if vram is not None and precision in PRECISIONS:
         layout, name = find_layout(source)

@@ -10,7 +10,8 @@ import pytest
 
 from recare_patch import __version__
 from recare_patch.cli import COMMANDS
-from tests.cli.conftest import Invoke, Stage
+from recare_patch.core import noted
+from tests.cli.conftest import Fake, Invoke, Stage
 from tests.test_imports import heavy_after
 
 
@@ -79,6 +80,33 @@ def test_a_fault_of_the_system_is_one_sentence(stage: Stage, fault: BaseExceptio
     result = stage.run("erase --concept tench --base b")
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1].startswith(f"Error: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (
+            "erase --concept tench --base b",
+            "try --vram with less than it has (`recare-patch plan` tells what it takes)",
+        ),
+        ("generate --prompt x --vram 12", "try a smaller --vram than 12"),
+        ("careset build --concept tench --vram 8", "try a smaller --vram than 8"),
+        ("demo", "try --device cpu"),
+    ],
+)
+def test_full_memory_names_the_stage_and_an_option_that_there_is(
+    stage: Stage, fake: Fake, words: str, remedy: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        with noted("target images"), noted("decoding pictures"):
+            raise OutOfMemoryError("CUDA out of memory")
+
+    fake("erasure", erase_concept=full, resolve_recipe=full)
+    fake("patch", generate_pictures=full)
+    fake("models", load_base=full)
+    result = stage.run(words)
+    told = f"Error: the accelerator's memory is full at target images, decoding pictures; {remedy}"
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, told)
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("bug"), OSError(errno.EIO, "bug"), ZeroDivisionError("bug")])

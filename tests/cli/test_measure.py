@@ -19,6 +19,7 @@ from recare_patch.measure.suites import Suite
 from recare_patch.measure.verify import TOLERANCE, Verification
 from recare_patch.models import load_base
 from recare_patch.patch import Patch
+from recare_patch.recipe import MemoryOptions
 from tests.cli.conftest import Fake, Invoke, one_sentence
 from tests.measure import making
 from tests.measure.making import make_patch
@@ -50,8 +51,9 @@ def test_the_least_that_has_to_be_said_to_evaluate(invoke: Invoke, evaluated: Ca
     (call,) = evaluated
     assert call.pop("progress") is not None
     unset = "base suite concept metrics out cache detector label clip prompts_file"
-    unset += " attacks precision batch_size seed"
+    unset += " attacks precision vram batch_size seed"
     given = {"patch": "mine", "pictures": 200, "checks": (), "check_pictures": 24, "card": False}
+    given["memory"] = MemoryOptions()
     assert call == dict.fromkeys(unset.split()) | given | {"device": "auto"}
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["figure", "base", "patched", "95", "%", "interval", "pictures"]
@@ -275,8 +277,8 @@ def test_verify(invoke: Invoke, verified: Calls, patch: str, code: int, lines: l
     assert (done.exit_code, done.stdout.splitlines()) == (code, lines)
     (call,) = verified
     del call["progress"]
-    unset = dict.fromkeys(("base", "concept", "pictures", "clip", "cache"))
-    given = {"figures": ("all",), "tolerance": TOLERANCE, "device": "auto"}
+    unset = dict.fromkeys(("base", "concept", "pictures", "clip", "cache", "precision", "vram"))
+    given = {"figures": ("all",), "tolerance": TOLERANCE, "device": "auto", "memory": MemoryOptions()}
     assert call == {"patch": Path(patch)} | unset | given
 
 
@@ -293,6 +295,17 @@ def test_options_of_verify_arrive(invoke: Invoke, verified: Calls) -> None:
     (call,) = verified
     assert (call["figures"], call["pictures"], call["tolerance"]) == (("a", "b"), 5, 0.1)
     assert (call["cache"], call["clip"], call["base"], call["device"]) == (Path("c"), "C", "B", "cpu")
+
+
+@pytest.mark.parametrize("command", ["evaluate --patch a-patch", "attack --patch a-patch --attack p4d", "verify good"])
+def test_levers_arrive(invoke: Invoke, evaluated: Calls, attacked: Run, verified: Calls, command: str) -> None:
+    """The same ones for every command that draws."""
+    found = invoke(f"{command} --vram 8 --micro-batch 2 --vae-tiling --precision fp16")
+    assert found.exit_code == 0, found.output
+    (call,) = evaluated or verified or [attacked.calls[0][2]]
+    assert (call["vram"], call["precision"]) == (8, "fp16")
+    assert call["memory"] == MemoryOptions(micro_batch=2, vae_tiling=True)
+    one_sentence(invoke(f"{command} --offload"), "offload needs checkpointing: true")
 
 
 @pytest.mark.parametrize("words", ["nothing", "good --pictures 0", "good --tolerance 2", "", "good --no"])

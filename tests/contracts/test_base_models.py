@@ -93,6 +93,16 @@ class BaseModelContract:
         # What is too long loses its end, as a prompt does.
         _same(base.encode_token_vectors([rows[1].repeat(60, 1)]), base.encode_prompts(["a cat " * 60]))
 
+    def test_many_prompts_are_encoded_as_few(self, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        prompts = ["a cat", "", "a painting of van gogh", "stars", "a boat"]
+        vectors, masked = base.word_vector("cat")[None], [f"{prompt} <*>" for prompt in prompts]
+        with torch.no_grad():
+            wanted = base.encode_prompts(prompts), base.encode_with_vectors(masked, vectors)
+            monkeypatch.setattr("recare_patch.models.encoding.ENCODED_AT_ONCE", 2)
+            found = base.encode_prompts(prompts), base.encode_with_vectors(masked, vectors)
+        for one, other in zip(found, wanted, strict=True):
+            _same(one, other)
+
     def test_vectors_get_a_gradient_through_text_and_denoiser(self, base: BaseModel) -> None:
         vectors = base.token_table()[base.token_ids("a cat")].requires_grad_()
         for embeds in (base.encode_with_vectors(["a photo of <*>"], vectors), base.encode_token_vectors([vectors])):

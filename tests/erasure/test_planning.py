@@ -13,10 +13,11 @@ from click.testing import CliRunner
 
 from recare_patch.cli import cli
 from recare_patch.core import RecipeError
-from recare_patch.erasure import EraseResult, planning
-from recare_patch.erasure.planning import Footprint, choose, evaluations, is_exact, measure, plan
+from recare_patch.erasure import EraseResult, planning, resolve_recipe
+from recare_patch.erasure.planning import choose, evaluations, is_exact, plan
 from recare_patch.erasure.prepare import Target
-from recare_patch.models import find_layout, load_base
+from recare_patch.models import BaseModel, Footprint, find_layout, load_base, measure
+from recare_patch.models.fitting import USED
 from recare_patch.recipe import MemoryOptions, Recipe, load_recipe, preset_overrides
 from tests.erasure.making import TENCH, attach, small_recipe
 
@@ -38,6 +39,12 @@ LARGE = Footprint(
     training=5 * GIB,
     checkpointed=GIB // 2,
     decoding=GIB,
+    tiled=GIB // 4,
+    decoded_at_once=1,
+    encoding=10 * 2**20,
+    reading=GIB // 8,
+    row=300_000,
+    latent=260_000,
 )
 
 
@@ -63,7 +70,7 @@ def test_evaluations_are_those_that_a_run_counts(
 ) -> None:
     recipe = small(method, **{"erase.steps": 2, **EXACT, **changes})
     assert is_exact(recipe) == ("search.patience" not in changes)
-    planned = {stage.name: stage.evaluations for stage in plan(recipe, speed=1e9).stages}
+    planned = {one.name: one.evaluations for one in plan(recipe, speed=1e9).stages if one.evaluations}
     cost = run(recipe).cost
     counted = {stage: one["evaluations"] for stage, one in cost["stages"].items() if one["evaluations"]}
     assert planned == counted and sum(planned.values()) == cost["denoiser_evaluations"]
@@ -153,7 +160,7 @@ def test_the_fastest_levers_that_fit_are_chosen(small: Callable[..., Recipe], mo
         chosen, _ = choose(small(), gigabytes)
         assert chosen.precision == "bf16"
         found = plan(chosen, speed=1e12, footprint=LARGE)
-        assert found.peak <= planning.USED * gigabytes * 1e9
+        assert found.peak <= USED * gigabytes * 1e9
         seconds.append(found.seconds)
     assert seconds == sorted(seconds, reverse=True)
     # What a recipe sets itself stays.
@@ -162,6 +169,28 @@ def test_the_fastest_levers_that_fit_are_chosen(small: Callable[..., Recipe], mo
     assert choose(small(**{"memory.micro_batch": 4}), 8)[0].memory == choose(small(), 8)[0].memory
     with pytest.raises(RecipeError, match=r"fit into 1 GB: the smallest set .* is expected to take"):
         choose(small(), 1)
+
+
+def test_a_kind_is_seen_in_pictures_as_the_run_draws(
+    tiny_sd: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the run's precision and under its levers, which a plan has counted; told a kind, nothing is drawn."""
+    loaded: list[dict[str, Any]] = []
+
+    def load(source: str, **how: Any) -> BaseModel:
+        loaded.append(how)
+        return load_base(source, **how)
+
+    monkeypatch.setattr("recare_patch.erasure.run.load_base", load)
+    words: dict[str, Any] = {"base": str(tiny_sd), "clip": str(tiny_clip), "device": "cpu", "vram": 8}
+    words["also"] = ["moon"]
+    recipe = resolve_recipe("boat", **words)
+    (how,) = loaded
+    assert how["precision"] == recipe.precision == "bf16"
+    assert how["memory"] == recipe.memory and recipe.memory.encoders_off_device
+    assert resolve_recipe("boat", kind="object", **words).memory == recipe.memory and len(loaded) == 1
+    stages = plan(recipe, speed=1.0, footprint=LARGE, guessed=True).stages
+    assert (stages[0].name, stages[0].evaluations) == ("kind", 240)
 
 
 def test_what_is_not_known_before_a_run(small: Callable[..., Recipe]) -> None:
@@ -182,6 +211,9 @@ def test_the_command(tiny_sd: Path, tiny_sdxl: Path) -> None:
     plain = ("--base", tiny_sd, "--tflops", 1)
     exact = (*plain, "--set", "erase.ends=steps", "--set", "care_set.source=clip")
     assert "Evaluations are exact" in tell(*exact)
+    rows = {line.split()[0] for line in tell(*exact, "--concept", "zebra").splitlines()}
+    assert rows - {line.split()[0] for line in tell(*exact, "--kind", "object").splitlines()} == {"kind"}
+    assert {"encoding", "preview"} < rows
     for told in (tell(*exact, "--set", "search.patience=3"), tell(*plain)):
         assert "Evaluations are the most that there can be" in told
     assert "allowed are full, int8, nf4" in tell("--base", tiny_sdxl, "--weights", "int4", code=2)
