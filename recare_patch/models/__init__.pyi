@@ -46,6 +46,7 @@ from .lora import split_name as split_name
 from .lora import target_modules as target_modules
 from .lora import tuner_layers as tuner_layers
 from .precision import LossScale as LossScale
+from .precision import advice as advice
 from .precision import check_finite as check_finite
 from .precision import check_trained as check_trained
 from .precision import in_double as in_double

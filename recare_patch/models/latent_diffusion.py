@@ -226,6 +226,7 @@ class LatentDiffusion:
         options |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         with self._on_device(self._encoders, self.memory.encoders_off_device):
             text, _, *pooled = self.pipeline.encode_prompt(list(prompts), **options)
+        check_finite(text, f"the prompt embeddings that base {self.id} makes", self.dtype)
         return PromptEmbeds(text, pooled[0] if pooled else None)
 
     def token_ids(self, text: str) -> list[int]:

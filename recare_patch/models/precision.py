@@ -16,25 +16,24 @@ if TYPE_CHECKING:
 _WIDER = {torch.float16: "--precision bf16 or fp32", torch.bfloat16: "--precision fp32"}
 """The precisions that hold what a dtype does not."""
 
-TRAINED = "a lower learning rate (--set erase.learning_rate=…)"
-"""What else helps where something was trained."""
 
-
-def check_finite(tensor: Tensor, what: str, dtype: torch.dtype, remedy: str = "") -> Tensor:
+def check_finite(tensor: Tensor, what: str, dtype: torch.dtype, *, trained: bool = False) -> Tensor:
     """The tensor as it is.
 
     Args:
         tensor: of any shape.
         what: it is, as the subject of a sentence.
         dtype: in which the base computes.
-        remedy: what helps besides a wider dtype.
+        trained: whether a lower learning rate may help too.
 
     Raises:
         NonFiniteError: it holds NaN or infinity; the sentence says what helps.
     """
     if not torch.isfinite(tensor).all():
         verb = "is" if tensor.ndim == 0 else "hold"
-        raise NonFiniteError(f"{what} {verb} {'NaN' if tensor.isnan().any() else 'infinite'}: {advice(dtype, remedy)}")
+        raise NonFiniteError(
+            f"{what} {verb} {'NaN' if tensor.isnan().any() else 'infinite'}: {advice(dtype, trained=trained)}"
+        )
     return tensor
 
 
@@ -56,13 +55,13 @@ def check_weights(network: nn.Module, what: str) -> None:
 
 def check_trained(parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
     """NonFiniteError where what was trained is no number any more."""
-    check_finite(nn.utils.get_total_norm([one.detach() for one in parameters]), "what was trained", dtype, TRAINED)
+    check_finite(nn.utils.get_total_norm([one.detach() for one in parameters]), "what was trained", dtype, trained=True)
 
 
-def advice(dtype: torch.dtype, remedy: str = "") -> str:
+def advice(dtype: torch.dtype, *, trained: bool = False) -> str:
     """What to try where a base that computes in ``dtype`` gave what is no number."""
-    ways = [way for way in (_WIDER.get(dtype), remedy) if way]
-    return f"try {', or '.join(ways)}" if ways else "the base's weights may be damaged: fetch them anew"
+    ways = [way for way in (_WIDER.get(dtype), "a lower learning rate" if trained else None) if way]
+    return f"try {', or '.join(ways)}" if ways else "the weights of the base, or of a patch in it, may be damaged"
 
 
 def in_double(tensor: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ class LossScale:
         Raises:
             NonFiniteError: the loss or, at any scale, a gradient is no number.
         """
-        check_finite(loss.detach(), f"the {what}", self.dtype, TRAINED)
+        check_finite(loss.detach(), f"the {what}", self.dtype, trained=True)
         for parameter in parameters:
             parameter.grad = None
         if loss.requires_grad:
@@ -110,7 +109,7 @@ class LossScale:
         sound = bool(nn.utils.get_total_norm(grads).isfinite()) if grads else True
         if not sound and self.scale <= 1:
             # It cannot be NaN and infinite alike on all devices, so no kind is told.
-            raise NonFiniteError(f"a gradient of the {what} is NaN or infinite: {advice(self.dtype, TRAINED)}")
+            raise NonFiniteError(f"a gradient of the {what} is NaN or infinite: {advice(self.dtype, trained=True)}")
         if self.dtype is torch.float16:
             self._adjust(sound)
         return sound
