@@ -55,7 +55,12 @@ def check_weights(network: nn.Module, what: str) -> None:
 
 def check_trained(parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
     """NonFiniteError where what was trained is no number any more."""
-    check_finite(nn.utils.get_total_norm([one.detach() for one in parameters]), "what was trained", dtype, trained=True)
+    check_finite(_largest(parameters), "what was trained", dtype, trained=True)
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value, NaN where there is one: one kernel for all on a GPU."""
+    return nn.utils.get_total_norm([one.detach() for one in tensors], norm_type=torch.inf)
 
 
 def advice(dtype: torch.dtype, *, trained: bool = False) -> str:
@@ -106,7 +111,7 @@ class LossScale:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.scale != 1:
             torch._foreach_div_(grads, self.scale)
-        sound = bool(nn.utils.get_total_norm(grads).isfinite()) if grads else True
+        sound = bool(_largest(grads).isfinite())
         if not sound and self.scale <= 1:
             # It cannot be NaN and infinite alike on all devices, so no kind is told.
             raise NonFiniteError(f"a gradient of the {what} is NaN or infinite: {advice(self.dtype, trained=True)}")
