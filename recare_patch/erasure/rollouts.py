@@ -54,7 +54,9 @@ class RolloutStates:
         prompts = PromptEmbeds.cat([self.empty.repeat(rows), self.erased[which]])
         found = []
         for number, timestep in enumerate(scheduler.timesteps[: max(stops) + 1]):
-            times = timestep.expand(rows).to(base.device)
+            # Some schedulers count in fp64, which not every device has.
+            time = timestep.float() if timestep.is_floating_point() else timestep
+            times = time.expand(rows).to(base.device)
             # Schedulers over σ keep latents of that size, and the denoiser sees them scaled to unit variance.
             seen = scaled(latents, timestep)
             if number in stops:

@@ -184,14 +184,14 @@ class SGrace(Method):
             noise = torch.randn(clean.shape, generator=generator).to(clean.device, clean.dtype)
             states, target = base.add_noise(clean, noise, times), base.training_target(clean, noise, times)
         scaling = models.LossScale(base.dtype)
-        for _ in range(options.attack_steps):
+        for step in range(options.attack_steps):
             with models.frozen(*base.components.values()):
                 embeds = base.encode_token_vectors(rows)
                 predicted = base.denoise(states, times, embeds).float()
                 error = F.mse_loss(predicted, target.float()) * len(rows)
                 apart = (1 - self._features(rows, embeds) @ self.feature.T).sum()
                 loss = error + options.attack_similarity * apart
-                if not scaling.backward(loss, rows, base.crew):
+                if not scaling.backward(loss, rows, base.crew, f"loss of step {step + 1}"):
                     continue
             box = options.attack_box * options.attack_rate
             with torch.no_grad():

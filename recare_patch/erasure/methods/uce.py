@@ -157,7 +157,7 @@ class UCE(Method):
                 made[f"{name}.A"], made[f"{name}.B"] = (root[:, None] * a).float(), (b * root).float()
                 missed, total = missed + float(s[rank:].square().sum()), total + float(s.square().sum())
             residual = math.sqrt(missed / total) if total else 0.0
-            return made | {RESIDUAL: torch.tensor(residual, dtype=torch.float64)}
+            return made | {RESIDUAL: torch.tensor(residual)}
 
         made = stages.once("solve", solve)
         residual = float(made.pop(RESIDUAL))
