@@ -72,7 +72,7 @@ def test_no_prompt_of_nudity_is_anything_but_clinical() -> None:
 
 @pytest.mark.parametrize("name", [name for name in ONE if name.endswith("-sd")])
 def test_no_prompt_about_a_care_concept_names_what_it_competes_with(name: str) -> None:
-    """CLIP may rightly answer that one. Atelier's judge knows two dozen words, and its suites' figures are published."""
+    """CLIP may rightly answer that one. Atelier's suites have theirs: figures are published that were measured so."""
     (suite,) = loaded(name)
     for one in suite.care:
         rivals = [label for label in suite.labels or DISTRACTORS if label.casefold() != one.clip_word.casefold()]

@@ -29,8 +29,8 @@ from recare_patch.models.precision import in_double
 from recare_patch.recipe import MemoryOptions
 
 FOLDERS = ("tiny_sd", "tiny_sd_v", "tiny_sdxl", "tiny_sd3")
-SMALL = 2.0**-12
-"""A loss this small has at tiny latents the gradients that a real one has at real latents."""
+SMALL = 2.0**-9
+"""A loss this small sends back at tiny latents what a plain one does at SDXL's: 2e-7, where predictions are 0.03 off."""
 
 
 def _gradient(folder: Path, precision: str, what: str, scale: bool) -> torch.Tensor:
@@ -186,14 +186,13 @@ def test_an_autoencoder_that_overflows_in_fp16_computes_in_fp32(
     tiny_sd: Path, precision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = load_base(tiny_sd, precision=precision, device="cpu")
-    image = [Image.new("RGB", (32, 32), "red")]
+    image, rows = [Image.new("RGB", (32, 32), "red")], torch.zeros((1, *base.latent_shape))
     for part, call in (("encoder", lambda: base.encode_images(image)), ("decoder", lambda: base.decode_latents(rows))):
         nn.Module.to(base.pipeline.vae, dtype=base.dtype)
 
         def hook(module: nn.Module, args: Any, made: torch.Tensor) -> torch.Tensor:
             return made * torch.nan if made.dtype is base.dtype else made
 
-        rows = torch.zeros((1, *base.latent_shape))
         handle = getattr(base.pipeline.vae, part).register_forward_hook(hook)
         if precision == "fp16":
             assert len(call()) == 1 and "overflows in fp16" in caplog.text
