@@ -108,22 +108,43 @@ class EvaluationError(SettingsError):
     """A suite, a detector, a metric or a prompt file that cannot be used as asked."""
 
 
-def reason(fault: OSError) -> str:
-    """Why the system refused, in words that go on a sentence."""
-    return (fault.strerror or str(fault)).lower()
+class NonFiniteError(RecarePatchError):
+    """A loss, gradient, weight or picture that is NaN or infinite; ``stage`` is where, once that is told."""
+
+    stage: str | None = None
 
 
 @contextmanager
 def noted(what: str) -> Iterator[None]:
-    """A device whose memory is full says what it was asked for; inside, the fault is told what for.
+    """A device whose memory is full says what it was asked for; inside, the fault is told what for, once.
 
     The notes are the fault's own (``__notes__``), the innermost first.
     """
     try:
         yield
     except RuntimeError as fault:
-        fault.add_note(what)
+        if not any(one.startswith(what) for one in getattr(fault, "__notes__", ())):
+            fault.add_note(what)
         raise
+
+
+@contextmanager
+def told_at(stage: str, more: str = "") -> Iterator[None]:
+    """A :class:`NonFiniteError` from inside begins with the stage and ends with ``more``, once; also :func:`noted`."""
+    try:
+        with noted(stage):
+            yield
+    except NonFiniteError as fault:
+        if fault.stage is not None:
+            raise
+        found = NonFiniteError(f"{stage}: {fault}{more}")
+        found.stage = stage
+        raise found from fault
+
+
+def reason(fault: OSError) -> str:
+    """Why the system refused, in words that go on a sentence."""
+    return (fault.strerror or str(fault)).lower()
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str | None:

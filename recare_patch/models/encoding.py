@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from recare_patch.core import BaseModelError, noted
 from recare_patch.models import memory as levers
 from recare_patch.models.inputs import PLACEHOLDER, PromptEmbeds
+from recare_patch.models.precision import check_finite
+from recare_patch.models.tokens import Tokens, encode_tokens, tokens_around
 from recare_patch.recipe import MemoryOptions
 
 ENCODED_AT_ONCE = 32
@@ -39,6 +41,7 @@ class PromptEncoding:
     pipeline: Any
     memory: MemoryOptions
     device: torch.device
+    dtype: torch.dtype
     token_width: int
     _token_widths: list[int]
 
@@ -75,6 +78,7 @@ class PromptEncoding:
 
         def encoded(some: Sequence[str]) -> PromptEmbeds:
             text, _, *pooled = self.pipeline.encode_prompt(list(some), **options)
+            check_finite(text, f"the prompt embeddings that base {self.id} makes", self.dtype)
             return PromptEmbeds(text, pooled[0] if pooled else None)
 
         with noted("encoding prompts"), self._on_device(self._encoders, self.memory.encoders_off_device):
@@ -125,22 +129,13 @@ class PromptEncoding:
         Each placeholder takes as many token positions as there are vectors, ``[vectors, token_width]``.
         """
         self._check_vectors(vectors)
-        length = self._tokenizers[0].model_max_length
-        rows: list[list[int]] = []
-        places: list[tuple[int, int]] = []
-        for row, prompt in enumerate(prompts):
-            segments = prompt.split(PLACEHOLDER)
+        texts = [prompt.split(PLACEHOLDER) for prompt in prompts]
+        for prompt, segments in zip(prompts, texts, strict=True):
             if len(segments) == 1:
                 raise BaseModelError(f"the prompt '{prompt}' has no {PLACEHOLDER} for the token vectors")
-            ids = self.token_ids(segments[0])
-            for segment in segments[1:]:
-                places += [(row, len(ids) + k) for k in range(len(vectors))]
-                # Any token would do: the vector is put in its place.
-                ids += [0] * len(vectors) + self.token_ids(segment)
-            rows.append(ids)
-        if any(position >= length - 2 for _, position in places):
-            raise BaseModelError(f"{len(vectors)} token vectors do not fit into a prompt of {length} tokens")
-        return self._encode_tokens(rows, places, vectors.repeat(len(places) // len(vectors), 1))
+        # SDXL's second tokenizer reads "!" as its padding, in a text too: the places may differ.
+        read = [tokens_around(tokenizer, texts, len(vectors)) for tokenizer in self._tokenizers]
+        return self._encode_tokens(read, vectors.repeat(len(read[0][1]) // len(vectors), 1))
 
     def encode_token_vectors(self, rows: Sequence[Tensor]) -> PromptEmbeds:
         """Encode prompts given as the vectors of their tokens, differentiably in all of them.
@@ -154,45 +149,24 @@ class PromptEncoding:
             self._check_vectors(row)
         kept = [row[: self._tokenizers[0].model_max_length - 2] for row in rows]
         places = [(row, position) for row, one in enumerate(kept) for position in range(len(one))]
-        return self._encode_tokens([[0] * len(one) for one in kept], places, torch.cat(kept))
+        read = [[0] * len(one) for one in kept], places
+        return self._encode_tokens([read] * len(self._encoders), torch.cat(kept))
 
-    def _encode_tokens(
-        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], vectors: Tensor
-    ) -> PromptEmbeds:
-        """Encode token ids between start, end and padding, with vectors in some places (row, position)."""
+    def _encode_tokens(self, read: Sequence[Tokens], vectors: Tensor) -> PromptEmbeds:
+        """Encode each tokenizer's ids between start, end and padding, with vectors in some places."""
         # Encoders that are kept off the device stay on it as long as a backward pass will come.
         trained = any(weight.requires_grad for one in self._encoders for weight in one.parameters())
         keep = torch.is_grad_enabled() and (vectors.requires_grad or trained)
         # A backward pass wants all activations anyway.
-        parts = parts_of(len(rows), len(rows) if keep else ENCODED_AT_ONCE)
+        count = len(read[0][0])
+        parts = parts_of(count, count if keep else ENCODED_AT_ONCE)
         with self._on_device(self._encoders, self.memory.encoders_off_device, keep=keep):
-            return PromptEmbeds.cat([self._read_tokens(rows, places, vectors, part) for part in parts])
+            return PromptEmbeds.cat([self._read_tokens(read, vectors, part) for part in parts])
 
-    def _read_tokens(
-        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], vectors: Tensor, part: slice
-    ) -> PromptEmbeds:
+    def _read_tokens(self, read: Sequence[Tokens], vectors: Tensor, part: slice) -> PromptEmbeds:
         """Some rows of :meth:`_encode_tokens` in one batch."""
-        here = [k for k, (row, _) in enumerate(places) if part.start <= row < part.stop]
-        row_index = torch.tensor([places[k][0] - part.start for k in here], dtype=torch.long, device=self.device)
-        position_index = torch.tensor([places[k][1] + 1 for k in here], dtype=torch.long, device=self.device)
-
-        def read(tokenizer: Any, encoder: Any, own: Tensor) -> Any:
-            def insert(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
-                return embedded.index_put((row_index, position_index), own.to(self.device, embedded.dtype))
-
-            length, mask = tokenizer.model_max_length, None
-            framed = [[tokenizer.bos_token_id, *row[: length - 2], tokenizer.eos_token_id] for row in rows[part]]
-            padded = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in framed]
-            if getattr(encoder.config, "use_attention_mask", None):
-                shown = [[1] * len(row) + [0] * (length - len(row)) for row in framed]
-                mask = torch.tensor(shown, device=self.device)
-            hook = encoder.get_input_embeddings().register_forward_hook(insert)
-            try:
-                ids = torch.tensor(padded, device=self.device)
-                return encoder(ids, attention_mask=mask, output_hidden_states=True)
-            finally:
-                hook.remove()
-
-        chosen = vectors if len(here) == len(places) else vectors[here]
-        columns = chosen.split(self._token_widths, 1)
-        return self._join(list(map(read, self._tokenizers, self._encoders, columns)))
+        # Tokenizers may place a vector differently in its row, but not in another row.
+        here = [k for k, (row, _) in enumerate(read[0][1]) if part.start <= row < part.stop]
+        some = [(rows[part], [(places[k][0] - part.start, places[k][1]) for k in here]) for rows, places in read]
+        columns = (vectors if len(here) == len(vectors) else vectors[here]).split(self._token_widths, 1)
+        return self._join(list(map(encode_tokens, self._tokenizers, self._encoders, some, columns)))

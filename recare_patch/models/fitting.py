@@ -14,7 +14,7 @@ import torch
 from recare_patch.core import RecipeError
 from recare_patch.models.encoding import ENCODED_AT_ONCE
 from recare_patch.models.footprint import Footprint, measure
-from recare_patch.models.loading import PRECISIONS, chosen_device, find_layout, load_base
+from recare_patch.models.loading import chosen_device, find_layout, load_base, usable_precision
 from recare_patch.recipe import Concept, MemoryOptions, Recipe
 
 if TYPE_CHECKING:
@@ -143,12 +143,8 @@ def first_fit(
 
 
 def drawing_precision(recorded: str | None, device: torch.device) -> str:
-    """The precision to draw in where none is asked for: fp32 on the CPU, else a recipe's, or half of that."""
-    if device.type == "cpu":
-        return "fp32"
-    if recorded is not None:
-        return recorded
-    return "fp16" if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16"
+    """The precision to draw in where none is asked for: fp32 on the CPU, else a recipe's, or bf16 (else fp16)."""
+    return "fp32" if device.type == "cpu" else usable_precision(recorded or "bf16", device)[0]
 
 
 def load_to_draw(
@@ -175,7 +171,8 @@ def load_to_draw(
     place, memory = chosen_device(device), memory or MemoryOptions()
     load = load or Load(pictures=8)
     precision = precision or drawing_precision(recorded, place)
-    if vram is not None and precision in PRECISIONS:
+    if vram is not None:
+        precision, _ = usable_precision(precision, place)
         layout, name = find_layout(source)
         asked = Recipe(concept=Concept(text="any", kind="object"), precision=precision, memory=memory)
         found, sets = measure(layout, asked), lever_sets(memory, trains=bool(load.trained), exact=True)

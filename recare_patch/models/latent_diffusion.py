@@ -7,9 +7,10 @@ for all.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -20,8 +21,9 @@ from recare_patch.core import BaseModelError, noted
 from recare_patch.models import memory as levers
 from recare_patch.models.encoding import PromptEncoding, parts_of, tokenizer_of
 from recare_patch.models.inputs import EvaluationCounter, PromptEmbeds
-from recare_patch.models.loading import Layout, stored_weights_hash, weights_hash
+from recare_patch.models.loading import PRECISIONS, Layout, stored_weights_hash, weights_hash
 from recare_patch.models.lora import networks
+from recare_patch.models.precision import check_finite, check_weights
 from recare_patch.recipe import MemoryOptions
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from recare_patch.core import Crew, Progress
+
+logger = logging.getLogger(__name__)
 
 DECODED_AT_ONCE = 512**2
 """Pixels that go through the autoencoder together, or one picture: more fill a device without being faster."""
@@ -137,6 +141,8 @@ class LatentDiffusion(PromptEncoding):
             nn.Module.to(part, dtype=dtype)
         upcast = cls.upcast_vae and dtype is torch.float16
         nn.Module.to(pipeline.vae, dtype=torch.float32 if upcast else dtype)
+        for name, part in [*parts.items(), ("vae", pipeline.vae)]:
+            check_weights(part, f"base {layout.name} has a {name}")
         denoiser, *encoders = parts.values()
         if memory == MemoryOptions():
             for part in (*encoders, pipeline.vae, denoiser):
@@ -168,6 +174,11 @@ class LatentDiffusion(PromptEncoding):
             # diffusers, transformers and safetensors each raise classes of their own on damaged files.
             reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
             raise BaseModelError(f"base {layout.name} cannot be loaded: {reason}") from fault
+
+    @property
+    def precision(self) -> str:
+        """The name of what it computes in, in :data:`PRECISIONS`."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype is self.dtype)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -230,7 +241,7 @@ class LatentDiffusion(PromptEncoding):
             for rows in parts_of(len(images), self.decoded_at_once):
                 batch = [image.convert("RGB") for image in images[rows]]
                 pixels = self.pipeline.image_processor.preprocess(batch, **self._size)
-                mode = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float()
+                mode = self._through_vae(lambda rows: vae.encode(rows).latent_dist.mode(), pixels, "latents").float()
                 found.append((mode - self._shift) * vae.config.scaling_factor)
         return torch.cat(found)
 
@@ -238,12 +249,26 @@ class LatentDiffusion(PromptEncoding):
     def decode_latents(self, latents: Tensor) -> list[Image]:
         """Pictures of scaled latents, :attr:`decoded_at_once` at a time."""
         vae, images = self.pipeline.vae, []
+
+        def decode(rows: Tensor) -> Tensor:
+            made: Tensor = vae.decode(rows / vae.config.scaling_factor + self._shift, return_dict=False)[0]
+            return made
+
         with noted("decoding pictures"), self._on_device([vae], self.memory.vae_off_device):
             for rows in parts_of(len(latents), self.decoded_at_once):
-                scaled = latents[rows].to(self.device, vae.dtype) / vae.config.scaling_factor + self._shift
-                pixels = vae.decode(scaled, return_dict=False)[0]
+                pixels = self._through_vae(decode, latents[rows], "pixels")
                 images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
         return images
+
+    def _through_vae(self, call: Callable[[Tensor], Tensor], rows: Tensor, what: str) -> Tensor:
+        """What the autoencoder makes of rows; it is kept in fp32 from the first ones on at which fp16 overflows."""
+        vae = self.pipeline.vae
+        made = call(rows.to(self.device, vae.dtype))
+        if vae.dtype is torch.float16 and not torch.isfinite(made).all():
+            logger.warning("the autoencoder of base %s overflows in fp16: it computes in fp32 from here on", self.id)
+            nn.Module.to(vae, dtype=torch.float32)
+            made = call(rows.to(self.device, torch.float32))
+        return check_finite(made, f"the {what} that the autoencoder of base {self.id} makes", vae.dtype)
 
     def generate(
         self,
@@ -316,7 +341,7 @@ class LatentDiffusion(PromptEncoding):
                     generator=[torch.Generator().manual_seed(seed) for seed in own],
                     output_type="latent",
                 ).images
-            yield latents
+            yield check_finite(latents, f"the latents that base {self.id} draws", self.dtype)
             if progress:
                 progress.update(stage, start + len(own), len(seeds))
 

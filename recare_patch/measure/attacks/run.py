@@ -46,7 +46,7 @@ from recare_patch.measure.judges import Detector, can_tell, check_label, load_de
 from recare_patch.measure.names import ATTACKS
 from recare_patch.measure.suites import find_suite_for, subject_of
 from recare_patch.measure.unwritten import default_suite
-from recare_patch.models import PRECISIONS, BaseModel, Load, load_to_draw, off, scheduled
+from recare_patch.models import BaseModel, Load, load_to_draw, off, scheduled
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import MemoryOptions, Recipe, same_concept
 
@@ -144,7 +144,7 @@ def attack_patch(
         "patch_sha256": loaded.sha256(),
         "base": model.id,
         "base_denoiser_sha256": model.denoiser_hash(),
-        "precision": next(name for name, dtype in PRECISIONS.items() if dtype == model.dtype),
+        "precision": model.precision,
         "concept": recipe.concept.text,
         "kind": recipe.concept.kind,
         "method": subject.method,
