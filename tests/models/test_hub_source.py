@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 
 from recare_patch.core import BaseModelError
 from recare_patch.models import MOVED, base_folder, family_of, find_layout, load_base, read_layout
@@ -34,9 +35,9 @@ def said(source: str = NAME) -> str:
 
 
 def fetched(hub: HubStandIn) -> list[str]:
-    return [
-        path.partition("/resolve/")[2].partition("/")[2] for how, path in hub.seen if how == "GET" and "/re" in path
-    ]
+    """The files that were asked for, by their paths in the repository."""
+    asked = [path.partition("/resolve/")[2] for method, path in hub.seen if method == "GET"]
+    return [path.partition("/")[2] for path in asked if path]
 
 
 @pytest.fixture
@@ -183,18 +184,18 @@ def test_a_full_disk_is_told_before_the_fetch(hub: HubStandIn, tiny_sd: Path, mo
     assert "0.0 GB are free" in said() and not fetched(hub)
 
 
-def test_a_variant_that_is_here_is_not_fetched_again(
+def test_a_variant_that_is_here_is_taken(
     hub: HubStandIn, tiny_sd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     half = as_variant(tiny_sd, tmp_path / "half", "fp16", torch.float16)
-    hub.add(NAME, files_of(half))
-    load_base(NAME)
-    # The next commit brings plain weights of one part beside it.
-    hub.add(NAME, files_of(half) | {k: v for k, v in files_of(tiny_sd).items() if "vae/" in k})
+    hub.add(NAME, files_of(half) | files_of(tiny_sd))
+    snapshot_download(NAME, allow_patterns=["unet/*.fp16.safetensors"])
     hub.seen.clear()
     with caplog.at_level(logging.INFO):
         load_base(NAME)
-    assert "vae/diffusion_pytorch_model.safetensors" in fetched(hub)
+    assert "the fp16 weights of its unet are taken, which are here already" in caplog.text
+    weights = [name for name in fetched(hub) if name.endswith(".safetensors")]
+    assert sorted(weights) == ["text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
 
 
 def test_shards_are_fetched_with_their_index(hub: HubStandIn, tiny_sd: Path, tmp_path: Path) -> None:
