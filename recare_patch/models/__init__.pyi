@@ -1,4 +1,6 @@
 from .few_steps import FewSteps as FewSteps
+from .hub_source import ask_hub as ask_hub
+from .hub_source import snapshots as snapshots
 from .hub_source import told as told
 from .inputs import PLACEHOLDER as PLACEHOLDER
 from .inputs import SCHEDULERS as SCHEDULERS

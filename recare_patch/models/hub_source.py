@@ -102,7 +102,7 @@ def fetch(hub_id: str, *, weights: bool = True, whole: bool = False) -> Path:
         BaseModelError: it is of no supported family, has no safetensors, or cannot be fetched.
     """
     try:
-        sha, sizes = _ask(hub_id)
+        sha, sizes = ask_hub(hub_id)
     except Exception as fault:
         return _from_cache(hub_id, fault, weights)
     if "model_index.json" not in sizes:
@@ -128,12 +128,15 @@ def _is_of_component(name: str) -> bool:
     return name == "model_index.json" or (name.count("/") == 1 and ".index." not in name)
 
 
-def _ask(hub_id: str) -> tuple[str, dict[str, int]]:
-    """The commit of a repository's main revision, and the sizes of its files in bytes, 0 where unknown."""
+def ask_hub(hub_id: str, revision: str | None = None) -> tuple[str, dict[str, int]]:
+    """The commit of a repository's revision, by default main, and its files' sizes in bytes, 0 where unknown.
+
+    Whatever the hub's client raises comes through; :func:`told` says what it means.
+    """
     from huggingface_hub import HfApi, constants
 
     waited = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else PATIENCE
-    found = HfApi().model_info(hub_id, timeout=waited, files_metadata=True)
+    found = HfApi().model_info(hub_id, revision=revision, timeout=waited, files_metadata=True)
     return str(found.sha), {one.rfilename: one.size or 0 for one in found.siblings or []}
 
 
@@ -234,7 +237,7 @@ def told(fault: BaseException, hub_id: str) -> str:
     if status == 403:
         return f"your token may not read it: see {constants.ENDPOINT}/{hub_id}"
     if status is not None:
-        return f"the hub answers with error {status}: try again later"
+        return f"the hub at {constants.ENDPOINT} answers with error {status}: try again later"
     said = next((one.strerror for one in chain if isinstance(one, OSError) and one.strerror), None)
     lines = (said or str(fault)).strip().splitlines() or [type(fault).__name__]
     return f"the hub at {constants.ENDPOINT} cannot be reached or broke off ({lines[0].rstrip('.')})"
