@@ -10,10 +10,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recare_patch.core import BaseModelError
 from recare_patch.models.layout import MOVED, SMALL, Layout, family_of, read_layout
@@ -101,21 +101,26 @@ def fetch(hub_id: str, *, weights: bool = True, whole: bool = False) -> Path:
     Raises:
         BaseModelError: it is of no supported family, has no safetensors, or cannot be fetched.
     """
+    if len(_names(hub_id)) > 1:
+        # Those that moved do not change any more, and need not be fetched again from their new place.
+        for folder in cached_folders(hub_id):
+            if _complete(read_layout(folder, f"'{hub_id}'"), weights) is None:
+                return folder
     try:
-        sha, sizes = ask_hub(hub_id)
+        sha, files = ask_hub(hub_id)
     except Exception as fault:
         return _from_cache(hub_id, fault, weights)
-    if "model_index.json" not in sizes:
-        raise BaseModelError(_no_pipeline(hub_id, sizes))
+    if "model_index.json" not in files:
+        raise BaseModelError(_no_pipeline(hub_id, files))
     try:
-        small = [name for name in sizes if name.endswith(SMALL) and _is_of_component(name)]
-        folder = _bring(hub_id, sha, sizes, small)
-        layout = read_layout(folder, f"'{hub_id}'", listing=sizes)
+        small = [name for name in files if name.endswith(SMALL) and _is_of_component(name)]
+        folder = _bring(hub_id, sha, files, small)
+        layout = read_layout(folder, f"'{hub_id}'", listing=files)
         if not weights:
             return folder
         family = family_of(layout)
         family.check(layout)
-        _bring(hub_id, sha, sizes, _wanted(layout, family, whole))
+        _bring(hub_id, sha, files, _wanted(layout, family, whole))
     except BaseModelError:
         raise
     except Exception as fault:
@@ -128,8 +133,15 @@ def _is_of_component(name: str) -> bool:
     return name == "model_index.json" or (name.count("/") == 1 and ".index." not in name)
 
 
-def ask_hub(hub_id: str, revision: str | None = None) -> tuple[str, dict[str, int]]:
-    """The commit of a repository's revision, by default main, and its files' sizes in bytes, 0 where unknown.
+class HubFile(NamedTuple):
+    """A file of a repository."""
+
+    size: int  # bytes; 0 where unknown
+    blob: str | None  # its name among the cache's blobs
+
+
+def ask_hub(hub_id: str, revision: str | None = None) -> tuple[str, dict[str, HubFile]]:
+    """The commit of a repository's revision, by default main, and its files by their paths.
 
     Whatever the hub's client raises comes through; :func:`told` says what it means.
     """
@@ -137,7 +149,10 @@ def ask_hub(hub_id: str, revision: str | None = None) -> tuple[str, dict[str, in
 
     waited = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else PATIENCE
     found = HfApi().model_info(hub_id, revision=revision, timeout=waited, files_metadata=True)
-    return str(found.sha), {one.rfilename: one.size or 0 for one in found.siblings or []}
+    files = found.siblings or []
+    return str(found.sha), {
+        one.rfilename: HubFile(one.size or 0, one.lfs["sha256"] if one.lfs else one.blob_id) for one in files
+    }
 
 
 def _wanted(layout: Layout, family: type[LatentDiffusion], whole: bool) -> list[str]:
@@ -162,25 +177,30 @@ def _wanted(layout: Layout, family: type[LatentDiffusion], whole: bool) -> list[
     return [file.relative_to(layout.folder).as_posix() for file in wanted]
 
 
-def _bring(hub_id: str, sha: str, sizes: dict[str, int], names: Sequence[str]) -> Path:
+def _bring(hub_id: str, sha: str, files: Mapping[str, HubFile], names: Sequence[str]) -> Path:
     """Fetch files of a commit that are not in the cache; its folder there."""
     from huggingface_hub import constants, snapshot_download
 
     place = Path(constants.HF_HUB_CACHE)
-    folder = place / f"models--{hub_id.replace('/', '--')}" / "snapshots" / sha
-    missing = [name for name in names if not (folder / name).is_file()]
+    repository = place / f"models--{hub_id.replace('/', '--')}"
+    missing = [name for name in names if not (repository / "snapshots" / sha / name).is_file()]
     if not missing:
-        return folder
+        return repository / "snapshots" / sha
     there = next(one for one in (place, *place.parents) if one.is_dir())
-    free, needed = shutil.disk_usage(there).free, sum(sizes[name] for name in missing)
+    free, needed = shutil.disk_usage(there).free, sum(_left(repository / "blobs", files[name]) for name in missing)
     if needed > free:
         raise BaseModelError(
             f"base {hub_id} takes {needed / 1e9:.1f} GB more in the hub's cache, and {free / 1e9:.1f} GB are free at "
             f"{there}: make room, or name another place in HF_HUB_CACHE"
         )
-    # Brackets and stars in names would be read as patterns.
-    patterns = [name.replace("[", "[[]") for name in missing]
-    return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    # Brackets in names would be read as patterns.
+    return Path(snapshot_download(hub_id, allow_patterns=[name.replace("[", "[[]") for name in missing]))
+
+
+def _left(blobs: Path, file: HubFile) -> int:
+    """Bytes of a file that another commit, or a fetch that broke off, has not brought already."""
+    there = blobs.glob(f"{file.blob}*") if file.blob else ()
+    return max(0, file.size - max((one.stat().st_size for one in there), default=0))
 
 
 def _no_pipeline(hub_id: str, names: Iterable[str]) -> str:
@@ -224,11 +244,12 @@ def told(fault: BaseException, hub_id: str) -> str:
         (errors.RevisionNotFoundError, "its repository on the hub has no such revision, or is empty"),
         (errors.DisabledRepoError, "the hub has disabled access to it"),
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids to ask the hub"),
-        (PermissionError, f"the hub's cache at {constants.HF_HUB_CACHE} cannot be written to"),
     )
     for kind, clause in known:
         if any(isinstance(one, kind) for one in chain):
             return clause
+    if any(isinstance(one, PermissionError) and one.filename for one in chain):
+        return f"the hub's cache at {constants.HF_HUB_CACHE} cannot be written to"
     if any(isinstance(one, OSError) and one.errno == errno.ENOSPC for one in chain):
         return f"there is no room left at {constants.HF_HUB_CACHE}: make room, or name another place in HF_HUB_CACHE"
     status = next((one.response.status_code for one in chain if isinstance(one, errors.HfHubHTTPError)), None)

@@ -178,16 +178,16 @@ def forget_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes of the device if it has its own, else of the process, since last forgotten.
-
-    Windows tells of no process; there it is 0.
-    """
+    """Peak memory in bytes of the device if it has its own, else of the process, since last forgotten."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        import resource  # of POSIX alone
-    except ImportError:
-        return 0
+        import resource
+    except ImportError:  # Windows has no such module
+        import psutil
+
+        told = psutil.Process().memory_info()
+        return int(getattr(told, "peak_wset", told.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

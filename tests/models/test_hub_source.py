@@ -152,6 +152,8 @@ def test_without_a_network(
     hub.add(MOVED[GONE], files_of(tiny_sd))
     for source in (NAME, MOVED[GONE]):
         load_base(source)
+    hub.seen.clear()
+    assert load_base(GONE).id == GONE and not hub.seen  # nothing is fetched twice
     if offline:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     else:
@@ -165,6 +167,14 @@ def test_without_a_network(
     shutil.rmtree(read_layout(find_layout(NAME)[0].folder, NAME).folder / "vae")
     assert "lacks its component 'vae' in the hub's cache, and" in said() and reason in said()
     assert time.monotonic() - began < 20
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recare_patch.models.hub_source.PATIENCE", 0.3)
+    hub.fault = lambda method, path: hub.hang()
+    began = time.monotonic()
+    assert "cannot be reached" in said()
+    assert time.monotonic() - began < 5
 
 
 def test_a_fetch_that_broke_off_goes_on(hub: HubStandIn, tiny_sd: Path, no_network: Callable[[], None]) -> None:
