@@ -161,7 +161,7 @@ def build(
         words |= {"recipe": recipe, "overrides": overrides, "device": device}
         plan = resolve_recipe(concept or "", only=PREPARING, **words)
         model = load_base(plan.base, precision=plan.precision, device=device, memory=plan.memory)
-        found = care_set_of(plan, model, Clip.load(plan.clip or default_clip(plan.base)), progress)
+        found = care_set_of(plan, model, Clip.load(plan.clip or default_clip(plan.base), device=model.device), progress)
     _save(found, out if out is not None else Path(f"{plan.concept.slug}-care-set.json"))
 
 

@@ -133,7 +133,8 @@ def resolve_recipe(
             asked = _fitted(asked, vram, only, guessed=True)
             how: dict[str, Any] = {"precision": asked.precision, "memory": asked.memory, "device": device}
             drawing.append((asked, load_base(source, **how)))
-        return _seen_kind(text, drawing[0][1], Clip.load(clip or default_clip(source)))
+        base = drawing[0][1]
+        return _seen_kind(text, base, Clip.load(clip or default_clip(source), device=base.device))
 
     made = recipe_for(concept, guess_kind=guess, **words)
     if vram is not None and drawing:
@@ -210,7 +211,7 @@ def erase(
     for network in lora.adapted(base, recipe.adapter.layers).values():
         lora.target_modules(network, recipe.adapter.layers)
     earlier = earlier_patch(recipe, base)
-    clip = clip or Clip.load(recipe.clip or default_clip(recipe.base))
+    clip = clip or Clip.load(recipe.clip or default_clip(recipe.base), device=base.device)
     if crew is not None and not crew.main:
         # Its share of the predictions, and nothing of the files.
         with _together(base, crew):

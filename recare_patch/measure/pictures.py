@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recare_patch.core import EvaluationError, NullProgress, launched_together, told_at, write_bytes
+from recare_patch.core import EvaluationError, NullProgress, launched_together, told_at, user_cache, write_bytes
 from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, deciding, named_tuner_layers, scheduled, weights_hash
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ CACHE_VERSION = 1
 
 def default_cache() -> Path:
     """The cache that commands use: ``recare-patch/pictures`` below the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "recare-patch" / "pictures"
+    return user_cache("pictures")
 
 
 class PictureCache:

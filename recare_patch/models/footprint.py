@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from recare_patch.models import lora
 from recare_patch.models.encoding import tokenizer_of
 from recare_patch.models.inputs import PromptEmbeds
-from recare_patch.models.loading import PRECISIONS, Layout, family_of
+from recare_patch.models.layout import Layout, family_of
+from recare_patch.models.loading import PRECISIONS
 from recare_patch.recipe import MemoryOptions
 
 if TYPE_CHECKING:
