@@ -6,6 +6,7 @@ from .clip import DEFAULT_HUB_CLIP as DEFAULT_HUB_CLIP
 from .clip import FUNCTION_WORDS as FUNCTION_WORDS
 from .clip import MEDIUM_WORDS as MEDIUM_WORDS
 from .clip import Clip as Clip
+from .clip import clip_bytes as clip_bytes
 from .clip import default_clip as default_clip
 from .companions import ASKED_AT as ASKED_AT
 from .companions import MOST_ASKED as MOST_ASKED

@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 BUNDLED = "atelier"
 """The name of the CLIP that the package ships."""
 
+BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / "atelier" / "weights" / "clip"
+
 DEFAULT_HUB_CLIP = "openai/clip-vit-base-patch32"
 """The CLIP of the paper's CARE-set and scores."""
+
+_DEFAULT_BYTES = 4 * 151_277_313
 
 _REVISIONS = {DEFAULT_HUB_CLIP: "c237dc49a33fc61debc9276459120b7eac67e7ef"}
 """Hub id → the commit that is taken, of ``refs/pr/66``: the main revision has its weights as a pickle alone."""
@@ -90,6 +94,18 @@ def default_clip(base_id: str) -> str:
     return BUNDLED if base_id.strip().casefold() == BUNDLED else DEFAULT_HUB_CLIP
 
 
+def clip_bytes(source: str) -> int:
+    """Of a CLIP's weights in float32, by its configuration; of one that is not on this machine, the default's."""
+    import transformers
+
+    folder = BUNDLED_FOLDER if source.strip().casefold() == BUNDLED else Path(source).expanduser()
+    if not (folder / "config.json").is_file():
+        return _DEFAULT_BYTES
+    with torch.device("meta"):
+        towers = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(folder))
+    return 4 * sum(weight.numel() for weight in towers.parameters())
+
+
 class Clip:
     """A transformers ``CLIPModel`` with its tokenizer and image processor, in float32.
 
@@ -108,6 +124,7 @@ class Clip:
         self._vocabulary: tuple[list[str], list[tuple[str, str]]] | None = None
         self._kept: dict[str, Tensor] = {}
         self._digest = ""  # of the text tower, where it was asked for
+        self._parked = False
 
     @classmethod
     def load(cls, source: str = BUNDLED, *, device: str | torch.device = "cpu") -> Clip:
@@ -119,7 +136,7 @@ class Clip:
         name = source.strip()
         place = Path(name).expanduser()
         if name.casefold() == BUNDLED:
-            name, place = BUNDLED, Path(__file__).parents[1] / "models" / "atelier" / "weights" / "clip"
+            name, place = BUNDLED, BUNDLED_FOLDER
             if not place.is_dir():
                 raise ClipError(
                     "the bundled CLIP is not in this installation: reinstall the package, or run "
@@ -168,6 +185,21 @@ class Clip:
             raise ClipError(f"the CLIP in '{name}' has weights that are not finite numbers")
         return cls(model, tokenizer, processor, id=name, device=device)
 
+    def park(self) -> None:
+        """Let it wait on the host from now on, and come to its device only while it looks or reads."""
+        self._parked = True
+        self._model.to("cpu")
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        if self._parked:
+            self._model.to(self.device)
+        try:
+            yield
+        finally:
+            if self._parked:
+                self._model.to("cpu")
+
     @property
     def width(self) -> int:
         """The length of a feature vector."""
@@ -184,8 +216,9 @@ class Clip:
     def image_features(self, images: Sequence[Image], batch_size: int = 32) -> Tensor:
         """Unit features of pictures of any size, float32 ``[len(images), width]``."""
         rows = [torch.empty(0, self.width)]
-        for start in range(0, len(images), batch_size):
-            rows.append(self._see(images[start : start + batch_size])[0])
+        with self._at_work():
+            for start in range(0, len(images), batch_size):
+                rows.append(self._see(images[start : start + batch_size])[0])
         return torch.cat(rows)
 
     @torch.no_grad()
@@ -194,7 +227,8 @@ class Clip:
 
         The layers' states are without the class token, float32 ``[len(images), patches, hidden]``.
         """
-        features, states = self._see(images, layers=True)
+        with self._at_work():
+            features, states = self._see(images, layers=True)
         return features, [layer[:, 1:].float().cpu() for layer in states[1:]]
 
     @torch.no_grad()
@@ -223,6 +257,10 @@ class Clip:
         return found.float()
 
     def _read_texts(self, texts: Sequence[str], batch_size: int, progress: Progress | None) -> Tensor:
+        with self._at_work():
+            return self._texts_read(texts, batch_size, progress)
+
+    def _texts_read(self, texts: Sequence[str], batch_size: int, progress: Progress | None) -> Tensor:
         rows = [torch.empty(0, self.width)]
         longest = int(self._model.config.text_config.max_position_embeddings)
         for start in range(0, len(texts), batch_size):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS, PROPOSED
+from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS, PROPOSED, clip_bytes, default_clip
 from recare_patch.core import RecipeError
 from recare_patch.erasure.gauge import PICTURES, STATES, look_evaluations
 from recare_patch.erasure.methods import LossMethod, Work
@@ -102,6 +102,7 @@ def _loads(found: Footprint, recipe: Recipe, works: Mapping[str, Work]) -> dict[
     images, erase, count = recipe.target_images, recipe.erase, len(recipe.concepts)
     needs, own = METHODS.get(recipe.method).needs, METHODS.get(recipe.method).work(recipe)
     latents = count * (images.count * needs.target_images + erase.retained_images * needs.retained_images)
+    looks = clip_bytes(recipe.clip or default_clip(recipe.base))
     pictures, (retained, others) = latents * found.latent, _prompts(recipe)
     texts = count * (retained + others) * found.row
     # fp32 weights and gradients, and two moments of one or four bytes each; an adversary has those too.
@@ -111,11 +112,11 @@ def _loads(found: Footprint, recipe: Recipe, works: Mapping[str, Work]) -> dict[
     for stage, work in works.items():
         if (stage in own or stage == "preview") and ENCODING not in loads:
             table = retained or others
-            loads[ENCODING] = Load(encoded=table, held=pictures + texts - table * found.row)
+            loads[ENCODING] = Load(encoded=table, looks=looks, held=pictures + texts - table * found.row)
         held = pictures + (texts + adapter if stage in own or stage == "preview" else 0)
         guided = images.guidance_scale > 1 or stage == KIND
         rows = {"trained": work.trained, "predicted": work.predicted, "reads": int(work.reads)}
-        loads[stage] = Load(pictures=work.pictures, guided=guided, held=held, **rows)
+        loads[stage] = Load(pictures=work.pictures, guided=guided, held=held, looks=looks, **rows)
     return loads
 
 

@@ -134,13 +134,21 @@ def resolve_recipe(
             how: dict[str, Any] = {"precision": asked.precision, "memory": asked.memory, "device": device}
             drawing.append((asked, load_base(source, **how)))
         base = drawing[0][1]
-        return _seen_kind(text, base, Clip.load(clip or default_clip(source), device=base.device))
+        return _seen_kind(text, base, _clip(clip or default_clip(source), base))
 
     made = recipe_for(concept, guess_kind=guess, **words)
     if vram is not None and drawing:
         fitted = drawing[0][0]
         return made.with_overrides({"precision": fitted.precision, "memory": fitted.memory.model_dump()})
     return _fitted(made, vram, only)
+
+
+def _clip(source: str, base: BaseModel) -> Clip:
+    """A CLIP on the base's device, or waiting off it as the base's own text encoders do."""
+    clip = Clip.load(source, device=base.device)
+    if base.memory.encoders_off_device:
+        clip.park()
+    return clip
 
 
 def _fitted(recipe: Recipe, vram: float | None, only: Sequence[str], *, guessed: bool = False) -> Recipe:
@@ -211,7 +219,7 @@ def erase(
     for network in lora.adapted(base, recipe.adapter.layers).values():
         lora.target_modules(network, recipe.adapter.layers)
     earlier = earlier_patch(recipe, base)
-    clip = clip or Clip.load(recipe.clip or default_clip(recipe.base), device=base.device)
+    clip = clip or _clip(recipe.clip or default_clip(recipe.base), base)
     if crew is not None and not crew.main:
         # Its share of the predictions, and nothing of the files.
         with _together(base, crew):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from recare_patch.careset import Clip, default_clip
+from recare_patch.careset import Clip, clip_bytes, default_clip
 from recare_patch.core import (
     Comparison,
     EvaluationError,
@@ -199,7 +199,8 @@ def evaluate(
     found = _attack_figures(weights, attacks, folder, chosen.concept if several else None)
     if isinstance(base, str | Path):
         how: dict[str, Any] = {"precision": precision, "memory": memory, "vram": vram, "device": options.device}
-        load = Load(pictures=batch_size or PICTURES_AT_ONCE)
+        eyes = clip.id if isinstance(clip, Clip) else clip or (recipe and recipe.clip) or default_clip(str(base))
+        load = Load(pictures=batch_size or PICTURES_AT_ONCE, held=clip_bytes(eyes))
         base = load_to_draw(base, recorded=recipe.precision if recipe else None, load=load, **how)
     if retained is not None:
         check_lengths(base, retained, prompts_file or "")

@@ -43,6 +43,7 @@ class Load:
         encoded: prompts that are encoded without a gradient.
         reads: prompts that are encoded with one, and whose activations wait for it.
         held: bytes that live on the device all the while, beside the weights.
+        looks: bytes of what looks at pictures or reads words, on the device while the encoders may be: CLIP.
     """
 
     pictures: int = 0
@@ -52,6 +53,7 @@ class Load:
     encoded: int = 0
     reads: int = 0
     held: int = 0
+    looks: int = 0
 
 
 def resident(found: Footprint, memory: MemoryOptions) -> int:
@@ -67,7 +69,10 @@ def peak(found: Footprint, memory: MemoryOptions, load: Load) -> int:
     """Bytes on the device at the worst moment of a piece of work."""
     fixed, most = resident(found, memory) + load.held, memory.micro_batch or 10**6
     encoders = found.encoders if memory.encoders_off_device else 0
-    moments = [fixed]
+    # It waits on the host as the text encoders do, and comes to look while nothing else works.
+    moments = [fixed + load.looks]
+    if not memory.encoders_off_device:
+        fixed += load.looks
     encoded = max(load.encoded, load.pictures)
     if encoded:
         # The parts of a table of embeddings, and the table that they are joined to.
