@@ -116,13 +116,13 @@ def models(stage: Stage, fake: Fake) -> Stage:
         kind = options["kind"] or "style"
         return Recipe(concept=Concept(text=concept, kind=kind)).with_overrides(options["overrides"])
 
-    fake("models", load_base=lambda source, **_: SimpleNamespace(id=source))
+    fake("models", load_base=lambda source, **_: SimpleNamespace(id=source, device="cpu"))
     fake("erasure", resolve_recipe=resolve_recipe, care_set_of=build)
     fake(
         "careset",
         CareSet=FakeSet,
         plot_care_set=lambda care_set, path, clip: path.write_bytes(b"png"),
-        Clip=SimpleNamespace(load=lambda source: source),
+        Clip=SimpleNamespace(load=lambda source, device=None: source),
         default_clip=lambda base: base,
     )
     return stage
