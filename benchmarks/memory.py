@@ -151,9 +151,8 @@ def _watched(device: Device, base: BaseModel) -> Iterator[Any]:
 
 
 def rows(recipe: Recipe, vram: float | None, clip: Clip) -> list[tuple[str, int, int]]:
-    """Stage, planned and measured bytes, of all stages that both know."""
-    cut = recipe.with_overrides(CUT)
-    chosen, footprint = choose(cut, vram) if vram else (cut, None)
+    """Stage, planned and measured bytes, of all stages that both know; the recipe takes few steps."""
+    chosen, footprint = choose(recipe, vram) if vram else (recipe, None)
     planned = plan(chosen, speed=1.0, footprint=footprint).stages
     found = measured(chosen, clip)
     return [(one.name, one.peak, found[one.name]) for one in planned if one.name in found]
@@ -173,7 +172,7 @@ def main(tell: Callable[[str], None] = print) -> None:
     from benchmarks.erasure import assignments
     from recare_patch.erasure import resolve_recipe
 
-    changes = assignments(arguments.set)
+    changes = CUT | assignments(arguments.set)
     if arguments.recipe:
         recipe = load_recipe(arguments.recipe).with_overrides({"base": arguments.base, **changes})
     else:

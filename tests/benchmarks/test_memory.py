@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.memory import rows
+from benchmarks.memory import CUT, rows
 from recare_patch.careset import Clip
 from tests.erasure.making import small_recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method", "changes"),
     [
@@ -23,7 +24,8 @@ from tests.erasure.making import small_recipe
 def test_no_stage_takes_more_than_was_planned(
     base: str, method: str, changes: dict[str, Any], tiny_clip: Path, request: pytest.FixtureRequest
 ) -> None:
-    recipe = small_recipe(request.getfixturevalue(base), tiny_clip, method, precision="bf16", **changes)
+    cut = {**CUT, "target_images.steps": 1, "erase.retained_images": 1, "precision": "bf16"}
+    recipe = small_recipe(request.getfixturevalue(base), tiny_clip, method, **cut, **changes)
     found = rows(recipe, None, Clip.load(str(tiny_clip)))
     stages = {name for name, _, _ in found}
     assert {"target images", "encoding", "preview", "erase" if method == "recare" else "edit 1"} <= stages
