@@ -96,7 +96,7 @@ def erase(
     named = cli.given_options()
     if "adapter.rank" in named:
         named.setdefault("adapter.alpha", float(named["adapter.rank"]))
-    overrides = {**preset_overrides(preset), **cli.overrides_from(assignments, named)}
+    overrides = cli.overrides_from(assignments, named)
     if aliases:
         overrides["concept.aliases"] = list(aliases)
     texts = [*concepts, *(_listed(concepts_file) if concepts_file is not None else ())]
@@ -105,7 +105,7 @@ def erase(
     if resume and not texts and recipe is None and out is not None:
         recipe = _recipe_of_run(out)
     wanted: dict[str, Any] = {"subject": subject, "kind": kind, "recipe": recipe, "base": base, "clip": clip}
-    plans = _plans(texts, together, overrides, **wanted)
+    plans = _plans(texts, together, {**preset_overrides(preset), **overrides}, **wanted)
     _check_several(plans, stacked, named)
     alone, place = len(plans) == 1, out or Path()
     folders = [out if out and alone else place / f"{one.slug}-patch" for one in plans]
@@ -142,6 +142,7 @@ def erase(
                 overrides=overrides,
                 progress=progress,
                 file_formats=chosen,
+                preset=preset,
                 **wanted,
                 **run,
             )
@@ -308,7 +309,7 @@ def plan(
 
     # The kind changes words, not costs.
     text, kind = ("", None) if recipe else (concept, "object")
-    made = resolve_recipe(text, kind=kind, recipe=recipe, base=base, overrides=overrides)
+    made = resolve_recipe(text, kind=kind, recipe=recipe, base=base, overrides=overrides, device=device)
     footprint = None
     if vram is not None:
         made, footprint = choose(made, vram)

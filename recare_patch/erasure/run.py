@@ -32,7 +32,7 @@ from recare_patch.erasure import prepare
 from recare_patch.erasure.methods import Method
 from recare_patch.erasure.preview import Preview, draw_preview
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch
-from recare_patch.models import BaseModel, device_name, load_base, lora, versions
+from recare_patch.models import BaseModel, defaults_for, device_memory, device_name, load_base, lora, versions
 from recare_patch.patch import (
     FORMATS,
     Erased,
@@ -43,7 +43,7 @@ from recare_patch.patch import (
     has_kohya_names,
     write_kohya,
 )
-from recare_patch.recipe import METHODS, Recipe, recipe_for
+from recare_patch.recipe import METHODS, MemoryOptions, Recipe, recipe_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,11 +94,18 @@ def erase_concept(
     Args:
         concept: what to erase, in any case; may be empty where ``recipe`` names one.
         out: folder for the patch; ``<concept>-patch`` by default.
-        vram: GB of a card for which memory levers are chosen; see :func:`choose`.
+        vram: GB of a card for which memory levers are chosen; see :func:`choose`. None: that of the device, where a
+            base computes in half precision on a device with memory of its own and no lever is set.
         device, resume, progress, care_set, save_target_images, file_formats: as :func:`erase` takes them.
         words: what :func:`recipe_for` takes: also, subject, kind, recipe, preset, base, clip, overrides.
     """
     recipe = resolve_recipe(concept, device=device, **words)
+    if (
+        vram is None
+        and recipe.precision != "fp32"
+        and recipe.memory == MemoryOptions(resolution=recipe.memory.resolution)
+    ):
+        vram = device_memory(device)
     if vram is not None:
         from recare_patch.erasure.planning import choose
 
@@ -127,7 +134,7 @@ def resolve_recipe(concept: str, *, device: str = "auto", **words: Any) -> Recip
 
         return guess_kind(text, generate, Clip.load(clip or default_clip(source)))
 
-    return recipe_for(concept, guess_kind=guess, **words)
+    return recipe_for(concept, guess_kind=guess, beneath=lambda source: defaults_for(source, device), **words)
 
 
 # Long for its arguments; the way of a run should be read in one piece.

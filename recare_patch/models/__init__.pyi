@@ -1,3 +1,7 @@
+from .defaults import FULL_SIZE as FULL_SIZE
+from .defaults import FULL_SIZE_VALUES as FULL_SIZE_VALUES
+from .defaults import defaults_for as defaults_for
+from .defaults import device_memory as device_memory
 from .inputs import PLACEHOLDER as PLACEHOLDER
 from .inputs import SCHEDULERS as SCHEDULERS
 from .inputs import TEXT_ROOM as TEXT_ROOM
