@@ -1,4 +1,6 @@
 from .care_sets import care_set_of as care_set_of
+from .doctor import Diagnosis as Diagnosis
+from .doctor import rehearse as rehearse
 from .loop import OPTIMIZERS as OPTIMIZERS
 from .loop import Checkpoint as Checkpoint
 from .loop import Loop as Loop

@@ -100,12 +100,8 @@ def erase_concept(
         words: what :func:`recipe_for` takes: also, subject, kind, recipe, preset, base, clip, overrides.
     """
     recipe = resolve_recipe(concept, device=device, **words)
-    if (
-        vram is None
-        and recipe.precision != "fp32"
-        and recipe.memory == MemoryOptions(resolution=recipe.memory.resolution)
-    ):
-        vram = device_memory(device)
+    if vram is None:
+        vram = levers_for(recipe, device)
     if vram is not None:
         from recare_patch.erasure.planning import choose
 
@@ -121,6 +117,12 @@ def erase_concept(
         save_target_images=save_target_images,
         file_formats=file_formats,
     )
+
+
+def levers_for(recipe: Recipe, device: str) -> float | None:
+    """GB of the device for which memory levers are to be chosen, where a recipe for half precision sets none."""
+    plain = MemoryOptions(resolution=recipe.memory.resolution)
+    return device_memory(device) if recipe.precision != "fp32" and recipe.memory == plain else None
 
 
 def resolve_recipe(concept: str, *, device: str = "auto", **words: Any) -> Recipe:
