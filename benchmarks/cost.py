@@ -32,8 +32,9 @@ from benchmarks import paper_procedure
 from benchmarks.bases import BASES, make_base, write_configurations
 from benchmarks.paper_procedure import PaperSettings, expected_evaluations
 from recare_patch.core import write_json
+from recare_patch.erasure import resolve_recipe
 from recare_patch.models import BaseModel
-from recare_patch.recipe import CareSetOptions, MemoryOptions, Recipe, load_recipe
+from recare_patch.recipe import CareSetOptions, MemoryOptions, Recipe
 
 RESULTS = Path(__file__).parent / "results" / "cost"
 VRAM = (6, 8, 12, 24)
@@ -80,9 +81,8 @@ def _recipe(arguments: argparse.Namespace, folder: Path) -> Recipe:
     from benchmarks.erasure import assignments
 
     name = arguments.base
-    recipe = load_recipe(RECIPES[name])
     places = {} if name == "atelier" else {"base": str(folder), "clip": "atelier"}
-    recipe = recipe.with_overrides({**places, **assignments(arguments.set)})
+    recipe = resolve_recipe("", recipe=RECIPES[name], overrides=assignments(arguments.set), **places)
     if arguments.rank:
         recipe = recipe.with_overrides({"adapter.rank": arguments.rank, "adapter.alpha": float(arguments.rank)})
     if arguments.size:
@@ -261,14 +261,16 @@ def estimate(arguments: argparse.Namespace) -> Path:
     """Count what every base and card should take, by the plan of a run; nothing is run."""
     from recare_patch.core import RecipeError
     from recare_patch.erasure import choose, plan
-    from recare_patch.recipe import preset_overrides
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         for name in BASES:
             folder = write_configurations(name, Path(place) / name)
             for preset in (None, "quick"):
-                recipe = load_recipe(RECIPES[name]).with_overrides({"base": str(folder), **preset_overrides(preset)})
+                half = {} if name == "atelier" else {"precision": "bf16"}
+                recipe = resolve_recipe(
+                    "", recipe=RECIPES[name], base=str(folder), preset=preset, overrides=half, device="cpu"
+                )
                 for vram in (None, *VRAM):
                     row: dict[str, Any] = {"base": name, "preset": preset, "card_gb": vram}
                     try:

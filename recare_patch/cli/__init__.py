@@ -54,6 +54,7 @@ FOLDER = click.Path(path_type=Path)
 
 _FILES = {
     "erase": "erase plan",
+    "doctor": "doctor",
     "measure": "evaluate attack verify",
     "stack": "stack merge unmerge",
     "patch": "inspect convert generate",
@@ -398,13 +399,21 @@ def several_concepts(patch: str) -> tuple[str, ...]:
     return ()
 
 
-def echo_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print rows in columns, the first ones flush left and the others flush right."""
+def table_lines(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Rows in columns, the first ones flush left and the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    found = []
     for row in rows:
         cells = zip(row, widths, strict=True)
         line = [cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(cells)]
-        click.echo("  ".join(line).rstrip())
+        found.append("  ".join(line).rstrip())
+    return found
+
+
+def echo_table(rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print rows in columns; see :func:`table_lines`."""
+    for line in table_lines(rows, left):
+        click.echo(line)
 
 
 @contextlib.contextmanager

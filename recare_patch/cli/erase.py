@@ -96,7 +96,7 @@ def erase(
     named = cli.given_options()
     if "adapter.rank" in named:
         named.setdefault("adapter.alpha", float(named["adapter.rank"]))
-    overrides = {**preset_overrides(preset), **cli.overrides_from(assignments, named)}
+    overrides = cli.overrides_from(assignments, named)
     if aliases:
         overrides["concept.aliases"] = list(aliases)
     texts = [*concepts, *(_listed(concepts_file) if concepts_file is not None else ())]
@@ -105,7 +105,7 @@ def erase(
     if resume and not texts and recipe is None and out is not None:
         recipe = _recipe_of_run(out)
     wanted: dict[str, Any] = {"subject": subject, "kind": kind, "recipe": recipe, "base": base, "clip": clip}
-    plans = _plans(texts, together, overrides, **wanted)
+    plans = _plans(texts, together, {**preset_overrides(preset), **overrides}, **wanted)
     _check_several(plans, stacked, named)
     alone, place = len(plans) == 1, out or Path()
     folders = [out if out and alone else place / f"{one.slug}-patch" for one in plans]
@@ -142,6 +142,7 @@ def erase(
                 overrides=overrides,
                 progress=progress,
                 file_formats=chosen,
+                preset=preset,
                 **wanted,
                 **run,
             )
@@ -306,7 +307,7 @@ def plan(
     overrides = cli.overrides_from(assignments)
     from recare_patch.erasure import UTILIZATION, choose, is_exact, measured_speed
     from recare_patch.erasure import plan as planned
-    from recare_patch.models import chosen_device
+    from recare_patch.models import chosen_device, defaults_for
 
     unknown: list[str] = []
 
@@ -316,7 +317,8 @@ def plan(
         return "style"
 
     words: dict[str, Any] = {"kind": kind, "recipe": recipe, "base": base, "overrides": overrides}
-    made, footprint = recipe_for("" if recipe else concept, guess_kind=guess, **words), None
+    words |= {"guess_kind": guess, "beneath": lambda source: defaults_for(source, device)}
+    made, footprint = recipe_for("" if recipe else concept, **words), None
     guessed = bool(unknown)
     if vram is not None:
         made, footprint = choose(made, vram, guessed=guessed)

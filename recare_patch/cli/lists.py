@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,8 +96,15 @@ def list_() -> None:
 @recipes.command(name="show")
 @argument("source", metavar="NAME|FILE|PATCH")
 def show_recipe(source: str) -> None:
-    """Show a recipe in full, defaults included."""
-    echo(load_recipe(source).to_yaml(), nl=False)
+    """Show a recipe in full, with what its base asks for where it says nothing, and the defaults."""
+    shown = load_recipe(source)
+    if shown.base.casefold() != "atelier":
+        from recare_patch.erasure import resolve_recipe
+
+        # Where the base cannot be looked at, what the file says is all that is known.
+        with contextlib.suppress(BaseModelError):
+            shown = resolve_recipe("", recipe=source)
+    echo(shown.to_yaml(), nl=False)
 
 
 @recipes.command()

@@ -1,4 +1,6 @@
 from .care_sets import care_set_of as care_set_of
+from .doctor import Diagnosis as Diagnosis
+from .doctor import rehearse as rehearse
 from .inversion import invert as invert
 from .inversion import name_templates as name_templates
 from .loop import OPTIMIZERS as OPTIMIZERS

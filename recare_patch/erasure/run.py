@@ -32,7 +32,16 @@ from recare_patch.erasure import prepare
 from recare_patch.erasure.methods import Method
 from recare_patch.erasure.preview import Preview, draw_preview
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch, quick_sampler
-from recare_patch.models import BaseModel, device_name, load_base, lora, scheduled, versions
+from recare_patch.models import (
+    BaseModel,
+    defaults_for,
+    device_memory,
+    device_name,
+    load_base,
+    lora,
+    scheduled,
+    versions,
+)
 from recare_patch.patch import (
     FORMATS,
     Erased,
@@ -43,7 +52,7 @@ from recare_patch.patch import (
     has_kohya_names,
     write_kohya,
 )
-from recare_patch.recipe import METHODS, Recipe, recipe_for
+from recare_patch.recipe import METHODS, MemoryOptions, Recipe, recipe_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,11 +105,12 @@ def erase_concept(
     Args:
         concept: what to erase, in any case; may be empty where ``recipe`` names one.
         out: folder for the patch; ``<concept>-patch`` by default.
-        vram: GB of a card for which memory levers are chosen; see :func:`choose`.
+        vram: GB of a card for which memory levers are chosen; see :func:`choose`. None: that of the device, where a
+            base computes in half precision on a device with memory of its own and no lever is set.
         device, resume, progress, care_set, save_target_images, file_formats: as :func:`erase` takes them.
         words: what :func:`recipe_for` takes: also, subject, kind, recipe, preset, base, clip, overrides.
     """
-    recipe = resolve_recipe(concept, device=device, vram=vram, **words)
+    recipe = resolve_recipe(concept, device=device, vram=vram, fit=True, **words)
     return erase(
         recipe,
         Path(out) if out is not None else Path(f"{recipe.slug}-patch"),
@@ -113,8 +123,20 @@ def erase_concept(
     )
 
 
+def levers_for(recipe: Recipe, device: str) -> float | None:
+    """GB of the device for which memory levers are to be chosen, where a recipe for half precision sets none."""
+    plain = MemoryOptions(resolution=recipe.memory.resolution)
+    return device_memory(device) if recipe.precision != "fp32" and recipe.memory == plain else None
+
+
 def resolve_recipe(
-    concept: str, *, device: str = "auto", vram: float | None = None, only: Sequence[str] = (), **words: Any
+    concept: str,
+    *,
+    device: str = "auto",
+    vram: float | None = None,
+    fit: bool = False,
+    only: Sequence[str] = (),
+    **words: Any,
 ) -> Recipe:
     """The recipe that a call of :func:`erase_concept` would run, its levers chosen for a card of ``vram`` GB.
 
@@ -122,25 +144,28 @@ def resolve_recipe(
 
     Args:
         concept, device, vram, words: as there.
-        only: stages that must fit the card; none said: all.
+        fit: choose levers for the device itself where no card is named; see :func:`levers_for`.
+        only: stages that must fit; none said: all.
     """
+    words["beneath"] = lambda source: defaults_for(source, device)
     drawing: list[tuple[Recipe, BaseModel]] = []
 
     def guess(text: str, source: str, clip: str | None) -> str:
         if not drawing:
             # Of all kinds a style has most prompts; what the kind really is changes little else.
             asked = recipe_for(concept, guess_kind=lambda *_: "style", **(words | {"kind": "style"}))
-            asked = _fitted(asked, vram, only, guessed=True)
+            asked = _fitted(asked, vram or levers_for(asked, device), only, guessed=True)
             how: dict[str, Any] = {"precision": asked.precision, "memory": asked.memory, "device": device}
             drawing.append((asked, load_base(source, **how)))
         base = drawing[0][1]
         return _seen_kind(text, base, _clip(clip or default_clip(source), base))
 
     made = recipe_for(concept, guess_kind=guess, **words)
-    if vram is not None and drawing:
+    size = vram or (levers_for(made, device) if fit else None)
+    if size is not None and drawing:
         fitted = drawing[0][0]
         return made.with_overrides({"precision": fitted.precision, "memory": fitted.memory.model_dump()})
-    return _fitted(made, vram, only)
+    return _fitted(made, size, only)
 
 
 def _clip(source: str, base: BaseModel) -> Clip:

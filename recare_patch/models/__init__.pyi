@@ -1,3 +1,7 @@
+from .defaults import FULL_SIZE as FULL_SIZE
+from .defaults import FULL_SIZE_VALUES as FULL_SIZE_VALUES
+from .defaults import defaults_for as defaults_for
+from .defaults import device_memory as device_memory
 from .few_steps import FewSteps as FewSteps
 from .fitting import Load as Load
 from .fitting import first_fit as first_fit

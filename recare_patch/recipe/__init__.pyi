@@ -3,6 +3,7 @@ from .bundled import METADATA_KEY as METADATA_KEY
 from .bundled import PARTS_KEY as PARTS_KEY
 from .bundled import PRESETS as PRESETS
 from .bundled import WEIGHTS_NAME as WEIGHTS_NAME
+from .bundled import Beneath as Beneath
 from .bundled import find_recipe_for as find_recipe_for
 from .bundled import list_recipes as list_recipes
 from .bundled import load_recipe as load_recipe

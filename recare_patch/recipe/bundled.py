@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from recare_patch.core import (
     unknown_name,
 )
 from recare_patch.recipe.concept import Concept, same_concept
-from recare_patch.recipe.recipe import Recipe
+from recare_patch.recipe.methods import METHODS
+from recare_patch.recipe.recipe import EraseOptions, Recipe, method_info
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,55 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Name → recipe keys that belong together, see ``docs/erasure.md``."""
 
 
+@dataclass(frozen=True)
+class Beneath:
+    """What a base asks of a recipe, by dotted keys.
+
+    Attributes:
+        values: hold where neither a recipe, a method nor a user says otherwise.
+        firm: go before a recipe and a preset too: a base that draws in four steps draws in no other way.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    firm: Mapping[str, Any] = field(default_factory=dict)
+
+    def unsaid(self, method: Any) -> dict[str, Any]:
+        """The values of which a method has no default of its own."""
+        own = method_info(method).defaults if isinstance(method, str) and method in METHODS else {}
+        return {key: value for key, value in self.values.items() if key not in own}
+
+    def under(self, data: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
+        """A recipe's plain data, filled where neither it nor its method's own defaults say anything."""
+        filled = dict(data)
+        for key, value in self.unsaid(method or data.get("method", "recare")).items():
+            section, _, option = key.rpartition(".")
+            said = filled.get(section, {}) if section else filled
+            if isinstance(said, Mapping) and option not in said:
+                filled |= {section: {**said, option: value}} if section else {option: value}
+        return filled
+
+    def preset(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A preset's keys for this base: its rate, so that steps in another number reach as far as they are to.
+
+        What AdamW can move a weight by is its rate times its steps; where both are the base's own, a preset's number of
+        steps alone would change it by accident.
+        """
+        steps, rate = "erase.steps", "erase.learning_rate"
+        found = dict(given)
+        if steps in given and {steps, rate} <= self.values.keys():
+            plain = EraseOptions()
+            reach = self.values[steps] * self.values[rate] / (plain.steps * plain.learning_rate)
+            found[rate] = float(f"{given.get(rate, plain.learning_rate) * reach:.3g}")
+        return found
+
+
+Fill = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _nothing(_: str) -> Beneath:
+    return Beneath()
+
+
 def preset_overrides(name: str | None) -> dict[str, Any]:
     """The keys that a preset sets; none where there is no name.
 
@@ -112,8 +163,8 @@ def list_recipes() -> list[RecipeInfo]:
     return found
 
 
-def find_recipe_for(concept_text: str, base: str | None = None) -> Recipe | None:
-    """The bundled recipe of a concept, or None.
+def find_recipe_for(concept_text: str, base: str | None = None, *, fill: Fill = dict) -> Recipe | None:
+    """The bundled recipe of a concept, or None; ``fill`` as :func:`load_recipe` takes it.
 
     Args:
         concept_text: the concept's name; case does not count.
@@ -126,17 +177,20 @@ def find_recipe_for(concept_text: str, base: str | None = None) -> Recipe | None
 
     for info in list_recipes():
         if same_concept(info.concept, concept_text) and (base is None or last(base) == last(info.base)):
-            return _read_yaml(info.path)
+            return _read_yaml(info.path, fill)
     return None
 
 
-def load_recipe(source: str) -> Recipe:
+def load_recipe(source: str, *, fill: Fill = dict) -> Recipe:
     """A recipe by name, from a file, or out of a patch.
+
+    What it leaves unsaid has the plain defaults; :func:`recipe_for` fills in those of its base.
 
     Args:
         source: the name of a bundled recipe ("van-gogh" is short for "van-gogh-atelier"), a YAML
             file, a patch folder or a patch's safetensors file. A name goes before a file of that
             name; write "./name" for the file.
+        fill: makes a file's plain data whole before it is checked; a patch's recipe is whole already.
 
     Raises:
         UnknownNameError: no such name or file.
@@ -148,25 +202,25 @@ def load_recipe(source: str) -> Recipe:
     wanted = re.sub(r"[\s_]+", "-", source.casefold())
     for name in (wanted, f"{wanted}-atelier"):
         if name in by_name:
-            return _read_yaml(by_name[name])
+            return _read_yaml(by_name[name], fill)
     path = Path(source)
     try:
         if path.is_dir():
             if (path / WEIGHTS_NAME).is_file():
                 return _recipe_in_patch(path / WEIGHTS_NAME)
             if (path / "recipe.yaml").is_file():
-                return _read_yaml(path / "recipe.yaml")
+                return _read_yaml(path / "recipe.yaml", fill)
             raise RecipeError(f"{source} holds no recipe: neither {WEIGHTS_NAME} nor recipe.yaml is in it")
         if path.is_file():
-            return _recipe_in_patch(path) if path.suffix == ".safetensors" else _read_yaml(path)
+            return _recipe_in_patch(path) if path.suffix == ".safetensors" else _read_yaml(path, fill)
     except OSError as fault:
         raise RecipeError(f"cannot read {source}: {reason(fault)}") from fault
     short = [name.removesuffix("-atelier") for name in by_name if name.endswith("-atelier")]
     raise unknown_name("recipe", source, [*sorted(short), *sorted(by_name)])
 
 
-def _read_yaml(path: Path) -> Recipe:
-    return Recipe.from_yaml(read_text(path, str(path), RecipeError), source=str(path))
+def _read_yaml(path: Path, fill: Fill = dict) -> Recipe:
+    return Recipe.from_yaml(read_text(path, str(path), RecipeError), source=str(path), fill=fill)
 
 
 def stack_has_no_recipe(name: str, parts: int) -> str:
@@ -207,6 +261,7 @@ def recipe_for(
     concept: str,
     *,
     guess_kind: Callable[[str, str, str | None], str],
+    beneath: Callable[[str], Beneath] = _nothing,
     also: Sequence[str] = (),
     subject: str | None = None,
     kind: str | None = None,
@@ -221,6 +276,7 @@ def recipe_for(
     Args:
         concept: what to erase, in any case; may be empty where ``recipe`` names one.
         guess_kind: the kind of a concept that nothing else tells, from its text, the base and the CLIP.
+        beneath: what a base asks of a recipe, by its source; it holds where nothing else is said.
         also: more concepts that the same patch erases.
         subject: take the concept out of this alone, as an attribute of it: "stars" from "Van Gogh".
         kind: ``style``, ``object``, ``identity`` or ``nsfw``, of all concepts, and of the subject where
@@ -230,9 +286,15 @@ def recipe_for(
         base, clip: where to find the models; else the recipe's, else the bundled ones.
         overrides: dotted recipe keys and their values, for example ``{"erase.steps": 50}``.
     """
-    told = {**preset_overrides(preset), **(overrides or {})}
+    told, given = dict(overrides or {}), preset_overrides(preset)
     earlier = _earlier_adapter(told.get("continue_from"))
     source = base or earlier.get("base") or "atelier"
+    method = {**earlier, **given, **told}.get("method")
+    asked_of = functools.cache(beneath)
+
+    def fill(data: dict[str, Any]) -> dict[str, Any]:
+        own = base or data.get("base", "atelier")
+        return asked_of(own).under(data, method) if isinstance(own, str) else data
 
     def named(text: str) -> Concept:
         if kind is not None:
@@ -244,16 +306,19 @@ def recipe_for(
         logger.info("kind of '%s' guessed from what the base draws: %s (--kind to choose)", text, guessed)
         return Concept(text=text, kind=guessed)
 
+    def plain(one: Concept) -> Recipe:
+        return Recipe(**fill({"concept": one.model_dump(), "base": source, "clip": clip}))
+
     if recipe:
-        made = load_recipe(recipe)
+        made = load_recipe(recipe, fill=fill)
     elif subject is not None:
         # An attribute needs no kind of its own: it is a word beside the subject's name.
-        made = Recipe(concept=Concept(text=concept, kind="object"), base=source, clip=clip)
-    elif (known := find_recipe_for(concept, source)) is not None:
+        made = plain(Concept(text=concept, kind="object"))
+    elif (known := find_recipe_for(concept, source, fill=fill)) is not None:
         logger.info("kind of '%s' taken from its recipe: %s", concept, known.concept.kind)
         made = known
     else:
-        made = Recipe(concept=named(concept), base=source, clip=clip)
+        made = plain(named(concept))
     changes: dict[str, Any] = dict(earlier)
     if concept and concept.strip().lower() != made.concept.text.lower():
         # Whose other names a recipe of another concept tells is not asked.
@@ -265,7 +330,11 @@ def recipe_for(
         changes["also"] = [named(one).model_dump() for one in also]
     if subject is not None:
         changes["subject"] = named(subject).model_dump()
-    changes |= told
+    asked = asked_of(base or made.base)
+    if method not in (None, made.method):
+        # Another method starts from its own numbers, and from the base's where it has none.
+        changes = asked.unsaid(method) | changes
+    changes |= {**asked.preset(given), **asked.firm, **told}
     return made.with_overrides(changes) if changes else made
 
 

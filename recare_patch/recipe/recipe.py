@@ -8,7 +8,7 @@ stored with the result, so that the run can be made again from the patch alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
@@ -354,14 +354,16 @@ class Recipe(Settings):
         return yaml.safe_dump(self.as_data(), sort_keys=False, allow_unicode=True, width=100)
 
     @classmethod
-    def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
-        """Read a recipe; only plain data is read, never objects.
+    def from_yaml(
+        cls, text: str, *, source: str = "recipe", fill: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    ) -> Recipe:
+        """Read a recipe; only plain data is read, never objects, and ``fill`` makes it whole.
 
         Raises:
             RecipeError: it is not YAML, no mapping, or holds faults; all are told at once, with their ``source``.
         """
         try:
-            return cls(**yaml_mapping(text, source=source, noun="recipe", error=RecipeError))
+            return cls(**fill(yaml_mapping(text, source=source, noun="recipe", error=RecipeError)))
         except RecipeError as fault:
             if str(fault).startswith(source):
                 raise
@@ -404,9 +406,9 @@ class Recipe(Settings):
             changed = type(self)(**data)
         except RecipeError as found:
             faults.extend(found.faults)
-        if faults:
-            raise RecipeError(f"recipe: {'; '.join(faults)}", faults)
-        return changed
+        if not faults:
+            return changed
+        raise RecipeError(f"recipe: {'; '.join(faults)}", faults)
 
 
 def _with_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
