@@ -28,7 +28,7 @@ from recare_patch.erasure import ENCODING, choose, erase, plan
 from recare_patch.models import BaseModel, Tracker, find_layout, fused_attention, phantom
 from recare_patch.models import memory as levers
 from recare_patch.models.encoding import ENCODED_AT_ONCE, tokenizer_of
-from recare_patch.recipe import Concept, Recipe, load_recipe, names_concept
+from recare_patch.recipe import Concept, Recipe, names_concept
 
 META = torch.device("meta")
 CUT: dict[str, Any] = {
@@ -173,11 +173,9 @@ def main(tell: Callable[[str], None] = print) -> None:
     from recare_patch.erasure import resolve_recipe
 
     changes = CUT | assignments(arguments.set)
-    if arguments.recipe:
-        recipe = load_recipe(arguments.recipe).with_overrides({"base": arguments.base, **changes})
-    else:
-        named = {"kind": arguments.kind, "base": arguments.base, "overrides": changes}
-        recipe = resolve_recipe(arguments.concept, **named)
+    kind = None if arguments.recipe else arguments.kind
+    words = {"recipe": arguments.recipe, "kind": kind, "base": arguments.base, "overrides": changes}
+    recipe = resolve_recipe(arguments.concept or "", device="cpu", **words)
     tell(f"{'stage':<20}{'planned GB':>12}{'measured GB':>13}{'planned / measured':>20}")
     for name, planned, took in rows(recipe, arguments.vram, Clip.load(arguments.clip)):
         tell(f"{name:<20}{planned / 1e9:>12.2f}{took / 1e9:>13.2f}{planned / took:>20.2f}")
