@@ -73,10 +73,9 @@ def peak(found: Footprint, memory: MemoryOptions, load: Load) -> int:
     moments = [fixed + load.looks]
     if not memory.encoders_off_device:
         fixed += load.looks
-    encoded = max(load.encoded, load.pictures)
-    if encoded:
-        # The parts of a table of embeddings, and the table that they are joined to.
-        moments.append(fixed + encoders + min(encoded, ENCODED_AT_ONCE) * found.encoding + 2 * encoded * found.row)
+    # Every stage reads a prompt or two: the parts of a table of embeddings, and the table that they are joined to.
+    encoded = max(load.encoded, load.pictures, 1)
+    moments.append(fixed + encoders + min(encoded, ENCODED_AT_ONCE) * found.encoding + 2 * encoded * found.row)
     if load.pictures:
         each = 2 if load.guided else 1
         samples = max(1, min(load.pictures, most // each)) * each

@@ -326,12 +326,12 @@ class LatentDiffusion(PromptEncoding):
 
         # Guidance doubles the samples.
         batch_size = self._at_once(batch_size, 2 if guidance_scale > 1 else 1)
-        empty = self.encode_prompts([""]) if guidance_scale > 1 else None
+        empty = self.encode_prompts([""] * min(batch_size, len(seeds))) if guidance_scale > 1 else None
         for start in range(0, len(seeds), batch_size):
             rows, own = given[start : start + batch_size], seeds[start : start + batch_size]
             text = named(rows if isinstance(rows, PromptEmbeds) else self.encode_prompts(rows))
             if empty is not None:
-                text |= named(empty.repeat(len(own)), "negative_")
+                text |= named(empty[: len(own)], "negative_")
             with self._only_denoiser():
                 latents = self.pipeline(
                     **text,

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -91,11 +92,11 @@ def test_a_fault_of_the_system_is_one_sentence(stage: Stage, fault: BaseExceptio
         ),
         ("generate --prompt x --vram 12", "try a smaller --vram than 12"),
         ("careset build --concept tench --vram 8", "try a smaller --vram than 8"),
-        ("demo", "try --device cpu"),
+        ("unmerge merged --patch a-patch --out again", "try --device cpu"),
     ],
 )
 def test_full_memory_names_the_stage_and_an_option_that_there_is(
-    stage: Stage, fake: Fake, words: str, remedy: str
+    stage: Stage, fake: Fake, monkeypatch: pytest.MonkeyPatch, words: str, remedy: str
 ) -> None:
     def full(*_: object, **__: object) -> None:
         with noted("target images"), noted("decoding pictures"):
@@ -103,7 +104,9 @@ def test_full_memory_names_the_stage_and_an_option_that_there_is(
 
     fake("erasure", erase_concept=full, resolve_recipe=full)
     fake("patch", generate_pictures=full)
-    fake("models", load_base=full)
+    fake("combine", unmerge=full)
+    Path("a-patch").mkdir()
+    monkeypatch.setattr("recare_patch.patch.Patch.load", lambda path: path)
     result = stage.run(words)
     told = f"Error: the accelerator's memory is full at target images, decoding pictures; {remedy}"
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, told)
