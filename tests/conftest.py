@@ -10,8 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.share.hub_stand_in import TOKEN, HubStandIn, point_to
 from tests.tiny import make_tiny_clip, make_tiny_sd, make_tiny_sd3, make_tiny_sdxl
 
 
@@ -51,3 +54,22 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIPModel folder whose vocabulary is ``tests.tiny.WORDS``."""
     return make_tiny_clip(tmp_path_factory.mktemp("tiny") / "tiny-clip")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
+    """A stand-in of the Hub that huggingface_hub takes for the Hub, logged in to as "me"."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    # As on the command line, which says so before the client is imported.
+    disable_progress_bars()
+    places = {"HF_HUB_CACHE": str(tmp_path / "hf-cache"), "HF_TOKEN_PATH": str(tmp_path / "no-token")}
+    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, **places}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with HubStandIn().running() as found:
+        point_to(found.endpoint, monkeypatch)
+        yield found
+    enable_progress_bars()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +73,17 @@ def test_every_public_name_is_there(name: str) -> None:
     import recare_patch
 
     assert callable(getattr(recare_patch, name))
+
+
+def test_what_windows_lacks_is_imported_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import recare_patch
+    from recare_patch.models import peak_memory
+
+    for file in Path(recare_patch.__file__).parent.rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+            assert not {"resource", "fcntl", "pwd", "grp", "termios"} & set(names), file
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory(torch.device("cpu")) > 2**20

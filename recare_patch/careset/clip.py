@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from recare_patch.careset import text_cache
 from recare_patch.core import ClipError
+from recare_patch.models import ask_hub, snapshots, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,6 +30,9 @@ BUNDLED = "atelier"
 
 DEFAULT_HUB_CLIP = "openai/clip-vit-base-patch32"
 """The CLIP of the paper's CARE-set and scores."""
+
+_REVISIONS = {DEFAULT_HUB_CLIP: "c237dc49a33fc61debc9276459120b7eac67e7ef"}
+"""Hub id → the commit that is taken, of ``refs/pr/66``: the main revision has its weights as a pickle alone."""
 
 _FUNCTION = """
     about above across after again against all almost along already also although always among and
@@ -67,6 +72,9 @@ have occurred in any training text."""
 _MANY = 1000
 """Texts that are a lexicon, and no prompts of one run."""
 
+_LARGE = 10_000_000
+"""Parameters of a text tower whose features of a lexicon are worth a file."""
+
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PARTS = {
     "configuration": ("config.json",),
@@ -99,6 +107,7 @@ class Clip:
         self._image_processor = image_processor
         self._vocabulary: tuple[list[str], list[tuple[str, str]]] | None = None
         self._kept: dict[str, Tensor] = {}
+        self._digest = ""  # of the text tower, where it was asked for
 
     @classmethod
     def load(cls, source: str = BUNDLED, *, device: str | torch.device = "cpu") -> Clip:
@@ -119,27 +128,26 @@ class Clip:
         elif name and place.exists():
             _check_folder(place)
         elif _HUB_ID.fullmatch(name) and not name.startswith((".", "-")):
-            return cls._read(name, name, device)
+            return cls._read(_hub_places(name), name, device)
         else:
             raise ClipError(f"no CLIP model at '{source}': give a folder, a hub id, or 'atelier'")
-        return cls._read(str(place), name, device)
+        return cls._read(dict.fromkeys(_PARTS, str(place)), name, device)
 
     @classmethod
-    def _read(cls, place: str, name: str, device: str | torch.device) -> Clip:
+    def _read(cls, places: Mapping[str, str], name: str, device: str | torch.device) -> Clip:
         import transformers
 
         # The image processor that needs no torchvision, whatever it is called in this transformers.
         processors = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
         try:
-            config = transformers.AutoConfig.from_pretrained(place)
+            config = transformers.AutoConfig.from_pretrained(places["configuration"])
             if config.model_type != "clip" or not hasattr(config, "vision_config"):
                 raise ClipError(f"'{name}' is no CLIPModel with text and vision: its config says '{config.model_type}'")
             with _quiet():
-                model, report = transformers.CLIPModel.from_pretrained(
-                    place, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-                )
-                processor = processors.from_pretrained(place)
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(place)
+                options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+                model, report = transformers.CLIPModel.from_pretrained(places["weights"], config=config, **options)
+                processor = processors.from_pretrained(places["image processor"])
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(places["tokenizer"])
         except ClipError:
             raise
         # Whatever transformers, safetensors or the hub client raise here means one thing to the user.
@@ -194,12 +202,25 @@ class Clip:
         """Unit features of texts, float32 ``[len(texts), width]``; what the tower cannot read is cut.
 
         A whole lexicon takes minutes on a CPU: features of so many texts are kept, and not computed twice.
+        Those of a large tower are kept between runs too, and rounded to float16 in each.
         """
         if len(texts) >= _MANY:
             new = [text for text in dict.fromkeys(texts) if text not in self._kept]
-            self._kept |= zip(new, self._read_texts(new, batch_size, progress), strict=True)
+            self._kept |= zip(new, self._lexicon_features(new, batch_size, progress), strict=True)
             return torch.stack([self._kept[text] for text in texts])
         return self._read_texts(texts, batch_size, progress)
+
+    def _lexicon_features(self, texts: Sequence[str], batch_size: int, progress: Progress | None) -> Tensor:
+        tower = (self._model.text_model, self._model.text_projection)
+        if sum(weight.numel() for part in tower for weight in part.parameters()) < _LARGE or not texts:
+            return self._read_texts(texts, batch_size, progress)
+        self._digest = self._digest or text_cache.network_digest(*tower)
+        key = text_cache.list_key(self._digest, self._tokenizer(list(texts))["input_ids"])
+        found = text_cache.kept(key, (len(texts), self.width))
+        if found is None:
+            found = self._read_texts(texts, batch_size, progress).half()
+            text_cache.keep(key, found)
+        return found.float()
 
     def _read_texts(self, texts: Sequence[str], batch_size: int, progress: Progress | None) -> Tensor:
         rows = [torch.empty(0, self.width)]
@@ -281,6 +302,35 @@ def _no_word(token: str, special: frozenset[str], never_met: bool) -> str | None
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def _hub_places(hub_id: str) -> dict[str, str]:
+    """Where the parts of a CLIP on the hub are: in the cache, if need be at two commits, or under its own name.
+
+    Raises:
+        ClipError: it is not in the cache, and the hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    commit = _REVISIONS.get(hub_id)
+    there = snapshots(hub_id, first=commit or "main")
+    has = {part: [one for one in there if any((one / file).is_file() for file in _PARTS[part])] for part in _PARTS}
+    if all(has.values()):
+        # Where the weights came from a pull request's commit, the rest may have come from the main revision.
+        whole = [one for one in there if all(one in found for found in has.values())]
+        return {part: str((whole or found)[0]) for part, found in has.items()}
+    try:
+        ask_hub(hub_id, commit)
+        if commit is not None:
+            patterns = ["*.json", "*.txt", "model*.safetensors"]
+            return dict.fromkeys(_PARTS, str(snapshot_download(hub_id, revision=commit, allow_patterns=patterns)))
+    # Whatever the hub's client raises means one thing to the user.
+    except Exception as fault:
+        lacking = [part for part, found in has.items() if not found]
+        found = f"has no {' and no '.join(lacking)}" if len(lacking) < len(_PARTS) else "is not"
+        raise ClipError(f"CLIP {hub_id} {found} in the hub's cache, and {told(fault, hub_id)}") from fault
+    # transformers finds weights in pull requests, too.
+    return dict.fromkeys(_PARTS, hub_id)
+
+
 def _check_folder(path: Path) -> None:
     """Refuse a folder that is plainly no CLIPModel before transformers gets to see it."""
     if not path.is_dir():
@@ -289,6 +339,12 @@ def _check_folder(path: Path) -> None:
         raise ClipError(f"'{path}' is a diffusers pipeline: --clip takes the folder of a transformers CLIPModel")
     for part, files in _PARTS.items():
         if not any((path / file).is_file() for file in files):
+            if part == "weights" and (path / "pytorch_model.bin").is_file():
+                raise ClipError(
+                    f"'{path}' has its weights only as a pickle (pytorch_model.bin), which can run code: fetch a "
+                    f"revision with safetensors, as `hf download {DEFAULT_HUB_CLIP} --revision "
+                    f"{_REVISIONS[DEFAULT_HUB_CLIP]}` does, or give --clip {DEFAULT_HUB_CLIP}, which takes that one"
+                )
             raise ClipError(f"'{path}' is no CLIP model: it has no {part} ({files[0]} is missing)")
 
 

@@ -166,7 +166,7 @@ def build(
     with cli.shown_progress() as progress:
         plan = resolve_recipe(concept or "", recipe=recipe, overrides=overrides, device=device, **words)
         model = load_base(plan.base, precision=plan.precision, device=device)
-        found = care_set_of(plan, model, Clip.load(plan.clip or default_clip(plan.base)), progress)
+        found = care_set_of(plan, model, Clip.load(plan.clip or default_clip(plan.base), device=model.device), progress)
     _save(found, out if out is not None else Path(f"{plan.concept.slug}-care-set.json"))
 
 

@@ -33,6 +33,7 @@ from .files import load_tensors as load_tensors
 from .files import output_error as output_error
 from .files import read_safetensors_header as read_safetensors_header
 from .files import read_text as read_text
+from .files import user_cache as user_cache
 from .files import write_bytes as write_bytes
 from .files import write_json as write_json
 from .files import write_streamed as write_streamed

@@ -58,6 +58,12 @@ def bundled(folder: str) -> Path:
     return inside if inside.is_dir() else package.parent / folder
 
 
+def user_cache(folder: str) -> Path:
+    """A folder of the package's below the user's cache folder; it need not be there."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "recare-patch" / folder
+
+
 def output_error(path: AnyPath, fault: OSError) -> OutputError:
     """The one-sentence form of a system fault met while writing ``path``."""
     return OutputError(f"cannot write {os.fspath(path)}: {_REASONS.get(fault.errno or 0) or reason(fault)}")

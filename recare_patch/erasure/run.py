@@ -134,7 +134,7 @@ def resolve_recipe(concept: str, *, device: str = "auto", **words: Any) -> Recip
         def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
             return base.generate(prompts, seeds, steps=10, guidance_scale=5.0)
 
-        return guess_kind(text, generate, Clip.load(clip or default_clip(source)))
+        return guess_kind(text, generate, Clip.load(clip or default_clip(source), device=base.device))
 
     return recipe_for(concept, guess_kind=guess, beneath=lambda source: defaults_for(source, device), **words)
 
@@ -182,7 +182,7 @@ def erase(
     for network in lora.adapted(base, recipe.adapter.layers).values():
         lora.target_modules(network, recipe.adapter.layers)
     earlier = earlier_patch(recipe, base)
-    clip = clip or Clip.load(recipe.clip or default_clip(recipe.base))
+    clip = clip or Clip.load(recipe.clip or default_clip(recipe.base), device=base.device)
     if crew is not None and not crew.main:
         # Its share of the predictions, and nothing of the files.
         with _together(base, crew):

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recare_patch.core import EvaluationError, NullProgress, launched_together, write_bytes
+from recare_patch.core import EvaluationError, NullProgress, launched_together, user_cache, write_bytes
 from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, named_tuner_layers, scheduled, weights_hash
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ CACHE_VERSION = 1
 
 def default_cache() -> Path:
     """The cache that commands use: ``recare-patch/pictures`` below the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "recare-patch" / "pictures"
+    return user_cache("pictures")
 
 
 class PictureCache:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from recare_patch.core import BaseModelError
 from recare_patch.models import memory as levers
 from recare_patch.models.inputs import PLACEHOLDER, EvaluationCounter, PromptEmbeds
-from recare_patch.models.loading import Layout, stored_weights_hash, weights_hash
+from recare_patch.models.layout import Layout
+from recare_patch.models.loading import stored_weights_hash, weights_hash
 from recare_patch.models.lora import networks
 from recare_patch.recipe import MemoryOptions
 
@@ -84,10 +85,10 @@ class LatentDiffusion:
         raise NotImplementedError
 
     @classmethod
-    def check(cls, layout: Layout) -> None:
-        """Refuse what could not be patched: a component or its weights are missing, or of another kind."""
+    def check(cls, layout: Layout, *, weights: bool = True) -> None:
+        """Refuse what could not be patched: a component or its ``weights`` are missing, or of another kind."""
         for component in (cls.denoiser_name, "vae", *cls.encoder_names):
-            layout.require(component)
+            layout.require(component, weights=weights)
         for component in (*map(_tokenizer, cls.encoder_names), "scheduler"):
             layout.require(component, weights=False)
 
@@ -131,9 +132,10 @@ class LatentDiffusion:
         files: dict[str, list[Path]] = {}
         if dtype is torch.bfloat16 or memory.weights != "full" or memory.offload:
             # What the hash looks at is lost in memory: it is taken from the files, when it is asked for.
-            files = {name: next(iter(layout.weight_sets(name).values()), []) for name in parts}
             if layout.single_file is not None:
                 hashes = {name: weights_hash(part, name) for name, part in parts.items()}
+            else:
+                files = {name: layout.weights(name) for name in parts}
         for part in parts.values():
             # The plain cast: diffusers' own warns of layers to be kept in fp32, and here there are none.
             nn.Module.to(part, dtype=dtype)
@@ -161,11 +163,9 @@ class LatentDiffusion:
                 if layout.single_file is not None:
                     # Without casting, which would lose digits that the hash looks at.
                     return kind.from_single_file(str(layout.single_file), config=str(layout.folder), **options)
-                # Only the fp16 variant of some files may be there.
-                stored = map(layout.weight_files, (cls.denoiser_name, "vae", *cls.encoder_names))
-                half = any(all(".fp16." in file.name for file in files) for files in stored)
-                options |= {"dtype": dtype, "variant": "fp16" if half else None, "use_safetensors": True}
-                return kind.from_pretrained(layout.folder, **options)
+                options |= {"dtype": dtype, "use_safetensors": True}
+                with layout.plain_folder((cls.denoiser_name, "vae", *cls.encoder_names)) as folder:
+                    return kind.from_pretrained(folder, **options)
         except Exception as fault:
             # diffusers, transformers and safetensors each raise classes of their own on damaged files.
             reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]

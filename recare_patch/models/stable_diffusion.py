@@ -15,7 +15,7 @@ from torch import Tensor
 from recare_patch.core import BaseModelError, unknown_name
 from recare_patch.models.inputs import PromptEmbeds
 from recare_patch.models.latent_diffusion import LatentDiffusion
-from recare_patch.models.loading import Layout
+from recare_patch.models.layout import Layout
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -41,9 +41,9 @@ class DiscreteDiffusion(LatentDiffusion):
         self.prediction_type = scheduler.config.get("prediction_type", "epsilon")
 
     @classmethod
-    def check(cls, layout: Layout) -> None:
+    def check(cls, layout: Layout, *, weights: bool = True) -> None:
         """Refuse inpainting models, other autoencoders and predictions, and parts that do not fit."""
-        super().check(layout)
+        super().check(layout, weights=weights)
         unet, vae = layout.configs["unet"], layout.configs["vae"]
         channels = unet.get("in_channels", 4)
         if channels != 4:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from recare_patch.core import BaseModelError
 from recare_patch.models.inputs import PromptEmbeds
 from recare_patch.models.latent_diffusion import LatentDiffusion
-from recare_patch.models.loading import Layout
+from recare_patch.models.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ class StableDiffusion3(LatentDiffusion):
         return layout.configs.get("transformer", {}).get("_class_name") == "SD3Transformer2DModel"
 
     @classmethod
-    def check(cls, layout: Layout) -> None:
+    def check(cls, layout: Layout, *, weights: bool = True) -> None:
         """Refuse another scheduler too; warn of T5."""
-        super().check(layout)
+        super().check(layout, weights=weights)
         scheduler = layout.index.get("scheduler", [None, None])[1]
         if scheduler != "FlowMatchEulerDiscreteScheduler":
             raise BaseModelError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from recare_patch.core import BaseModelError
 from recare_patch.models.inputs import PromptEmbeds
-from recare_patch.models.loading import Layout
+from recare_patch.models.layout import Layout
 from recare_patch.models.stable_diffusion import DiscreteDiffusion
 
 logger = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ class StableDiffusionXL(DiscreteDiffusion):
         )
 
     @classmethod
-    def check(cls, layout: Layout) -> None:
+    def check(cls, layout: Layout, *, weights: bool = True) -> None:
         """Refuse text encoders of different vocabularies too."""
-        super().check(layout)
+        super().check(layout, weights=weights)
         first, second = (layout.configs[name].get("vocab_size") for name in cls.encoder_names)
         if first != second:
             raise BaseModelError(

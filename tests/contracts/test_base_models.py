@@ -323,7 +323,7 @@ class TestRefusals:
             base_folder(tmp_path / "model.safetensors")
         self._refused(tmp_path / "nowhere", "was not found")
         self._refused("atelie", "did you mean 'atelier'")
-        self._refused("somebody/some-model", "could not be fetched from the hub")
+        self._refused("somebody/some-model", "not in the hub.s cache, and HF_HUB_OFFLINE forbids")
         for unreadable in ("{", "[]"):
             (copy / "model_index.json").write_text(unreadable)
             self._refused(copy, "unreadable")

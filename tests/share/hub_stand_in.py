@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
 
 TOKEN = "hf_StandInTokenThatMustNeverShow"
@@ -88,6 +89,14 @@ class HubStandIn:
             self.let_go.set()
             self._server.shutdown()
             self._server.server_close()
+
+
+def point_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 class _Refused(Exception):
@@ -214,12 +223,13 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
             return {"url": f"{hub.endpoint}/{name}", "name": name}
 
         def _facts(self, name: str, revision: str) -> dict[str, Any]:
-            repo, sha, _ = self._at(name, revision)
+            repo, sha, files = self._at(name, revision)
             front = repo.front
             base, index = front.get("base_model"), front.pop("model-index", None)
             tags = [*(front.get("tags") or []), *([f"base_model:{base}"] if base else [])]
             known = {"id": name, "sha": sha, "private": repo.private, "tags": tags, "cardData": front}
             known |= {"model-index": index, "downloads": 7, "likes": 1}
+            known["siblings"] = [{"rfilename": path, "size": len(data)} for path, data in files.items()]
             return known | {"lastModified": "2026-01-02T00:00:00.000Z"}
 
         def _search(self) -> list[dict[str, Any]]:

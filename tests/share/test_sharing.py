@@ -33,38 +33,11 @@ from recare_patch.patch import PLACE, RECORD_NAME, Patch, split_card
 from recare_patch.recipe import WEIGHTS_NAME
 from tests.measure.test_evidence import make_evidence
 from tests.patch.making import as_another, trained, write_patch
-from tests.share.hub_stand_in import READ_TOKEN, TOKEN, HubStandIn, Repo
+from tests.share.hub_stand_in import READ_TOKEN, TOKEN, HubStandIn, Repo, point_to
 
 KOHYA = "erase-van-gogh.safetensors"
 REPO = "me/erase-van-gogh"
 ODD_TOKEN = "hf_ATokenThatNobodyKnows"
-
-
-def point_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
-    """A stand-in of the Hub that huggingface_hub takes for the Hub, logged in to as "me"."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-
-    # As on the command line, which says so before the client is imported.
-    disable_progress_bars()
-    places = {"HF_HUB_CACHE": str(tmp_path / "hf-cache"), "HF_TOKEN_PATH": str(tmp_path / "no-token")}
-    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, **places}.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with HubStandIn().running() as found:
-        point_to(found.endpoint, monkeypatch)
-        yield found
-    enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
