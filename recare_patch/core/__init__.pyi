@@ -11,6 +11,7 @@ from .errors import EvidenceError as EvidenceError
 from .errors import HubError as HubError
 from .errors import IncompatiblePatchError as IncompatiblePatchError
 from .errors import NoMatchingModuleError as NoMatchingModuleError
+from .errors import NonFiniteError as NonFiniteError
 from .errors import OutputError as OutputError
 from .errors import PatchError as PatchError
 from .errors import RecarePatchError as RecarePatchError
@@ -20,6 +21,7 @@ from .errors import SettingsError as SettingsError
 from .errors import UnknownNameError as UnknownNameError
 from .errors import nearest as nearest
 from .errors import reason as reason
+from .errors import told_at as told_at
 from .errors import unknown_name as unknown_name
 from .files import LOCK_NAME as LOCK_NAME
 from .files import SafetensorsHeader as SafetensorsHeader

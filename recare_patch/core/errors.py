@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _LONGEST_NAME = 500
 """Nothing longer is compared with names: that takes time by the square of the length."""
@@ -105,6 +106,25 @@ class DemoError(SettingsError):
 
 class EvaluationError(SettingsError):
     """A suite, a detector, a metric or a prompt file that cannot be used as asked."""
+
+
+class NonFiniteError(RecarePatchError):
+    """A loss, gradient, weight or picture that is NaN or infinite; ``stage`` is where, once that is told."""
+
+    stage: str | None = None
+
+
+@contextmanager
+def told_at(stage: str, more: str = "") -> Iterator[None]:
+    """A :class:`NonFiniteError` from inside begins with the stage and ends with ``more``, once."""
+    try:
+        yield
+    except NonFiniteError as fault:
+        if fault.stage is not None:
+            raise
+        found = NonFiniteError(f"{stage}: {fault}{more}")
+        found.stage = stage
+        raise found from fault
 
 
 def reason(fault: OSError) -> str:

@@ -1,12 +1,12 @@
 from .care_sets import care_set_of as care_set_of
 from .doctor import Diagnosis as Diagnosis
 from .doctor import rehearse as rehearse
+from .inversion import invert as invert
+from .inversion import name_templates as name_templates
 from .loop import OPTIMIZERS as OPTIMIZERS
 from .loop import Checkpoint as Checkpoint
 from .loop import Loop as Loop
 from .loop import fit as fit
-from .loop import invert as invert
-from .loop import name_templates as name_templates
 from .loop import noised as noised
 from .loop import step_generator as step_generator
 from .methods.recare import recare_target as recare_target

@@ -7,6 +7,7 @@ rates, so a run that ends by them needs no number that was found on another one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recare_patch.models import PromptEmbeds, off
+from recare_patch.core import NonFiniteError
+from recare_patch.models import PromptEmbeds, advice, off
 
 if TYPE_CHECKING:
     from recare_patch.erasure.loop import Carried
@@ -135,6 +137,8 @@ class Gauge:
         if self._held is not None:
             moved = base.denoise(self._held_states, self._held_times, self._held).float() - self._kept
             drift = float(moved.square().sum()) / max(self._contributed, 1e-12)
+        if not math.isfinite(sum(gone) + drift):
+            raise NonFiniteError(f"the predictions at a look are NaN or infinite: {advice(base.dtype, trained=True)}")
         return Reading(min(gone), drift)
 
 

@@ -1,4 +1,4 @@
-"""The only training loop, the states it trains on, and names that it fits.
+"""The only training loop, and the states it trains on.
 
 A method hands over a loss; nothing here knows what it means. Every step draws from a generator seeded by
 ``(seed, stage, step)`` alone, so a run that goes on from a checkpoint ends with the same tensors as one that
@@ -8,24 +8,26 @@ was never stopped.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from recare_patch.core import Crew, Progress, Registry, ResumeError, write_tensors
-from recare_patch.models import PLACEHOLDER, PromptEmbeds, frozen, sample_timesteps
+from recare_patch.core import Crew, Progress, Registry, ResumeError, told_at, write_tensors
+from recare_patch.models import LossScale, check_trained, sample_timesteps
 
 if TYPE_CHECKING:
-    from recare_patch.models import BaseModel
-    from recare_patch.recipe import Concept, Recipe
+    from recare_patch.models import BaseModel, PromptEmbeds
+    from recare_patch.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = Registry(
     "optimizer", {"adamw": "recare_patch.erasure.loop:_adamw", "adamw8bit": "recare_patch.erasure.loop:_adamw8bit"}
@@ -34,6 +36,10 @@ OPTIMIZERS = Registry(
 
 def _adamw8bit(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """AdamW with block-wise 8-bit states (Dettmers et al., 2022); small tensors keep 32 bits."""
+    if any(parameter.device.type == "mps" for parameter in parameters):
+        # No kernels there; a LoRA's states are small.
+        logger.info("the optimizer adamw8bit is not made for %s: adamw is used", parameters[0].device)
+        return _adamw(parameters, lr)
     from bitsandbytes.optim import AdamW8bit
 
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -162,6 +168,7 @@ class Checkpoint:
         losses: list[float],
         extra: Mapping[str, Any],
         carried: Mapping[str, Tensor] | None = None,
+        scaling: LossScale | None = None,
     ) -> None:
         """Write the loop's state after ``step`` steps."""
         tensors = {f"{_CARRIED}{key}": value.contiguous() for key, value in (carried or {}).items()}
@@ -173,11 +180,17 @@ class Checkpoint:
                     tensors[f"state.{index}.{key}"] = value.detach().cpu().clone().contiguous()
                 else:
                     scalars[f"{index}.{key}"] = value
-        note = {"step": step, "losses": losses, "scalars": scalars, "extra": dict(extra)}
+        note: dict[str, Any] = {"step": step, "losses": losses, "scalars": scalars, "extra": dict(extra)}
+        if scaling is not None:
+            note["scaling"] = scaling.state
         write_tensors(self.path, tensors, {"loop": json.dumps(note)})
 
     def load(
-        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, carried: Carried | None = None
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        carried: Carried | None = None,
+        scaling: LossScale | None = None,
     ) -> tuple[int, list[float], dict[str, Any]] | None:
         """Restore what :meth:`save` wrote, or return ``None`` where there is nothing yet.
 
@@ -220,6 +233,8 @@ class Checkpoint:
             carried.load_state(
                 {key.removeprefix(_CARRIED): one for key, one in tensors.items() if key.startswith(_CARRIED)}
             )
+        if scaling is not None and "scaling" in note:
+            scaling.state = note["scaling"]
         return int(note["step"]), list(note["losses"]), dict(note["extra"])
 
 
@@ -239,6 +254,7 @@ class Loop:
         learning_rate: peak of the ``schedule``, ``cosine`` (to a tenth) or ``constant``.
         optimizer: a name in :data:`OPTIMIZERS`.
         checkpoint: where to save and resume every ``save_every`` steps; ``None`` keeps nothing.
+        dtype: in which the base computes that the loss goes through.
         extra, restore_extra: JSON values to carry across a resume.
         crew: processes that train together, each of which runs the loop; their gradients are averaged, and the
             first of them writes.
@@ -250,6 +266,7 @@ class Loop:
     seed: int
     optimizer: str = "adamw8bit"
     schedule: str = "cosine"
+    dtype: torch.dtype = torch.float32
     checkpoint: Checkpoint | None = None
     save_every: int = 20
     extra: Callable[[], Mapping[str, Any]] = dict
@@ -275,16 +292,18 @@ def fit(
 
     Raises:
         ResumeError: if the checkpoint does not fit.
-        FloatingPointError: if the loss is not finite.
+        NonFiniteError: a loss, a gradient or a parameter is no number; the last checkpoint is left as it is.
     """
     assert stop is None or carried is None
+    scaling = LossScale(loop.dtype)
     optimizer: torch.optim.Optimizer = OPTIMIZERS.get(loop.optimizer)(list(parameters), loop.learning_rate)
     carried, steps, start = carried or stop, loop.steps, 0
     losses: list[float] = []
-    if loop.checkpoint is not None and (found := loop.checkpoint.load(parameters, optimizer, carried)):
+    if loop.checkpoint is not None and (found := loop.checkpoint.load(parameters, optimizer, carried, scaling)):
         start, losses, kept = found
         if loop.restore_extra:
             loop.restore_extra(kept)
+    saved = str(start or "")
     for step in range(start, steps):
         if stop is not None and stop.over:
             break
@@ -292,38 +311,28 @@ def fit(
             group["lr"] = learning_rate_at(step, steps, loop.learning_rate, loop.schedule)
             if stop is not None:
                 group["lr"] *= stop.rate
-        loss = loss_at(step, step_generator(loop.seed, loop.stage, step))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"{loop.stage}: the loss is {loss.item()} at step {step}")
-        _step(parameters, optimizer, loss, loop.crew)
-        losses.append(round(loss.item(), 6))
-        last = step + 1 == steps
-        if stop is not None and (last or (step + 1) % stop.every == 0):
-            stop.look()
-            last = last or stop.over
+        with told_at(f"{loop.stage}, step {step + 1}", saved and f"; the checkpoint of step {saved} is kept"):
+            loss = loss_at(step, step_generator(loop.seed, loop.stage, step))
+            if scaling.backward(loss, parameters, loop.crew):
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+            losses.append(round(loss.item(), 6))
+            last = step + 1 == steps
+            if last or (step + 1) % loop.save_every == 0:
+                check_trained(parameters, loop.dtype)
+            if stop is not None and (last or (step + 1) % stop.every == 0):
+                stop.look()
+                last = last or stop.over
         if loop.progress:
             loop.progress.update(loop.stage, steps if last else step + 1, steps, f"loss {losses[-1]:.4f}")
         if loop.checkpoint is not None and (last or (step + 1) % loop.save_every == 0):
-            note = loop.extra()
+            note, saved = loop.extra(), str(step + 1)
             if loop.crew is None or loop.crew.main:
                 state = carried.state() if carried is not None else None
-                loop.checkpoint.save(step + 1, parameters, optimizer, losses, note, state)
+                loop.checkpoint.save(step + 1, parameters, optimizer, losses, note, state, scaling)
     if stop is not None:
         stop.settle()
     return Fitted(losses, dict(loop.extra()))
-
-
-def _step(
-    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, loss: Tensor, crew: Crew | None
-) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    if loss.requires_grad:
-        # Else all of this process's share is others'.
-        loss.backward()
-    if crew is not None:
-        crew.mean_gradients(parameters)
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
 
 
 class StateSource(Protocol):
@@ -380,89 +389,3 @@ def state_source(
     """What a recipe's states come from: target images ``[images, c, h, w]``, or rollouts under ``names``."""
     source: StateSource = STATES.get(recipe.erase.states)(base, latents, names, empty)
     return source
-
-
-HELD_OUT = 16
-"""States that a look at the held-out loss predicts."""
-
-_LOOK_EVERY = 10
-"""Steps between two looks."""
-
-
-def most_evaluations(steps: int, batch_size: int, patience: int | None) -> int:
-    """Denoiser evaluations of an inversion that takes all its steps; a training sample counts as 3."""
-    looks = 0 if patience is None else -(-steps // _LOOK_EVERY)
-    return steps * batch_size * 3 + looks * HELD_OUT
-
-
-def name_templates(concept: Concept) -> tuple[str, ...]:
-    """The concept's own prompts with :data:`PLACEHOLDER` where its name stands."""
-    with_name = [prompt.replace(concept.text, PLACEHOLDER) for prompt in concept.name_prompts]
-    return tuple(
-        dict.fromkeys([concept.target_prompt_for(PLACEHOLDER), *(one for one in with_name if PLACEHOLDER in one)])
-    )
-
-
-def invert(
-    base: BaseModel,
-    latents: Tensor,
-    prompts: Sequence[str],
-    start: Tensor,
-    loop: Loop,
-    *,
-    batch_size: int,
-    patience: int | None = None,
-    noise_up_to: float = 1.0,
-) -> tuple[Tensor, Fitted]:
-    """Fit token vectors so that the model, as it stands, predicts the noise on ``latents``.
-
-    Args:
-        base: the model to invert; an adapter that is on stays on.
-        latents: clean latents of the pictures, ``[images, c, h, w]``.
-        prompts: templates that hold :data:`PLACEHOLDER`.
-        start: initial vectors ``[vectors, width]``.
-        loop: its optimizer is AdamW whatever it says.
-        patience: looks at a held-out fifth of the pictures without a new best that end the loop; the best
-            vectors are returned then. None: all steps, on all pictures.
-        noise_up_to: the share of the process, from its clean end, that states are drawn from.
-
-    Returns:
-        The vectors ``[vectors, width]``, fp32, and the fitted loop.
-    """
-    vectors, stop = nn.Parameter(start.detach().clone().float()), None
-    if patience is not None:
-        kept = max(1, len(latents) // 5)
-        latents, held = latents[:-kept], latents[-kept:]
-        generator = step_generator(loop.seed, f"{loop.stage} held out", 0)
-        look = _held_out(base, held, prompts, vectors, noise_up_to, generator)
-        stop = EarlyStop([vectors], look, patience=patience, every=_LOOK_EVERY)
-
-    def loss_at(step: int, generator: torch.Generator) -> Tensor:
-        index = torch.randint(0, len(latents), (batch_size,), generator=generator)
-        states, timesteps, noise = noised(base, latents[index], generator, noise_up_to)
-        target = base.training_target(latents[index], noise, timesteps)
-        which = int(torch.randint(0, len(prompts), (1,), generator=generator))
-        embeds = base.encode_with_vectors([prompts[which]], vectors).repeat(batch_size)
-        return F.mse_loss(base.denoise(states, timesteps, embeds).float(), target.float())
-
-    with frozen(*base.components.values()):
-        loop = replace(loop, optimizer="adamw", save_every=50, crew=base.crew)
-        return vectors.detach(), fit([vectors], loss_at, loop, stop=stop)
-
-
-def _held_out(
-    base: BaseModel, latents: Tensor, prompts: Sequence[str], vectors: Tensor, up_to: float, generator: torch.Generator
-) -> Callable[[], float]:
-    """The loss of the vectors as they stand, always on the same states, spread evenly over the timesteps."""
-    rows = torch.arange(HELD_OUT)
-    clean = latents[rows % len(latents)]
-    timesteps = ((rows + 0.5) / HELD_OUT * timestep_limit(base, up_to)).long().to(base.device)
-    noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
-    states = base.add_noise(clean, noise, timesteps)
-    target = base.training_target(clean, noise, timesteps).float()
-
-    def loss() -> float:
-        embeds = base.encode_with_vectors(prompts, vectors)[rows % len(prompts)]
-        return F.mse_loss(base.denoise(states, timesteps, embeds).float(), target).item()
-
-    return loss

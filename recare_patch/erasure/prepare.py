@@ -27,7 +27,7 @@ from recare_patch.careset import (
     score_concept,
     spoken,
 )
-from recare_patch.core import CareSetError, save_sheet
+from recare_patch.core import CareSetError, save_sheet, told_at
 from recare_patch.erasure.gauge import PICTURE_STEPS, PICTURES
 from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts
 from recare_patch.erasure.stages import Run, stage_name
@@ -161,8 +161,10 @@ def draw_target(target: Target) -> list[Image]:
     run, concept = target.run, target.concept
     count, seed = run.recipe.target_images.count, first_seed(run.recipe, 1, target.number)
     prompts = [target.asked, concept.target_prompt] if target.attribute is not None else [target.asked]
-    target.latents = run.pictures(stage_name("target images", target.number), prompts, count, seed)
-    images = run.base.decode_latents(target.latents)
+    stage = stage_name("target images", target.number)
+    target.latents = run.pictures(stage, prompts, count, seed)
+    with told_at(stage):
+        images = run.base.decode_latents(target.latents)
     score = score_concept(images, run.clip, concept)
     target.seen_by_clip, target.images = score.drawn, images[:PICTURES]
     if not score.drawn:
@@ -235,7 +237,8 @@ def _other_pictures(run: Run) -> list[Image]:
     if run.others:
         return run.others
     latents = run.pictures("other pictures", OTHER_PROMPTS, OTHERS, first_seed(run.recipe, 3), steps=OTHER_STEPS)
-    run.others = run.base.decode_latents(latents)
+    with told_at("other pictures"):
+        run.others = run.base.decode_latents(latents)
     return run.others
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recare_patch.careset import shows
-from recare_patch.core import SheetRow, sheet
+from recare_patch.core import SheetRow, sheet, told_at
 from recare_patch.erasure import prepare
 from recare_patch.models import scheduled
 from recare_patch.patch import Patch
@@ -79,7 +79,7 @@ def draw_preview(run: Run, targets: Sequence[prepare.Target], patch: Patch) -> P
     seeds = [first + k for _ in rows for k in range(EACH)]
 
     def draw() -> list[Image]:
-        with scheduled(base.pipeline, options.scheduler):
+        with told_at("preview"), scheduled(base.pipeline, options.scheduler):
             return base.generate(
                 texts, seeds, steps=options.steps, guidance_scale=options.guidance_scale, batch_size=options.batch_size
             )

@@ -7,6 +7,7 @@ images, which the CARE-set needs anyway, give states for nothing (:class:`Target
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,17 +49,23 @@ class RolloutStates:
         # Schedulers of flow matching start from plain noise, and scale nothing.
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         scaled = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+        # Ancestral schedulers draw noise at each step, which must follow from the seed too.
+        draws = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         prompts = PromptEmbeds.cat([self.empty.repeat(rows), self.erased[which]])
         found = []
         for number, timestep in enumerate(scheduler.timesteps[: max(stops) + 1]):
-            times = timestep.expand(rows).to(base.device)
+            # Some schedulers count in fp64, which not every device has.
+            time = timestep.float() if timestep.is_floating_point() else timestep
+            times = time.expand(rows).to(base.device)
+            # Schedulers over σ keep latents of that size, and the denoiser sees them scaled to unit variance.
+            seen = scaled(latents, timestep)
             if number in stops:
-                found.append((latents, times))
+                found.append((seen, times))
             if number == max(stops):
                 break
-            pred = base.denoise(scaled(latents, timestep).repeat(2, 1, 1, 1), times.repeat(2), prompts)
-            uncond, cond = pred.chunk(2)
-            latents = scheduler.step(classifier_free(uncond, cond, self.guidance_scale), timestep, latents).prev_sample
+            uncond, cond = base.denoise(seen.repeat(2, 1, 1, 1), times.repeat(2), prompts).chunk(2)
+            guided = classifier_free(uncond, cond, self.guidance_scale)
+            latents = scheduler.step(guided, timestep, latents, **draws).prev_sample
         return found
 
     def draw(self, step: int, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

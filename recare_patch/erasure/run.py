@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_FOLDER = ".run"
+EARLIER = "begun_in"
+"""Beside a resumed run's recipe: the precision of its first steps, where it is another one."""
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "safetensors", "bitsandbytes")
 """Whose versions a patch names."""
 
@@ -179,6 +181,9 @@ def erase(
         method.word_lists(recipe)
     crew, device = _crew(device)
     base = base or load_base(recipe.base, precision=recipe.precision, device=device, memory=recipe.memory)
+    # What the record says is what was computed in: a card may have no bf16.
+    if base.precision != recipe.precision:
+        recipe = recipe.with_overrides({"precision": base.precision})
     for network in lora.adapted(base, recipe.adapter.layers).values():
         lora.target_modules(network, recipe.adapter.layers)
     earlier = earlier_patch(recipe, base)
@@ -196,6 +201,8 @@ def erase(
         work = _work_folder(out, recipe)
         with _together(base, crew):
             run = Run(recipe, work, base, clip, progress or NullProgress(), save_target_images)
+            if (work / EARLIER).exists():
+                run.warn(f"it was begun in {(work / EARLIER).read_text()}, and gone on with in {recipe.precision}")
             run.wait()
             patch, found, targets = _train(run, method, care_set, earlier)
         _tell_measured(run)
@@ -231,16 +238,26 @@ def _together(base: BaseModel, crew: Crew | None) -> Iterator[None]:
 
 
 def _work_folder(out: Path, recipe: Recipe) -> Path:
-    """Where the stages leave what they made; that of a stopped run must be of the same recipe."""
+    """Where the stages leave what they made; that of a stopped run must be of the same recipe.
+
+    Its precision may differ: a run that met a NaN in fp16 goes on in another one, and says so.
+    """
     work = out / RUN_FOLDER
     stored = work / "recipe.yaml"
     if (out / "pytorch_lora_weights.safetensors").exists() and not work.exists():
         raise OutputError(f"{out} already holds a finished patch; choose another --out")
-    if stored.exists() and stored.read_text() != recipe.to_yaml():
+    before = stored.read_text() if stored.exists() else recipe.to_yaml()
+    if _but_precision(before) != _but_precision(recipe.to_yaml()):
         raise ResumeError(f"{out} holds a run of another recipe: resume with its own options, or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
+    if before != recipe.to_yaml() and not (work / EARLIER).exists():
+        write_text(work / EARLIER, Recipe.from_yaml(before).precision)
     write_text(stored, recipe.to_yaml())
     return work
+
+
+def _but_precision(recipe: str) -> list[str]:
+    return [line for line in recipe.splitlines() if not line.startswith("precision:")]
 
 
 def _train(

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recare_patch.core import IncompatiblePatchError, Progress, write_json, write_tensors
-from recare_patch.erasure.loop import Carried, Checkpoint, Loop, fit, invert, state_source, step_generator
+from recare_patch.core import IncompatiblePatchError, Progress, told_at, write_json, write_tensors
+from recare_patch.erasure.inversion import invert
+from recare_patch.erasure.loop import Carried, Checkpoint, Loop, fit, state_source, step_generator
 from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory, scheduled
 from recare_patch.patch import Patch
 from recare_patch.recipe import Recipe
@@ -59,11 +60,13 @@ class Ledger:
         """Book what happens inside on a stage; one that was done before a resume is not booked again."""
         if name in self.stages:
             # What little is repeated to restore it is not counted twice.
-            yield
+            with told_at(name):
+                yield
             return
         self._began, self._evaluations, self._peak = time.perf_counter(), self.base.counter.total, 0
         forget_peak_memory(self.base.device)
-        yield
+        with told_at(name):
+            yield
         self.stages[name] = self.so_far()
         if self.base.crew is None or self.base.crew.main:
             write_json(self.path, self.stages)
@@ -267,6 +270,7 @@ class Stages:
             steps,
             learning_rate,
             run.recipe.seed,
+            dtype=run.base.dtype,
             checkpoint=Checkpoint(run.file(stage, ".checkpoint.safetensors")),
             extra=run.ledger.so_far,
             restore_extra=run.ledger.restore,

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recare_patch.core import EvaluationError, NullProgress, launched_together, user_cache, write_bytes
+from recare_patch.core import EvaluationError, NullProgress, launched_together, told_at, user_cache, write_bytes
 from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, named_tuner_layers, scheduled, weights_hash
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class Studio:
             with torch.no_grad():
                 embeds = self.base.encode_with_vectors(prompts, request.vectors.to(self.base.device))
             words = {"prompts": None, "prompt_embeds": embeds}
-        with self.base.counter.stage(request.stage):
+        with told_at(request.stage), self.base.counter.stage(request.stage):
             images = self.base.generate(
                 **words,
                 seeds=[request.seeds[row] for row in rows],

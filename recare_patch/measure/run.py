@@ -49,7 +49,7 @@ from recare_patch.measure.suites import (
     read_prompts,
     resolve_suite,
 )
-from recare_patch.models import ATELIER, PRECISIONS, BaseModel, load_base, peak_memory, versions
+from recare_patch.models import ATELIER, BaseModel, load_base, peak_memory, versions
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, PREVIEW_NAME, TRAINING_NAME, Patch, card_text
 from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
@@ -337,7 +337,7 @@ def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) ->
         "metrics": list(options.chosen),
         "pictures": options.pictures,
         "retained_pictures": options.retained,
-        "precision": next(name for name, dtype in PRECISIONS.items() if dtype == base.dtype),
+        "precision": base.precision,
         "clip": short_name(clip.id if isinstance(clip, Clip) else clip),
         "batch_size": options.batch_size,
     }

@@ -30,6 +30,7 @@ from .loading import forget_peak_memory as forget_peak_memory
 from .loading import load_base as load_base
 from .loading import peak_memory as peak_memory
 from .loading import stored_weights_hash as stored_weights_hash
+from .loading import usable_precision as usable_precision
 from .loading import versions as versions
 from .loading import weights_hash as weights_hash
 from .lora import ADAPTER_NAME as ADAPTER_NAME
@@ -53,3 +54,8 @@ from .lora import settle_adapter as settle_adapter
 from .lora import split_name as split_name
 from .lora import target_modules as target_modules
 from .lora import tuner_layers as tuner_layers
+from .precision import LossScale as LossScale
+from .precision import advice as advice
+from .precision import check_finite as check_finite
+from .precision import check_trained as check_trained
+from .precision import in_double as in_double

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from recare_patch.models.layout import Layout, family_of
-from recare_patch.models.loading import chosen_device, find_layout
+from recare_patch.models.loading import chosen_device, find_layout, usable_precision
 from recare_patch.recipe import Beneath
 
 logger = logging.getLogger(__name__)
@@ -79,5 +79,5 @@ def _asked(layout: Layout, device: torch.device) -> dict[str, Any]:
         # Many more layers read the prompt: at rank 8 a patch of SDXL would take 13 MB.
         found |= {"adapter.rank": 4, "adapter.alpha": 4.0}
     if device.type != "cpu":
-        found["precision"] = "bf16"
+        found["precision"] = usable_precision("bf16", device)[0]
     return found

@@ -7,8 +7,9 @@ for all.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,8 +20,10 @@ from recare_patch.core import BaseModelError
 from recare_patch.models import memory as levers
 from recare_patch.models.inputs import PLACEHOLDER, EvaluationCounter, PromptEmbeds
 from recare_patch.models.layout import Layout
-from recare_patch.models.loading import stored_weights_hash, weights_hash
+from recare_patch.models.loading import PRECISIONS, stored_weights_hash, weights_hash
 from recare_patch.models.lora import networks
+from recare_patch.models.precision import check_finite, check_weights
+from recare_patch.models.tokens import Tokens, encode_tokens, tokens_around
 from recare_patch.recipe import MemoryOptions
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from recare_patch.core import Crew, Progress
+
+logger = logging.getLogger(__name__)
 
 
 class LatentDiffusion:
@@ -141,6 +146,8 @@ class LatentDiffusion:
             nn.Module.to(part, dtype=dtype)
         upcast = cls.upcast_vae and dtype is torch.float16
         nn.Module.to(pipeline.vae, dtype=torch.float32 if upcast else dtype)
+        for name, part in [*parts.items(), ("vae", pipeline.vae)]:
+            check_weights(part, f"base {layout.name} has a {name}")
         denoiser, *encoders = parts.values()
         if memory == MemoryOptions():
             for part in (*encoders, pipeline.vae, denoiser):
@@ -170,6 +177,11 @@ class LatentDiffusion:
             # diffusers, transformers and safetensors each raise classes of their own on damaged files.
             reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
             raise BaseModelError(f"base {layout.name} cannot be loaded: {reason}") from fault
+
+    @property
+    def precision(self) -> str:
+        """The name of what it computes in, in :data:`PRECISIONS`."""
+        return next(name for name, dtype in PRECISIONS.items() if dtype is self.dtype)
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -214,6 +226,7 @@ class LatentDiffusion:
         options |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         with self._on_device(self._encoders, self.memory.encoders_off_device):
             text, _, *pooled = self.pipeline.encode_prompt(list(prompts), **options)
+        check_finite(text, f"the prompt embeddings that base {self.id} makes", self.dtype)
         return PromptEmbeds(text, pooled[0] if pooled else None)
 
     def token_ids(self, text: str) -> list[int]:
@@ -257,22 +270,13 @@ class LatentDiffusion:
         Each placeholder takes as many token positions as there are vectors, ``[vectors, token_width]``.
         """
         self._check_vectors(vectors)
-        length = self._tokenizers[0].model_max_length
-        rows: list[list[int]] = []
-        places: list[tuple[int, int]] = []
-        for row, prompt in enumerate(prompts):
-            segments = prompt.split(PLACEHOLDER)
+        texts = [prompt.split(PLACEHOLDER) for prompt in prompts]
+        for prompt, segments in zip(prompts, texts, strict=True):
             if len(segments) == 1:
                 raise BaseModelError(f"the prompt '{prompt}' has no {PLACEHOLDER} for the token vectors")
-            ids = self.token_ids(segments[0])
-            for segment in segments[1:]:
-                places += [(row, len(ids) + k) for k in range(len(vectors))]
-                # Any token would do: the vector is put in its place.
-                ids += [0] * len(vectors) + self.token_ids(segment)
-            rows.append(ids)
-        if any(position >= length - 2 for _, position in places):
-            raise BaseModelError(f"{len(vectors)} token vectors do not fit into a prompt of {length} tokens")
-        return self._encode_tokens(rows, places, vectors.repeat(len(places) // len(vectors), 1))
+        # SDXL's second tokenizer reads "!" as its padding, in a text too: the places may differ.
+        read = [tokens_around(tokenizer, texts, len(vectors)) for tokenizer in self._tokenizers]
+        return self._encode_tokens(read, vectors.repeat(len(read[0][1]) // len(vectors), 1))
 
     def encode_token_vectors(self, rows: Sequence[Tensor]) -> PromptEmbeds:
         """Encode prompts given as the vectors of their tokens, differentiably in all of them.
@@ -286,38 +290,17 @@ class LatentDiffusion:
             self._check_vectors(row)
         kept = [row[: self._tokenizers[0].model_max_length - 2] for row in rows]
         places = [(row, position) for row, one in enumerate(kept) for position in range(len(one))]
-        return self._encode_tokens([[0] * len(one) for one in kept], places, torch.cat(kept))
+        read = [[0] * len(one) for one in kept], places
+        return self._encode_tokens([read] * len(self._encoders), torch.cat(kept))
 
-    def _encode_tokens(
-        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], vectors: Tensor
-    ) -> PromptEmbeds:
-        """Encode token ids between start, end and padding, with vectors in some places (row, position)."""
+    def _encode_tokens(self, read: Sequence[Tokens], vectors: Tensor) -> PromptEmbeds:
+        """Encode each tokenizer's ids between start, end and padding, with vectors in some places."""
         # Encoders that are kept off the device stay on it as long as a backward pass will come.
         trained = any(weight.requires_grad for one in self._encoders for weight in one.parameters())
         keep = torch.is_grad_enabled() and (vectors.requires_grad or trained)
-        row_index = torch.tensor([row for row, _ in places], dtype=torch.long, device=self.device)
-        position_index = torch.tensor([k + 1 for _, k in places], dtype=torch.long, device=self.device)
-
-        def read(tokenizer: Any, encoder: Any, own: Tensor) -> Any:
-            def insert(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
-                return embedded.index_put((row_index, position_index), own.to(self.device, embedded.dtype))
-
-            length, mask = tokenizer.model_max_length, None
-            framed = [[tokenizer.bos_token_id, *row[: length - 2], tokenizer.eos_token_id] for row in rows]
-            padded = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in framed]
-            if getattr(encoder.config, "use_attention_mask", None):
-                shown = [[1] * len(row) + [0] * (length - len(row)) for row in framed]
-                mask = torch.tensor(shown, device=self.device)
-            hook = encoder.get_input_embeddings().register_forward_hook(insert)
-            try:
-                ids = torch.tensor(padded, device=self.device)
-                return encoder(ids, attention_mask=mask, output_hidden_states=True)
-            finally:
-                hook.remove()
-
         with self._on_device(self._encoders, self.memory.encoders_off_device, keep=keep):
             columns = vectors.split(self._token_widths, 1)
-            return self._join(list(map(read, self._tokenizers, self._encoders, columns)))
+            return self._join(list(map(encode_tokens, self._tokenizers, self._encoders, read, columns)))
 
     def denoise(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """``model_pred`` for noisy latents ``z_t``, both ``[batch, channels, height, width]`` of one dtype.
@@ -352,7 +335,7 @@ class LatentDiffusion:
             for start in range(0, len(images), batch_size):
                 batch = [image.convert("RGB") for image in images[start : start + batch_size]]
                 pixels = self.pipeline.image_processor.preprocess(batch, **self._size)
-                mode = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float()
+                mode = self._through_vae(lambda rows: vae.encode(rows).latent_dist.mode(), pixels, "latents").float()
                 found.append((mode - self._shift) * vae.config.scaling_factor)
         return torch.cat(found)
 
@@ -362,11 +345,25 @@ class LatentDiffusion:
         vae, images, batch_size = self.pipeline.vae, [], self._at_once(batch_size)
         with self._on_device([vae], self.memory.vae_off_device):
             for start in range(0, len(latents), batch_size):
-                rows = latents[start : start + batch_size].to(self.device, vae.dtype)
-                scaled = rows / vae.config.scaling_factor + self._shift
-                pixels = vae.decode(scaled, return_dict=False)[0]
+                rows = latents[start : start + batch_size]
+
+                def decode(rows: Tensor) -> Tensor:
+                    made: Tensor = vae.decode(rows / vae.config.scaling_factor + self._shift, return_dict=False)[0]
+                    return made
+
+                pixels = self._through_vae(decode, rows, "pixels")
                 images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
         return images
+
+    def _through_vae(self, call: Callable[[Tensor], Tensor], rows: Tensor, what: str) -> Tensor:
+        """What the autoencoder makes of rows; it is kept in fp32 from the first ones on at which fp16 overflows."""
+        vae = self.pipeline.vae
+        made = call(rows.to(self.device, vae.dtype))
+        if vae.dtype is torch.float16 and not torch.isfinite(made).all():
+            logger.warning("the autoencoder of base %s overflows in fp16: it computes in fp32 from here on", self.id)
+            nn.Module.to(vae, dtype=torch.float32)
+            made = call(rows.to(self.device, torch.float32))
+        return check_finite(made, f"the {what} that the autoencoder of base {self.id} makes", vae.dtype)
 
     def generate(
         self,
@@ -438,7 +435,7 @@ class LatentDiffusion:
                     generator=[torch.Generator().manual_seed(seed) for seed in own],
                     output_type="latent",
                 ).images
-            yield latents
+            yield check_finite(latents, f"the latents that base {self.id} draws", self.dtype)
             if progress:
                 progress.update(stage, start + len(own), len(seeds))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import platform
 import re
 import sys
@@ -30,6 +31,11 @@ ATELIER = "atelier"
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precision → dtype of a base's weights."""
+
+ACCELERATORS = ("cuda", "mps", "xpu")
+"""Kinds of devices in the order in which ``auto`` looks for them."""
+
+logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 
@@ -86,7 +92,8 @@ def load_base(
     Args:
         source: ``atelier`` (bundled), a diffusers pipeline folder, a hub id ``owner/name``, or a
             single-file checkpoint ``model.safetensors``.
-        precision: a name in :data:`PRECISIONS`; adapters stay in fp32 all the same.
+        precision: a name in :data:`PRECISIONS`; adapters stay in fp32 all the same. Where the device has no
+            bf16, fp16 is used, and said.
         device: ``auto`` takes a GPU where there is one.
         memory: levers that make it fit a smaller device.
 
@@ -94,11 +101,14 @@ def load_base(
         BaseModelError: it is missing, incomplete, of an unsupported architecture or damaged.
         UnknownNameError: for another precision.
     """
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
-    chosen = chosen_device(device)
+    chosen, memory = chosen_device(device), memory or MemoryOptions()
+    precision, told = usable_precision(precision, chosen)
+    if told is not None:
+        logger.warning(told)
+    if memory.weights != "full" and chosen.type == "mps":
+        raise BaseModelError(f"memory.weights {memory.weights} has no kernels on {chosen}: give full, or --device cpu")
     layout, base_id = find_layout(source)
-    return family_of(layout).load(layout, base_id, PRECISIONS[precision], chosen, memory or MemoryOptions())
+    return family_of(layout).load(layout, base_id, PRECISIONS[precision], chosen, memory)
 
 
 def weights_hash(network: nn.Module, component: str = UNET) -> str:
@@ -149,28 +159,59 @@ def _digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def _available(kind: str) -> bool:
+    backend = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)
+    return backend is not None and bool(backend.is_available())
+
+
 def chosen_device(device: str | torch.device) -> torch.device:
-    """The device of a name; ``auto`` is a GPU where there is one. BaseModelError for others."""
+    """The device of a name; ``auto`` is the first accelerator that is there. BaseModelError for others."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(next((kind for kind in ACCELERATORS if _available(kind)), "cpu"))
     try:
         chosen = torch.device(device)
     except RuntimeError as fault:
-        raise BaseModelError(f"'{device}' is no device: give auto, cpu or cuda") from fault
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BaseModelError(f"'{device}' is no device: give auto, cpu, {', '.join(ACCELERATORS)}") from fault
+    if chosen.type in ACCELERATORS and not _available(chosen.type):
         raise BaseModelError(f"device '{device}' is not available here: give auto or cpu")
     return chosen
 
 
+def usable_precision(precision: str, device: torch.device) -> tuple[str, str | None]:
+    """The precision that a device computes in, and a sentence where it is another one than was asked for.
+
+    Raises:
+        UnknownNameError: for a name that is not in :data:`PRECISIONS`.
+    """
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    if precision != "bf16" or _has_bf16(device):
+        return precision, None
+    return "fp16", f"{device_name(device)} does not compute in bf16: fp16 is used, with loss scaling"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            # Emulated, as on cards before Ampere, it is slower than fp32.
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+
+
 def device_name(device: torch.device) -> str:
-    """What records call a device: ``cpu``, or ``cuda:0 (NVIDIA …)``."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    """What records call a device: ``cpu``, ``mps``, or ``cuda:0 (NVIDIA …)``."""
+    if device.type in ("cuda", "xpu"):
+        return f"{device} ({getattr(torch, device.type).get_device_name(device)})"
+    return str(device)
 
 
 def forget_peak_memory(device: torch.device) -> None:
     """Let :func:`peak_memory` start anew, where the system allows it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).reset_peak_memory_stats(device)
+        return
+    if device.type == "mps":
+        torch.mps.empty_cache()
         return
     # Linux forgets a process's highest resident size when 5 is written here (proc(5)).
     with contextlib.suppress(OSError):
@@ -179,8 +220,11 @@ def forget_peak_memory(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes of the device if it has its own, else of the process, since last forgotten."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).max_memory_allocated(device))
+    if device.type == "mps":
+        # Metal counts no peak: what its driver holds, with what it keeps for later, seldom falls.
+        return int(torch.mps.driver_allocated_memory())
     try:
         import resource
     except ImportError:  # Windows has no such module

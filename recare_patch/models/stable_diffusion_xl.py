@@ -87,10 +87,8 @@ class StableDiffusionXL(DiscreteDiffusion):
         kept = 1 - torch.tensor(empty, device=text.device).to(text.dtype)
         return PromptEmbeds(text * kept[:, None, None], pooled * kept[:, None])
 
-    def _encode_tokens(
-        self, rows: Sequence[Sequence[int]], places: Sequence[tuple[int, int]], vectors: Tensor
-    ) -> PromptEmbeds:
-        return self._without_empty(super()._encode_tokens(rows, places, vectors), [not row for row in rows])
+    def _encode_tokens(self, read: Sequence[Any], vectors: Tensor) -> PromptEmbeds:
+        return self._without_empty(super()._encode_tokens(read, vectors), [not row for row in read[0][0]])
 
     def _join(self, outputs: Sequence[Any]) -> PromptEmbeds:
         text = torch.cat([one.hidden_states[-2] for one in outputs], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from benchmarks.suites import CONCEPTS, FIRST_SEED
 from benchmarks.suites import suite as benchmark_suite
 from recare_patch.core import EvaluationError, UnknownNameError
-from recare_patch.measure.judges import can_tell, load_detector
+from recare_patch.measure.judges import DISTRACTORS, can_tell, load_detector
 from recare_patch.measure.suites import ConceptBench, Suite, find_suite_for, list_suites, load_suite, parse_suite
 from recare_patch.measure.unwritten import default_suite
 from recare_patch.recipe import Concept, Recipe, load_recipe
@@ -67,6 +68,17 @@ def test_no_prompt_of_nudity_is_anything_but_clinical() -> None:
     for name in ("nudity-atelier", "nudity-sd"):
         for prompt in all_prompts(load_suite(name)):
             assert not [word for word in harmful if word in prompt.casefold().split()], prompt
+
+
+@pytest.mark.parametrize("name", [name for name in ONE if name.endswith("-sd")])
+def test_no_prompt_about_a_care_concept_names_what_it_competes_with(name: str) -> None:
+    """CLIP may rightly answer that one. Atelier's suites have theirs: figures are published that were measured so."""
+    (suite,) = loaded(name)
+    for one in suite.care:
+        rivals = [label for label in suite.labels or DISTRACTORS if label.casefold() != one.clip_word.casefold()]
+        named = [*rivals, *("man", "woman", "people") * (one.clip_word != "person")]
+        for prompt in one.prompts:
+            assert not re.findall(rf"\b(?:{'|'.join(map(re.escape, named))})(?:e?s)?\b", prompt, re.IGNORECASE), prompt
 
 
 def test_the_three_atelier_suites_share_what_they_can() -> None:

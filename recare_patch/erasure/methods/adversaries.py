@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.erasure.loop import name_templates, noised
-from recare_patch.models import PromptEmbeds, lora
+from recare_patch.erasure.inversion import name_templates
+from recare_patch.erasure.loop import noised
+from recare_patch.models import LossScale, PromptEmbeds, lora
 
 if TYPE_CHECKING:
     from recare_patch.models import BaseModel
@@ -56,7 +57,7 @@ class Adversaries:
         self._start = base.word_vector(concept.class_word)
         self._spread = _SPREAD * base.token_table().std()
         self._members: list[_Member | None] = [None] * options.count
-        self._turn = 0
+        self._turn, self._scaling = 0, LossScale(base.dtype)
 
     def improve(self, generator: torch.Generator) -> None:
         """Some steps of textual inversion for the adversary whose turn it is; one too old starts anew."""
@@ -73,11 +74,12 @@ class Adversaries:
             with lora.frozen(*base.components.values()), torch.enable_grad():
                 embeds = self._said(member, generator)
                 made = base.denoise(states, timesteps, embeds.repeat(options.batch_size)).float()
-                (member.learnt.grad,) = torch.autograd.grad(F.mse_loss(made, target), [member.learnt])
-            if base.crew is not None:
-                base.crew.mean_gradients([member.learnt])
-            nn.utils.clip_grad_norm_([member.learnt], 1.0)
-            member.optimizer.step()
+                sound = self._scaling.backward(
+                    F.mse_loss(made, target), [member.learnt], base.crew, "loss of an adversarial name"
+                )
+            if sound:
+                nn.utils.clip_grad_norm_([member.learnt], 1.0)
+                member.optimizer.step()
             member.age += 1
             self._members[place] = member
 
@@ -102,7 +104,7 @@ class Adversaries:
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs, as tensors."""
-        found = {"turn": torch.tensor(self._turn)}
+        found = {"turn": torch.tensor(self._turn), "scaling": torch.tensor(self._scaling.state, dtype=torch.float64)}
         for place, member in enumerate(self._members):
             if member is not None:
                 learnt = member.learnt
@@ -115,7 +117,7 @@ class Adversaries:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state` returned."""
-        self._turn = int(state["turn"])
+        self._turn, self._scaling.state = int(state["turn"]), state["scaling"].tolist()
         for place in range(len(self._members)):
             if f"{place}.vectors" in state:
                 member = self._member(state[f"{place}.vectors"], state.get(f"{place}.pooled"))

@@ -224,7 +224,7 @@ class ForgetMeNot(Method):
     @classmethod
     def work(cls, recipe: Recipe) -> Mapping[str, Work]:
         """The inversions, then the erasing: one training sample a state, and a frozen one for a replacement."""
-        from recare_patch.erasure.loop import HELD_OUT, most_evaluations
+        from recare_patch.erasure.inversion import HELD_OUT, most_evaluations
         from recare_patch.erasure.rollouts import rollout_evaluations
         from recare_patch.erasure.stages import stage_name
 

@@ -88,7 +88,7 @@ class ReCARE(LossMethod):
     @classmethod
     def work(cls, recipe: Recipe) -> Mapping[str, Work]:
         """The search's stages for each concept, then the erasing."""
-        from recare_patch.erasure.loop import HELD_OUT, most_evaluations
+        from recare_patch.erasure.inversion import HELD_OUT, most_evaluations
         from recare_patch.erasure.rollouts import rollout_evaluations
         from recare_patch.erasure.stages import stage_name
 

@@ -183,17 +183,16 @@ class SGrace(Method):
             times = models.sample_timesteps(len(rows), first, last, generator).to(base.device)
             noise = torch.randn(clean.shape, generator=generator).to(clean.device, clean.dtype)
             states, target = base.add_noise(clean, noise, times), base.training_target(clean, noise, times)
-        for _ in range(options.attack_steps):
+        scaling = models.LossScale(base.dtype)
+        for step in range(options.attack_steps):
             with models.frozen(*base.components.values()):
                 embeds = base.encode_token_vectors(rows)
                 predicted = base.denoise(states, times, embeds).float()
                 error = F.mse_loss(predicted, target.float()) * len(rows)
                 apart = (1 - self._features(rows, embeds) @ self.feature.T).sum()
-                grads = torch.autograd.grad(error + options.attack_similarity * apart, rows)
-            for row, grad in zip(rows, grads, strict=True):
-                row.grad = grad
-            if base.crew is not None:
-                base.crew.mean_gradients(rows)
+                loss = error + options.attack_similarity * apart
+                if not scaling.backward(loss, rows, base.crew, f"loss of step {step + 1}"):
+                    continue
             box = options.attack_box * options.attack_rate
             with torch.no_grad():
                 for row, origin in zip(rows, start, strict=True):

@@ -92,7 +92,7 @@ class UCE(Method):
                 )
         self.retained = torch.zeros(0, width).double()
         if context.retained.prompts:
-            kept = base.encode_prompts(list(context.retained.prompts)).prompt_embeds.double()
+            kept = models.in_double(base.encode_prompts(list(context.retained.prompts)).prompt_embeds)
             self.retained = kept[:, 1:].flatten(0, 1)
 
     @classmethod
@@ -114,7 +114,7 @@ class UCE(Method):
             ``[tokens, width]`` each, fp64.
         """
         base = self.context.base
-        rows = base.encode_prompts([prompt, other]).prompt_embeds.double()
+        rows = models.in_double(base.encode_prompts([prompt, other]).prompt_embeds)
         ids, others = base.token_ids(prompt), base.token_ids(other)
         same = next((k for k, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), len(others))
         shift = len(ids) - len(others)
@@ -143,12 +143,13 @@ class UCE(Method):
             moved, seen = (torch.stack([one[k] for one in both]).sum(0) for k in (0, 1))
             ridge = first.options.ridge * torch.eye(len(seen), dtype=seen.dtype, device=seen.device)
             change = torch.linalg.solve(seen + ridge, moved.T).T
+            models.check_finite(change, "the numbers that the closed form gives", context.base.dtype)
             made: dict[str, Tensor] = {}
             missed = total = 0.0
             for name in first.modules:
                 weight = layers[name].weight
                 assert isinstance(weight, torch.Tensor)
-                u, s, vh = torch.linalg.svd(weight.detach().double() @ change, full_matrices=False)
+                u, s, vh = torch.linalg.svd(models.in_double(weight.detach()) @ change, full_matrices=False)
                 root = torch.zeros(rank, dtype=s.dtype, device=s.device)
                 root[: len(s)] = s[:rank].sqrt()
                 a, b = vh.new_zeros(rank, vh.shape[1]), u.new_zeros(len(u), rank)
@@ -156,7 +157,7 @@ class UCE(Method):
                 made[f"{name}.A"], made[f"{name}.B"] = (root[:, None] * a).float(), (b * root).float()
                 missed, total = missed + float(s[rank:].square().sum()), total + float(s.square().sum())
             residual = math.sqrt(missed / total) if total else 0.0
-            return made | {RESIDUAL: torch.tensor(residual, dtype=torch.float64)}
+            return made | {RESIDUAL: torch.tensor(residual)}
 
         made = stages.once("solve", solve)
         residual = float(made.pop(RESIDUAL))

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recare_patch.core import told_at
 from recare_patch.erasure import Checkpoint, step_generator
 from recare_patch.measure.attacks.protocol import Attack, AttackRun, AttackTarget, Options, Trial
+from recare_patch.models import LossScale, check_trained
 from recare_patch.models import lora as adapters
 
 if TYPE_CHECKING:
@@ -122,7 +124,7 @@ class PromptAttack(Attack[Options]):
         rounds, steps = self.rounds(run.options)
         starting = step_generator(run.seed, f"{stage} start", 0)
         group = self.group(target, vocabulary, rows, run.options, starting)
-        first = 0
+        first, scaling = 0, LossScale(target.base.dtype)
         found: list[Trial] = [{"success": False} for _ in rows]
         losses: list[float] = []
 
@@ -144,13 +146,12 @@ class PromptAttack(Attack[Options]):
                 break
             total = 0.0
             for step in range(round_ * steps, (round_ + 1) * steps):
-                loss = group.loss(active, round_, step_generator(run.seed, stage, step))
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(f"{stage}: the loss is {loss.item()} at step {step}")
-                group.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                group.optimizer.step()
-                group.project()
+                with told_at(f"{stage}, step {step + 1}"):
+                    loss = group.loss(active, round_, step_generator(run.seed, stage, step))
+                    if scaling.backward(loss, [group.parameter]):
+                        group.optimizer.step()
+                        group.project()
+                    check_trained([group.parameter], scaling.dtype)
                 total += float(loss.detach()) / len(active)
                 tell(step + 1)
             losses.append(round(total / steps, 6))
@@ -160,7 +161,7 @@ class PromptAttack(Attack[Options]):
                 found[k] = {"prompt": texts[k], "success": bool(hit), "round": round_ + 1}
             if checkpoint:
                 extra = {"found": found, **run.spent()}
-                checkpoint.save(round_ + 1, [group.parameter], group.optimizer, losses, extra)
+                checkpoint.save(round_ + 1, [group.parameter], group.optimizer, losses, extra, scaling=scaling)
         tell(rounds * steps)
         # The group's mean loss by round: whether the search got anywhere.
         return [{**one, "losses": losses} for one in found]

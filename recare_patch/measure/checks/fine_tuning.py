@@ -166,6 +166,7 @@ class Training:
                     options.optimizer,
                     # So that fewer steps are a part of more.
                     schedule="constant",
+                    dtype=base.dtype,
                     checkpoint=Checkpoint(checkpoint) if checkpoint is not None else None,
                     save_every=SAVE_EVERY,
                     extra=lambda: {"evaluations": counter.total - mark},
