@@ -57,6 +57,72 @@ def make_tiny_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = 77, p
     )
 
 
+def real_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's own vocabulary, 49,408 tokens, and its merges, from the file that its package ships.
+
+    pytest skips where the package `openai-clip`, of the extra `test`, is not there; it is never imported.
+    """
+    import gzip
+    from importlib.util import find_spec
+
+    import pytest
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    spec = find_spec("clip")
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    found = [file for place in places for file in Path(place).glob("bpe_simple_vocab_16e6.txt.gz")]
+    if not found:
+        pytest.skip("CLIP's vocabulary comes with the package openai-clip, which is not installed")
+    letters = list(bytes_to_unicode().values())
+    assert set(letters) == set(ByteLevel.alphabet())
+    lines = gzip.decompress(found[0].read_bytes()).decode().split("\n")[1:48895]
+    merges = [(first, second) for first, second in (line.split() for line in lines)]
+    entries = [*letters, *(f"{one}</w>" for one in letters), *map("".join, merges), _START, _END]
+    return {token: index for index, token in enumerate(entries)}, merges
+
+
+def make_real_tokenizer(*, padding: str = _END) -> Any:
+    """CLIP's own tokenizer; OpenCLIP's pad with "!" instead of the end of the text."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = real_vocabulary()
+    markers = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": padding}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77, **markers)
+
+
+def as_on_the_hub(folder: Path) -> Path:
+    """Write a folder's tokenizers and configurations anew, in the shape that the hub's models of 2022 have."""
+    vocabulary, merges = real_vocabulary()
+    for place in (folder, folder / "tokenizer", folder / "tokenizer_2"):
+        if not (place / "tokenizer_config.json").is_file():
+            continue
+        padding = json.loads((place / "tokenizer_config.json").read_text())["pad_token"]
+        for file in ("tokenizer.json", "special_tokens_map.json"):
+            (place / file).unlink(missing_ok=True)
+        (place / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        (place / "merges.txt").write_text("\n".join(lines) + "\n")
+        plain = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        special: dict[str, Any] = {
+            name: {"content": token, **plain}
+            for name, token in (("bos_token", _START), ("eos_token", _END), ("unk_token", _END))
+        }
+        special["pad_token"] = padding
+        (place / "special_tokens_map.json").write_text(json.dumps(special))
+        old = {"do_lower_case": True, "errors": "replace", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+        (place / "tokenizer_config.json").write_text(json.dumps(special | old))
+    for place in (folder / "text_encoder", folder / "text_encoder_2", folder):
+        config = place / "config.json"
+        if config.is_file():
+            # The ids of 2021, which transformers still reads as "the end is the highest id".
+            told = json.loads(config.read_text())
+            inner = told.get("text_config", told)
+            inner.update(bos_token_id=0, eos_token_id=2, pad_token_id=1)
+            config.write_text(json.dumps(told))
+    return folder
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
@@ -92,16 +158,16 @@ def _texts(encoders: Sequence[Any], tokenizers: Sequence[Any]) -> dict[str, Any]
     return dict(zip(names, (*encoders, *tokenizers), strict=True))
 
 
-def _tiny_vae(latent_size: int, **changes: Any) -> Any:
+def _tiny_vae(latent_size: int, blocks: int = 3, **changes: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
         norm_num_groups=4,
-        sample_size=4 * latent_size,
+        sample_size=latent_size * 2 ** (blocks - 1),
         mid_block_add_attention=False,
         **{"latent_channels": 4, **changes},
     )
@@ -130,20 +196,22 @@ def make_tiny_sd(
     in_channels: int = 4,
     linear_projection: bool = False,
     open_clip: bool = False,
+    real: bool = False,
 ) -> Path:
     """Write a random Stable-Diffusion-shaped pipeline folder and return it.
 
     Prompt embeddings are ``width`` wide, a multiple of 8. ``prediction_type`` and ``in_channels`` may be
     wrong, to be refused. SD 2 has a linear ``proj_in`` and OpenCLIP's kind of text encoder and padding.
+    ``real``, here and below, is for CLIP's own vocabulary in the hub's files.
     """
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = make_tiny_tokenizer(padding="!" if open_clip else _END)
+    tokenizer = _tokenizer_maker(real)(padding="!" if open_clip else _END)
     config = _text_config(tokenizer, width, hidden_act="gelu" if open_clip else "quick_gelu")
     with _seeded(seed):
         text_encoder = CLIPTextModel(CLIPTextConfig(**config))
-        vae = _tiny_vae(latent_size)
+        vae = _tiny_vae(latent_size, 4 if real else 3)
         unet = UNet2DConditionModel(
             sample_size=latent_size,
             in_channels=in_channels,
@@ -170,15 +238,21 @@ def make_tiny_sd(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _saved(folder, pipeline)
+    return as_on_the_hub(_saved(folder, pipeline)) if real else _saved(folder, pipeline)
 
 
-def make_tiny_sdxl(folder: Path, *, seed: int = 2, latent_size: int = 16, widths: tuple[int, int] = (32, 48)) -> Path:
+def _tokenizer_maker(real: bool) -> Any:
+    return make_real_tokenizer if real else make_tiny_tokenizer
+
+
+def make_tiny_sdxl(
+    folder: Path, *, seed: int = 2, latent_size: int = 16, widths: tuple[int, int] = (32, 48), real: bool = False
+) -> Path:
     """Write a random SDXL-shaped pipeline folder and return it: two encoders, pooled text, sizes."""
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    tokenizers = make_tiny_tokenizer(), make_tiny_tokenizer(padding="!")
+    tokenizers = _tokenizer_maker(real)(), _tokenizer_maker(real)(padding="!")
     first, second = (_text_config(one, width) for one, width in zip(tokenizers, widths, strict=True))
     with _seeded(seed):
         encoders = (
@@ -200,11 +274,11 @@ def make_tiny_sdxl(folder: Path, *, seed: int = 2, latent_size: int = 16, widths
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=widths[1] + 6 * 8,
         )
-        vae = _tiny_vae(latent_size)
+        vae = _tiny_vae(latent_size, 4 if real else 3)
     pipeline = StableDiffusionXLPipeline(
         vae=vae, **_texts(encoders, tokenizers), unet=unet, scheduler=_tiny_scheduler(), add_watermarker=False
     )
-    return _saved(folder, pipeline)
+    return as_on_the_hub(_saved(folder, pipeline)) if real else _saved(folder, pipeline)
 
 
 def make_tiny_sd3(folder: Path, *, seed: int = 3, latent_size: int = 8, widths: tuple[int, int] = (32, 48)) -> Path:
@@ -242,15 +316,16 @@ def make_tiny_sd3(folder: Path, *, seed: int = 3, latent_size: int = 8, widths: 
     return _saved(folder, pipeline)
 
 
-def make_tiny_clip(folder: Path, *, seed: int = 0, width: int = 32, image_size: int = 32) -> Path:
+def make_tiny_clip(folder: Path, *, seed: int = 0, width: int = 32, image_size: int = 32, real: bool = False) -> Path:
     """Write a random CLIPModel folder with tokenizer and image processor, and return it."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    tokenizer = make_tiny_tokenizer()
+    tokenizer = _tokenizer_maker(real)()
     text = _text_config(tokenizer, width)
     vision = {**_tower(width), "image_size": image_size, "patch_size": 8}
     with _seeded(seed):
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
     size = {"height": image_size, "width": image_size}
     processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
-    return _saved(folder, model, tokenizer, processor)
+    saved = _saved(folder, model, tokenizer, processor)
+    return as_on_the_hub(saved) if real else saved

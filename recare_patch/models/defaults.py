@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
 
 from recare_patch.models.layout import Layout, family_of
-from recare_patch.models.loading import chosen_device, find_layout
+from recare_patch.models.loading import chosen_device, find_layout, usable_precision
 from recare_patch.recipe import Beneath
+
+logger = logging.getLogger(__name__)
 
 FULL_SIZE = 256
 """Pixels of a native side from which a base is one of the size that people use, and no small model for experiments."""
@@ -43,7 +46,11 @@ def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:
         BaseModelError: the base is not found, or of no supported family.
     """
     layout, _ = find_layout(source, weights=False)
-    return Beneath(*_asked(layout, chosen_device(device)))
+    firm: dict[str, Any] = {}
+    if (few := layout.few_steps) is not None:
+        logger.info("base %s draws in %d steps at guidance %g: %s", layout.name, few.steps, few.guidance, few.why)
+        firm = {"steps": few.steps, "guidance_scale": few.guidance, "scheduler": None}
+    return Beneath(_asked(layout, chosen_device(device)), {f"target_images.{key}": one for key, one in firm.items()})
 
 
 def device_memory(device: str | torch.device = "auto") -> float | None:
@@ -54,7 +61,7 @@ def device_memory(device: str | torch.device = "auto") -> float | None:
     return float(torch.cuda.get_device_properties(chosen).total_memory / 2**30)
 
 
-def _asked(layout: Layout, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+def _asked(layout: Layout, device: torch.device) -> dict[str, Any]:
     import diffusers
 
     family = family_of(layout)
@@ -62,7 +69,7 @@ def _asked(layout: Layout, device: torch.device) -> tuple[dict[str, Any], dict[s
     side, scale = denoiser.get("sample_size") or 0, 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     native = (side if isinstance(side, int) else max(side)) * scale
     if native < FULL_SIZE:
-        return {}, {}
+        return {}
     pipeline = getattr(diffusers, family.pipeline_class)
     found = FULL_SIZE_VALUES | {
         "target_images.batch_size": 4 if native < 1024 else 2,
@@ -72,5 +79,5 @@ def _asked(layout: Layout, device: torch.device) -> tuple[dict[str, Any], dict[s
         # Many more layers read the prompt: at rank 8 a patch of SDXL would take 13 MB.
         found |= {"adapter.rank": 4, "adapter.alpha": 4.0}
     if device.type != "cpu":
-        found["precision"] = "bf16"
-    return found, {}
+        found["precision"] = usable_precision("bf16", device)[0]
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from recare_patch.core import BaseModelError, NonFiniteError
 
 if TYPE_CHECKING:
     from recare_patch.core import Crew
+
+logger = logging.getLogger(__name__)
 
 _WIDER = {torch.float16: "--precision bf16 or fp32", torch.bfloat16: "--precision fp32"}
 """The precisions that hold what a dtype does not."""
@@ -123,6 +126,9 @@ class LossScale:
         self.good = self.good + 1 if sound else 0
         if not sound:
             self.scale = max(self.scale / (2 if self.settled else _SEARCH), 1.0)
+            logger.info(
+                "gradients overflow fp16: the step is left out, and the loss scaled by %g from here on", self.scale
+            )
         elif self.good % _GROW_AFTER == 0:
             self.scale *= 2
         self.settled = self.settled or sound

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from recare_patch.careset import CareSet
-from recare_patch.core import OutputError, RecarePatchError, ResumeError
+from recare_patch.core import NonFiniteError, OutputError, RecarePatchError, ResumeError
 from recare_patch.erasure.loop import noised
 from recare_patch.measure import ATTACKS, attack_options, attack_patch, load_attack_type
 from recare_patch.measure.attacks import AttackResult, AttackTarget, p4d, ring_a_bell, unlearn_diff_atk
@@ -398,6 +398,17 @@ def test_a_killed_run_resumes_to_the_same_result(
     # A finished one is read, not run.
     stopped = Killer(stage, 1)
     assert_same(run(base, patch, name, detector=judge, out=out, resume=True, progress=stopped), whole)
+
+
+@pytest.mark.parametrize("name", ["concept-inversion", "p4d", "unlearn-diff-atk"])
+def test_a_loss_that_is_no_number_ends_a_search(
+    base: BaseModel, patch: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = base.denoise
+    spoilt = lambda *given: predict(*given) * (torch.nan if torch.is_grad_enabled() else 1)  # noqa: E731
+    monkeypatch.setattr(base, "denoise", spoilt)
+    with pytest.raises(NonFiniteError, match=rf"^{name}( 0)?, step 1: the loss is NaN: try a lower learning rate"):
+        run(base, patch, name, detector=PatchDetector(base))
 
 
 def test_a_run_of_other_options_is_not_resumed(base: BaseModel, patch: Path, tmp_path: Path) -> None:

@@ -78,6 +78,18 @@ def test_a_preset_keeps_its_share_of_the_reach(folders: dict[str, Path], preset:
     assert told.erase.learning_rate == 1e-4
 
 
+def test_a_base_of_few_steps_draws_in_no_other_way(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.move(folders["sdxl"], tmp_path / "sdxl-turbo-4step")
+    base = str(tmp_path / "sdxl-turbo-4step")
+    for words in ({"concept": "cat", "kind": "object", "preset": "quick"}, {"concept": "", "recipe": "tench-sdxl"}):
+        images = resolve_recipe(**words, base=base).target_images  # type: ignore[arg-type]
+        assert (images.steps, images.scheduler) == (4, None) and images.guidance_scale <= 2
+    told = resolve_recipe("cat", kind="object", base=base, overrides={"target_images.steps": 7}).target_images
+    assert told.steps == 7
+    known = resolve_recipe("cat", kind="object", base="stabilityai/sdxl-turbo").target_images
+    assert (known.steps, known.guidance_scale) == (4, 1.0)
+
+
 def test_levers_are_those_of_the_card_at_hand(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from recare_patch.erasure import run
 

@@ -30,7 +30,7 @@ from recare_patch.recipe import MemoryOptions
 
 FOLDERS = ("tiny_sd", "tiny_sd_v", "tiny_sdxl", "tiny_sd3")
 SMALL = 2.0**-9
-"""A loss this small sends back at tiny latents what a plain one does at SDXL's: 2e-7, for predictions 0.03 off."""
+"""A loss this small sends back at tiny latents what one does at SDXL's: 2e-7, where predictions are 0.03 off."""
 
 
 def _gradient(folder: Path, precision: str, what: str, scale: bool) -> torch.Tensor:

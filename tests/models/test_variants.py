@@ -65,15 +65,14 @@ def _halves(folder: Path) -> None:
     ],
     ids=["fp16", "fp16 unet", "fp16 but the unet", "non_ema", "shards", "shards, late", "shards, mixed spelling"],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_variant_is_the_model(
-    make: Callable[[Path, Path], Path], precision: str, tiny_sd: Path, tmp_path: Path
-) -> None:
+def test_a_variant_is_the_model(make: Callable[[Path, Path], Path], tiny_sd: Path, tmp_path: Path) -> None:
     plain = shutil.copytree(tiny_sd, tmp_path / "plain")
     _halves(plain)
-    found, wanted = (load_base(one, precision=precision) for one in (make(plain, tmp_path / "x"), plain))
+    folder, wanted = make(plain, tmp_path / "made"), load_base(plain)
+    # In bf16 the hash is taken from the files, in fp32 from what was loaded.
+    found, rounded = load_base(folder), load_base(folder, precision="bf16")
     for part in ("unet", "text_encoder"):
-        assert found.component_hash(part) == wanted.component_hash(part) == load_base(tiny_sd).component_hash(part)
+        assert found.component_hash(part) == rounded.component_hash(part) == wanted.component_hash(part)
     one, other = (base.generate(["a cat"], [3], steps=2)[0] for base in (found, wanted))
     assert np.array_equal(np.asarray(one), np.asarray(other))
 
