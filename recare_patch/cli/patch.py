@@ -193,8 +193,8 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
 @cli.base_option
 @option("--seed", "Of the first picture.", IntRange(min=0), 0)
 @option("--count", "Pictures of each prompt.", IntRange(1, 64), 4)
-@option("--steps", "", IntRange(1, 1000), 20)
-@option("--guidance-scale", "", FloatRange(0, 100), 5.0)
+@option("--steps", "[default: 20, or those of a base of few steps]", IntRange(1, 1000))
+@option("--guidance-scale", "[default: 5, or that of a base of few steps]", FloatRange(0, 100))
 @option("--out", "The sheet.", cli.FOLDER, Path("generated.png"))
 @option("--save-images FOLDER", "Save each picture as well.", cli.FOLDER)
 @flag("--blur", "Blur the sheet.")

@@ -49,6 +49,7 @@ from recare_patch.measure.suites import (
     own_recipe,
     read_prompts,
     resolve_suite,
+    suited,
 )
 from recare_patch.models import ATELIER, BaseModel, Load, deciding, load_to_draw, peak_memory, versions
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, PREVIEW_NAME, TRAINING_NAME, Patch, card_text
@@ -202,6 +203,7 @@ def evaluate(
         eyes = clip.id if isinstance(clip, Clip) else clip or (recipe and recipe.clip) or default_clip(str(base))
         load = Load(pictures=batch_size or PICTURES_AT_ONCE, held=clip_bytes(eyes))
         base = load_to_draw(base, recorded=recipe.precision if recipe else None, load=load, **how)
+    chosen = suited(chosen, base)
     if retained is not None:
         check_lengths(base, retained, prompts_file or "")
     scores = score(loaded, base, chosen, options)

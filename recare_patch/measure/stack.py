@@ -16,7 +16,7 @@ from recare_patch.core import EvaluationError, Progress, file_sha256, write_json
 from recare_patch.measure.evidence import show_value
 from recare_patch.measure.pictures import PictureCache, default_cache
 from recare_patch.measure.run import PICTURES, Options, evaluate, score
-from recare_patch.measure.suites import Suite, own_recipe, resolve_suite
+from recare_patch.measure.suites import Suite, own_recipe, resolve_suite, suited
 from recare_patch.models import BaseModel, load_to_draw
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import WEIGHTS_NAME, MemoryOptions
@@ -97,7 +97,7 @@ def change_in_evidence(
         if part is None:
             raise EvaluationError(f"none of the given patches erases '{concept}', which the stack does")
         given = next((one for one in suites if one.concept == concept), None)
-        suite = resolve_suite(whole, given, model.id, concept=concept)
+        suite = suited(resolve_suite(whole, given, model.id, concept=concept), model)
         together = evaluate(whole, base=model, suite=suite, concept=concept, cache=place, **how)
         alone = score(part, model, suite, Options(cache=PictureCache(place), **how))
         assert alone is not None, "a stack is measured in one process"

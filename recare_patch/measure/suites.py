@@ -7,6 +7,7 @@ registered things, as recipes do. A bench holds several concepts, and gives the 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
@@ -33,6 +34,8 @@ from recare_patch.measure.names import DETECTORS
 from recare_patch.models import BaseModel
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import KINDS, SCHEDULERS, Concept, Kind, Recipe, same_concept, slug_of
+
+logger = logging.getLogger(__name__)
 
 ATELIER, STABLE_DIFFUSION = "atelier", "stable-diffusion"
 """The bases that suites are for; the second stands for every Stable Diffusion 1.x and 2.x."""
@@ -456,3 +459,13 @@ def resolve_suite(
         told = f"is for '{found.concept}', and the patch erases '{erased.text}'"
         raise EvaluationError(f"the suite '{found.name}' {told}")
     return found if first_seed is None else found.with_changes(first_seed=first_seed)
+
+
+def suited(suite: Suite, base: BaseModel) -> Suite:
+    """A suite as a base can draw it: one that was distilled to few steps draws noise, or burns, in any other way."""
+    few = base.few_steps
+    if few is None or suite.steps <= 2 * few.steps:
+        return suite
+    told = "base %s is drawn with in %d steps at guidance %g, and not as suite '%s' says: %s"
+    logger.info(told, base.id, few.steps, few.guidance, suite.name, few.why)
+    return suite.with_changes(steps=few.steps, guidance_scale=few.guidance, scheduler=None)

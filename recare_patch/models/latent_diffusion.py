@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from recare_patch.core import BaseModelError, noted
 from recare_patch.models import memory as levers
 from recare_patch.models.encoding import PromptEncoding, parts_of, tokenizer_of
+from recare_patch.models.few_steps import FewSteps
 from recare_patch.models.inputs import EvaluationCounter, PromptEmbeds
 from recare_patch.models.layout import Layout
 from recare_patch.models.loading import PRECISIONS, stored_weights_hash, weights_hash
@@ -49,6 +50,7 @@ class LatentDiffusion(PromptEncoding):
     left_out: ClassVar[tuple[str, ...]] = ()  # loaded as None, where the folder lists them or not
     upcast_vae: ClassVar[bool] = False  # keep the autoencoder in fp32 where fp16 overflows in it
 
+    few_steps: FewSteps | None = None  # how it is drawn with, where it was distilled to few steps
     prediction_type: str  # epsilon, v_prediction or flow
     num_train_timesteps: int  # length of the diffusion process
 
@@ -153,6 +155,7 @@ class LatentDiffusion(PromptEncoding):
             levers.place(pipeline, denoiser, encoders, memory, device, dtype)
         base = cls(pipeline, base_id, device=device, memory=memory)
         base._files, base._hashes = files, hashes
+        base.few_steps = layout.few_steps
         return base
 
     @classmethod

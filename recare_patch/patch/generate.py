@@ -40,8 +40,8 @@ def generate_pictures(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    steps: int = 20,
-    guidance_scale: float = 5.0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     gated: bool = False,
     device: str = "auto",
     precision: str | None = None,
@@ -55,7 +55,7 @@ def generate_pictures(
         base: folder or id of the base model, or ``atelier``.
         patches: patch folders with their scales.
         prompts, seeds: each prompt is drawn at each seed.
-        steps, guidance_scale: of the sampler.
+        steps, guidance_scale: of the sampler; by default 20 and 5, or what a base of few steps is drawn with.
         gated: let each patch's scale follow the prompt; see :class:`Gate`.
         device: where to draw.
         precision, memory, vram: as :func:`load_to_draw` takes them; the first patch's recipe says what is usual.
@@ -67,14 +67,16 @@ def generate_pictures(
     told = loaded[0][0].metadata if loaded else None
     recorded = told.parsed_recipe.precision if told is not None and told.recipe is not None else None
     how: dict[str, Any] = {"precision": precision, "device": device, "memory": memory, "vram": vram}
-    model = load_to_draw(base, recorded=recorded, load=Load(pictures=BATCH, guided=guidance_scale > 1), **how)
+    guided = guidance_scale is None or guidance_scale > 1
+    model = load_to_draw(base, recorded=recorded, load=Load(pictures=BATCH, guided=guided), **how)
+    few = model.few_steps
+    steps = steps or (few.steps if few else 20)
+    guidance = guidance_scale if guidance_scale is not None else few.guidance if few else 5.0
     texts = [prompt for prompt in prompts for _ in seeds]
     numbers = [seed for _ in prompts for seed in seeds]
 
     def draw() -> list[Image.Image]:
-        return model.generate(
-            texts, numbers, steps=steps, guidance_scale=guidance_scale, batch_size=BATCH, progress=progress
-        )
+        return model.generate(texts, numbers, steps=steps, guidance_scale=guidance, batch_size=BATCH, progress=progress)
 
     before = after = draw()
     if loaded:
