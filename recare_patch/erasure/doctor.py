@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,16 +168,18 @@ def _device(watch: _Rehearsal, device: str) -> torch.device:
 def _resolved(watch: _Rehearsal, concept: str, vram: float | None, device: str, words: Mapping[str, Any]) -> Recipe:
     """The recipe with its levers, and its plan as the figures by stage."""
     from recare_patch.erasure.planning import choose, plan
-    from recare_patch.erasure.run import levers_for, resolve_recipe
+    from recare_patch.erasure.run import levers_for
+    from recare_patch.models import defaults_for
+    from recare_patch.recipe import recipe_for
 
     with watch.check("recipe"):
-        known = {"kind": None if words.get("recipe") else "object", **{k: v for k, v in words.items() if v is not None}}
-        if "kind" in known and concept and not words.get("kind"):
-            from recare_patch.recipe import find_recipe_for
-
-            own = find_recipe_for(concept, known.get("base", "atelier"))
-            known["kind"] = own.concept.kind if own is not None else known["kind"]
-        recipe = resolve_recipe(concept, device=device, **known)
+        recipe = recipe_for(
+            concept,
+            # What it is changes words, not costs.
+            guess_kind=lambda *_: "object",
+            beneath=lambda source: defaults_for(source, device),
+            **{key: value for key, value in words.items() if value is not None},
+        )
         watch.add("recipe", f"{recipe.method} erases '{recipe.title}' from {recipe.base} in {recipe.precision}")
     with watch.check("memory"):
         card = vram if vram is not None else levers_for(recipe, device)
@@ -345,9 +347,9 @@ def _figures(one: StageFigures, stages: Mapping[str, Mapping[str, Any]], on_cpu:
     spent = stages.get(one.name)
     timed = [spent] if spent is not None and spent["evaluations"] else [*stages.values()]
     evaluations = sum(int(some["evaluations"]) for some in timed)
-    seconds = sum(float(some["seconds"]) for some in timed if some["evaluations"]) / max(evaluations, 1)
+    each = sum(float(some["seconds"]) for some in timed if some["evaluations"]) / max(evaluations, 1)
     measured = None if on_cpu or spent is None else int(spent["peak_memory_bytes"])
-    return StageFigures(one.name, one.evaluations, seconds * one.evaluations, one.planned, measured)
+    return replace(one, seconds=each * one.evaluations if one.evaluations else None, measured=measured)
 
 
 def _span(seconds: float) -> str:

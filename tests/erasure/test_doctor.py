@@ -33,7 +33,7 @@ def test_every_stage_of_the_plan_takes_a_step(words: dict[str, Any], tmp_path: P
     assert found.ready, found.checks
     names = {one.name for one in found.stages}
     assert {"target images", "search 1 inversion", "erase"} <= names
-    assert all(one.seconds is not None and one.evaluations and one.planned for one in found.stages)
+    assert all(one.planned and (one.seconds is not None or not one.evaluations) for one in found.stages)
     assert found.command.startswith("recare-patch erase --concept 'van gogh' --kind style --base")
     assert Recipe.from_yaml(found.recipe).target_images.count == 30
     assert not list(tmp_path.iterdir())
