@@ -187,7 +187,9 @@ def _resolved(watch: _Rehearsal, concept: str, vram: float | None, device: str, 
         if card is not None:
             recipe, footprint = choose(recipe, card)
         planned = plan(recipe, speed=1.0, footprint=footprint)
-        watch.found.stages = [StageFigures(one.name, one.evaluations, None, one.peak, None) for one in planned.stages]
+        # A step is taken of those that ask the denoiser; reading prompts and the preview are only in the peak.
+        asking = [one for one in planned.stages if one.evaluations]
+        watch.found.stages = [StageFigures(one.name, one.evaluations, None, one.peak, None) for one in asking]
         size = f" of a card of {card:g} GB" if card is not None else ""
         watch.add(
             "memory", f"{planned.peak / 1e9:.1f} GB planned at the worst moment{size}: {recipe.memory.in_words()}"

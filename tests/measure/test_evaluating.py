@@ -285,7 +285,7 @@ def test_bad_input_is_one_sentence(
 
 
 def test_names_are_checked_before_anything_is_loaded(patch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluating, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(evaluating, "load_to_draw", lambda *_, **__: pytest.fail("the base was loaded"))
     for changes in ({"metrics": ["x"]}, {"suite": "x"}, {"detector": "x"}, {"prompts_file": "nowhere.txt"}):
         with pytest.raises(RecarePatchError):
             evaluate(patch, **changes)  # type: ignore[arg-type]
