@@ -2,7 +2,7 @@
 
     python -m benchmarks.care_sets                                              # Atelier, the bundled base
     python -m benchmarks.care_sets --world atelier-xl --weights atelier-xl
-    python -m benchmarks.care_sets --world hamlet --weights hamlet-weights --seeds 3
+    python -m benchmarks.care_sets --world hamlet --seeds 4
 
 Pictures are drawn and companions found by the functions of ``erase --preset quick``, once as the base confirms words
 and once as published. A kept word is right if it names (in any synonym) a companion of the concept in the drawn
@@ -22,6 +22,7 @@ from statistics import mean
 from benchmarks.atelier import captions as atelier_captions
 from benchmarks.atelier.scenes import CO_OCCURRENCE as ATELIER_LINKS
 from benchmarks.erasure import NAMES
+from benchmarks.hamlet import WEIGHTS as HAMLET_WEIGHTS
 from benchmarks.hamlet import captions as hamlet_captions
 from benchmarks.hamlet.scenes import CO_OCCURRENCE as HAMLET_LINKS
 from benchmarks.suites import CONCEPTS
@@ -53,7 +54,7 @@ class World:
     synonyms: Callable[[str], Sequence[str]]
     allied: Mapping[str, tuple[str, ...]]
     implied: Mapping[str, frozenset[str]]
-    weights: str | None = None
+    weights: Path | None = None
     clip: str | None = None
 
     def words(self, labels: Iterable[str]) -> set[str]:
@@ -68,9 +69,9 @@ class World:
 _ALLIED = {"van gogh": ("moon", "wheat field"), "tench": ("boat",)}
 WORLDS = {
     "atelier": World(ATELIER_LINKS, atelier_captions.synonyms, _ALLIED, {}),
-    "atelier-xl": World(ATELIER_LINKS, atelier_captions.synonyms, _ALLIED, {}, "atelier-xl"),
+    "atelier-xl": World(ATELIER_LINKS, atelier_captions.synonyms, _ALLIED, {}, Path("atelier-xl")),
     "hamlet": World(
-        HAMLET_LINKS, hamlet_captions.synonyms, {}, {"tench": frozenset({"person"})}, "hamlet-weights", "clip"
+        HAMLET_LINKS, hamlet_captions.synonyms, {}, {"tench": frozenset({"person"})}, HAMLET_WEIGHTS, "clip"
     ),
 }
 
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs a concept")
     arguments = parser.parse_args()
     world = WORLDS[arguments.world]
-    weights = arguments.weights or (Path(world.weights) if world.weights is not None else None)
+    weights = arguments.weights or world.weights
     base = load_base("atelier" if weights is None else str(weights / "pipeline"), device="cpu")
     clip = Clip.load("atelier" if weights is None or world.clip is None else str(weights / world.clip))
     print("| concept | source | precision | with allied | recall | kept | wrong | missed | evaluations |")

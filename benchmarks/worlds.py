@@ -1,6 +1,6 @@
 """Erasing on every world with one set of numbers, and a run's own two numbers against the judge's figures.
 
-    python -m benchmarks.worlds run --world hamlet --weights hamlet-weights --concept "van gogh"
+    python -m benchmarks.worlds run --world hamlet --concept "van gogh"
     python -m benchmarks.worlds run --world atelier --concept tench --row fixed --set erase.ends=steps
     python -m benchmarks.worlds table
 
@@ -56,11 +56,12 @@ def world(name: str, weights: Path | None) -> World:
     from benchmarks.atelier.training import SOURCE
 
     if name == "hamlet":
+        from benchmarks.hamlet import WEIGHTS
         from benchmarks.hamlet import scenes as hamlet
         from benchmarks.hamlet.report import load_judge
         from benchmarks.hamlet.training import SOURCE as HAMLET
 
-        place = weights or Path("hamlet-weights")
+        place = weights or WEIGHTS
         return World(str(place / "pipeline"), str(place / "clip"), load_judge(place), HAMLET, hamlet.CO_OCCURRENCE)
     base = "atelier" if name == "atelier" else str((weights or Path("atelier-xl")) / "pipeline")
     return World(base, "atelier", Judge.load(), SOURCE, atelier.CO_OCCURRENCE)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.hamlet import WEIGHTS
 from recare_patch import cli
 from recare_patch.core import unknown_name
 
@@ -51,7 +52,7 @@ def train(out: Path, work: Path, seed: int, stages: tuple[str, ...], device: str
 
 
 @hamlet.command()
-@click.option("--weights", type=click.Path(path_type=Path), default=Path("hamlet-weights"), show_default=True)
+@click.option("--weights", type=click.Path(path_type=Path), default=WEIGHTS, help="[default: those of the checkout]")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
