@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recare_patch.core import EvaluationError, NullProgress, launched_together, write_bytes
+from recare_patch.core import EvaluationError, NullProgress, launched_together, read_picture, write_bytes
 from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, named_tuner_layers, scheduled, weights_hash
 
 if TYPE_CHECKING:
@@ -57,9 +57,8 @@ class PictureCache:
     def get(self, key: str) -> Image.Image | None:
         """The picture, or None where there is none that can be read."""
         try:
-            with Image.open(self.path(key), formats=("PNG",)) as found:
-                return found.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return read_picture(self.path(key), "the picture", EvaluationError, formats=("PNG",))
+        except EvaluationError:
             return None
 
     def put(self, key: str, image: Image.Image) -> None:

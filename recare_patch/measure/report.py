@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from recare_patch.core import Comparison, OutputError, write_text
+from recare_patch.core import Comparison, OutputError, read_picture, write_text
 from recare_patch.measure.evidence import (
     RATE,
     AttackFigure,
@@ -238,12 +238,9 @@ def _place(x: float | str) -> str:
 def _image(caption: str, picture: Image.Image | Path, largest: int) -> dict[str, Any]:
     """A picture as text that a page can hold, with its size."""
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        image = image.convert("RGB")
-    except (OSError, ValueError) as fault:
-        raise OutputError(
-            f"the sheet '{caption}' cannot be put into the report: {str(fault).splitlines()[0]}"
-        ) from fault
+        image = picture.convert("RGB") if isinstance(picture, Image.Image) else read_picture(picture, picture.name)
+    except OutputError as fault:
+        raise OutputError(f"the sheet '{caption}' cannot be put into the report: {fault}") from fault
     if max(image.size) > largest:
         image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

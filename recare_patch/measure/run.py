@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import logging
 import os
 import shlex
@@ -24,8 +23,10 @@ from recare_patch.core import (
     Comparison,
     EvaluationError,
     EvidenceError,
+    PatchError,
     Progress,
     file_sha256,
+    read_json,
     unknown_name,
     write_text,
 )
@@ -401,8 +402,8 @@ def _attack_figures(
 def _write(evidence: Evidence, weights: Path, patch: Patch, pictures: Comparisons, folder: Path, card: bool) -> None:
     """Evidence and report into the folder, and the figures into the patch's card."""
     training = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        training = json.loads((weights.parent / TRAINING_NAME).read_text(encoding="utf-8"))
+    with contextlib.suppress(FileNotFoundError, PatchError):
+        training = read_json(weights.parent / TRAINING_NAME, TRAINING_NAME, PatchError, within=weights.parent)
     training = training if isinstance(training, dict) else None
     write_report(evidence, folder, pictures, training)
     file = weights.parent / CARD_NAME

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import platform
 import re
 import resource
@@ -23,7 +22,18 @@ import torch
 from torch import Tensor, nn
 
 import recare_patch
-from recare_patch.core import BaseModelError, PatchError, Registry, nearest, read_safetensors_header, unknown_name
+from recare_patch.core import (
+    BaseModelError,
+    PatchError,
+    Registry,
+    check_part,
+    load_json,
+    nearest,
+    open_tensors,
+    read_bytes,
+    read_safetensors_header,
+    unknown_name,
+)
 from recare_patch.models.lora import TEXT_ENCODERS, UNET, tuner_layers
 from recare_patch.recipe import MemoryOptions
 
@@ -100,8 +110,8 @@ class Layout:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = load_json(read_bytes(path, path.name, BaseModelError))
+    except (BaseModelError, OSError, ValueError):
         found = None
     if not isinstance(found, dict):
         raise BaseModelError(f"base {name} has an unreadable {path.parent.name}/{path.name}")
@@ -121,7 +131,11 @@ def read_layout(folder: Path, name: str) -> Layout:
             if file.is_file():
                 configs[part.name] = _read_json(file, name)
                 break
-    return Layout(folder, name, _read_json(folder / "model_index.json", name), configs)
+    index = _read_json(folder / "model_index.json", name)
+    for key in index:
+        # It becomes a part of paths that are read and written.
+        check_part(key, f"a component that base {name} lists", BaseModelError)
+    return Layout(folder, name, index, configs)
 
 
 def _read_single_file(file: Path) -> Layout:
@@ -287,10 +301,8 @@ def weights_hash(network: nn.Module, component: str = UNET) -> str:
 
 def stored_weights_hash(files: Sequence[Path], component: str = UNET) -> str:
     """:func:`weights_hash` of a network's safetensors shards, with one tensor in memory at a time."""
-    from safetensors import safe_open
-
     with contextlib.ExitStack() as stack:
-        handles = [stack.enter_context(safe_open(file, "pt")) for file in files]
+        handles = [stack.enter_context(open_tensors(file)) for file in files]
         places = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no mapping
         names = _hashed_names(places, component)
         return _digest((name, places[own].get_tensor(own)) for name, own in names.items())

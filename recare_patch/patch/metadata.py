@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from recare_patch.core import PatchError, RecipeError
+from recare_patch.core import PatchError, RecipeError, load_json
 from recare_patch.recipe import TEXT_LAYER_SETS, Concept, Recipe, same_concept, stack_has_no_recipe
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class PatchMetadata(_Told):
     @property
     def care_words(self) -> tuple[str, ...]:
         """The words that the run guarded, in the CARE-set's order."""
-        tokens = json.loads(self.care_set).get("tokens", []) if self.care_set else []
+        tokens = load_json(self.care_set).get("tokens", []) if self.care_set else []
         return tuple(token["text"] for token in tokens if token.get("kept"))
 
     def to_header(self) -> dict[str, str]:
@@ -232,7 +232,7 @@ class PatchMetadata(_Told):
             return None
         text = {name for name, one in cls.model_fields.items() if one.annotation in (str, str | None)}
         try:
-            values = {key: value if key in text else json.loads(value) for key, value in ours.items()}
+            values = {key: value if key in text else load_json(value) for key, value in ours.items()}
             version = values.get("format_version", 0)
             if isinstance(version, int) and version > FORMAT_VERSION:
                 raise PatchError(
