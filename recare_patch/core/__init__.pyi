@@ -53,6 +53,7 @@ from .show import save_sheet as save_sheet
 from .show import sheet as sheet
 from .untrusted import MOST_PICTURE as MOST_PICTURE
 from .untrusted import MOST_TEXT as MOST_TEXT
+from .untrusted import MOST_WEIGHTS as MOST_WEIGHTS
 from .untrusted import MOST_YAML as MOST_YAML
 from .untrusted import check_part as check_part
 from .untrusted import inside as inside

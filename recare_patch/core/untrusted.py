@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import warnings
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ MOST_YAML = 2_000_000
 MOST_PICTURE = 100_000_000
 """Bytes of a picture's file."""
 
+MOST_WEIGHTS = 8_000_000_000
+"""Bytes of a patch's weights where they are sent or fetched."""
+
 MOST_PIXELS = 40_000_000
 """Of a picture: the sheets of this package have a quarter of that."""
 
@@ -54,6 +58,9 @@ MOST_DIMENSIONS = 16
 
 LARGEST_NUMBER = 2**64
 """Of whole numbers: seeds have 63 bits. Of others, what a float holds."""
+
+_HALF = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def _told(fault: OSError) -> str:
@@ -187,8 +194,8 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"the number {text} is not finite")
 
 
-def _check_data(found: Any) -> None:
-    """Refuse what JSON may say and nothing can be done with."""
+def _check_data(found: Any, *, texts: bool = False) -> None:
+    """Refuse what nothing can be done with; where ``texts`` is set, control characters too."""
     level, depth = [found], 0
     while level:
         if depth > DEEPEST:
@@ -201,13 +208,17 @@ def _check_data(found: Any) -> None:
             elif isinstance(one, list):
                 below += one
             elif isinstance(one, float):
-                if not math.isfinite(one):
+                # Of YAML, whoever asks for a number tells that with all other faults.
+                if not texts and not math.isfinite(one):
                     raise ValueError("it holds a number that is not finite")
             elif isinstance(one, int):
                 if abs(one) > LARGEST_NUMBER:
                     raise ValueError(f"it holds a number larger than {LARGEST_NUMBER}")
-            elif isinstance(one, str) and not one.isascii() and any("\ud800" <= sign <= "\udfff" for sign in one):
-                raise ValueError("it holds half a character")
+            elif isinstance(one, str):
+                if not one.isascii() and _HALF.search(one):
+                    raise ValueError("it holds half a character")
+                if texts and _CONTROL.search(one):
+                    raise ValueError("it holds a control character")
         level, depth = below, depth + 1
 
 
@@ -243,7 +254,7 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"it is longer than {MOST_YAML:,} characters")
     try:
         found = yaml.load(text, Loader=_PlainLoader)
-        _check_data(found)
+        _check_data(found, texts=True)
     # What PyYAML's own conversions raise on a tag that does not fit its value ("!!int x", "2020-02-30").
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as fault:
         raise yaml.YAMLError(" ".join(str(fault).split())[:200] or type(fault).__name__) from None

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from recare_patch.core import Comparison, OutputError, read_picture, write_text
+from recare_patch.measure.claims import rebuilt_command, tidy
 from recare_patch.measure.evidence import (
     RATE,
     AttackFigure,
@@ -102,6 +103,7 @@ def write_report(
         stages=stages,
         losses=losses,
         facts=_facts(evidence),
+        command=rebuilt_command(evidence.command),
     )
     file = Path(folder) / REPORT_NAME
     write_text(file, page.lstrip())
@@ -144,7 +146,7 @@ def _template() -> jinja2.Template:
 def _unbroken(value: Any) -> Any:
     """A number stays on a line with its percent."""
     text = isinstance(value, str) and not isinstance(value, Markup)
-    return value.replace(" %", "\N{NO-BREAK SPACE}%") if text else value
+    return tidy(value).replace(" %", "\N{NO-BREAK SPACE}%") if text else value
 
 
 def _attack_name(attack: AttackFigure) -> str:

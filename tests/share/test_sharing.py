@@ -468,7 +468,7 @@ def _flipped(data: bytes) -> bytes:
         (WEIGHTS_NAME, lambda data: None, "its pickle pytorch_lora_weights.bin is never opened"),
         ("README.md", lambda data: data.replace(b"value: 0.02", b"value: 0.0"), "claims 0.0 for 'concept, "),
         # A link in git is a file whose content is its target; the Hub serves that text.
-        ("preview.png", lambda data: b"../../../../etc/passwd", "no PNG picture"),
+        ("preview.png", lambda data: b"../../../../etc/passwd", "it is no picture"),
         ("recipe.yaml", lambda data: b"a: [\n", "recipe.yaml is not the recipe"),
         ("evidence.json", lambda data: b"{" * 10_000, "not readable as JSON"),
         ("training.json", lambda data: b"[]", "not readable as JSON"),
