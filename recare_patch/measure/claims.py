@@ -68,7 +68,7 @@ def _rate(what: str, value: float | None, interval: Interval | None, pictures: i
         yield f"{what} is {value:g}, which no count of {pictures:,} pictures gives"
         return
     true = wilson_interval(hits, pictures)
-    if interval is not None and max(abs(a - b) for a, b in zip(interval, true, strict=True)) > 1e-4:
+    if interval is not None and max(abs(a - b) for a, b in zip(interval, true, strict=True)) > 2 * _ROUNDED:
         told = " to ".join(f"{100 * bound:.1f}" for bound in interval)
         right = " to ".join(f"{100 * bound:.1f}" for bound in true)
         yield f"{what} has the interval {told} %, and {hits:,} of {pictures:,} have {right} %"

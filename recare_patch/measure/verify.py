@@ -86,7 +86,8 @@ def verify(
     A rate holds when the recorded value lies within the interval of the new one and the new one within that of the
     recorded count, for the base and for the patched model; both intervals are computed here, from counts of pictures
     that the verifier drew. Other figures hold within the interval measured now, or, without one, within ``tolerance``
-    of the new value. A rate of something that the base itself never shows means nothing, and does not hold.
+    of the new value. A rate of something that the base itself never shows means nothing, and
+    where it shows the concept on no prompts at all, none of them holds.
     With another number of pictures the recorded value must lie within the new interval. What was not measured again
     is among ``unmeasured``.
 
@@ -251,7 +252,9 @@ def compare(
     attacks = {(one.attack, one.preset): one for one in measured.attacks}
     checks = {one.name: one for one in measured.checks}
     counts = tuple(recorded.options.get(key) for key in ("pictures", "retained_pictures"))
-    how = _How(tolerance, other_count, counts)
+    erased = [one for one in measured.figures if one.unit == RATE and one.better == "lower" and one.base is not None]
+    all_measured = len(erased) == sum(one.unit == RATE and one.better == "lower" for one in recorded.figures)
+    how = _How(tolerance, other_count, counts, means=any(map(_shows, erased)) or not all_measured)
     findings = [_compare_figure(recorded.figure(name), figures.get(name), how) for name in names]
     for one in recorded.attacks:
         about, again = attack_title(one), attacks.get((one.attack, one.preset))
@@ -279,12 +282,14 @@ def compare(
 class _How:
     """What may differ: a share of values without an interval, and the number of pictures if another was asked for.
 
-    Recorded numbers must then be among ``counts``, those of the recorded options.
+    Recorded numbers must then be among ``counts``, those of the recorded options. ``means`` says that the base shows on
+    some prompts what is erased.
     """
 
     tolerance: float
     other_count: bool = False
     counts: tuple[Any, ...] = ()
+    means: bool = True
 
 
 def _compare_figure(recorded: Figure, measured: Figure | None, how: _How) -> Finding:
@@ -314,14 +319,19 @@ def _compare_figure(recorded: Figure, measured: Figure | None, how: _How) -> Fin
     elif None not in states:
         claims.append(f"{about} on {recorded.pictures:,} pictures")
     if measured.unit == RATE and measured.base is not None:
-        hits = round(measured.base * measured.pictures)
-        if not shows(hits, measured.pictures):
-            told.append(f"it means nothing, since the base itself shows it in {hits} of {measured.pictures:,} pictures")
-            # Nothing is erased that was never there; that nothing of it was lost is no lie, and says nothing.
-            states |= {False if measured.better == "lower" else None}
+        hits, count = round(measured.base * measured.pictures), measured.pictures
+        if not _shows(measured):
+            told.append(f"it means nothing, since the base itself shows it in {hits} of {count:,} pictures")
+            # Nothing is erased that is nowhere; on some prompts the base may well not show it, which says little.
+            states |= {None if how.means or measured.better == "higher" else False}
             claims = claims or [about]
     holds = False if False in states else None if None in states else True
     return Finding(about, holds, "; ".join(told), tuple(claims))
+
+
+def _shows(figure: Figure) -> bool:
+    """Whether the base itself shows what a rate counts."""
+    return figure.base is not None and shows(round(figure.base * figure.pictures), figure.pictures)
 
 
 def _of_figure(figure: Figure) -> list[tuple[str, Reading]]:
