@@ -10,7 +10,7 @@ import torch
 from recare_patch.careset import CareSet
 from recare_patch.core import NoMatchingModuleError, RecarePatchError
 from recare_patch.models import BaseModel, adapted, full_name, target_modules
-from recare_patch.patch import Erased, Patch, PatchMetadata
+from recare_patch.patch import FORMAT_VERSION, Erased, Patch, PatchMetadata
 from recare_patch.recipe import KINDS, LAYER_SETS, METHODS, TEXT_LAYER_SETS, Recipe, concept_key
 
 
@@ -20,6 +20,8 @@ def header_faults(patch: Patch) -> list[str]:
     assert told is not None
     ranks = sorted(set(patch.ranks.values()))
     found = []
+    if told.format_version != FORMAT_VERSION:
+        found.append(f"it has format {told.format_version}, and there is {FORMAT_VERSION}")
     if ranks[-1] != told.rank or (told.parts is None and ranks != [told.rank]):
         found.append(f"it says rank {told.rank}, and the tensors have {' and '.join(map(str, ranks[:4]))}")
     found += _of_stack(told) if told.recipe is None else _of_run(told, told.parsed_recipe)
