@@ -20,6 +20,7 @@ from recare_patch.measure.claims import faults
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.integrity import Integrity, check_integrity
 from recare_patch.measure.verify import compare
+from recare_patch.patch import EVIDENCE_NAME
 from recare_patch.recipe import WEIGHTS_NAME
 from tests.fuzz.mutating import as_json, forged, mutated_bytes
 from tests.fuzz.readers import FOLDER_FILES, a_folder
@@ -93,7 +94,7 @@ def test_no_kohya_file_of_another_update_passes(watch: Watch, tmp_path: Path) ->
 
 
 def test_no_forged_figure_passes(watch: Watch) -> None:
-    """Against what measuring again gives: what passes lies within the verifier's own interval, and counts as it does."""
+    """Against what measuring again gives: what passes lies within the verifier's own interval, counts too."""
     rng, passed = random.Random(2), 0
     true = make_evidence(suite={"name": "x", "concept": "Van Gogh", "kind": "style"}, checks=())
     sound = json.loads(true.to_json())
@@ -191,6 +192,9 @@ def test_files_that_are_swapped(watch: Watch, tmp_path: Path) -> None:
     for name in names:
         for source in (*(sound / one for one in names if one != name), *(other / one for one in names)):
             if not source.exists() or source.read_bytes() == (sound / name).read_bytes():
+                continue
+            if name == "training.json" and source == sound / EVIDENCE_NAME:
+                # It records the same hash, and nobody can check what a run is said to have cost.
                 continue
             shutil.copyfile(source, place / name)
             found: list[Integrity] = []

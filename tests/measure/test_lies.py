@@ -151,7 +151,7 @@ LIES: dict[str, tuple[Lie, str, str]] = {
     "a hundred thousand pictures": (
         figure(pictures=100_000),
         "counts",
-        "counts 2,000 of 100,000 pictures, and its parts",
+        "counts 90,000 of 100,000 pictures, and its parts 180 of 200",
     ),
     "the same in parts": (
         figure(pictures=100_000, by=[{"label": "x", "base": 0.9, "patched": 0.02, "pictures": 100_000}]),
