@@ -67,8 +67,10 @@ def _rate(what: str, value: float | None, interval: Interval | None, pictures: i
     if not 0 <= hits <= pictures or abs(value * pictures - hits) > _ROUNDED * max(pictures, 1):
         yield f"{what} is {value:g}, which no count of {pictures:,} pictures gives"
         return
+    if interval is None:
+        return
     true = wilson_interval(hits, pictures)
-    if interval is not None and max(abs(a - b) for a, b in zip(interval, true, strict=True)) > 2 * _ROUNDED:
+    if max(abs(a - b) for a, b in zip(interval, true, strict=True)) > 2 * _ROUNDED:
         told = " to ".join(f"{100 * bound:.1f}" for bound in interval)
         right = " to ".join(f"{100 * bound:.1f}" for bound in true)
         yield f"{what} has the interval {told} %, and {hits:,} of {pictures:,} have {right} %"
