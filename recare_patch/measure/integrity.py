@@ -254,8 +254,9 @@ def _check_hash(file: Path, records: Sequence[Record], *, stacked: bool) -> Told
         found = _mapping_in(file.parent / name)
         if found is None:
             return False, f"{name} is not readable as {'YAML' if stacked else 'JSON'}"
-        if key in found:
-            recorded[name] = str(found[key])
+        if key not in found and not stacked:
+            return False, f"{name} does not record the weights' SHA-256"
+        recorded |= {name: str(found[key])} if key in found else {}
     recorded |= {one.name: one.evidence.patch_sha256 for one in records if one.evidence is not None}
     wrong = next((name for name, value in recorded.items() if value != now), None)
     if wrong is not None:
