@@ -329,6 +329,8 @@ def _check_kohya(file: Path, patch: Patch) -> Told:
         apart, where = update_difference(patch, other)
     except RecarePatchError as fault:
         return False, str(fault)
+    if other.format != "kohya":
+        return False, f"{file.name} has the shape of {other.format}, and not kohya's"
     # Each factor is rounded once; a file in another precision than the patch's has its own rounding.
     allowed = 1e-6 if other.dtype == patch.dtype else 4 * max(torch.finfo(one.dtype).eps for one in (patch, other))
     if not apart <= allowed:
