@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from recare_patch.core import CareSetError, Settings, SettingsError, nearest, write_text
+from recare_patch.core import CareSetError, Settings, SettingsError, load_json, nearest, read_bytes, write_text
 from recare_patch.recipe import CareSetOptions, Concept, names_concept
 
 KEPT = "kept"
@@ -25,7 +25,6 @@ BARRED = "on the list of words that an unsafe concept's run never says"
 ADDED = "added by hand"
 REMOVED = "removed by hand"
 
-_MAX_BYTES = 16_000_000
 _MAX_WORD = 100
 
 
@@ -157,11 +156,10 @@ class CareSet(Settings):
     def from_json(cls, text: str | bytes, *, source: str = "the CARE-set") -> CareSet:
         """Read a set; CareSetError, which calls the text ``source``, for any text that is none."""
         try:
-            decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-            data: Any = json.loads(decoded, object_pairs_hook=_unique_keys)
+            data: Any = load_json(text)
         except UnicodeDecodeError:
             raise CareSetError(f"{source} is not a CARE-set: it is not UTF-8 text") from None
-        except (ValueError, RecursionError) as fault:
+        except ValueError as fault:
             where, what = "", str(fault)
             if isinstance(fault, json.JSONDecodeError):
                 where, what = f" in line {fault.lineno}", fault.msg
@@ -190,27 +188,11 @@ class CareSet(Settings):
         try:
             if file.is_dir():
                 raise CareSetError(f"'{file}' is a folder: give the CARE-set's JSON file")
-            if file.stat().st_size > _MAX_BYTES:
-                raise CareSetError(f"'{file}' is not a CARE-set: it is larger than {_MAX_BYTES // 10**6} MB")
-            data = file.read_bytes()
+            data = read_bytes(file, f"the CARE-set at '{file}'", CareSetError)
         except FileNotFoundError:
             raise CareSetError(f"there is no CARE-set at '{file}'") from None
-        # A name with a null character is a ValueError of the system call.
-        except (OSError, ValueError) as fault:
-            reason = getattr(fault, "strerror", None) or str(fault)
-            raise CareSetError(f"cannot read the CARE-set at '{file}': {reason.lower()}") from fault
         return cls.from_json(data, source=f"'{file}'")
 
 
 def _listed(words: Iterable[str]) -> list[str]:
     return [" ".join(word.split()) for word in ([words] if isinstance(words, str) else words)]
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Plain JSON objects in which a key written twice is a fault: silently, the last one would win."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key '{key[:60]}' is there twice")
-        found[key] = value
-    return found

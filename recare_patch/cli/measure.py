@@ -18,8 +18,11 @@ from recare_patch.recipe import slug_of
 
 if TYPE_CHECKING:
     from recare_patch.measure import AttackOptions, AttackResult, Evidence
+    from recare_patch.measure.verify import Verification
 
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+
+_MOST_CLAIMS = 8
 
 label_option = option("--label TEXT", "What the detector calls the concept.  [default: as the suite]")
 
@@ -286,12 +289,24 @@ def verify(
         found = verified(patch, base, figures=figures or ("all",), **options)
     if as_json:
         findings = [{"about": one.about, "holds": one.holds, "told": one.told} for one in found.findings]
-        echo(json.dumps({"holds": found.holds, "findings": findings}, indent=2, ensure_ascii=False))
+        told = {"holds": found.holds, "not_measured_again": found.unmeasured, "findings": findings}
+        echo(json.dumps(told, indent=2, ensure_ascii=False))
     else:
         words = {True: "ok", False: "FAIL", None: "-"}
         for one in found.findings:
             echo(f"{words[one.holds]:<6}{one.about}: {one.told}")
         checked = sum(one.holds is not None for one in found.findings)
-        told = f"holds: {checked}" if found.holds else f"does not hold: {len(found.failed)} of {checked}"
-        echo(f"{patch} {told} {'checked' if found.holds else 'failed'}.")
+        echo(f"{patch} {_verdict(found, checked)}.")
     ctx.exit(0 if found.holds else 1)
+
+
+def _verdict(found: Verification, checked: int) -> str:
+    """What a verification comes to: what was checked, and what nobody measured again."""
+    told, left = f"holds: {checked} checked", found.unmeasured
+    if not found.holds:
+        return f"does not hold: {len(found.failed)} of {checked} failed"
+    if not left:
+        return told
+    more = f" and {len(left) - _MOST_CLAIMS} more" if len(left) > _MOST_CLAIMS else ""
+    one = "1 claim" if len(left) == 1 else f"{len(left)} claims"
+    return f"{told}; {one} not measured again: {', '.join(left[:_MOST_CLAIMS])}{more}"

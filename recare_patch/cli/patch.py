@@ -14,7 +14,7 @@ from click import Choice, FloatRange, IntRange, UsageError, argument, command, e
 
 from recare_patch import cli
 from recare_patch.cli import flag, option
-from recare_patch.core import OutputError, PatchError, SafetensorsHeader, read_safetensors_header
+from recare_patch.core import OutputError, PatchError, SafetensorsHeader, load_json, read_safetensors_header
 from recare_patch.recipe import METADATA_KEY, PARTS_KEY, WEIGHTS_NAME, Recipe, parts_in_header
 
 _OURS = PARTS_KEY.removesuffix("parts")
@@ -92,8 +92,8 @@ def described(file: Path, header: SafetensorsHeader) -> dict[str, Any]:
 def _stack(header: Mapping[str, str], source: str) -> dict[str, Any]:
     """What a stack says of itself: what it erases, how it was made, and of what."""
     try:
-        how = json.loads(header.get(f"{_OURS}stacking", "{}"))
-    except (ValueError, RecursionError):
+        how = load_json(header.get(f"{_OURS}stacking", "{}"))
+    except ValueError:
         how = None
     if not isinstance(how, dict) or not isinstance(how.get("relative_error"), int | float | None):
         raise PatchError(f"{source} has a malformed header entry '{_OURS}stacking'")

@@ -10,7 +10,6 @@ own where weights are fp16; loaded in fp32 it gives these values, with the whole
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -33,6 +32,9 @@ from recare_patch.core import (
     OutputError,
     PatchError,
     Progress,
+    load_json,
+    open_tensors,
+    read_bytes,
     read_safetensors_header,
     write_json,
 )
@@ -99,10 +101,10 @@ class MergeRecord(BaseModel):
         """Read the record of a merged folder; :class:`BaseModelError` where there is none that is sound."""
         file = Path(folder) / RECORD_NAME
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except OSError as fault:
+            return cls(**load_json(read_bytes(file, RECORD_NAME, BaseModelError)))
+        except (OSError, BaseModelError) as fault:
             raise BaseModelError(f"{folder} is no merged base: {RECORD_NAME} is not in it or cannot be read") from fault
-        except (ValidationError, ValueError, TypeError, RecursionError):
+        except (ValidationError, ValueError, TypeError):
             raise BaseModelError(f"{file} is malformed") from None
 
 
@@ -396,9 +398,7 @@ def _add(patches: Weighted, made: Layout, device: torch.device, progress: Progre
 
 def _change(file: Path, name: str, module: str, patches: Weighted, base: str, device: torch.device) -> float:
     """Write one changed tensor over the old one; gives what rounding it took."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as stored:
+    with open_tensors(file) as stored:
         # Cloned, since it may be a window on the file.
         weight: Tensor = stored.get_tensor(name).clone()
     exact = torch.promote_types(weight.dtype, torch.float32)
@@ -420,7 +420,7 @@ def _change(file: Path, name: str, module: str, patches: Weighted, base: str, de
         )
     with open(file, "r+b") as handle:
         size = struct.unpack("<Q", handle.read(8))[0]
-        start, _ = json.loads(handle.read(size))[name]["data_offsets"]
+        start, _ = load_json(handle.read(size))[name]["data_offsets"]
         handle.seek(8 + size + start)
         handle.write(new.reshape(-1).view(torch.uint8).numpy().data)
     back = (new.to(exact) - total.cpu()).to(weight.dtype)
@@ -428,15 +428,13 @@ def _change(file: Path, name: str, module: str, patches: Weighted, base: str, de
 
 
 def _max_difference(made: Layout, base: Layout, part: str) -> float:
-    from safetensors import safe_open
-
     worst = 0.0
     with contextlib.ExitStack() as stack:
         ours, theirs = (
             {
                 name: handle
                 for file in _weights(layout, part)
-                for handle in (stack.enter_context(safe_open(file, "pt")),)
+                for handle in (stack.enter_context(open_tensors(file)),)
                 for name in handle.keys()  # noqa: SIM118 - no mapping
             }
             for layout in (made, base)

@@ -21,6 +21,7 @@ from .errors import SettingsError as SettingsError
 from .errors import UnknownNameError as UnknownNameError
 from .errors import nearest as nearest
 from .errors import noted as noted
+from .errors import printable as printable
 from .errors import reason as reason
 from .errors import told_at as told_at
 from .errors import unknown_name as unknown_name
@@ -33,9 +34,10 @@ from .files import claim_folder as claim_folder
 from .files import file_sha256 as file_sha256
 from .files import launched_together as launched_together
 from .files import load_tensors as load_tensors
+from .files import open_tensors as open_tensors
 from .files import output_error as output_error
 from .files import read_safetensors_header as read_safetensors_header
-from .files import read_text as read_text
+from .files import read_tensors as read_tensors
 from .files import user_cache as user_cache
 from .files import write_bytes as write_bytes
 from .files import write_json as write_json
@@ -44,9 +46,7 @@ from .files import write_tensors as write_tensors
 from .files import write_text as write_text
 from .settings import Registry as Registry
 from .settings import Settings as Settings
-from .settings import load_yaml as load_yaml
 from .settings import one_of as one_of
-from .settings import yaml_mapping as yaml_mapping
 from .show import Comparison as Comparison
 from .show import NullProgress as NullProgress
 from .show import Progress as Progress
@@ -55,3 +55,17 @@ from .show import SheetRow as SheetRow
 from .show import blurred as blurred
 from .show import save_sheet as save_sheet
 from .show import sheet as sheet
+from .untrusted import MOST_PICTURE as MOST_PICTURE
+from .untrusted import MOST_TEXT as MOST_TEXT
+from .untrusted import MOST_WEIGHTS as MOST_WEIGHTS
+from .untrusted import MOST_YAML as MOST_YAML
+from .untrusted import check_part as check_part
+from .untrusted import inside as inside
+from .untrusted import load_json as load_json
+from .untrusted import load_yaml as load_yaml
+from .untrusted import open_plain as open_plain
+from .untrusted import read_bytes as read_bytes
+from .untrusted import read_json as read_json
+from .untrusted import read_picture as read_picture
+from .untrusted import read_text as read_text
+from .untrusted import yaml_mapping as yaml_mapping

@@ -17,7 +17,11 @@ _LONGEST_NAME = 500
 
 _LONGEST_MESSAGE = 4000
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+"""Control characters, halves of characters, and what turns the direction of writing round or is not seen at all."""
 
 
 class RecarePatchError(Exception):
@@ -33,7 +37,7 @@ class RecarePatchError(Exception):
         told = super().__str__()
         if len(told) > _LONGEST_MESSAGE:
             told = f"{told[:_LONGEST_MESSAGE]}… ({len(told) - _LONGEST_MESSAGE:,} characters more)"
-        return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], told)
+        return printable(told)
 
 
 class SettingsError(RecarePatchError, ValueError):
@@ -140,6 +144,11 @@ def told_at(stage: str, more: str = "") -> Iterator[None]:
         found = NonFiniteError(f"{stage}: {fault}{more}")
         found.stage = stage
         raise found from fault
+
+
+def printable(text: str) -> str:
+    """Text from anywhere as one line that only shows signs: whatever else is in it is an escape."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def reason(fault: OSError) -> str:

@@ -20,19 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recare_patch.core.errors import OutputError, PatchError, RecarePatchError, reason
+from recare_patch.core.errors import OutputError, PatchError, reason
+from recare_patch.core.untrusted import MOST_DIMENSIONS, MOST_TEXT, AnyPath, load_json, open_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-AnyPath = str | os.PathLike[str]
-
 LOCK_NAME = ".recare-patch.lock"
 """The lock file inside a claimed folder; it holds the process id of its owner."""
-
-_MAX_HEADER = 16_000_000
-"""Bytes, checked before anything is read. The format allows six times as many, which read as JSON can
-take gigabytes; the headers of the largest models, and of LoRAs with all their tags, have a few millions."""
 
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -67,22 +62,6 @@ def user_cache(folder: str) -> Path:
 def output_error(path: AnyPath, fault: OSError) -> OutputError:
     """The one-sentence form of a system fault met while writing ``path``."""
     return OutputError(f"cannot write {os.fspath(path)}: {_REASONS.get(fault.errno or 0) or reason(fault)}")
-
-
-def read_text(path: AnyPath, what: str, error: type[RecarePatchError]) -> str:
-    """The text of a UTF-8 file, without the mark that some editors put at its start.
-
-    Args:
-        path: the file.
-        what: what messages call it, such as "the concepts in list.txt".
-        error: what is raised where it cannot be read, or is no such text.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as fault:
-        raise error(f"cannot read {what}: {reason(fault)}") from fault
-    except ValueError:
-        raise error(f"cannot read {what}: it is not UTF-8 text") from None
 
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
@@ -196,7 +175,7 @@ def write_streamed(path: AnyPath, tensors: Sequence[StreamedTensor], metadata: M
 def file_sha256(path: AnyPath) -> str:
     """SHA-256 of a file's bytes, in hexadecimal; :class:`PatchError` where it cannot be read."""
     try:
-        with open(path, "rb") as handle:
+        with open_plain(path, os.fspath(path), PatchError) as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as fault:
         raise PatchError(f"cannot read {os.fspath(path)}: {reason(fault)}") from fault
@@ -210,21 +189,21 @@ def read_safetensors_header(path: AnyPath) -> SafetensorsHeader:
     """
     name = os.fspath(path)
     try:
-        with open(path, "rb") as handle:
+        with open_plain(path, name, PatchError) as handle:
             start = handle.read(8)
             # The length of a header that is allowed ends in zeros: one of 640 bytes starts as pickles do.
             if start.startswith(_PICKLE_STARTS) and any(start[3:]):
                 raise PatchError(f"{name} is a pickle, which can run code when it is opened: only safetensors is read")
             size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             left = os.fstat(handle.fileno()).st_size - 8
-            if not 2 <= size <= min(left, _MAX_HEADER):
+            if not 2 <= size <= min(left, MOST_TEXT):
                 raise PatchError(f"{name} is not a safetensors file, or its end is missing")
-            header = json.loads(handle.read(size))
+            header = load_json(handle.read(size))
         metadata = header.pop("__metadata__", {})
         in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         tensors = {key: _tensor_info(one) for key, one in in_order}
         sound = all(isinstance(text, str) for pair in metadata.items() for text in pair)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise PatchError(f"{name} is not a safetensors file: its header is malformed") from None
     except OSError as fault:
         raise PatchError(f"cannot read {name}: {reason(fault)}") from fault
@@ -240,6 +219,8 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     numbers = [*entry["shape"], start, end]
     if not isinstance(entry["dtype"], str) or not all(type(one) is int and one >= 0 for one in numbers):
         raise ValueError("no tensor is described like that")
+    if len(entry["shape"]) > MOST_DIMENSIONS:
+        raise ValueError(f"a tensor has more than {MOST_DIMENSIONS} axes")
     return TensorInfo(entry["dtype"], tuple(entry["shape"]), end - start)
 
 
@@ -260,12 +241,28 @@ def load_tensors(path: AnyPath, header: SafetensorsHeader, name: str | None = No
     told = name or os.fspath(path)
     try:
         stored = load_file(path)
-    except (SafetensorError, OSError) as fault:
-        raise PatchError(f"cannot read {told}: {str(fault).splitlines()[0]}") from fault
+    # torch refuses shapes of no or too many values in its own ways.
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as fault:
+        raise PatchError(f"cannot read {told}: {(str(fault).splitlines() or ['it is damaged'])[0]}") from fault
     # What was checked is the header; a file that was put in its place meanwhile has not been.
     if stored.keys() != header.tensors.keys() or read_safetensors_header(path) != header:
         raise PatchError(f"{told} has changed while it was read")
     return {key: stored[key] for key in header.tensors}
+
+
+def read_tensors(path: AnyPath) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; faults are those of reading header and tensors."""
+    return load_tensors(path, read_safetensors_header(path))
+
+
+@contextlib.contextmanager
+def open_tensors(path: AnyPath) -> Iterator[Any]:
+    """A safetensors file whose tensors are read one at a time: safetensors' own handle, once its header is checked."""
+    from safetensors import safe_open
+
+    read_safetensors_header(path)
+    with safe_open(path, "pt") as handle:
+        yield handle
 
 
 @contextlib.contextmanager

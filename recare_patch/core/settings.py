@@ -12,11 +12,10 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from recare_patch.core.errors import RecarePatchError, RecipeError, SettingsError, nearest, unknown_name
+from recare_patch.core.errors import RecipeError, SettingsError, nearest, unknown_name
 
 _WANTED = {
     "int_parsing": "a whole number",
@@ -40,6 +39,9 @@ _BOUNDS = {
     "less_than": ("lt", "less than"),
 }
 
+_MOST_FAULTS = 100
+"""So many are told: a stranger's document may have millions."""
+
 
 class Settings(BaseModel):
     """A frozen pydantic model that refuses unknown keys and tells every fault in one sentence.
@@ -52,12 +54,22 @@ class Settings(BaseModel):
     error: ClassVar[type[SettingsError]] = RecipeError
     noun: ClassVar[str] = "settings"
 
-    def __init__(self, **data: Any) -> None:
+    # A key of the data may be called "self".
+    def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as found:
-            faults = [phrase for one in found.errors() for phrase in _phrases(one, type(self))]
+            listed = found.errors(include_url=False)
+            faults = [phrase for one in listed[:_MOST_FAULTS] for phrase in _phrases(one, type(self))]
+            if (more := len(listed) - _MOST_FAULTS) > 0:
+                faults.append(f"and {more:,} more faults")
             raise self.error(f"{self.noun}: {'; '.join(faults)}", faults) from None
+        except TypeError as fault:
+            # What a nested mapping's constructor says of a key such as 1.
+            if "keywords must be strings" not in str(fault):
+                raise
+            told = "every key must be text"
+            raise self.error(f"{self.noun}: {told}", (told,)) from None
 
 
 def _phrases(fault: ErrorDetails, model: type[BaseModel]) -> list[str]:
@@ -107,66 +119,6 @@ class one_of:
             if name.casefold() == wanted:
                 return name
         raise ValueError(str(unknown_name(self.what, str(given), self.names)))
-
-
-def yaml_mapping(text: str, *, source: str, noun: str, error: type[RecarePatchError]) -> dict[str, Any]:
-    """Read YAML of plain data, never objects: a mapping of names to values.
-
-    Args:
-        text: the YAML.
-        source: where it came from, for messages.
-        noun: what it should be, for messages.
-        error: what is raised for text that is no YAML, has a key twice or an alias, or is no mapping.
-    """
-    try:
-        data = load_yaml(text)
-    except yaml.YAMLError as fault:
-        what = " ".join(str(getattr(fault, "problem", None) or fault).split())
-        mark = getattr(fault, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark is not None else ""
-        raise error(f"{source} is not readable YAML: {what}{where}") from None
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise error(f"{source} is not a {noun}: it must be a mapping of keys to values")
-    return data
-
-
-def load_yaml(text: str) -> Any:
-    """Read YAML of plain data from anywhere.
-
-    Raises:
-        yaml.YAMLError: it is not readable, has a key twice or an alias, or is nested too deeply.
-    """
-    try:
-        return yaml.load(text, Loader=_PlainLoader)
-    # What PyYAML's own conversions raise on a tag that does not fit its value ("!!int x", "2020-02-30").
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as fault:
-        raise yaml.YAMLError(" ".join(str(fault).split())[:200] or type(fault).__name__) from None
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML in which two things are faults.
-
-    A key written twice: silently, the last one would win. And an alias: a few lines of them, each
-    twice the one before, stand for more data than any memory holds.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read", mark)
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call, no-any-return]
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                told = f"the key {key!r} is there twice"
-                raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 class Registry:

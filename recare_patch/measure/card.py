@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from recare_patch.core import EvidenceError
@@ -13,6 +14,9 @@ from recare_patch.recipe import Concept
 EVIDENCE_START = "<!-- recare-patch: evidence, from evidence.json -->"
 EVIDENCE_END = "<!-- recare-patch: end of evidence -->"
 """The marks around the part of a card that is made from ``evidence.json``."""
+
+_AWAY = {"scales": "at scales other than 1", "fine-tuning": "on fine-tunes of it"}
+"""What a card's limits say nothing was measured of → the check that does."""
 
 _SECTION = re.compile(rf"{re.escape(EVIDENCE_START)}.*?{re.escape(EVIDENCE_END)}\n*", re.DOTALL)
 _FOLLOWING = re.compile(r"^## (?:Use it|Limits)[ \t]*$", re.MULTILINE)
@@ -91,6 +95,15 @@ def _sections(body: str) -> list[str]:
     return found
 
 
+def _away(checks: Collection[str]) -> str:
+    """The line of a card's limits that tells which of what lies away from base and scale was measured."""
+    told, left = ([words for name, words in _AWAY.items() if (name in checks) == known] for known in (True, False))
+    if not told or not left:
+        return MEASURED if told else UNMEASURED
+    start = UNMEASURED.partition(". ")[0]
+    return f"{start}. What was measured {told[0]} is told under Evidence; {left[0]}, nothing was measured."
+
+
 def with_evidence(card: str, evidence: Evidence) -> str:
     """A card, this package's or another's, with the figures in its header and its body in place of old ones.
 
@@ -108,7 +121,7 @@ def with_evidence(card: str, evidence: Evidence) -> str:
         body = f"{body[: following.start()]}{section}\n{body[following.start() :]}"
     else:
         body = f"{body.rstrip()}\n\n{section}" if body.strip() else f"\n{section}"
-    if evidence.checks:
-        body = body.replace(UNMEASURED, MEASURED)
+    for line in {_away(()), _away(_AWAY), *map(_away, ((name,) for name in _AWAY))}:
+        body = body.replace(line, _away({one.name for one in evidence.checks}))
     front.pop("model-index", None)
     return join_card({**front, "model-index": [model_index(evidence)]}, body)

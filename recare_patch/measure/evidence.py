@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from recare_patch.core import EvidenceError, Settings, SettingsError, unknown_name, write_text
+from recare_patch.core import EvidenceError, Settings, SettingsError, load_json, read_text, unknown_name, write_text
 from recare_patch.patch import EVIDENCE_NAME
 from recare_patch.recipe import Kind
 
@@ -31,7 +31,6 @@ Group = Literal["erased", "care", "kept", "attack", "check", "memorization"]
 RATE = "rate"
 """The unit of shares of pictures, 0 to 1; their intervals are Wilson's."""
 
-_MAX_BYTES = 64_000_000
 _SLACK = 1e-6
 """Allowance for figures that were rounded when they were written."""
 
@@ -54,8 +53,10 @@ def _a_date(text: str) -> str:
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Text = Annotated[str, Field(max_length=10_000)]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+Interval = Annotated[tuple[Number, Number], AfterValidator(_ordered)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
+Spent = Annotated[int, Field(ge=0, le=10**15)]
 Better = Literal["lower", "higher"]
 
 
@@ -99,8 +100,8 @@ class Part(_Evidence):
     """
 
     label: Text
-    base: float | None = None
-    patched: float
+    base: Number | None = None
+    patched: Number
     pictures: Count
 
 
@@ -126,15 +127,15 @@ class Figure(_Evidence):
     group: Group
     metric: Name
     detector: str | None = None
-    base: float | None = None
-    patched: float
+    base: Number | None = None
+    patched: Number
     base_interval: Interval | None = None
     interval: Interval | None = None
     pictures: Count
     better: Better
     unit: str = ""
     note: Text = ""
-    by: tuple[Part, ...] = ()
+    by: Annotated[tuple[Part, ...], Field(max_length=10_000)] = ()
 
     def show(self, value: float | None) -> str:
         """One of its values as people read it."""
@@ -187,8 +188,8 @@ class AttackFigure(_Evidence):
     interval: Interval
     without: Count
     base: Annotated[float, Field(ge=0, le=1)] | None = None
-    evaluations: Annotated[int, Field(ge=0)] = 0
-    seconds: Annotated[float, Field(ge=0)] = 0.0
+    evaluations: Spent = 0
+    seconds: Annotated[float, Field(ge=0, le=1e12)] = 0.0
     detector: str | None = None
     budget: dict[str, Any] = Field(default_factory=dict)
     folder: str | None = None
@@ -222,8 +223,8 @@ class CheckPoint(_Evidence):
         pictures: behind each value.
     """
 
-    x: float | str
-    values: dict[str, float | None]
+    x: Number | Text
+    values: Annotated[dict[str, Number | None], Field(max_length=100)]
     intervals: dict[str, Interval] = Field(default_factory=dict)
     pictures: Count | None = None
 
@@ -248,7 +249,7 @@ class Check(_Evidence):
     x_label: str = ""
     y_label: str = ""
     unit: str = RATE
-    points: tuple[CheckPoint, ...]
+    points: Annotated[tuple[CheckPoint, ...], Field(max_length=1000)]
     note: Text = ""
 
     @property
@@ -292,9 +293,9 @@ class Evidence(_Evidence):
     created: Annotated[str, AfterValidator(_a_date)]
     versions: dict[str, str] = Field(default_factory=dict)
     command: str = ""
-    figures: tuple[Figure, ...] = ()
-    attacks: tuple[AttackFigure, ...] = ()
-    checks: tuple[Check, ...] = ()
+    figures: Annotated[tuple[Figure, ...], Field(max_length=1000)] = ()
+    attacks: Annotated[tuple[AttackFigure, ...], Field(max_length=1000)] = ()
+    checks: Annotated[tuple[Check, ...], Field(max_length=100)] = ()
     cost: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -356,9 +357,9 @@ class Evidence(_Evidence):
             EvidenceError: it is not JSON, of a newer form, or has faults; all are told at once.
         """
         try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            raise EvidenceError(f"{source} is not evidence: it is not readable as JSON") from None
+            found = load_json(text)
+        except ValueError as fault:
+            raise EvidenceError(f"{source} is not evidence: it is not readable as JSON ({fault})") from None
         if not isinstance(found, dict):
             raise EvidenceError(f"{source} is not evidence: it is not a mapping of keys to values")
         version = found.get("version")
@@ -371,8 +372,6 @@ class Evidence(_Evidence):
             return cls(**found)
         except EvidenceError as fault:
             raise EvidenceError(f"{source}: {'; '.join(fault.faults)}", fault.faults) from None
-        except RecursionError:
-            raise EvidenceError(f"{source} is not evidence: it is nested too deeply") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file whole, or not at all; ``path`` is its own or the patch's folder.
@@ -386,22 +385,17 @@ class Evidence(_Evidence):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evidence:
-        """Read the file; ``path`` is its own or the patch's folder.
+        """Read the file; ``path`` is its own or the patch's folder, which a link in it may not lead out of.
 
         Raises:
-            EvidenceError: it is missing or malformed.
+            EvidenceError: it is missing, no plain file, or malformed.
         """
         file = _file(path)
-        try:
-            if file.stat().st_size > _MAX_BYTES:
-                raise EvidenceError(f"{file} is not evidence: it is larger than {_MAX_BYTES:,} bytes")
-            text = file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise EvidenceError(f"there is no evidence at {file}; recare-patch evaluate makes it") from None
-        except UnicodeDecodeError:
-            raise EvidenceError(f"{file} is not evidence: it is not UTF-8 text") from None
-        except OSError as fault:
-            raise EvidenceError(f"cannot read {file}: {(fault.strerror or str(fault)).lower()}") from fault
+        if not file.exists():
+            raise EvidenceError(f"there is no evidence at {file}; recare-patch evaluate makes it")
+        text = read_text(
+            file, f"the evidence {file}", EvidenceError, within=None if file == Path(path) else file.parent
+        )
         return cls.from_json(text, source=str(file))
 
 

@@ -15,12 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.core import EvaluationError, write_tensors
+from recare_patch.core import EvaluationError, PatchError, read_tensors, write_tensors
 from recare_patch.erasure import Loop, invert
 from recare_patch.measure.evidence import Figure
 from recare_patch.measure.meters import HitRate, rate_figure
@@ -101,8 +99,8 @@ def recover(
     }
     file = cache.path(studio.key(patches, fields), ".safetensors") if cache is not None else None
     if file is not None and file.is_file():
-        with contextlib.suppress(SafetensorError, OSError, KeyError):
-            return load_file(file)["vectors"]
+        with contextlib.suppress(PatchError, KeyError):
+            return read_tensors(file)["vectors"]
     images = studio.draw(
         [concept.target_prompt] * options.images,
         range(first, first + options.images),

@@ -22,7 +22,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recare_patch.core import EvaluationError, NullProgress, launched_together, told_at, user_cache, write_bytes
+from recare_patch.core import (
+    EvaluationError,
+    NullProgress,
+    launched_together,
+    read_picture,
+    told_at,
+    user_cache,
+    write_bytes,
+)
 from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, deciding, named_tuner_layers, scheduled, weights_hash
 
 if TYPE_CHECKING:
@@ -59,9 +67,8 @@ class PictureCache:
     def get(self, key: str) -> Image.Image | None:
         """The picture, or None where there is none that can be read."""
         try:
-            with Image.open(self.path(key), formats=("PNG",)) as found:
-                return found.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return read_picture(self.path(key), "the picture", EvaluationError, formats=("PNG",))
+        except EvaluationError:
             return None
 
     def put(self, key: str, image: Image.Image) -> None:

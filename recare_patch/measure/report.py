@@ -19,7 +19,8 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from recare_patch.core import Comparison, OutputError, write_text
+from recare_patch.core import Comparison, OutputError, read_picture, write_text
+from recare_patch.measure.claims import rebuilt_command, tidy
 from recare_patch.measure.evidence import (
     RATE,
     AttackFigure,
@@ -102,6 +103,7 @@ def write_report(
         stages=stages,
         losses=losses,
         facts=_facts(evidence),
+        command=rebuilt_command(evidence.command),
     )
     file = Path(folder) / REPORT_NAME
     write_text(file, page.lstrip())
@@ -144,7 +146,7 @@ def _template() -> jinja2.Template:
 def _unbroken(value: Any) -> Any:
     """A number stays on a line with its percent."""
     text = isinstance(value, str) and not isinstance(value, Markup)
-    return value.replace(" %", "\N{NO-BREAK SPACE}%") if text else value
+    return tidy(value).replace(" %", "\N{NO-BREAK SPACE}%") if text else value
 
 
 def _attack_name(attack: AttackFigure) -> str:
@@ -238,12 +240,9 @@ def _place(x: float | str) -> str:
 def _image(caption: str, picture: Image.Image | Path, largest: int) -> dict[str, Any]:
     """A picture as text that a page can hold, with its size."""
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        image = image.convert("RGB")
-    except (OSError, ValueError) as fault:
-        raise OutputError(
-            f"the sheet '{caption}' cannot be put into the report: {str(fault).splitlines()[0]}"
-        ) from fault
+        image = picture.convert("RGB") if isinstance(picture, Image.Image) else read_picture(picture, picture.name)
+    except OutputError as fault:
+        raise OutputError(f"the sheet '{caption}' cannot be put into the report: {fault}") from fault
     if max(image.size) > largest:
         image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

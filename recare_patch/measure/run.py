@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import logging
 import math
 import os
@@ -25,8 +24,11 @@ from recare_patch.core import (
     Comparison,
     EvaluationError,
     EvidenceError,
+    PatchError,
     Progress,
     file_sha256,
+    read_json,
+    read_text,
     unknown_name,
     write_text,
 )
@@ -198,6 +200,8 @@ def evaluate(
         raise EvaluationError(f"patch {loaded.name} {told} {EVIDENCE_NAME}")
     folder = folder_of(loaded, Path(out).expanduser() if out is not None else weights.parent, chosen.concept)
     found = _attack_figures(weights, attacks, folder, chosen.concept if several else None)
+    # Before anything is drawn: the figures go into it afterwards.
+    _card_of(weights)
     if isinstance(base, str | Path):
         how: dict[str, Any] = {"precision": precision, "memory": memory, "vram": vram, "device": options.device}
         eyes = clip.id if isinstance(clip, Clip) else clip or (recipe and recipe.clip) or default_clip(str(base))
@@ -420,15 +424,24 @@ def _attack_figures(
     return tuple(figures)
 
 
+def _card_of(weights: Path) -> str | None:
+    """The text of the patch's card, where there is one; an error where figures could not be written into it."""
+    file = weights.parent / CARD_NAME
+    if not file.exists():
+        return None
+    text = read_text(file, str(file), EvaluationError, within=weights.parent)
+    claimed_figures(text)
+    return text
+
+
 def _write(evidence: Evidence, weights: Path, patch: Patch, pictures: Comparisons, folder: Path, card: bool) -> None:
     """Evidence and report into the folder, and the figures into the patch's card."""
     training = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        training = json.loads((weights.parent / TRAINING_NAME).read_text(encoding="utf-8"))
+    with contextlib.suppress(FileNotFoundError, PatchError):
+        training = read_json(weights.parent / TRAINING_NAME, TRAINING_NAME, PatchError, within=weights.parent)
     training = training if isinstance(training, dict) else None
     write_report(evidence, folder, pictures, training)
-    file = weights.parent / CARD_NAME
-    text = file.read_text(encoding="utf-8") if file.is_file() else None
+    file, text = weights.parent / CARD_NAME, _card_of(weights)
     # A card that told figures before must not go on telling the old ones.
     if text is not None and folder.resolve() == weights.parent.resolve():
         tells = EVIDENCE_START in text or "model-index" in text

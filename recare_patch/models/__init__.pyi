@@ -49,6 +49,7 @@ from .lora import DENOISERS as DENOISERS
 from .lora import TEXT_ENCODERS as TEXT_ENCODERS
 from .lora import TRANSFORMER as TRANSFORMER
 from .lora import UNET as UNET
+from .lora import adapted as adapted
 from .lora import base_layers as base_layers
 from .lora import frozen as frozen
 from .lora import full_name as full_name

@@ -6,7 +6,6 @@ What is in the hub's cache is used where the hub does not answer, refuses, or ha
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from recare_patch.core import BaseModelError
+from recare_patch.core import BaseModelError, read_json, read_text
 from recare_patch.models.layout import MOVED, SMALL, Layout, family_of, read_layout
 
 if TYPE_CHECKING:
@@ -48,7 +47,8 @@ def published(hub_id: str) -> Layout | None:
 
 @cache
 def _published() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+    file = Path(__file__).with_name("published.json")
+    found: dict[str, Any] = read_json(file, f"the package's {file.name}", BaseModelError)
     return found
 
 
@@ -64,7 +64,7 @@ def snapshots(hub_id: str, *, first: str = "main") -> list[Path]:
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
     ref = folder / "refs" / first
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else first
+    commit = read_text(ref, f"the cache's {ref}", BaseModelError).strip() if ref.is_file() else first
     there = [one for one in (folder / "snapshots").glob("*") if one.is_dir()]
     return sorted(there, key=lambda one: (one.name != commit, -one.stat().st_mtime))
 

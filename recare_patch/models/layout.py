@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 import shutil
 import tempfile
@@ -16,7 +15,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recare_patch.core import BaseModelError, PatchError, Registry, read_safetensors_header
+from recare_patch.core import (
+    BaseModelError,
+    PatchError,
+    Registry,
+    check_part,
+    load_json,
+    read_bytes,
+    read_safetensors_header,
+)
 from recare_patch.models.few_steps import FewSteps, few_steps
 
 if TYPE_CHECKING:
@@ -185,8 +192,8 @@ def _link_weights(files: list[Path], folder: Path) -> None:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = load_json(read_bytes(path, path.name, BaseModelError))
+    except (BaseModelError, OSError, ValueError):
         found = None
     if not isinstance(found, dict):
         raise BaseModelError(f"base {name} has an unreadable {path.parent.name}/{path.name}")
@@ -207,6 +214,9 @@ def read_layout(folder: Path, name: str, listing: Iterable[str] | None = None) -
                 configs[part.name] = _read_json(file, name)
                 break
     index = _read_json(folder / "model_index.json", name)
+    for key in index:
+        # It becomes a part of paths that are read and written.
+        check_part(key, f"a component that base {name} lists", BaseModelError)
     return Layout(folder, name, index, configs, listing=None if listing is None else tuple(listing))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import recare_patch
-from recare_patch.core import BaseModelError, nearest, noted, unknown_name
+from recare_patch.core import BaseModelError, nearest, noted, open_tensors, unknown_name
 from recare_patch.models.hub_source import cached_layout, fetch, published
 from recare_patch.models.layout import Layout, family_of, read_layout, read_single_file
 from recare_patch.models.lora import TEXT_ENCODERS, UNET, tuner_layers
@@ -133,10 +133,8 @@ def weights_hash(network: nn.Module, component: str = UNET) -> str:
 
 def stored_weights_hash(files: Sequence[Path], component: str = UNET) -> str:
     """:func:`weights_hash` of a network's safetensors shards, with one tensor in memory at a time."""
-    from safetensors import safe_open
-
     with contextlib.ExitStack() as stack:
-        handles = [stack.enter_context(safe_open(file, "pt")) for file in files]
+        handles = [stack.enter_context(open_tensors(file)) for file in files]
         places = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no mapping
         names = _hashed_names(places, component)
         return _digest((name, places[own].get_tensor(own)) for name, own in names.items())

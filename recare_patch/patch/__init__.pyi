@@ -45,6 +45,7 @@ from .kohya import check_formats as check_formats
 from .kohya import has_kohya_names as has_kohya_names
 from .kohya import output_name as output_name
 from .kohya import write_kohya as write_kohya
+from .metadata import FORMAT_VERSION as FORMAT_VERSION
 from .metadata import Erased as Erased
 from .metadata import PatchMetadata as PatchMetadata
 from .metadata import PatchPart as PatchPart

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from recare_patch.core import EvidenceError, PatchError, load_yaml
+from recare_patch.core import EvidenceError, PatchError, load_yaml, printable
 from recare_patch.patch.metadata import PatchMetadata, finite, spent
 from recare_patch.patch.patch import concept_name
 from recare_patch.recipe import KINDS, METHODS, WEIGHTS_NAME, Paper, method_info, slug_of
@@ -37,7 +37,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", re.ASCII)
 
 def plain(text: str) -> str:
     """Text of a user's that a card may show: no HTML, no Markdown, one line."""
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    shown = html.escape(printable(" ".join(text.split())), quote=False)
+    # Bare addresses become links by themselves; a colon and a dot as entities do not.
+    shown = re.sub(r"(?i)\b(https?|ftp|mailto):", r"\1&#58;", shown)
+    shown = re.sub(r"(?i)\bwww\.", lambda found: f"{found[0][:-1]}&#46;", shown)
+    return re.sub(r"([\\`*_\[\]|]|(?<!&)#)", r"\\\1", shown)
+
+
+def code(text: str) -> str:
+    """A hash or a name inside of backticks, where Markdown has no escaping: letters, digits and ``._-`` alone."""
+    return re.sub(r"[^\w.-]+", "?", text)[:100]
 
 
 def split_card(card: str) -> tuple[dict[str, Any], str]:
@@ -209,7 +218,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    pages.filters |= {"plain": plain, "quote": shlex.quote, "repr": repr}
+    pages.filters |= {"plain": plain, "code": code, "quote": shlex.quote, "repr": repr}
     try:
         return pages.get_template(name)
     except jinja2.TemplateNotFound as fault:
@@ -252,7 +261,7 @@ def card_text(
         preview=previews[0] if previews else None,
         names=[f"**{plain(part.name)}**" for part in parts]
         if parts is not None
-        else [f"**{plain(one.concept)}**" + (f" ({one.kind})" if one.kind else "") for one in metadata.erased],
+        else [f"**{plain(one.concept)}**" + (f" ({plain(one.kind)})" if one.kind else "") for one in metadata.erased],
         concepts=[one.as_concept() for one in known],
         care_words=list(dict.fromkeys(word for one in metadata.erased for word in one.care_words)),
         prompt=sample_prompt(metadata) or "a prompt of yours",

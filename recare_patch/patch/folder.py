@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recare_patch.core import OutputError, PatchError, file_sha256
+from recare_patch.core import MOST_PICTURE, OutputError, PatchError, file_sha256, inside, read_bytes
 from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def weights_file(path: Path, *, of_any_tool: bool = False) -> Path:
             raise PatchError(f"there is no {'LoRA file' if of_any_tool else 'patch'} at {path}")
         return path
     for name in (WEIGHTS_NAME, PEFT_NAME) if of_any_tool else (WEIGHTS_NAME,):
-        if (path / name).is_file():
+        if (path / name).exists():
+            if not inside(path / name, path):
+                raise PatchError(f"{path / name} is a link that leads out of its folder: name the file itself")
             return path / name
     found = sorted(path.glob("*.safetensors")) if of_any_tool else []
     if len(found) == 1:
@@ -122,7 +124,7 @@ def _of_concepts(patch: Patch, name: str) -> tuple[str, ...]:
 
 def git_hash(path: Path) -> str:
     """The id under which git, and so the Hub, lists a file that it does not keep elsewhere."""
-    data = path.read_bytes()
+    data = read_bytes(path, path.name, PatchError, most=MOST_PICTURE)
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 

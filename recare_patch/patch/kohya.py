@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from recare_patch import __version__
-from recare_patch.core import IncompatiblePatchError, PatchError, nearest, unknown_name, write_tensors
+from recare_patch.core import IncompatiblePatchError, PatchError, load_json, nearest, unknown_name, write_tensors
 from recare_patch.models import COMPONENTS, TRANSFORMER, split_name
 from recare_patch.patch.folder import target_file
 from recare_patch.patch.metadata import PatchMetadata
@@ -164,10 +164,10 @@ def from_sgm(name: str) -> str:
 def table_in(header: Mapping[str, str], key: str, sound: Callable[[str, Any], bool], source: str) -> dict[str, Any]:
     """A header entry of our own files: JSON, kohya name → what is sound for it."""
     try:
-        table: dict[str, Any] = json.loads(header.get(key, "{}"))
+        table: dict[str, Any] = load_json(header.get(key, "{}"))
         if all(sound(*entry) for entry in table.items()):
             return table
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         pass
     raise PatchError(f"{source} has a malformed header entry '{key}'")
 

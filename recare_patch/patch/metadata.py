@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from recare_patch.core import PatchError, RecipeError
-from recare_patch.recipe import TEXT_LAYER_SETS, Concept, Recipe, same_concept, stack_has_no_recipe
+from recare_patch.core import PatchError, RecipeError, load_json, printable
+from recare_patch.recipe import TEXT_LAYER_SETS, Concept, Recipe, concept_key, stack_has_no_recipe
 
 if TYPE_CHECKING:
     from recare_patch.careset import CareSet
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 HEADER_PREFIX = "recare_patch."
 _ENCODER = "text_encoder"
+_MOST_CONCEPTS = 1000
+_DOCUMENTS = ("recipe", "care_set")
 
 
 class _Told(BaseModel):
@@ -55,16 +58,14 @@ class Erased(_Told):
 
 def _each_once(found: Iterable[Erased]) -> tuple[Erased, ...]:
     """Every concept once, with all that was guarded for it."""
-    kept: list[Erased] = []
+    kept: dict[str, Erased] = {}
     for one in found:
-        for place, other in enumerate(kept):
-            if same_concept(other.concept, one.concept):
-                words = tuple(dict.fromkeys((*other.care_words, *one.care_words)))
-                kept[place] = other.model_copy(update={"kind": other.kind or one.kind, "care_words": words})
-                break
-        else:
-            kept.append(one)
-    return tuple(kept)
+        other = kept.setdefault(concept_key(one.concept), one)
+        if other is not one:
+            words = tuple(dict.fromkeys((*other.care_words, *one.care_words)))
+            same = {"kind": other.kind or one.kind, "care_words": words}
+            kept[concept_key(one.concept)] = other.model_copy(update=same)
+    return tuple(kept.values())
 
 
 class PatchPart(_Told):
@@ -77,7 +78,9 @@ class PatchPart(_Told):
     scale: float = Field(description="its strength; stacks of stacks multiply theirs")
     care_words: tuple[str, ...] = ()
     method: str | None = None
-    concepts: tuple[Erased, ...] | None = Field(None, description="each, of a part that erases several")
+    concepts: tuple[Erased, ...] | None = Field(
+        None, max_length=_MOST_CONCEPTS, description="each, of a part that erases several"
+    )
 
     @property
     def erased(self) -> tuple[Erased, ...]:
@@ -115,13 +118,15 @@ class PatchMetadata(_Told):
     seed: int
     recipe: str | None = Field(None, description="the full recipe, YAML; a stack has none of its own")
     care_set: str | None = Field(None, description="JSON; None for methods without one")
-    parts: tuple[PatchPart, ...] | None = Field(None, description="of a stack, in its order")
+    parts: tuple[PatchPart, ...] | None = Field(None, max_length=_MOST_CONCEPTS, description="of a stack, in its order")
     stacking: Stacking | None = None
     base_text_encoders_sha256: dict[str, str] | None = Field(
         None, description="by component; None for a patch that changes the denoiser alone"
     )
     concepts: tuple[Erased, ...] | None = Field(
-        None, description="each, the earliest first, of a patch of several concepts or a continued one"
+        None,
+        max_length=_MOST_CONCEPTS,
+        description="each, the earliest first, of a patch of several concepts or a continued one",
     )
 
     @model_validator(mode="after")
@@ -130,7 +135,7 @@ class PatchMetadata(_Told):
             raise ValueError("a patch has a recipe, and a stack has parts")
         try:
             readable = all(isinstance(word, str) for word in self.care_words)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             readable = False
         if not readable:
             raise ValueError("its CARE-set is not readable")
@@ -204,12 +209,12 @@ class PatchMetadata(_Told):
         """
         if self.recipe is None:
             raise RecipeError(stack_has_no_recipe(f"'{self.concept}'", len(self.parts or ())))
-        return Recipe.from_yaml(self.recipe, source="the patch's recipe")
+        return _parsed(self.recipe)
 
     @property
     def care_words(self) -> tuple[str, ...]:
         """The words that the run guarded, in the CARE-set's order."""
-        tokens = json.loads(self.care_set).get("tokens", []) if self.care_set else []
+        tokens = load_json(self.care_set).get("tokens", []) if self.care_set else []
         return tuple(token["text"] for token in tokens if token.get("kept"))
 
     def to_header(self) -> dict[str, str]:
@@ -232,7 +237,10 @@ class PatchMetadata(_Told):
             return None
         text = {name for name, one in cls.model_fields.items() if one.annotation in (str, str | None)}
         try:
-            values = {key: value if key in text else json.loads(value) for key, value in ours.items()}
+            values = {
+                key: value if key in _DOCUMENTS else _shown(value if key in text else load_json(value))
+                for key, value in ours.items()
+            }
             version = values.get("format_version", 0)
             if isinstance(version, int) and version > FORMAT_VERSION:
                 raise PatchError(
@@ -246,8 +254,23 @@ class PatchMetadata(_Told):
                 f"{source} has a malformed header entry "
                 f"'{HEADER_PREFIX}{'.'.join(map(str, first['loc'])) or 'recipe'}': {first['msg'].lower()}"
             ) from None
-        except (ValueError, RecursionError):
+        except ValueError:
             raise PatchError(f"{source} has a malformed header entry under '{HEADER_PREFIX}'") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(recipe: str) -> Recipe:
+    """A patch's recipe, which is asked for time and again, and takes PyYAML ten milliseconds."""
+    return Recipe.from_yaml(recipe, source="the patch's recipe")
+
+
+def _shown(value: Any) -> Any:
+    """A header entry whose texts may be shown anywhere: what is no sign in them is an escape."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(key): _shown(one) for key, one in value.items()}
+    return [_shown(one) for one in value] if isinstance(value, list) else value
 
 
 def finite(value: Any) -> float | None:

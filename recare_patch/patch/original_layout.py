@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recare_patch.core import BaseModelError, StreamedTensor, TensorInfo, read_safetensors_header, write_streamed
+from recare_patch.core import (
+    BaseModelError,
+    StreamedTensor,
+    TensorInfo,
+    open_tensors,
+    read_safetensors_header,
+    write_streamed,
+)
 from recare_patch.models import Layout
 from recare_patch.patch.kohya import ORIGINAL_RESNET, ORIGINAL_UNET
 
@@ -227,7 +234,7 @@ def write_single_file(layout: Layout, file: Path, header: Mapping[str, str]) -> 
         BaseModelError: see :func:`entries`; or its weights cannot be read.
         OutputError: the file cannot be written.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     infos = {component: _infos(layout, component) for component in COMPONENTS}
     stored: dict[tuple[str, str], Any] = {}
@@ -235,7 +242,7 @@ def write_single_file(layout: Layout, file: Path, header: Mapping[str, str]) -> 
         try:
             for component in COMPONENTS:
                 for path in _files(layout, component):
-                    handle = stack.enter_context(safe_open(path, "pt"))
+                    handle = stack.enter_context(open_tensors(path))
                     stored |= {(component, key): handle for key in handle.keys()}  # noqa: SIM118 - it is no dict
         except SafetensorError as fault:
             raise BaseModelError(

@@ -274,7 +274,8 @@ class Patch:
         header = read_safetensors_header(file)
         tensors = load_numbers(file, header, source)
         made = cls(tensors, PatchMetadata.from_header(header.metadata, source), source, file_sha256(file))
-        if made.metadata is None and SCALES_KEY in header.metadata:
+        # Of our own files too: diffusers would follow it.
+        if SCALES_KEY in header.metadata:
             from recare_patch.patch.reading import stored_scales
 
             where = f"header entry '{SCALES_KEY}'"

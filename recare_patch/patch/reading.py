@@ -9,7 +9,6 @@ makes something up for a name that it does not know.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from recare_patch.core import PatchError, SafetensorsHeader, file_sha256, read_safetensors_header
+from recare_patch.core import PatchError, SafetensorsHeader, file_sha256, load_json, read_bytes, read_safetensors_header
 from recare_patch.models import COMPONENTS, full_name, split_name
 from recare_patch.patch.folder import weights_file
 from recare_patch.patch.kohya import RANKS_KEY, resolver, table_in
@@ -90,6 +89,9 @@ def from_any(path: str | Path, modules: Iterable[str] | None = None) -> Patch:
             raise PatchError(
                 f"{source} has a malformed header entry '{RANKS_KEY}': '{name}' has rank {len(a)}, not {rank}"
             )
+        if a[rank:].any() and b[:, rank:].any():
+            # Whatever is cut off here, every other loader applies.
+            raise PatchError(f"{source} hides ranks: '{name}' has more than the {rank} of its '{RANKS_KEY}', not zero")
         a, b = a[:rank].contiguous(), b[:, :rank].contiguous()
         tensors[f"{name}.lora_A.weight"] = a if plain else a.float()
         tensors[f"{name}.lora_B.weight"] = b if plain else b.float() * scales[name]
@@ -164,13 +166,11 @@ def _scales_beside(
     where = f"header entry '{SCALES_KEY}'" if shape == "diffusers" else _PEFT_CONFIG
     try:
         if shape == "peft":
-            text = (file.parent / _PEFT_CONFIG).read_bytes()
+            text = read_bytes(file.parent / _PEFT_CONFIG, f"{_PEFT_CONFIG} of {source}", PatchError, within=file.parent)
         elif shape == "diffusers":
             text = header.metadata.get(SCALES_KEY, text)
     except FileNotFoundError:
         logger.warning("%s has no %s beside it: alpha is taken to be the rank", source, _PEFT_CONFIG)
-    except OSError as fault:
-        raise PatchError(f"cannot read {_PEFT_CONFIG} of {source}: {fault.strerror}") from fault
     return stored_scales(text, where, ranks, source)
 
 
@@ -181,11 +181,11 @@ def stored_scales(text: str | bytes, where: str, ranks: Mapping[str, int], sourc
         PatchError: they are malformed, or those of a DoRA.
     """
     try:
-        config = json.loads(text)
+        config = load_json(text)
         if any(key.rpartition(".")[2] == "use_dora" and value for key, value in config.items()):
             raise PatchError(f"{source} is a DoRA, by its {where}: only plain LoRAs are read")
         return {name: _scale(config, name, rank) for name, rank in ranks.items()}
-    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         raise PatchError(f"{source} has a malformed {where}") from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,14 @@ from typing import Any
 import yaml
 
 from recare_patch.core import (
+    MOST_YAML,
     PatchError,
     RecarePatchError,
     RecipeError,
     bundled,
+    load_json,
     load_yaml,
+    read_bytes,
     read_safetensors_header,
     read_text,
     reason,
@@ -220,7 +222,8 @@ def load_recipe(source: str, *, fill: Fill = dict) -> Recipe:
 
 
 def _read_yaml(path: Path, fill: Fill = dict) -> Recipe:
-    return Recipe.from_yaml(read_text(path, str(path), RecipeError), source=str(path), fill=fill)
+    text = read_text(path, str(path), RecipeError, most=MOST_YAML)
+    return Recipe.from_yaml(text, source=str(path), fill=fill)
 
 
 def stack_has_no_recipe(name: str, parts: int) -> str:
@@ -245,8 +248,8 @@ def parts_in_header(header: Mapping[str, str], source: str) -> list[dict[str, An
         RecipeError: the entry of ``source`` is malformed.
     """
     try:
-        parts = json.loads(header[PARTS_KEY])
-    except (ValueError, RecursionError):
+        parts = load_json(header[PARTS_KEY])
+    except ValueError:
         parts = None
     wanted = (("name", str), ("sha256", str), ("scale", (int, float)))
     if not isinstance(parts, list) or not all(
@@ -357,7 +360,7 @@ def measured() -> dict[str, dict[str, dict[str, Any]]]:
         RecarePatchError: the file is damaged.
     """
     try:
-        found = json.loads(FIGURES_FILE.read_text(encoding="utf-8"))
+        found = load_json(read_bytes(FIGURES_FILE, FIGURES_FILE.name, RecarePatchError))
         return {name: dict(rows) for name, rows in found["methods"].items()}
     except FileNotFoundError:
         return {}

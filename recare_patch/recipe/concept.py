@@ -156,10 +156,11 @@ def _article(text: str) -> str:
 
 def same_concept(a: Concept | str, b: Concept | str) -> bool:
     """Whether two names mean the same concept: case, hyphens and extra spaces do not count."""
-    return _folded(a) == _folded(b)
+    return concept_key(a) == concept_key(b)
 
 
-def _folded(concept: Concept | str) -> str:
+def concept_key(concept: Concept | str) -> str:
+    """What names of the same concept have in common; see :func:`same_concept`."""
     text = concept.text if isinstance(concept, Concept) else concept
     return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", text).casefold().strip()))
 

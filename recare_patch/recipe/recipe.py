@@ -279,7 +279,7 @@ class Recipe(Settings):
     own: Settings | None = Field(None, exclude=True)
     notes: str = Field("", description="for the reader; no effect")
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         filled, faults = _with_method(data)
         try:
             super().__init__(**filled)

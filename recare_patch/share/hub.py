@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from recare_patch import __version__
 from recare_patch.core import HubError, PatchError, RecarePatchError, file_sha256, output_error
@@ -330,8 +331,8 @@ def row_of_folder(folder: str | Path) -> Row:
         raise PatchError(f"{place} carries no record of its making: only patches of recare-patch are listed")
     file = place / WEIGHTS_NAME if place.is_dir() else place
     shown = kept = _NONE
-    if (file.parent / EVIDENCE_NAME).is_file():
-        evidence = Evidence.load(file.parent / EVIDENCE_NAME)
+    if (file.parent / EVIDENCE_NAME).exists():
+        evidence = Evidence.load(file.parent)
         evidence.check_patch(file_sha256(file), str(place))
         if gone := worst_erased(evidence):
             shown = f"{gone.show(gone.patched)} (base {gone.show(gone.base)})"
@@ -361,6 +362,6 @@ def index_text(rows: Sequence[Row], title: str = "Patches") -> str:
     """A page in Markdown that lists patches, in their order."""
     lines = []
     for *cells, patch, target in rows:
-        link = target.replace(" ", "%20").replace("(", "%28").replace(")", "%29")
-        lines.append(f"| {' | '.join(map(plain, cells))} | [{plain(patch)}]({plain(link)}) |")
+        link = quote(target, safe="/:@.-_~%?=&")
+        lines.append(f"| {' | '.join(map(plain, cells))} | [{plain(patch)}]({link}) |")
     return _PAGE.format(title=plain(title), rows="\n".join(lines))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -12,7 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recare_patch.combine.stacking import new_folder
-from recare_patch.core import HubError, NullProgress, OutputError, PatchError, Progress, write_json
+from recare_patch.core import (
+    MOST_PICTURE,
+    MOST_TEXT,
+    MOST_WEIGHTS,
+    HubError,
+    NullProgress,
+    OutputError,
+    PatchError,
+    Progress,
+    inside,
+    read_json,
+    read_picture,
+    write_json,
+)
 from recare_patch.measure import check_integrity, default_cache, write_report
 from recare_patch.models import load_base
 from recare_patch.patch import (
@@ -32,9 +44,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-# Bytes; whatever is larger is no patch.
-_MOST_TEXT, _MOST_PICTURE, _MOST_WEIGHTS = 64_000_000, 100_000_000, 8_000_000_000
-_MOST_PIXELS = 50_000_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -130,9 +139,11 @@ def fetched(text: str, progress: Progress | None = None) -> Path:
 def _there(folder: Path, repo: str, commit: str) -> Pulled | None:
     """What is in the folder already, if it is this very commit and unchanged."""
     try:
-        told = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        told = read_json(folder / RECORD_NAME, RECORD_NAME, PatchError, within=folder)
         files = tuple(SharedFile(name, one["bytes"], one["sha256"]) for name, one in told["files"].items())
-        same = (told["repo"], told["commit"]) == (repo, commit)
+        same = (told["repo"], told["commit"]) == (repo, commit) and all(
+            inside(folder / one.name, folder) for one in files
+        )
         same = same and all(SharedFile.of(folder, one.name) == one for one in files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, PatchError):
         return None
@@ -154,13 +165,13 @@ def _fetch(api: HfApi, repo: str, commit: str, place: Path, progress: Progress) 
             + (f", and its pickle {pickled[0]} is never opened" if pickled else "")
         )
     # The weights say which other files there may be.
-    _take(api, repo, commit, place, files[WEIGHTS_NAME], _MOST_WEIGHTS)
+    _take(api, repo, commit, place, files[WEIGHTS_NAME], MOST_WEIGHTS)
     patch = Patch.load(place / WEIGHTS_NAME)
     names = [name for name in all_names(patch) if name in files and name not in report_names(patch)]
     for number, name in enumerate(names):
         progress.update("fetch", number, len(names), name)
         weights = name.endswith(".safetensors")
-        most = _MOST_TEXT if name in text_names(patch) else _MOST_WEIGHTS if weights else _MOST_PICTURE
+        most = MOST_TEXT if name in text_names(patch) else MOST_WEIGHTS if weights else MOST_PICTURE
         if number:
             _take(api, repo, commit, place, files[name], most)
     progress.update("fetch", len(names), len(names))
@@ -196,21 +207,9 @@ def _check(place: Path) -> None:
     if sound.failed:
         raise PatchError("; ".join(f"{one.about}: {one.told}" for one in sound.failed))
     if (place / PREVIEW_NAME).is_file():
-        _check_picture(place / PREVIEW_NAME)
+        # One that swells beyond measure when it is opened is refused.
+        read_picture(place / PREVIEW_NAME, f"its {PREVIEW_NAME}", PatchError, formats=("PNG",))
     for record in sound.records:
         if record.evidence is not None:
             # A stranger's page could run scripts in the reader's browser: this one is ours.
             write_report(record.evidence, record.folder, previews_of(place))
-
-
-def _check_picture(file: Path) -> None:
-    """Refuse a preview that is no picture, or one that swells beyond measure when it is opened."""
-    from PIL import Image
-
-    try:
-        with Image.open(file, formats=("PNG",)) as picture:
-            width, height = picture.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise PatchError(f"its {file.name} is no PNG picture") from None
-    if width * height > _MOST_PIXELS:
-        raise PatchError(f"its {file.name} has {width}x{height} pixels, too many for a preview")

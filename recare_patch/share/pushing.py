@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import json
+import os
 import re
 import shutil
 import tempfile
@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from recare_patch import __version__
 from recare_patch.core import (
+    MOST_PICTURE,
+    MOST_WEIGHTS,
     HubError,
     NullProgress,
     PatchError,
     Progress,
     RecarePatchError,
+    open_plain,
+    read_bytes,
+    read_json,
     read_safetensors_header,
+    read_text,
     write_text,
 )
 from recare_patch.measure import Integrity, check_integrity, with_evidence, write_report
@@ -140,7 +146,7 @@ def push(
         name = repo or output_name(patch)
         repo = check_repo(name if "/" in name else f"{owner}/{name}")
         # Only now it is known where the patch will be.
-        card = (place / CARD_NAME).read_text(encoding="utf-8")
+        card = read_text(place / CARD_NAME, CARD_NAME, PatchError)
         card = card.replace(f"--patch {PLACE}", f"--patch {PREFIX}{repo}").replace(PLACE, repo)
         write_text(place / CARD_NAME, card)
         names = [name for name in all_names(patch) if (place / name).is_file()]
@@ -158,15 +164,14 @@ def push(
 def _pack(folder: Path, place: Path, license_id: str | None, new_card: bool) -> tuple[Patch, tuple[str, ...]]:
     """Copy what is shared of a patch, complete and check the copy; gives the patch, and what was left.
 
-    What is checked is what is sent: a file that changes meanwhile changes nothing. Links are followed,
-    since they are the sender's own.
+    What is checked is what is sent: a file that changes meanwhile changes nothing. A link that leads out of the folder
+    is refused: the folder may be somebody else's, and the link lead to what is the sender's alone.
     """
-    shutil.copy2(folder / WEIGHTS_NAME, place / WEIGHTS_NAME)
-    taken = [name for name in all_names(Patch.load(place / WEIGHTS_NAME)) if (folder / name).is_file()]
+    _copy(folder, WEIGHTS_NAME, place)
+    taken = [name for name in all_names(Patch.load(place / WEIGHTS_NAME)) if (folder / name).exists()]
     for name in taken:
         if name != WEIGHTS_NAME and not (new_card and name == CARD_NAME):
-            (place / name).parent.mkdir(exist_ok=True)
-            shutil.copy2(folder / name, place / name)
+            _copy(folder, name, place)
     sound = check_integrity(place)
     if sound.failed:
         told = "; ".join(f"{one.about}: {one.told}" for one in sound.failed)
@@ -174,7 +179,7 @@ def _pack(folder: Path, place: Path, license_id: str | None, new_card: bool) -> 
     patch = sound.patch
     assert patch is not None and patch.metadata is not None
     training = place / TRAINING_NAME
-    record = dict(json.loads(training.read_text(encoding="utf-8"))) if training.is_file() else {}
+    record = dict(read_json(training, TRAINING_NAME, PatchError)) if training.is_file() else {}
     kohya = place / kohya_name(patch)
     if not kohya.is_file():
         # Dated by the weights, so that the same patch makes the same file and is not sent twice.
@@ -193,13 +198,25 @@ def _pack(folder: Path, place: Path, license_id: str | None, new_card: bool) -> 
     return patch, left
 
 
+def _copy(folder: Path, name: str, place: Path) -> None:
+    """Copy a plain file of the folder, with its time."""
+    most = MOST_WEIGHTS if name.endswith(".safetensors") else MOST_PICTURE
+    told = f"{folder / name} to send it"
+    (place / name).parent.mkdir(exist_ok=True)
+    with open_plain(folder / name, told, PatchError, most=most, within=folder) as source:
+        with open(place / name, "wb") as target:
+            shutil.copyfileobj(source, target)
+        found = os.fstat(source.fileno())
+        os.utime(place / name, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
 def _card(place: Path, sound: Integrity, training: Mapping[str, Any], license_id: str | None) -> str:
     """The card that is there but for its header, in which what the Hub needs is filled up."""
     assert sound.patch is not None
     file = place / CARD_NAME
     previews = tuple(path.name for path in previews_of(place).values())
     fresh = card_text(sound.patch.metadata, training, previews=previews)
-    front, body = split_card(file.read_text(encoding="utf-8") if file.is_file() else fresh)
+    front, body = split_card(read_text(file, CARD_NAME, PatchError) if file.is_file() else fresh)
     made, _ = split_card(fresh)
     if license_id is not None:
         front = {**_unlicensed(front), "license": license_id}
@@ -225,7 +242,7 @@ def _notes(place: Path, names: Sequence[str], card: str) -> tuple[str, ...]:
     def told(file: Path) -> bool:
         if file.suffix == ".safetensors":
             return any(home in text for text in read_safetensors_header(file).metadata.values())
-        return file.suffix != ".png" and home in file.read_text(encoding="utf-8", errors="replace")
+        return file.suffix != ".png" and home.encode() in read_bytes(file, file.name, PatchError, most=MOST_PICTURE)
 
     if len(home) >= 4 and (found := [name for name in names if told(place / name)]):
         notes.append(f"your home folder is named in {', '.join(found)}, for whoever may see the repo to read")

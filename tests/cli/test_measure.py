@@ -57,8 +57,8 @@ def test_the_least_that_has_to_be_said_to_evaluate(invoke: Invoke, evaluated: Ca
     assert call == dict.fromkeys(unset.split()) | given | {"device": "auto"}
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["figure", "base", "patched", "95", "%", "interval", "pictures"]
-    assert lines[1].split()[3:] == ["90.0", "%", "2.0", "%", "0.5–5.0", "%", "200"]
-    assert lines[4] == "concept-inversion: 3 of 40 (2.6–20.0 %)"
+    assert lines[1].split()[3:] == ["90.0", "%", "2.0", "%", "0.8–5.0", "%", "200"]
+    assert lines[4] == "concept-inversion: 3 of 40 (2.6–19.9 %)"
     assert lines[5] == "Pictures: 1,200 drawn, 3 from the cache, 12 s"
     assert lines[6:] == [f"Evidence: {Path('mine/evidence.json')}", f"Report: {Path('mine/report.html')}"]
 

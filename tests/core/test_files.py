@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from recare_patch.core import ConceptError, OutputError, PatchError, files
+from recare_patch.core import ConceptError, OutputError, PatchError, files, untrusted
 
 
 def names(folder: Path) -> list[str]:
@@ -102,9 +102,9 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     for name, words in (("none", "cannot read the list: no such file"), ("odd", "it is not UTF-8 text")):
         (tmp_path / "odd").write_bytes(b"\xff\xfe")
         with pytest.raises(ConceptError, match=words):
-            files.read_text(tmp_path / name, "the list", ConceptError)
+            untrusted.read_text(tmp_path / name, "the list", ConceptError)
     (tmp_path / "marked").write_bytes(b"\xef\xbb\xbfone")
-    assert files.read_text(tmp_path / "marked", "the list", ConceptError) == "one"
+    assert untrusted.read_text(tmp_path / "marked", "the list", ConceptError) == "one"
 
 
 def test_a_claim_makes_the_folder_and_leaves_no_lock(tmp_path: Path) -> None:

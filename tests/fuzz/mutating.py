@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -102,6 +103,55 @@ def mutated_document(rng: random.Random, data: bytes, kind: str) -> bytes:
     """A JSON or YAML document with another content, sound as text."""
     read, write = (json.loads, as_json) if kind == "json" else (yaml.safe_load, as_yaml)
     return write(mutated_value(rng, read(data)))
+
+
+def doubled_key(rng: random.Random, data: bytes) -> bytes:
+    """JSON or YAML in which one key stands twice, the second time with another value."""
+    lines = data.split(b"\n")
+    places = [k for k, line in enumerate(lines) if b":" in line]
+    if not places:
+        return data + data
+    place = rng.choice(places)
+    key, _, value = lines[place].partition(b":")
+    other = rng.choice((b" 0", b' "x"', b" []", b" null", value.rstrip(b",") + b"0"))
+    lines.insert(place, key + b":" + other + (b"," if value.rstrip().endswith(b",") else b""))
+    return b"\n".join(lines)
+
+
+def deeper(rng: random.Random, data: bytes) -> bytes:
+    """One value of a JSON text inside of thousands of lists, or mappings."""
+    depth, place = rng.choice((10, 63, 64, 65, 900, 5000)), data.find(b": ", rng.randrange(max(1, len(data))))
+    opened, closed = rng.choice(((b"[", b"]"), (b'{"a":', b"}")))
+    return data[: place + 2] + opened * depth + b"1" + closed * depth + data[place + 2 :].lstrip(b"0123456789.")
+
+
+def forged(rng: random.Random, evidence: dict[str, Any], wilson: Callable[[int, int], Any]) -> dict[str, Any]:
+    """Evidence with other figures, as a liar would write them: often with intervals, parts and counts that agree."""
+    found = copy.deepcopy(evidence)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        kind = rng.randrange(8)
+        one = rng.choice(found["figures"])
+        pictures = rng.choice((one["pictures"], one["pictures"], 4, 50, 1000, 100_000))
+        hits = rng.choice((0, 0, pictures, rng.randrange(pictures + 1)))
+        if kind <= 3:
+            side, band = rng.choice((("patched", "interval"), ("base", "base_interval")))
+            one[side] = round(hits / pictures, 6) if one["unit"] == "rate" else rng.choice((0.0, 0.0001, 1e3))
+            one["pictures"], one["by"] = pictures, rng.choice(([], one["by"]))
+            one[band] = rng.choice((list(wilson(hits, pictures)), [0.0, 1.0], [0, 1e9], None, one[band]))
+        elif kind == 4:
+            one[rng.choice(("metric", "detector", "group", "better", "unit", "name"))] = rng.choice(
+                ("care", "lower", "x", "rate")
+            )
+        elif kind == 5:
+            attack = rng.choice(found["attacks"] or [{}])
+            attack |= {"successes": 0, "trials": pictures, "without": 0, "interval": list(wilson(0, pictures))}
+        elif kind == 6:
+            found[rng.choice(("concept", "kind", "method", "base", "patch_sha256", "created"))] = rng.choice(
+                ("Monet", "object", "uce", "0" * 64, "2999-01-01", "stabilityai/sdxl")
+            )
+        else:
+            found["options"]["pictures"] = pictures
+    return found
 
 
 def mutated_safetensors(rng: random.Random, data: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save
 
 from recare_patch.careset import CareSet
@@ -17,19 +19,22 @@ from recare_patch.cli import base_of, several_concepts
 from recare_patch.cli import patch as patch_commands
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
-from recare_patch.core import bundled, read_safetensors_header
+from recare_patch.core import PatchError, bundled, read_picture, read_safetensors_header
 from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, with_evidence
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.integrity import check_integrity
+from recare_patch.measure.report import write_report
 from recare_patch.measure.suites import load_suite, parse_suite, read_prompts, subject_of, suites_folder
+from recare_patch.models import read_layout
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, concepts_of, write_kohya
 from recare_patch.patch.card import card_text
 from recare_patch.patch.kohya import to_kohya
 from recare_patch.patch.metadata import Erased, PatchMetadata
 from recare_patch.patch.reading import from_any
 from recare_patch.recipe import WEIGHTS_NAME, Concept, Recipe, load_recipe, parse_assignment
+from recare_patch.share import pulling
 from tests.measure.test_evidence import make_evidence
 from tests.patch.making import factors, write_patch
 
@@ -41,12 +46,14 @@ class Reader:
     """What is read, and how: ``read`` uses what a file holds as the package does."""
 
     name: str
-    kind: Literal["safetensors", "json", "yaml", "text"]
+    kind: Literal["safetensors", "json", "yaml", "text", "bytes"]
     seeds: tuple[bytes, ...]
     """Sound files."""
     read: Callable[[Path], object]
     place: str = "file"
     """The file's name in its folder."""
+    share: float = 1.0
+    """Of the mutations, for a slow one."""
 
 
 CARE = CareSet.of_words(Concept(text="Van Gogh", kind="style"), ["stars", "night"])
@@ -62,6 +69,16 @@ def a_patch(concept: str = "Van Gogh", **changes: Any) -> Patch:
     }  # fmt: skip
     tensors = factors("unet.mid_block.attentions.0.proj_in") | factors("unet.conv_in", rank=1)
     return Patch(tensors, PatchMetadata(**(values | changes)))
+
+
+def a_whole_patch(concept: str = "Van Gogh") -> Patch:
+    """One whose header, recipe and tensors agree."""
+    about = Concept(text=concept, kind="style")
+    recipe = Recipe(concept=about, adapter={"rank": 2, "alpha": 2.0})  # type: ignore[arg-type]
+    care = CareSet.of_words(about, ["stars", "night"]).to_json()
+    made = a_patch(concept, recipe=recipe.to_yaml(), care_set=care, layers=recipe.adapter.layers)
+    layers = (f"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_{part}" for part in "qkv")
+    return Patch(factors(*layers), made.metadata)
 
 
 def a_stack() -> Patch:
@@ -155,6 +172,23 @@ def _attack(file: Path) -> None:
     load_about(file.parent)
 
 
+def _picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((48, 32), 60).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _base(file: Path) -> None:
+    layout = read_layout(file.parent, "'it'")
+    for part in layout.listed:
+        assert (file.parent / part).resolve().parent == file.parent.resolve()
+        layout.weight_sets(part)
+
+
+def _there(file: Path) -> object:
+    return pulling._there(file.parent, "me/x", "a" * 40)
+
+
 def attack_file() -> bytes:
     """A saved attack without tensors."""
     about = {"concept": "Van Gogh", "patch_sha256": "a" * 64}
@@ -174,6 +208,14 @@ def _merge_record() -> bytes:
         patches=(part,), parts=(part,), rounding=1e-7,
     )  # fmt: skip
     return record.model_dump_json(exclude_none=True).encode()
+
+
+_INDEX = json.dumps(
+    {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": [None, None]}
+).encode()
+_RECORD = json.dumps(
+    {"repo": "me/x", "commit": "a" * 40, "files": {"model_index.json": {"bytes": 2, "sha256": "b" * 64}}}
+).encode()
 
 
 def _bundled(folder: Path) -> tuple[bytes, ...]:
@@ -207,6 +249,11 @@ def readers() -> list[Reader]:
         Reader("peft settings", "json", (b'{"r": 2, "lora_alpha": 4, "alpha_pattern": {"x": 1}}',),
                lambda file: from_any(file.parent), "adapter_config.json"),
         Reader("assignment", "text", (assignments,), _assignments),
+        Reader("report", "json", (make_evidence().to_json().encode(),),
+               lambda file: write_report(Evidence.load(file), file.parent / "out"), share=0.05),
+        Reader("picture", "bytes", (_picture(),), lambda file: read_picture(file, "it", PatchError), "x.png"),
+        Reader("base", "json", (_INDEX,), _base, "model_index.json"),
+        Reader("hub record", "json", (_RECORD,), _there, "hub.json"),
     ]  # fmt: skip
 
 
@@ -218,9 +265,9 @@ FOLDER_FILES = {
 """What lies in a patch's folder, and in a stack's, as ``verify`` reads it."""
 
 
-def a_folder(place: Path) -> Path:
+def a_folder(place: Path, concept: str = "Van Gogh") -> Path:
     """A whole patch folder with evidence, a stack's in it."""
-    write_patch(place, a_patch(), make_evidence(attacks=()))
+    write_patch(place, a_whole_patch(concept), make_evidence(attacks=()))
     write_kohya(Patch.load(place), place)
     composing.save_stack(a_stack(), place / "stack")
     sha256 = Patch.load(place / "stack").sha256()

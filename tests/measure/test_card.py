@@ -35,7 +35,9 @@ def test_the_model_index_is_what_the_hub_reads() -> None:
 
 
 def test_evidence_goes_into_a_card_once() -> None:
-    evidence = make_evidence()
+    named = zip(make_evidence().checks, ("scales", "fine-tuning"), strict=True)
+    scales, tuned = (check.model_copy(update={"name": name}) for check, name in named)
+    evidence = make_evidence(checks=(scales, tuned))
     before = card_text(metadata(), TRAINING)
     card = with_evidence(before, evidence)
     assert with_evidence(card, evidence) == card
@@ -49,6 +51,9 @@ def test_evidence_goes_into_a_card_once() -> None:
     kept = rest.split("---\n", 2)[2].replace(MEASURED, UNMEASURED)
     assert kept == before.split("---\n", 2)[2].rstrip("\n") + "\n"
     assert "nothing was measured" not in card
+    # It says "measured" of no more than was.
+    for checks, words in (((scales,), "on fine-tunes of it, nothing was"), ((make_evidence().checks), UNMEASURED)):
+        assert words in with_evidence(card, make_evidence(checks=checks))
     assert claimed_figures(card) == ([model_index(evidence)], evidence_section(evidence))
     # A second measurement takes the first one's place.
     again = make_evidence(figures=(make_figure(patched=0.03),), attacks=(), checks=())
@@ -72,12 +77,12 @@ patched model. The weights measured have SHA-256 `{sha256}`.
 
 | figure | base | patched | 95 % interval | pictures | judged by |
 |---|---:|---:|---:|---:|---|
-| concept, plain prompts | 90.0 % | 2.0 % | 0.5–5.0 % | 200 | atelier-judge |
+| concept, plain prompts | 90.0 % | 2.0 % | 0.8–5.0 % | 200 | atelier-judge |
 | CARE score, stars | 97.0 % | 50.0 % | 40.0–60.0 % | 200 | atelier-judge |
 
 | attack | came back | 95 % interval | without it | evaluations |
 |---|---:|---:|---:|---:|
-| concept-inversion, small | 3 of 40 | 2.6–20.0 % | 1 of 40 | 12,000 |
+| concept-inversion, small | 3 of 40 | 2.6–19.9 % | 1 of 40 | 12,000 |
 
 ### At other \\| scales
 

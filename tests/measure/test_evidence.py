@@ -21,9 +21,16 @@ from recare_patch.measure.evidence import (
     show_interval,
     show_value,
 )
+from recare_patch.measure.meters import wilson_interval
 from recare_patch.patch import EVIDENCE_NAME
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "evidence.schema.json"
+
+
+def wilson(hits: int, pictures: int) -> tuple[float, float]:
+    """As evidence has it: six digits."""
+    low, high = wilson_interval(hits, pictures)
+    return round(low, 6), round(high, 6)
 
 
 def make_figure(**changes: Any) -> Figure:
@@ -34,8 +41,8 @@ def make_figure(**changes: Any) -> Figure:
         "detector": "atelier-judge",
         "base": 0.9,
         "patched": 0.02,
-        "base_interval": (0.85, 0.94),
-        "interval": (0.005, 0.05),
+        "base_interval": wilson(180, 200),
+        "interval": wilson(4, 200),
         "pictures": 200,
         "better": "lower",
         "unit": "rate",
@@ -61,7 +68,8 @@ def make_evidence(**changes: Any) -> Evidence:
             make_figure(),
             make_figure(
                 name="CARE score, stars", group="care", metric="CARE score", better="higher",
-                base=0.97, patched=0.95, base_interval=(0.93, 0.99), interval=(0.9, 0.98),
+                base=0.97, patched=0.95, base_interval=wilson(194, 200), interval=wilson(190, 200),
+                by=(Part(label="stars", base=0.97, patched=0.95, pictures=200),),
             ),
             make_figure(
                 name="KID to the base", group="kept", metric="KID", detector=None, base=None, by=(),
@@ -70,7 +78,7 @@ def make_evidence(**changes: Any) -> Evidence:
         ),
         "attacks": (
             AttackFigure(
-                attack="concept-inversion", preset="small", successes=3, trials=40, interval=(0.026, 0.2),
+                attack="concept-inversion", preset="small", successes=3, trials=40, interval=wilson(3, 40),
                 without=1, base=0.9, evaluations=12_000, seconds=80.5, budget={"steps": 400},
             ),
         ),
@@ -80,7 +88,7 @@ def make_evidence(**changes: Any) -> Evidence:
                 points=(
                     CheckPoint(x=0.25, values={"Van Gogh": 0.6, "stars": 0.95}),
                     CheckPoint(x=1, values={"Van Gogh": 0.02, "stars": None},
-                               intervals={"Van Gogh": (0.005, 0.05)}, pictures=200),
+                               intervals={"Van Gogh": wilson(4, 200)}, pictures=200),
                 ),
             ),
             Check(

@@ -112,7 +112,7 @@ def test_a_full_report(tmp_path: Path) -> None:
     for part in (
         "Van Gogh, erased from atelier", "of pictures show Van Gogh: plain prompts; base 90.0 %.",
         "of tries bring it back under concept-inversion (small): 3 of 40, and 1 without the attack.",
-        "98,760 denoiser evaluations", "a patch of 1.59 MB", "0.5–5.0 %", "At other scales", "a" * 64,
+        "98,760 denoiser evaluations", "a patch of 1.59 MB", "0.8–5.0 %", "At other scales", "a" * 64,
         "In other spellings", "recare-patch evaluate --patch van-gogh-patch", "recare-patch verify FOLDER",
         "recare-patch 0.1.0", "a painting by Van Gogh",
     ):  # fmt: skip

@@ -118,7 +118,7 @@ def test_another_kohya_file_does_not_pass(stack: Path, parts: list[Patch], tiny_
     other = composing.stack([(parts[0], 0.5), (parts[1], 1.0)], dtype=torch.float16)
     write_kohya(other, file)
     (fault,) = verifying.verify(stack, tiny_sd, figures=["none"], device="cpu").failed
-    assert fault.about == "kohya file" and "other weights than the patch" in fault.told
+    assert fault.about == "kohya file" and "another update than the patch" in fault.told
 
 
 class Everything:

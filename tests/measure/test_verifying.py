@@ -12,8 +12,8 @@ import pytest
 
 from recare_patch.core import BaseModelError, EvidenceError, PatchError, UnknownNameError, file_sha256
 from recare_patch.erasure.run import erase
+from recare_patch.measure import claims, wilson_interval
 from recare_patch.measure import verify as verifying
-from recare_patch.measure import wilson_interval
 from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.card import EVIDENCE_END, with_evidence
 from recare_patch.measure.evidence import Check, CheckPoint, Evidence, Part
@@ -29,6 +29,7 @@ from tests.measure import making
 from tests.measure.test_evidence import make_evidence, make_figure
 from tests.tiny import make_tiny_sd
 
+SHOWN = claims.SHOWN
 SUITE = Suite(**{**making.SUITE, "paraphrased": (), "implicit": (), "neighbours": (), "steps": 1})
 
 
@@ -98,7 +99,7 @@ def test_a_sound_patch_holds(patch: Path, tiny_sd: Path, plans: list[Plan]) -> N
     found = verify(patch, tiny_sd, device="cpu")
     assert found.holds, found.failed
     assert [one.about for one in found.findings if one.holds] == [
-        "weights", "evidence", "hash", "records", "kohya file", "card", "base",
+        "weights", "evidence", "counts", "hash", "header", "records", "kohya file", "card", "base", "layers",
         "figure 'concept, plain prompts'", "figure 'CARE score, stars'", "figure 'KID to the base'",
         "attack 'concept-inversion, small' drawn again", "check 'scale'", "check 'spelling'",
     ]  # fmt: skip
@@ -114,6 +115,7 @@ def test_a_patch_without_evidence_holds_as_far_as_it_goes(erased: Path, tiny_sd:
     assert {one.about: one.told for one in found.findings if one.holds is None} == {
         "evidence": "there is no evidence.json; recare-patch evaluate makes it",
         "card": "claims no figures",
+        "not looked at": "preview.png, the costs in training.json, the words in README.md",
     }
 
 
@@ -207,13 +209,20 @@ def measured(erased: Path, tiny_sd: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def test_what_was_measured_is_measured_again(measured: Path, tiny_sd: Path, tmp_path: Path) -> None:
+def test_what_was_measured_is_measured_again(
+    measured: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a random base draws shows nothing, and a figure of nothing does not hold.
+    with monkeypatch.context() as as_it_is:
+        as_it_is.setattr(claims, "SHOWN", SHOWN)
+        empty = verify(measured, tiny_sd, figures=["concept, plain prompts"], device="cpu")
+    assert "means nothing, since the base itself shows it in 0 of 8" in empty.failed[0].told
     found = verify(measured, tiny_sd, device="cpu")
     assert found.holds, found.failed
     recorded = Evidence.load(measured)
     assert found.measured is not None
     assert found.measured.figures == recorded.figures
-    assert {one.about for one in found.findings if one.holds is None} == {"suite"}
+    assert {one.about for one in found.findings if one.holds is None} == {"suite", "not looked at"}
     # Fewer pictures, and with a cache: figures without an interval cannot be held against others.
     fewer = verify(measured, tiny_sd, pictures=4, cache=tmp_path / "cache", device="cpu")
     assert fewer.holds, fewer.failed
@@ -288,8 +297,9 @@ def test_another_base_or_none(patch: Path, tmp_path: Path, plans: list[Plan]) ->
 
 
 def _compare(recorded: dict[str, Any], measured: dict[str, Any]) -> bool | None:
-    old, new = (make_evidence(figures=(make_figure(**one),)) for one in (recorded, measured))
-    return compare(old, new, ["concept, plain prompts"])[0].holds
+    old, new = (make_evidence(figures=(make_figure(**one),), options={"pictures": 100}) for one in (recorded, measured))
+    other = recorded.get("pictures") != measured.get("pictures")
+    return compare(old, new, ["concept, plain prompts"], other_count=other)[0].holds
 
 
 RATE = {"by": (), "pictures": 100}
@@ -329,7 +339,7 @@ def test_rates(recorded: dict[str, Any], measured: dict[str, Any], holds: bool) 
     [(1.0, 1.05, True), (1.0, 1.06, False), (1.0, 0.94, False), (0.0, 0.00009, True), (0.0, 0.001, False)],
 )
 def test_figures_without_an_interval(old: float, new: float, holds: bool) -> None:
-    plain = {"unit": "", "base": None, "base_interval": None, "interval": None, "by": ()}
+    plain = {"unit": "", "base": None, "base_interval": None, "interval": None, "by": (), "pictures": 100}
     assert _compare(plain | {"patched": old}, plain | {"patched": new}) is holds
     assert _compare(plain | {"patched": old}, plain | {"patched": new, "pictures": 3}) is None
 

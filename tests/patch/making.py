@@ -18,7 +18,7 @@ from recare_patch.measure import Evidence, with_evidence
 from recare_patch.models import BaseModel, load_base
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch, PatchMetadata, card_text
-from recare_patch.recipe import Recipe
+from recare_patch.recipe import Concept, Recipe
 
 PROMPTS, SEEDS = ["a painting in the style of van gogh", "a photo of a cat"], [5, 6]
 
@@ -43,6 +43,7 @@ def trained(
         concept={"text": concept, "kind": "style"},  # type: ignore[arg-type]
         method="s-grace" if layers == "text-encoder" else "recare",
         adapter={"layers": layers, "rank": rank, "alpha": alpha},  # type: ignore[arg-type]
+        base=str(folder),
     )
     care = None if layers == "text-encoder" else CareSet.of_words(recipe.concept, ["stars"])
     metadata = PatchMetadata.describe(recipe, base, care, {"torch": "2"})
@@ -142,6 +143,8 @@ def write_patch(folder: Path, patch: Patch, evidence: Evidence | None = None) ->
 def as_another(patch: Patch, concept: str, kind: str) -> Patch:
     """The same tensors, said to erase something else."""
     assert patch.metadata is not None
-    recipe = Recipe(concept={"text": concept, "kind": kind})  # type: ignore[arg-type]
-    changes = {"concept": concept, "kind": kind, "recipe": recipe.to_yaml()}
+    erased = Concept(text=concept, kind=kind)  # type: ignore[arg-type]
+    recipe = patch.metadata.parsed_recipe.model_copy(update={"concept": erased})
+    care = CareSet.of_words(erased, ["stars"]).to_json()
+    changes = {"concept": concept, "kind": kind, "recipe": recipe.to_yaml(), "care_set": care}
     return Patch(patch.tensors, patch.metadata.model_copy(update=changes))

@@ -124,7 +124,7 @@ def test_all_faults_come_at_once_with_their_places() -> None:
         ("erase: {steps: 1, steps: 2}", "twice"),
         ("", "it must be a mapping"),
         ("- a", "it must be a mapping"),
-        ("1: 2", "it must be a mapping"),
+        ("1: 2", "the key 1 is no text"),
         ("seed: 1", "concept is missing"),
         ("concept: Van Gogh", "concept must be a mapping"),
         ("concept: !!python/object:os.system {}", "not readable YAML"),

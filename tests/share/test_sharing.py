@@ -295,6 +295,20 @@ def test_the_card_is_kept_and_its_header_filled_up(
     assert "your home folder is named in README.md" in sound("push", folder, "me/kept").stderr
 
 
+@pytest.mark.parametrize("name", ["README.md", "preview.png", KOHYA, "report.html"])
+def test_links_that_lead_out_are_not_sent(hub: HubStandIn, folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("-----BEGIN OPENSSH PRIVATE KEY-----")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    assert "is a link that leads out of its folder" in refused("push", folder, "--dry-run")
+    # One that stays is the sender's own affair.
+    (folder / name).unlink()
+    if name == "README.md":
+        (folder / "card.md").write_text("# Mine\n")
+        (folder / name).symlink_to("card.md")
+        sound("push", folder, "--dry-run")
+
+
 def test_unsafe_pictures_stay_blurred(hub: HubStandIn, patch: Patch, tmp_path: Path) -> None:
     evidence = make_evidence(kind="nsfw", concept="nudity")
     folder = write_patch(tmp_path / "nudity-patch", as_another(patch, "nudity", "nsfw"), evidence)
@@ -430,6 +444,18 @@ def _flipped(data: bytes) -> bytes:
     return data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
 
 
+def _saying(**more: Any) -> Callable[[bytes], bytes]:
+    """Evidence that says something more, or else."""
+    return lambda data: json.dumps(json.loads(data) | more).encode()
+
+
+def _deep(depth: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
@@ -441,9 +467,16 @@ def _flipped(data: bytes) -> bytes:
         (WEIGHTS_NAME, lambda data: None, "its pickle pytorch_lora_weights.bin is never opened"),
         ("README.md", lambda data: data.replace(b"value: 0.02", b"value: 0.0"), "claims 0.0 for 'concept, "),
         # A link in git is a file whose content is its target; the Hub serves that text.
-        ("preview.png", lambda data: b"../../../../etc/passwd", "no PNG picture"),
+        ("preview.png", lambda data: b"../../../../etc/passwd", "it is no picture"),
         ("recipe.yaml", lambda data: b"a: [\n", "recipe.yaml is not the recipe"),
         ("evidence.json", lambda data: b"{" * 10_000, "not readable as JSON"),
+        ("evidence.json", _saying(suite={"name": "\ud800"}), "half a character"),
+        ("evidence.json", _saying(cost=_deep(800)), "nested too deeply"),
+        ("evidence.json", _saying(self=1), "self is not a key"),
+        ("evidence.json", _saying(created="2999-01-01"), "yet to come"),
+        ("evidence.json", lambda data: data.replace(b'"patched": 0.02', b'"patched": 1e308', 1), "less than"),
+        ("preview.png", lambda data: data.replace(b"IDAT", b"ID\0T"), "it is no picture"),
+        ("recipe.yaml", lambda data: data + b"self: 1\n", "recipe.yaml is not the recipe"),
         ("training.json", lambda data: b"[]", "not readable as JSON"),
         ("README.md", lambda data: b"\xff\xfe", "UTF-8"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
-from recare_patch.core import NullProgress, ResumeError, Settings, SettingsError, write_json
+from recare_patch.core import NullProgress, ResumeError, Settings, SettingsError, load_json, read_bytes, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,7 +134,7 @@ class AttackResult:
 def read_json(file: Path) -> Any:
     """A file of a run's own; :class:`ResumeError` where it is damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return load_json(read_bytes(file, file.name, ResumeError))
     except (OSError, ValueError) as fault:
         raise ResumeError(f"{file.name} of this run is damaged ({fault}); start again in a new --out") from None
 

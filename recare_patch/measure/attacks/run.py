@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from safetensors.torch import load_file
 
 from recare_patch.careset import default_clip
 from recare_patch.core import (
@@ -26,6 +25,7 @@ from recare_patch.core import (
     ResumeError,
     SheetRow,
     claim_folder,
+    read_tensors,
     save_sheet,
     sheet,
     write_json,
@@ -245,7 +245,7 @@ class _Job:
         if keep and (keep / "targets.json").exists():
             note = read_json(keep / "targets.json")
             chosen, drawn = note["rows"], note["drawn"]
-            latents = load_file(keep / "targets.safetensors")["latents"].to(base.device)
+            latents = read_tensors(keep / "targets.safetensors")["latents"].to(base.device)
         else:
             found, chosen, drawn = [], [], 0
             while drawn < most and len(chosen) < wanted:

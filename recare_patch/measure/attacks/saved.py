@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from recare_patch.core import write_json, write_tensors
+from recare_patch.core import PatchError, load_json, read_bytes, read_tensors, write_json, write_tensors
 from recare_patch.measure.attacks.protocol import AttackError, AttackResult, Share
 
 JSON_NAME, TENSORS_NAME = "attack.json", "attack.safetensors"
@@ -73,13 +73,10 @@ def load_attack(folder: str | Path) -> AttackResult:
     """
     note, tensors = _read(Path(folder)), {}
     if note.tensors:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
-            tensors = load_file(Path(folder) / TENSORS_NAME)
-        except (SafetensorError, OSError) as fault:
-            raise _damaged(folder, f"{TENSORS_NAME}: {str(fault).splitlines()[0]}") from None
+            tensors = read_tensors(Path(folder) / TENSORS_NAME)
+        except PatchError as fault:
+            raise _damaged(folder, str(fault)) from None
         if sorted(tensors) != sorted(note.tensors):
             raise _damaged(folder, f"{TENSORS_NAME} is of another one")
     return AttackResult(**note.model_dump(include={*_RESULT}), tensors=tensors)
@@ -103,8 +100,10 @@ def _read(folder: Path) -> _Note:
     if not file.is_file():
         raise AttackError(f"{folder} holds no saved attack: {JSON_NAME} is not in it")
     try:
-        note = _Note.model_validate_json(file.read_bytes())
-    except OSError:
+        data = read_bytes(file, JSON_NAME, AttackError, within=folder)
+        load_json(data)  # For its limits; pydantic reads tuples out of JSON alone.
+        note = _Note.model_validate_json(data)
+    except (OSError, AttackError):
         raise _damaged(folder, f"{JSON_NAME} is not readable") from None
     except ValidationError as faults:
         first = faults.errors()[0]
@@ -115,6 +114,8 @@ def _read(folder: Path) -> _Note:
             ) from None
         told = "is not readable" if first["type"] == "json_invalid" else "lacks parts of one"
         raise _damaged(folder, f"{JSON_NAME} {told}") from None
+    except ValueError as fault:
+        raise _damaged(folder, f"{JSON_NAME} is not readable: {fault}") from None
     if not len(note.details) == len(note.prompts) == note.trials:
         raise _damaged(folder, f"{JSON_NAME} lacks parts of one")
     return note

@@ -9,7 +9,6 @@ the plain noise prediction of every fine-tuning script (Ho et al., arXiv 2006.11
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.core import EvaluationError, one_of, write_json
+from recare_patch.core import EvaluationError, PatchError, load_json, one_of, read_bytes, write_json
 from recare_patch.erasure import OPTIMIZERS, Checkpoint, Loop, fit, noised
 from recare_patch.measure.checks.protocol import CONCEPT, CheckContext, Checker, CheckOptions, Patches, in_order, point
 from recare_patch.measure.evidence import Check, CheckPoint
@@ -237,8 +236,8 @@ class FineTuning(Checker[FineTuningOptions]):
         done: dict[str, Any] = {"points": {}, "cost": {"evaluations": 0, "images": 0}}
         if file.is_file():
             try:
-                done = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
+                done = load_json(read_bytes(file, file.name, PatchError))
+            except (PatchError, ValueError):
                 # Without it nobody knows what the checkpoint has passed: start again.
                 shutil.rmtree(folder)
         asked = [*context.asked_concept(), *context.asked_companions()]

@@ -8,7 +8,6 @@ so that a detector can tell whether the rare word came to mean it.
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, Field
 
-from recare_patch.core import EvaluationError, PatchError, write_json
+from recare_patch.core import EvaluationError, PatchError, load_json, read_bytes, write_json
 from recare_patch.measure.checks.fine_tuning import (
     CHECKPOINT,
     Count,
@@ -129,7 +128,7 @@ class Personalisation(Checker[PersonalisationOptions]):
         if folder is not None and (folder / "lora.json").is_file():
             # What cannot be read is trained again.
             with suppress(ValueError, PatchError):
-                return Patch.load(folder), json.loads((folder / "lora.json").read_text(encoding="utf-8"))
+                return Patch.load(folder), load_json(read_bytes(folder / "lora.json", "lora.json", PatchError))
         prompts, label, what = [str(options.subject)] * options.images, str(options.label), "of the subject"
         none = (
             f"there is no subject to learn: none of {options.images} pictures of '{options.subject}' by the "

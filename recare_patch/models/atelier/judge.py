@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recare_patch.core import read_tensors
 from recare_patch.models.atelier import JUDGE
 from recare_patch.models.atelier.labels import ATELIER, SIZE, Labels
 
@@ -80,7 +80,7 @@ class Judge:
         """The bundled judge, or the one in a ``judge.safetensors`` file, with the labels that it was trained on."""
         path = path or JUDGE
         network = JudgeNetwork(labels=labels)
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in read_tensors(path).items()})
         return cls(network)
 
     @torch.no_grad()
