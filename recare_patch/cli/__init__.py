@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import math
 import os
 import re
+import sys
 import types
 import typing
 import warnings
@@ -42,7 +44,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 HUB_PREFIX = "hub:"
-FOLDER = click.Path(path_type=Path)
+MOST_SEED = 2**63 - 1
+SEED = click.IntRange(0, MOST_SEED)
 
 _FILES = {
     "erase": "erase plan",
@@ -60,8 +63,55 @@ COMMANDS = Registry(
 _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+_PLACES = re.compile(r"\b(FOLDER|DIR|FILE|PATCH)\b")
+"""In what stands for an option's value in the help: the value may be a path."""
+
+
+def _at_home(kind: Any, text: str) -> str:
+    """A path with its ``~`` expanded: no shell does that behind ``--out=``, and none in quotes."""
+    found = os.path.expanduser(text)  # noqa: PTH111 - Path's own raises where there is no home
+    if found == text and text.startswith("~") and not os.path.lexists(text):
+        kind.fail(f"there is no home folder for '{text.split('/')[0]}': write the whole path, or ./{text}")
+    return found
+
+
+class FilePath(click.Path):
+    """A path, with ``~`` for the home folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        return super().convert(_at_home(self, os.fspath(value)), param, ctx)
+
+
+class Text(click.types.StringParamType):
+    """Words; what a terminal sent in another encoding than the locale's is refused, as it is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        text = super().convert(value, param, ctx)
+        if any("\ud800" <= one <= "\udfff" for one in text):
+            self.fail(f"{text!a} is not text in this locale's encoding, {sys.getfilesystemencoding()}")
+        return text
+
+
+class Place(click.types.StringParamType):
+    """A path or something else, such as a hub id or a path with a scale behind it; ``~`` as in a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        return _at_home(self, super().convert(value, param, ctx))
+
+
+FOLDER = FilePath(path_type=Path)
+TEXT, PLACE = Text(), Place()
+
+
 class _Commands(click.Group):
     """A group that imports a command when it is called, and whose commands fail with one sentence."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        # A terminal or log that is not UTF-8 shows escapes: no reason to end in the middle of a queue.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS.names())
@@ -86,12 +136,22 @@ class _Commands(click.Group):
         except RecarePatchError as fault:
             sentence = str(fault)
         except KeyboardInterrupt:
-            sentence, code = "interrupted; a run that was under way goes on with --resume", 130
+            called = self.get_command(ctx, ctx.invoked_subcommand or "")
+            resumes = called is not None and any(one.name == "resume" for one in called.params)
+            sentence = "interrupted; a run that was under way goes on with --resume" if resumes else "interrupted"
+            code = 130
         except OSError as fault:
             # Libraries write files of their own: a full disk there is no bug either.
             if fault.errno not in _SYSTEM_FAULTS:
                 raise
             sentence = str(output_error(fault.filename or "a file", fault))
+        except UnicodeEncodeError as fault:
+            if fault.encoding != sys.getfilesystemencoding():
+                raise
+            sentence = (
+                f"names of files are {fault.encoding} in this locale, and '{fault.object}' has other letters: set "
+                "PYTHONUTF8=1, or choose a UTF-8 locale"
+            )
         except RuntimeError as fault:
             # Named by class, since torch is not imported here.
             if type(fault).__name__ != "OutOfMemoryError":
@@ -132,6 +192,8 @@ def option(
     Its name comes with what stands for its value in the help; ``into`` is the parameter that gets it.
     """
     name, _, metavar = spec.partition(" ")
+    if type is None and not isinstance(default, bool):
+        type = PLACE if _PLACES.search(metavar) else TEXT
     more |= {} if default is None else {"default": default}
     return click.option(name, *filter(None, [into]), metavar=metavar or None, type=type, help=help, **more)
 
@@ -208,6 +270,7 @@ def recipe_option(key: str, name: str, default: str | None = None, **options: An
     for section in sections:
         model = model.model_fields[section].annotation
     field = model.model_fields[last]
+    kind: Any
     kind, names = _kind_and_names(field.annotation, field.metadata)
     # Descriptions name the tables whose names are listed here.
     told = re.sub(r",? ?a name of [A-Z_]+", "", options.pop("help", None) or field.description or "")
@@ -224,6 +287,8 @@ def recipe_option(key: str, name: str, default: str | None = None, **options: An
         if value is not None:
             ctx.meta.setdefault(_GIVEN, {})[key] = value
 
+    if kind is str:
+        kind = PLACE if _PLACES.search(options["metavar"]) else TEXT
     return click.option(name, type=kind, default=None, callback=remember, expose_value=False, help=told, **options)
 
 

@@ -93,14 +93,14 @@ def list_() -> None:
 
 
 @recipes.command(name="show")
-@argument("source", metavar="NAME|FILE|PATCH")
+@argument("source", type=cli.PLACE, metavar="NAME|FILE|PATCH")
 def show_recipe(source: str) -> None:
     """Show a recipe in full, defaults included."""
     echo(load_recipe(source).to_yaml(), nl=False)
 
 
 @recipes.command()
-@argument("sources", metavar="NAME|FILE|PATCH...", nargs=-1, required=True)
+@argument("sources", type=cli.PLACE, metavar="NAME|FILE|PATCH...", nargs=-1, required=True)
 @pass_context
 def validate(ctx: Context, sources: tuple[str, ...]) -> None:
     """Check recipes and tell all faults; exit code 2 if there are any."""

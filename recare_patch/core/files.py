@@ -79,6 +79,26 @@ def read_text(path: AnyPath, what: str, error: type[RecarePatchError]) -> str:
         raise error(f"cannot read {what}: it is not UTF-8 text") from None
 
 
+def check_writable(path: AnyPath, *, folder: bool = False) -> None:
+    """Refuse, before hours of work, a place at which no file, or no folder, could be written.
+
+    Raises:
+        OutputError: it is of the other kind, a part of its path is a file, or permission is denied.
+    """
+    place = Path(path)
+    start = (place if folder else place.parent).absolute()
+    try:
+        if place.exists() and place.is_dir() is not folder:
+            raise OSError(errno.EEXIST if folder else errno.EISDIR, "")
+        there = next(one for one in (start, *start.parents) if one.exists())
+        if not there.is_dir():
+            raise OSError(errno.ENOTDIR, "")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "")
+    except OSError as fault:
+        raise output_error(place, fault) from None
+
+
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a file whole, or not at all (:class:`OutputError`); missing parent folders are made."""
     _write(Path(path), [data])
@@ -308,7 +328,7 @@ def claim_folder(path: AnyPath, *, resume: bool = False, resumable: bool = True)
             way = "add --resume to go on with its run or " if resumable else ""
             raise OutputError(f"{folder} already holds files ({others[0]}, …); {way}choose another --out")
         try:
-            file.write_text(str(os.getpid()))
+            file.write_text(str(os.getpid()), "ascii")
         except OSError as fault:
             raise output_error(folder, fault) from fault
         yield

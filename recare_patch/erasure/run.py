@@ -227,7 +227,7 @@ def _work_folder(out: Path, recipe: Recipe) -> Path:
     stored = work / "recipe.yaml"
     if (out / "pytorch_lora_weights.safetensors").exists() and not work.exists():
         raise OutputError(f"{out} already holds a finished patch; choose another --out")
-    if stored.exists() and stored.read_text() != recipe.to_yaml():
+    if stored.exists() and stored.read_text(encoding="utf-8") != recipe.to_yaml():
         raise ResumeError(f"{out} holds a run of another recipe: resume with its own options, or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
     write_text(stored, recipe.to_yaml())

@@ -45,7 +45,7 @@ class Ledger:
 
     def __init__(self, path: Path, base: BaseModel) -> None:
         self.path, self.base = path, base
-        self.stages: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        self.stages: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self._began, self._evaluations, self._peak = 0.0, 0, 0
         self._loading = peak_memory(base.device)
 

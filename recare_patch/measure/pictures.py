@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,8 +36,10 @@ CACHE_VERSION = 1
 
 def default_cache() -> Path:
     """The cache that commands use: ``recare-patch/pictures`` below the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "recare-patch" / "pictures"
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - never raises
+    # A user without a home, as in some containers.
+    place = tempfile.gettempdir() if place.startswith("~") else place
+    return Path(place) / "recare-patch" / "pictures"
 
 
 class PictureCache:

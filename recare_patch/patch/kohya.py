@@ -25,7 +25,7 @@ from recare_patch.models import COMPONENTS, TRANSFORMER, split_name
 from recare_patch.patch.folder import target_file
 from recare_patch.patch.metadata import PatchMetadata
 from recare_patch.patch.patch import Patch, check_finite, concept_name
-from recare_patch.recipe import KINDS
+from recare_patch.recipe import KINDS, fitted_stem
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ def output_name(patch: Patch) -> str:
     if patch.metadata is not None:
         return concept_name(patch.metadata.concept)
     stem = Path(patch.source).name.removesuffix(".safetensors")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:100] or "lora"
+    return fitted_stem(re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "lora", stem)
 
 
 def _told(made: PatchMetadata) -> dict[str, str]:

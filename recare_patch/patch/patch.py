@@ -32,7 +32,7 @@ from recare_patch.core import (
 from recare_patch.models import COMPONENTS, DENOISERS, in_words, named_layers, named_tuner_layers, split_name
 from recare_patch.patch.folder import weights_file
 from recare_patch.patch.metadata import PatchMetadata, PatchPart
-from recare_patch.recipe import WEIGHTS_NAME
+from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
 if TYPE_CHECKING:
     from recare_patch.models import BaseModel as Base
@@ -90,8 +90,7 @@ def checked_pair(sides: Mapping[str, Tensor], module: str, source: str) -> tuple
 
 def concept_name(concept: str) -> str:
     """A file's stem for a patch, by what it erases: "erase-van-gogh"."""
-    stem = re.sub(r"[^a-z0-9]+", "-", concept.lower()).strip("-")
-    return f"erase-{stem or 'concept'}"[:100]
+    return f"erase-{slug_of(concept)}"
 
 
 Mapped = tuple[tuple[int, ...], int]

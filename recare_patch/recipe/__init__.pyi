@@ -15,6 +15,7 @@ from .bundled import stack_has_no_recipe as stack_has_no_recipe
 from .concept import KINDS as KINDS
 from .concept import Concept as Concept
 from .concept import Kind as Kind
+from .concept import fitted_stem as fitted_stem
 from .concept import names_concept as names_concept
 from .concept import same_concept as same_concept
 from .concept import slug_of as slug_of

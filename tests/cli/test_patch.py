@@ -178,6 +178,12 @@ def test_the_base_is_the_one_that_the_patch_was_made_for(stage: Stage) -> None:
         ("--patch a", "Missing option '--prompt'"),
         ("--prompt x --gated", "no --patch is given"),
         ("--prompt x --count 0", "0 is not in the range"),
+        ("--prompt x --seed 9223372036854775808", "is not in the range"),
+        ("--prompt x --seed 9223372036854775807 --count 2", "9223372036854775807 is the highest"),
+        ("--prompt x --out a", "must end in .png"),
+        ("--prompt x --out a/recipe.yaml/b.png", "a part of the path is a file"),
+        (f"--prompt x --out {'x' * 300}.png", "the name is too long"),
+        ("--prompt x --save-images a/recipe.yaml", "a part of the path is a file"),
     ],
 )
 def test_what_cannot_be_generated(stage: Stage, words: str, sentence: str) -> None:
