@@ -44,7 +44,7 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
 @flag("--no-cache", "Keep no pictures: a run that is stopped starts again.")
 @option(
     "--prompts FILE",
-    "One prompt a line, drawn once each, in place of the suite's retained prompts.",
+    "One prompt a line, or a CSV table with a column prompt, in place of the suite's retained prompts.",
     cli.FilePath(path_type=Path, dir_okay=False),
 )
 @option(
