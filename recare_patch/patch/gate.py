@@ -218,7 +218,10 @@ class GatedPatch:
         self._factors = {component: _Factors() for component in applied.patch.components}
         parts = networks(applied.pipe)
         for component, factors in self._factors.items():
-            self._hooks.append(parts[component].register_forward_pre_hook(factors.look, with_kwargs=True))
+            # Of a compiled network the outer one, whose calls are Python's.
+            outer: nn.Module = getattr(applied.pipe, component)
+            self._hooks.append(outer.register_forward_pre_hook(self._refuse_fused))
+            self._hooks.append(outer.register_forward_pre_hook(factors.look, with_kwargs=True))
             for _, layer in named_tuner_layers({component: parts[component]}):
                 if applied.adapter_name in layer.lora_B:
                     up = layer.lora_B[applied.adapter_name]
@@ -242,6 +245,13 @@ class GatedPatch:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def _refuse_fused(self, *_: Any) -> None:
+        if self.applied.fused:
+            raise PatchError(
+                f"patch {self.applied.patch.name} is fused into the weights, where no gate reaches it: call "
+                "pipe.unfuse_lora() first"
+            )
 
     def _ask(self, texts: Sequence[Any]) -> Tensor:
         # Of what each of a pipeline's text encoders is given: the widest open.

@@ -120,6 +120,7 @@ class PatchMetadata(_Told):
     base_text_encoders_sha256: dict[str, str] | None = Field(
         None, description="by component; None for a patch that changes the denoiser alone"
     )
+    base_prompt_width: int | None = Field(None, description="of the prompt embeddings that the denoiser reads")
     concepts: tuple[Erased, ...] | None = Field(
         None, description="each, the earliest first, of a patch of several concepts or a continued one"
     )
@@ -148,6 +149,7 @@ class PatchMetadata(_Told):
             base_family=base.family,
             base_denoiser_sha256=base.denoiser_hash(),
             prediction_type=base.prediction_type,
+            base_prompt_width=_prompt_width(base),
             concept=recipe.title,
             kind=recipe.concept.kind,
             method=recipe.method,
@@ -248,6 +250,11 @@ class PatchMetadata(_Told):
             ) from None
         except (ValueError, RecursionError):
             raise PatchError(f"{source} has a malformed header entry under '{HEADER_PREFIX}'") from None
+
+
+def _prompt_width(base: Base) -> int | None:
+    width = getattr(base.denoiser.config, "cross_attention_dim", None)
+    return width if isinstance(width, int) else None
 
 
 def finite(value: Any) -> float | None:
