@@ -27,7 +27,8 @@ from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS
 from recare_patch.core import RecipeError
 from recare_patch.erasure.gauge import STATES, look_evaluations
 from recare_patch.erasure.methods import LossMethod, Work
-from recare_patch.erasure.stages import attach, stage_name
+from recare_patch.erasure.preflight import check_files, check_names, tokenizer_of
+from recare_patch.erasure.stages import attach, earlier_patch, stage_name
 from recare_patch.models import PRECISIONS, PromptEmbeds, family_of, find_layout, lora, scheduled
 from recare_patch.recipe import METHODS, MemoryOptions, Recipe
 
@@ -199,6 +200,7 @@ def phantom(layout: Layout, precision: str, resolution: str | None = None) -> La
     import transformers
 
     family, dtype = family_of(layout), PRECISIONS[precision]
+    family.check(layout)
     parts: dict[str, Any] = {}
     for name in (family.denoiser_name, "vae", *family.encoder_names):
         config = dict(layout.require(name, weights=False))
@@ -217,12 +219,15 @@ def phantom(layout: Layout, precision: str, resolution: str | None = None) -> La
     pipeline = getattr(diffusers, family.pipeline_class)(
         **parts, **tokenizers, scheduler=scheduler, **left_out, **extra
     )
-    return family(pipeline, layout.name, device=META, memory=MemoryOptions(resolution=resolution))
+    return family(pipeline, layout.name.strip("'"), device=META, memory=MemoryOptions(resolution=resolution))
 
 
 def measure(layout: Layout, recipe: Recipe) -> Footprint:
     """What a recipe's base takes at its precision and resolution, its levers left aside."""
+    check_files(recipe)
     base = phantom(layout, recipe.precision, recipe.memory.resolution)
+    check_names(recipe, tokenizer_of(layout), base.id)
+    earlier_patch(recipe, base, weights=False)
     denoiser, encoders, vae = base.denoiser, base._encoders, base.pipeline.vae
     linear = sum(m.weight.numel() for m in denoiser.modules() if isinstance(m, nn.Linear))
     blocks = [_bytes(m) for name, m in denoiser.named_modules() if _is_block(name)]

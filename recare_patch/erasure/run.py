@@ -30,6 +30,7 @@ from recare_patch.core import (
 )
 from recare_patch.erasure import prepare
 from recare_patch.erasure.methods import Method
+from recare_patch.erasure.preflight import check_files, check_names
 from recare_patch.erasure.preview import Preview, draw_preview
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch
 from recare_patch.models import BaseModel, device_name, load_base, lora, versions
@@ -162,14 +163,12 @@ def erase(
     Raises:
         RecarePatchError: one sentence on what was wrong; nothing half-made is left as a patch.
     """
-    out, chosen, method = Path(out), check_formats(file_formats), METHODS.get(recipe.method)
+    out, chosen, method = Path(out).expanduser(), check_formats(file_formats), METHODS.get(recipe.method)
     # Faulty files, a layer set without a module and an unfit earlier patch fail before anything is drawn.
-    if method.needs.care_set and care_set is None and recipe.care_set.file:
-        CareSet.load(Path(recipe.care_set.file))
-    if method.needs.word_lists:
-        method.word_lists(recipe)
+    check_files(recipe)
     crew, device = _crew(device)
     base = base or load_base(recipe.base, precision=recipe.precision, device=device, memory=recipe.memory)
+    check_names(recipe, base.pipeline.tokenizer, base.id)
     for network in lora.adapted(base, recipe.adapter.layers).values():
         lora.target_modules(network, recipe.adapter.layers)
     earlier = earlier_patch(recipe, base)

@@ -85,10 +85,9 @@ class LatentDiffusion:
 
     @classmethod
     def check(cls, layout: Layout) -> None:
-        """Refuse what could not be patched: a component or its weights are missing, or of another kind."""
-        for component in (cls.denoiser_name, "vae", *cls.encoder_names):
-            layout.require(component)
-        for component in (*map(_tokenizer, cls.encoder_names), "scheduler"):
+        """Refuse what could not be patched, by its configurations: a component is missing, or of another kind."""
+        parts = (cls.denoiser_name, "vae", *cls.encoder_names, *map(_tokenizer, cls.encoder_names), "scheduler")
+        for component in parts:
             layout.require(component, weights=False)
 
     def _read_schedule(self) -> None:
@@ -124,6 +123,8 @@ class LatentDiffusion:
 
         The safety checker is not loaded, as it would hide what an eraser must show.
         """
+        for component in (cls.denoiser_name, "vae", *cls.encoder_names):
+            layout.require(component)
         cls.check(layout)
         pipeline = cls._read_pipeline(layout, dtype)
         parts = {name: getattr(pipeline, name) for name in (cls.denoiser_name, *cls.encoder_names)}

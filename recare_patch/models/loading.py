@@ -199,7 +199,7 @@ def _fetch(hub_id: str, weights: bool) -> Path:
 
     try:
         if not weights:
-            return Path(snapshot_download(hub_id, allow_patterns=["*.json"]))
+            return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt"]))
         # Components handed over as None are not fetched.
         left_out = {"safety_checker": None, "feature_extractor": None}
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, **left_out))
