@@ -228,6 +228,12 @@ class AppliedPatch:
         """Whether the patch is fused into the weights, as ``pipe.fuse_lora()`` does it."""
         return any(self.adapter_name in layer.merged_adapters for _, layer in self._layers(self._networks))
 
+    @property
+    def compiled(self) -> bool:
+        """Whether torch has compiled a network that holds the patch, or a part of it."""
+        whole = [getattr(self.pipe, part) for part in self._networks]
+        return any(map(_is_compiled, (one for network in whole for one in network.modules())))
+
     def set_scale(self, scale: float) -> None:
         """Change the patch's strength, of a fused one too.
 

@@ -217,11 +217,10 @@ class GatedPatch:
         self._hooks: list[Any] = []
         self._factors = {component: _Factors() for component in applied.patch.components}
         parts = networks(applied.pipe)
+        self._refuse_fused()
         for component, factors in self._factors.items():
-            # Of a compiled network the outer one, whose calls are Python's.
-            outer: nn.Module = getattr(applied.pipe, component)
-            self._hooks.append(outer.register_forward_pre_hook(self._refuse_fused))
-            self._hooks.append(outer.register_forward_pre_hook(factors.look, with_kwargs=True))
+            self._hooks.append(parts[component].register_forward_pre_hook(self._refuse_fused))
+            self._hooks.append(parts[component].register_forward_pre_hook(factors.look, with_kwargs=True))
             for _, layer in named_tuner_layers({component: parts[component]}):
                 if applied.adapter_name in layer.lora_B:
                     up = layer.lora_B[applied.adapter_name]
@@ -247,6 +246,11 @@ class GatedPatch:
         self.remove()
 
     def _refuse_fused(self, *_: Any) -> None:
+        if self.applied.compiled:
+            raise IncompatiblePatchError(
+                f"patch {self.applied.patch.name} cannot be gated where networks are compiled, since a gate changes what "
+                "single layers give: apply it without a gate, or do not compile"
+            )
         if self.applied.fused:
             raise PatchError(
                 f"patch {self.applied.patch.name} is fused into the weights, where no gate reaches it: call "
@@ -383,4 +387,9 @@ def gated(
         ...     pipe(["a car on a street", "a car by Van Gogh"])
     """
     opens = Gate.of(patch, pipe) if gate is None else gate
-    return GatedPatch(patch.apply(pipe, scale, adapter_name), opens)
+    applied = patch.apply(pipe, scale, adapter_name)
+    try:
+        return GatedPatch(applied, opens)
+    except IncompatiblePatchError:
+        applied.remove()
+        raise
