@@ -248,8 +248,8 @@ class GatedPatch:
     def _refuse_fused(self, *_: Any) -> None:
         if self.applied.compiled:
             raise IncompatiblePatchError(
-                f"patch {self.applied.patch.name} cannot be gated where networks are compiled, since a gate changes what "
-                "single layers give: apply it without a gate, or do not compile"
+                f"patch {self.applied.patch.name} cannot be gated where networks are compiled, since a gate changes "
+                "what single layers give: apply it without a gate, or do not compile"
             )
         if self.applied.fused:
             raise PatchError(
