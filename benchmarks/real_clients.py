@@ -5,11 +5,11 @@ r"""How the loaders of ComfyUI, A1111 and sd-scripts read our kohya files, held 
 
 Nothing is fetched: each client's sources are given by path, and its own code does the reading.
 
-* ComfyUI, ``comfy/lora.py``: ``load_lora`` gives an update for each weight, by the names that ``model_lora_keys_unet`` and
-  ``model_lora_keys_clip`` make of ``comfy.utils.unet_to_diffusers`` and ``LORA_CLIP_MAP``.
+* ComfyUI, ``comfy/lora.py``: ``load_lora`` gives an update for each weight, by the names that its key maps make of
+  ``comfy.utils.unet_to_diffusers`` and ``LORA_CLIP_MAP``.
 * A1111, ``extensions-builtin/Lora``: ``networks.convert_diffusers_name_to_compvis`` names the module, and
-  ``alpha / dim`` is the scale (``network.py``). The extension imports the whole web UI; its function is taken out of the
-  file and run alone.
+  ``alpha / dim`` is the scale (``network.py``). The extension imports the whole web UI, so its function is taken out
+  of the file and run alone.
 * sd-scripts, ``networks/lora.py``: ``create_network_from_weights`` builds modules around the base's layers.
 
 For every layer the client's ΔW is compared with ``B A`` of the patch, both in float64.

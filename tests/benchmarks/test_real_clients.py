@@ -17,10 +17,9 @@ from tests.patch.making import trained
 COMFY_LORA = """
 LORA_CLIP_MAP = {"self_attn.q_proj": "self_attn_q_proj"}
 def load_lora(lora, to_load):
-    return {
-        to_load[name]: ("lora", (lora[f"{name}.lora_up.weight"], lora[f"{name}.lora_down.weight"], lora[f"{name}.alpha"]))
-        for name in to_load if f"{name}.alpha" in lora
-    }
+    parts = ("lora_up.weight", "lora_down.weight", "alpha")
+    named = [name for name in to_load if f"{name}.alpha" in lora]
+    return {to_load[name]: ("lora", [lora[f"{name}.{part}"] for part in parts]) for name in named}
 """
 COMFY_UTILS = """
 def unet_to_diffusers(config):
