@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
-import math
 import os
 import re
+import sys
 import types
 import typing
 import warnings
@@ -22,26 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from recare_patch import __version__
-from recare_patch.core import (
-    PatchError,
-    RecarePatchError,
-    RecipeError,
-    Registry,
-    nearest,
-    one_of,
-    output_error,
-    read_safetensors_header,
-    unknown_name,
-)
-from recare_patch.recipe import (
-    PARTS_KEY,
-    PRECISIONS,
-    WEIGHTS_NAME,
-    MemoryOptions,
-    Recipe,
-    load_recipe,
-    parse_assignment,
-)
+from recare_patch.cli.patches import HUB_PREFIX as HUB_PREFIX
+from recare_patch.cli.patches import base_of as base_of
+from recare_patch.cli.patches import parse_patch as parse_patch
+from recare_patch.cli.patches import several_concepts as several_concepts
+from recare_patch.cli.patches import short_patch as short_patch
+from recare_patch.core import RecarePatchError, RecipeError, Registry, nearest, one_of, output_error, unknown_name
+from recare_patch.recipe import PRECISIONS, MemoryOptions, Recipe, parse_assignment
 
 if TYPE_CHECKING:
     from recare_patch.core import RichProgress
@@ -49,8 +37,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-HUB_PREFIX = "hub:"
-FOLDER = click.Path(path_type=Path)
+MOST_SEED = 2**63 - 1
+SEED = click.IntRange(0, MOST_SEED)
 
 _FILES = {
     "erase": "erase plan",
@@ -69,8 +57,55 @@ COMMANDS = Registry(
 _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+_PLACES = re.compile(r"\b(FOLDER|DIR|FILE|PATCH)\b")
+"""In what stands for an option's value in the help: the value may be a path."""
+
+
+def _at_home(kind: Any, text: str) -> str:
+    """A path with its ``~`` expanded: no shell does that behind ``--out=``, and none in quotes."""
+    found = os.path.expanduser(text)  # noqa: PTH111 - Path's own raises where there is no home
+    if found == text and text.startswith("~") and not os.path.lexists(text):
+        kind.fail(f"there is no home folder for '{text.split('/')[0]}': write the whole path, or ./{text}")
+    return found
+
+
+class FilePath(click.Path):
+    """A path, with ``~`` for the home folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        return super().convert(_at_home(self, os.fspath(value)), param, ctx)
+
+
+class Text(click.types.StringParamType):
+    """Words; what a terminal sent in another encoding than the locale's is refused, as it is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        text = super().convert(value, param, ctx)
+        if any("\ud800" <= one <= "\udfff" for one in text):
+            self.fail(f"{text!a} is not text in this locale's encoding, {sys.getfilesystemencoding()}")
+        return text
+
+
+class Place(click.types.StringParamType):
+    """A path or something else, such as a hub id or a path with a scale behind it; ``~`` as in a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
+        return _at_home(self, super().convert(value, param, ctx))
+
+
+FOLDER = FilePath(path_type=Path)
+TEXT, PLACE = Text(), Place()
+
+
 class _Commands(click.Group):
     """A group that imports a command when it is called, and whose commands fail with one sentence."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        # A terminal or log that is not UTF-8 shows escapes: no reason to end in the middle of a queue.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS.names())
@@ -95,12 +130,22 @@ class _Commands(click.Group):
         except RecarePatchError as fault:
             sentence = str(fault)
         except KeyboardInterrupt:
-            sentence, code = "interrupted; a run that was under way goes on with --resume", 130
+            called = self.get_command(ctx, ctx.invoked_subcommand or "")
+            resumes = called is not None and any(one.name == "resume" for one in called.params)
+            sentence = "interrupted; a run that was under way goes on with --resume" if resumes else "interrupted"
+            code = 130
         except OSError as fault:
             # Libraries write files of their own: a full disk there is no bug either.
             if fault.errno not in _SYSTEM_FAULTS:
                 raise
             sentence = str(output_error(fault.filename or "a file", fault))
+        except UnicodeEncodeError as fault:
+            if fault.encoding != sys.getfilesystemencoding():
+                raise
+            sentence = (
+                f"names of files are {fault.encoding} in this locale, and '{fault.object}' has other letters: set "
+                "PYTHONUTF8=1, or choose a UTF-8 locale"
+            )
         except RuntimeError as fault:
             # Named by class, since torch is not imported here.
             if type(fault).__name__ != "OutOfMemoryError":
@@ -161,6 +206,8 @@ def option(
     Its name comes with what stands for its value in the help; ``into`` is the parameter that gets it.
     """
     name, _, metavar = spec.partition(" ")
+    if type is None and not isinstance(default, bool):
+        type = PLACE if _PLACES.search(metavar) else TEXT
     more |= {} if default is None else {"default": default}
     return click.option(name, *filter(None, [into]), metavar=metavar or None, type=type, help=help, **more)
 
@@ -237,6 +284,7 @@ def recipe_option(key: str, name: str, default: str | None = None, **options: An
     for section in sections:
         model = model.model_fields[section].annotation
     field = model.model_fields[last]
+    kind: Any
     kind, names = _kind_and_names(field.annotation, field.metadata)
     # Descriptions name the tables whose names are listed here.
     told = re.sub(r",? ?a name of [A-Z_]+", "", options.pop("help", None) or field.description or "")
@@ -253,6 +301,8 @@ def recipe_option(key: str, name: str, default: str | None = None, **options: An
         if value is not None:
             ctx.meta.setdefault(_GIVEN, {})[key] = value
 
+    if kind is str:
+        kind = PLACE if _PLACES.search(options["metavar"]) else TEXT
     return click.option(name, type=kind, default=None, callback=remember, expose_value=False, help=told, **options)
 
 
@@ -325,78 +375,6 @@ def overrides_from(assignments: Sequence[str], named: Mapping[str, Any] | None =
         if found.setdefault(key, value) != value:
             raise RecipeError(f"{key} is set twice, to {found[key]!r} and to {value!r}")
     return found
-
-
-def parse_patch(text: str) -> tuple[Path, float]:
-    """A patch with its scale, "FOLDER" or "FOLDER:scale"; a folder with a colon in its name wins.
-
-    "hub:OWNER/NAME" is fetched from the Hub into the user's cache, where it is not there yet.
-
-    Raises:
-        PatchError: no such folder or file, or the scale is no finite number.
-        HubError: the Hub cannot be reached, or has no such patch.
-    """
-    if Path(text).exists():
-        return Path(text), 1.0
-    hub = text.startswith(HUB_PREFIX)
-    path, colon, scale = text.rpartition(":")
-    if not colon or path == "hub":
-        path, scale = text, "1"
-    try:
-        value = float(scale)
-    except ValueError:
-        value = math.nan
-    sound = math.isfinite(value)
-    if not hub and not Path(path).exists():
-        raise PatchError(f"there is no patch at {path if sound else text}")
-    if not sound:
-        raise PatchError(f"the scale of {path} must be a number such as 0.8, got '{scale}'")
-    if not hub:
-        return Path(path), value
-    from recare_patch.share import fetched
-
-    quiet_libraries()
-    return fetched(path), value
-
-
-def short_patch(text: str) -> str:
-    """A patch folder's short name made whole: "van-gogh:0.5" is "van-gogh-patch:0.5" where that is there."""
-    if Path(text).exists() or text.startswith(HUB_PREFIX):
-        return text
-    path, colon, scale = text.rpartition(":") if ":" in text else (text, "", "")
-    whole = f"{path}-patch"
-    return f"{whole}{colon}{scale}" if not Path(path).exists() and Path(whole).is_dir() else text
-
-
-def _header(path: Path) -> dict[str, str]:
-    """The header entries of a patch's weights; none where it has no such file."""
-    file = path / WEIGHTS_NAME if path.is_dir() else path
-    stored = file.is_file() and file.suffix == ".safetensors"
-    return read_safetensors_header(file).metadata if stored else {}
-
-
-def base_of(patches: Sequence[tuple[Path, float]]) -> str:
-    """The base that the first patch was made for; the bundled one without patches or records."""
-    for path, _ in patches:
-        # Files made by other tools carry no recipe: those need --base, or are tried on the bundled one.
-        # Damaged ones are refused where they are loaded.
-        with contextlib.suppress(PatchError, RecipeError):
-            header = _header(path)
-            if PARTS_KEY in header:
-                return header.get(f"{PARTS_KEY.removesuffix('parts')}base", "atelier")
-            return load_recipe(str(path)).base
-    return "atelier"
-
-
-def several_concepts(patch: str) -> tuple[str, ...]:
-    """What a stack, or a patch of several concepts, erases; nothing for any other, or a damaged file."""
-    from recare_patch.patch import PatchMetadata
-
-    with contextlib.suppress(PatchError):
-        told = PatchMetadata.from_header(_header(Path(patch)), patch)
-        if told is not None and told.by_concept:
-            return tuple(one.concept for one in told.erased)
-    return ()
 
 
 def table_lines(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:

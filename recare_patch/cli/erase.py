@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from click import FloatRange, command, echo
 from recare_patch import cli
 from recare_patch.cli import flag, option
 from recare_patch.core import OutputError, RecipeError, ResumeError, read_text
-from recare_patch.recipe import KINDS, PRESETS, WEIGHTS_NAME, Concept, Recipe, load_recipe, preset_overrides, recipe_for
+from recare_patch.recipe import (
+    KINDS,
+    PRESETS,
+    WEIGHTS_NAME,
+    Concept,
+    Recipe,
+    load_recipe,
+    preset_overrides,
+    recipe_for,
+    same_concept,
+)
 
 
 # Long: an argument for each option, and the refusals that belong before torch is loaded.
@@ -206,8 +217,15 @@ def _check_several(plans: Sequence[Recipe], stacked: Path | None, named: dict[st
     """Refuse what cannot be meant for several runs."""
     slugs = [plan.slug for plan in plans]
     for number, plan in enumerate(plans):
+        # All at once: the hundredth name of a file that this locale cannot write would come after days.
+        os.fsencode(plan.slug)
         if plan.slug in slugs[:number]:
-            raise RecipeError(f"the concept '{plan.title}' is there twice")
+            first = plans[slugs.index(plan.slug)].title
+            told = f"the concept '{plan.title}' is there twice"
+            same = same_concept(first, plan.title)
+            raise RecipeError(
+                told if same else f"'{first}' and '{plan.title}' would both be called {plan.slug}: run one apart"
+            )
     for given, key in (("--continue-from", "continue_from"), ("--care-set", "care_set.file")):
         if key in named and len(plans) > 1:
             raise RecipeError(f"{given} is for one patch, and there would be {len(plans)}")

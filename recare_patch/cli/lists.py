@@ -94,7 +94,7 @@ def list_() -> None:
 
 
 @recipes.command(name="show")
-@argument("source", metavar="NAME|FILE|PATCH")
+@argument("source", type=cli.PLACE, metavar="NAME|FILE|PATCH")
 def show_recipe(source: str) -> None:
     """Show a recipe in full, with what its base asks for where it says nothing, and the defaults."""
     shown = load_recipe(source)
@@ -108,7 +108,7 @@ def show_recipe(source: str) -> None:
 
 
 @recipes.command()
-@argument("sources", metavar="NAME|FILE|PATCH...", nargs=-1, required=True)
+@argument("sources", type=cli.PLACE, metavar="NAME|FILE|PATCH...", nargs=-1, required=True)
 @pass_context
 def validate(ctx: Context, sources: tuple[str, ...]) -> None:
     """Check recipes and tell all faults; exit code 2 if there are any."""

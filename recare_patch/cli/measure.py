@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 from click import Context, FloatRange, IntRange, argument, command, echo, pass_context
 
 from recare_patch import cli
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from recare_patch.measure import AttackOptions, AttackResult, Evidence
     from recare_patch.measure.verify import Verification
 
-_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FOLDER = cli.FilePath(path_type=Path, file_okay=False)
 
 _MOST_CLAIMS = 8
 
@@ -48,8 +47,8 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
 @flag("--no-cache", "Keep no pictures: a run that is stopped starts again.")
 @option(
     "--prompts FILE",
-    "One prompt a line, drawn once each, in place of the suite's retained prompts.",
-    click.Path(path_type=Path, dir_okay=False),
+    "One prompt a line, or a CSV table with a column prompt, in place of the suite's retained prompts.",
+    cli.FilePath(path_type=Path, dir_okay=False),
 )
 @option(
     "--attacks FOLDER",
@@ -73,7 +72,7 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
 )
 @label_option
 @cli.clip_option
-@option("--seed", "First seed.  [default: the suite's]", IntRange(min=0))
+@option("--seed", "First seed.  [default: the suite's]", cli.SEED)
 @option("--batch-size", "Pictures drawn together.  [default: by the base]", IntRange(1, 1024))
 @cli.device_option
 @cli.drawing_options
@@ -162,7 +161,7 @@ def _tell_evidence(evidence: Evidence, folder: Path) -> None:
 @option("--detector NAME", "Who judges the pictures.  [default: as the concept's suite]")
 @label_option
 @option("--replay DIR", "Try what this saved attack found, on another patch.")
-@option("--seed", "", IntRange(min=0), 0)
+@option("--seed", "", cli.SEED, 0)
 @option("--out", "A folder of its own in it for each attack.  [default: PATCH-attacks, beside it]", cli.FOLDER)
 @flag("--resume", "Go on with the run in --out that was interrupted.")
 @option("--base FOLDER|HUB-ID", "The base model.  [default: the patch's]")

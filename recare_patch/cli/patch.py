@@ -191,7 +191,7 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
 @option("--patch DIR[:SCALE]", "A patch and its scale; repeatable.", into="patches", multiple=True)
 @option("--prompt TEXT", "Repeatable.", into="prompts", multiple=True, required=True)
 @cli.base_option
-@option("--seed", "Of the first picture.", IntRange(min=0), 0)
+@option("--seed", "Of the first picture.", cli.SEED, 0)
 @option("--count", "Pictures of each prompt.", IntRange(1, 64), 4)
 @option("--steps", "[default: 20, or those of a base of few steps]", IntRange(1, 1000))
 @option("--guidance-scale", "[default: 5, or that of a base of few steps]", FloatRange(0, 100))
@@ -224,9 +224,18 @@ def generate(
     """
     if gated and not patches:
         raise UsageError("--gated says how patches are applied, and no --patch is given")
+    if seed + count - 1 > cli.MOST_SEED:
+        raise UsageError(
+            f"the last of {count} pictures has seed {seed + count - 1}, and {cli.MOST_SEED} is the highest"
+        )
     chosen = [cli.parse_patch(text) for text in patches]
     source = base or cli.base_of(chosen)
+    from recare_patch.core import check_sheet, check_writable
     from recare_patch.patch import generate_pictures
+
+    check_sheet(out)
+    if save_images is not None:
+        check_writable(save_images, folder=True)
 
     seeds = list(range(seed, seed + count))
     options |= {"gated": gated, "memory": cli.given_memory()}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @command()
-@argument("patches", nargs=-1, required=True, metavar="PATCH[:SCALE]...")
+@argument("patches", nargs=-1, required=True, type=cli.PLACE, metavar="PATCH[:SCALE]...")
 @option("--out DIR", "Folder of the stack.", cli.FOLDER, required=True)
 @option(
     "--method concat|regmean|ties|dare|svd",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     "How much regmean holds what must stay against each concept.  [default: 1]",
     FloatRange(min=0, min_open=True),
 )
-@option("--seed", "Of dare's and regmean's draws.", IntRange(min=0), 0)
+@option("--seed", "Of dare's and regmean's draws.", cli.SEED, 0)
 @option("--precision", "Of the file.", Choice(["fp16", "fp32"]), "fp16")
 @cli.formats_option
 @flag("--evidence", "Measure each concept under its patch alone and under the stack; takes pictures, so minutes.")

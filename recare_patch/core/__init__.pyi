@@ -30,6 +30,7 @@ from .files import SafetensorsHeader as SafetensorsHeader
 from .files import StreamedTensor as StreamedTensor
 from .files import TensorInfo as TensorInfo
 from .files import bundled as bundled
+from .files import check_writable as check_writable
 from .files import claim_folder as claim_folder
 from .files import file_sha256 as file_sha256
 from .files import launched_together as launched_together
@@ -53,6 +54,7 @@ from .show import Progress as Progress
 from .show import RichProgress as RichProgress
 from .show import SheetRow as SheetRow
 from .show import blurred as blurred
+from .show import check_sheet as check_sheet
 from .show import save_sheet as save_sheet
 from .show import sheet as sheet
 from .untrusted import MOST_PICTURE as MOST_PICTURE

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import struct
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +56,35 @@ def bundled(folder: str) -> Path:
 
 def user_cache(folder: str) -> Path:
     """A folder of the package's below the user's cache folder; it need not be there."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "recare-patch" / folder
+    place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - never raises
+    # A user without a home, as in some containers.
+    place = tempfile.gettempdir() if place.startswith("~") else place
+    return Path(place) / "recare-patch" / folder
 
 
 def output_error(path: AnyPath, fault: OSError) -> OutputError:
     """The one-sentence form of a system fault met while writing ``path``."""
     return OutputError(f"cannot write {os.fspath(path)}: {_REASONS.get(fault.errno or 0) or reason(fault)}")
+
+
+def check_writable(path: AnyPath, *, folder: bool = False) -> None:
+    """Refuse, before hours of work, a place at which no file, or no folder, could be written.
+
+    Raises:
+        OutputError: it is of the other kind, a part of its path is a file, or permission is denied.
+    """
+    place = Path(path)
+    start = (place if folder else place.parent).absolute()
+    try:
+        if place.exists() and place.is_dir() is not folder:
+            raise OSError(errno.EEXIST if folder else errno.EISDIR, "")
+        there = next(one for one in (start, *start.parents) if one.exists())
+        if not there.is_dir():
+            raise OSError(errno.ENOTDIR, "")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "")
+    except OSError as fault:
+        raise output_error(place, fault) from None
 
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
@@ -311,7 +334,7 @@ def claim_folder(path: AnyPath, *, resume: bool = False, resumable: bool = True)
             way = "add --resume to go on with its run or " if resumable else ""
             raise OutputError(f"{folder} already holds files ({others[0]}, …); {way}choose another --out")
         try:
-            file.write_text(str(os.getpid()))
+            file.write_text(str(os.getpid()), "ascii")
         except OSError as fault:
             raise output_error(folder, fault) from fault
         yield

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from recare_patch.core.errors import OutputError
-from recare_patch.core.files import write_bytes
+from recare_patch.core.files import check_writable, write_bytes
 
 _CELL, _LARGEST = 128, 512
 """Smallest and largest side of a picture on a sheet, pixels: sheets are looked at, not printed."""
@@ -62,13 +62,13 @@ class RichProgress:
 
         self._console = console if console is not None else Console(stderr=True)
         self._bars = progress.Progress(
-            progress.TextColumn("{task.description:<22}"),
+            progress.TextColumn("{task.description:<22}", markup=False),
             progress.BarColumn(bar_width=28),
             progress.MofNCompleteColumn(),
             progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[note]}"),
+            progress.TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -207,16 +207,23 @@ def sheet(rows: Sequence[SheetRow], columns: Sequence[str] = (), title: str = ""
     return canvas
 
 
-def save_sheet(image: Image.Image, path: str | Path) -> Path:
-    """Write a sheet whole, or not at all: PNG, JPEG or WebP, by the name's ending.
+def check_sheet(path: str | Path) -> str:
+    """Pillow's name for the kind of picture that a sheet is written as, by its name's ending; asked before drawing.
 
     Raises:
-        OutputError: the ending is another, or the place cannot be written to.
+        OutputError: the ending is another than .png, .jpg, .jpeg or .webp, or there can be no file.
     """
     file = Path(path)
     kind = _FORMATS.get(file.suffix.lower())
     if kind is None:
         raise OutputError(f"cannot write {file}: a sheet's name must end in {', '.join(_FORMATS)}")
+    check_writable(file)
+    return kind
+
+
+def save_sheet(image: Image.Image, path: str | Path) -> Path:
+    """Write a sheet whole, or not at all; see :func:`check_sheet`."""
+    file, kind = Path(path), check_sheet(path)
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"quality": 92} if kind == "JPEG" else {}))
     write_bytes(file, buffer.getvalue())

@@ -18,17 +18,20 @@ from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS, PROP
 from recare_patch.core import RecipeError
 from recare_patch.erasure.gauge import PICTURES, STATES, look_evaluations
 from recare_patch.erasure.methods import LossMethod, Work
+from recare_patch.erasure.preflight import check_files, check_names, tokenizer_of
 from recare_patch.erasure.prepare import JOINED, RELATED_WORDS
-from recare_patch.erasure.stages import stage_name
+from recare_patch.erasure.stages import earlier_patch, stage_name
 from recare_patch.models import (
     PRECISIONS,
     TEXT_ROOM,
     Load,
+    family_of,
     find_layout,
     first_fit,
     lever_sets,
     measure,
     peak,
+    phantom,
     scheduled,
 )
 from recare_patch.recipe import METHODS, Recipe
@@ -147,6 +150,17 @@ def is_exact(recipe: Recipe) -> bool:
     return recipe.search.patience is None and not _confirmed(recipe) and not _measured(recipe)
 
 
+def _measured_base(layout: Layout, recipe: Recipe) -> Footprint:
+    """What a recipe's base takes, once all is refused that a run would refuse before it draws."""
+    family_of(layout).check(layout, weights=False)
+    check_files(recipe)
+    if any((layout.folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        check_names(recipe, tokenizer_of(layout), layout.name.strip("'"))
+    if recipe.continue_from is not None:
+        earlier_patch(recipe, phantom(layout, recipe.precision, recipe.memory), weights=False)
+    return measure(layout, recipe)
+
+
 @dataclass(frozen=True)
 class PlannedStage:
     """One stage of a run, called as in ``training.json``."""
@@ -187,7 +201,7 @@ def plan(recipe: Recipe, *, speed: float, footprint: Footprint | None = None, gu
         RecipeError: see :func:`evaluations`.
     """
     layout, _ = find_layout(recipe.base, weights=False)
-    found = footprint or measure(layout, recipe)
+    found = footprint or _measured_base(layout, recipe)
     works = _works(recipe, _sampler_steps(layout, recipe), guessed=guessed)
     stages = []
     for stage, load in _loads(found, recipe, works).items():
@@ -235,7 +249,7 @@ def choose(
     """
     half = recipe if recipe.precision != "fp32" else recipe.with_overrides({"precision": "bf16"})
     layout, _ = find_layout(half.base, weights=False)
-    found = measure(layout, half)
+    found = _measured_base(layout, half)
     works = _works(half, guessed=guessed)
     loads = [load for stage, load in _loads(found, half, works).items() if not only or stage in only]
     sets = lever_sets(half.memory)

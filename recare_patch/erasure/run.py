@@ -30,6 +30,7 @@ from recare_patch.core import (
 )
 from recare_patch.erasure import prepare
 from recare_patch.erasure.methods import Method
+from recare_patch.erasure.preflight import check_files, check_names
 from recare_patch.erasure.preview import Preview, draw_preview
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch, quick_sampler
 from recare_patch.models import (
@@ -230,14 +231,12 @@ def erase(
     Raises:
         RecarePatchError: one sentence on what was wrong; nothing half-made is left as a patch.
     """
-    out, chosen, method = Path(out), check_formats(file_formats), METHODS.get(recipe.method)
+    out, chosen, method = Path(out).expanduser(), check_formats(file_formats), METHODS.get(recipe.method)
     # Faulty files, a layer set without a module and an unfit earlier patch fail before anything is drawn.
-    if method.needs.care_set and care_set is None and recipe.care_set.file:
-        CareSet.load(Path(recipe.care_set.file))
-    if method.needs.word_lists:
-        method.word_lists(recipe)
+    check_files(recipe)
     crew, device = _crew(device)
     base = base or load_base(recipe.base, precision=recipe.precision, device=device, memory=recipe.memory)
+    check_names(recipe, base.pipeline.tokenizer, base.id)
     # What the record says is what was computed in: a card may have no bf16.
     if base.precision != recipe.precision:
         recipe = recipe.with_overrides({"precision": base.precision})
@@ -259,7 +258,8 @@ def erase(
         with _together(base, crew):
             run = Run(recipe, work, base, clip, progress or NullProgress(), save_target_images)
             if (work / EARLIER).exists():
-                run.warn(f"it was begun in {(work / EARLIER).read_text()}, and gone on with in {recipe.precision}")
+                begun = (work / EARLIER).read_text(encoding="utf-8")
+                run.warn(f"it was begun in {begun}, and gone on with in {recipe.precision}")
             run.wait()
             patch, found, targets = _train(run, method, care_set, earlier)
         _tell_measured(run)
@@ -303,7 +303,7 @@ def _work_folder(out: Path, recipe: Recipe) -> Path:
     stored = work / "recipe.yaml"
     if (out / "pytorch_lora_weights.safetensors").exists() and not work.exists():
         raise OutputError(f"{out} already holds a finished patch; choose another --out")
-    before = stored.read_text() if stored.exists() else recipe.to_yaml()
+    before = stored.read_text(encoding="utf-8") if stored.exists() else recipe.to_yaml()
     if _but_precision(before) != _but_precision(recipe.to_yaml()):
         raise ResumeError(f"{out} holds a run of another recipe: resume with its own options, or choose another --out")
     work.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ class Ledger:
 
     def __init__(self, path: Path, base: BaseModel) -> None:
         self.path, self.base = path, base
-        self.stages: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        self.stages: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self._began, self._evaluations, self._peak = 0.0, 0, 0
         self._between = peak_memory(base.device)
 
@@ -395,8 +395,8 @@ def _fill(
     return state
 
 
-def earlier_patch(recipe: Recipe, base: BaseModel) -> Patch | None:
-    """The patch that a recipe goes on from.
+def earlier_patch(recipe: Recipe, base: BaseModel, *, weights: bool = True) -> Patch | None:
+    """The patch that a recipe goes on from; ``weights`` says whether the base has any to look at.
 
     Raises:
         IncompatiblePatchError: it has other layers or another rank than the recipe's adapter.
@@ -404,7 +404,7 @@ def earlier_patch(recipe: Recipe, base: BaseModel) -> Patch | None:
     if recipe.continue_from is None:
         return None
     options, earlier = recipe.adapter, Patch.load(recipe.continue_from)
-    earlier.check_base(base)
+    earlier.check_base(base) if weights else earlier.check_shapes(base.components, f"base '{base.id}'")
     wanted = [
         full_name(part, name)
         for part, network in lora.adapted(base, options.layers).items()

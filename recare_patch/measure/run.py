@@ -49,7 +49,7 @@ from recare_patch.measure.suites import (
     folder_of,
     list_suites,
     own_recipe,
-    read_prompts,
+    read_prompt_file,
     resolve_suite,
     suited,
 )
@@ -149,7 +149,8 @@ def evaluate(
         detector: instead of the suite's; a name may carry its source, as "image-classifier:FOLDER".
         label: what the detector calls the concept, instead of the suite's label.
         clip: of CARE score, prompt agreement and distances; None: the recipe's.
-        prompts_file: one prompt a line, in place of the suite's retained prompts; each is drawn once.
+        prompts_file: one prompt a line, or a table with a column "prompt", each drawn once in place of the suite's
+            retained prompts.
         attacks: folders of saved attacks on this patch to tell of; None: those beside the patch.
         checks: names of :data:`CHECKS`, or "all".
         card: write the figures into the patch's ``README.md`` as well; one that tells figures already
@@ -165,7 +166,7 @@ def evaluate(
     loaded, crew = patch if isinstance(patch, Patch) else Patch.load(patch), launched()
     weights, metadata = _weights_file(loaded), loaded.metadata
     recipe = own_recipe(loaded)
-    retained = None if prompts_file is None else read_prompts(prompts_file)
+    retained, seeds = (None, ()) if prompts_file is None else read_prompt_file(prompts_file)
     if base is None:
         if metadata is None:
             told = "does not say what base it was made for: name one with --base"
@@ -179,7 +180,7 @@ def evaluate(
     elif label is not None:
         chosen = chosen.with_changes(label=label)
     if retained is not None:
-        chosen = chosen.with_changes(retained=retained)
+        chosen = chosen.with_changes(retained=retained, retained_seeds=seeds)
     options = Options(
         metrics=metrics,
         pictures=pictures,

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -31,6 +31,10 @@ from recare_patch.core import (
     yaml_mapping,
 )
 from recare_patch.measure.names import DETECTORS
+from recare_patch.measure.prompts import MAX_PROMPT, MOST_SEED
+from recare_patch.measure.prompts import check_lengths as check_lengths
+from recare_patch.measure.prompts import read_prompt_file as read_prompt_file
+from recare_patch.measure.prompts import read_prompts as read_prompts
 from recare_patch.models import BaseModel
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import KINDS, SCHEDULERS, Concept, Kind, Recipe, same_concept, slug_of
@@ -42,9 +46,6 @@ ATELIER, STABLE_DIFFUSION = "atelier", "stable-diffusion"
 
 FIRST_SEED = 1_700_000_000
 """Where the bundled suites' seeds begin: apart from those of erasing and of choosing settings."""
-
-MAX_PROMPT = 1000
-"""Longest prompt in characters; no text tower reads as much."""
 
 BLOCK = 100_000
 """Seeds between one set of prompts and the next."""
@@ -127,6 +128,9 @@ class _Drawn(_Evaluation):
     detector: Annotated[str, BeforeValidator(one_of("detector", DETECTORS.names()))]
     detector_options: dict[str, Any] = Field({}, description="as source of a classifier or labels of CLIP")
     retained: tuple[Prompt, ...] = Field((), description="for agreement and distances to the base's pictures")
+    retained_seeds: tuple[Annotated[int, Field(ge=0, le=MOST_SEED)], ...] = Field(
+        (), description="of the retained prompts, one each; none: they follow from first_seed"
+    )
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     scheduler: Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
@@ -159,6 +163,9 @@ class Suite(_Drawn):
             if self.label.casefold() not in map(str.casefold, names):
                 hint = _hint(self.label, names)
                 raise ValueError(f"the label set does not hold the target's label '{self.label}'{hint}")
+        if self.retained_seeds and len(self.retained_seeds) != len(self.retained):
+            told = f"{len(self.retained)} retained prompts have {len(self.retained_seeds)} seeds"
+            raise ValueError(f"{told}: one each is needed, or none")
         _distinct([one.clip_word.casefold() for one in self.care], "the CARE concept ")
         words = Concept(text=self.concept, kind=self.kind).words if self.kind == "nsfw" else ()
         for prompt in self.implicit:
@@ -185,7 +192,12 @@ class Suite(_Drawn):
         else:
             label = "" if which == "retained" else self.label
             rows = [(prompt, label) for prompt in getattr(self, which)]
-        return _turns(which, rows, self.block(which), pictures)
+        made = _turns(which, rows, self.block(which), pictures)
+        if which == "retained" and (given := self.retained_seeds):
+            # In its next turn a prompt has the next seed, below what torch takes.
+            own = (given[k % len(given)] + k // len(given) for k in range(len(made.seeds)))
+            made = replace(made, seeds=tuple(own))
+        return made
 
     def care_drawing(self, number: int, pictures: int) -> Drawing:
         """The pictures of a CARE concept, by its place in :attr:`care`."""
@@ -322,31 +334,6 @@ def parse_suite(text: str, source: str = "suite") -> Suite | ConceptBench:
 
 def _read(path: Path) -> Suite | ConceptBench:
     return parse_suite(read_text(path, f"the suite {path}", EvaluationError), str(path))
-
-
-def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a file, one a line; the first faulty line is named."""
-    text = read_text(path, f"the prompt file {path}", EvaluationError)
-    if not text.strip():
-        raise EvaluationError(f"the prompt file {path} is empty: one prompt a line is needed")
-    prompts = tuple(" ".join(line.split()) for line in text.removesuffix("\n").split("\n"))
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise EvaluationError(f"line {number} of {path} is empty: one prompt a line is needed")
-        if len(prompt) > MAX_PROMPT:
-            told = f"it has {len(prompt)} characters, and may have {MAX_PROMPT}"
-            raise EvaluationError(f"line {number} of {path} is over-long: {told}")
-    return prompts
-
-
-def check_lengths(base: BaseModel, prompts: Sequence[str], source: str | Path) -> None:
-    """Refuse prompts whose end the text encoder would not read: their pictures would show something else."""
-    most = int(base.pipeline.tokenizer.model_max_length) - 2
-    for number, prompt in enumerate(prompts, 1):
-        if (tokens := len(base.token_ids(prompt))) > most:
-            raise EvaluationError(
-                f"line {number} of {source} is over-long: {tokens} tokens, and base '{base.id}' reads {most}"
-            )
 
 
 def find_suite_for(concept: Concept | str, base: str) -> Suite | None:

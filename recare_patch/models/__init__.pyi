@@ -44,6 +44,7 @@ from .loading import usable_precision as usable_precision
 from .loading import versions as versions
 from .loading import weights_hash as weights_hash
 from .lora import ADAPTER_NAME as ADAPTER_NAME
+from .lora import COMPILED as COMPILED
 from .lora import COMPONENTS as COMPONENTS
 from .lora import DENOISERS as DENOISERS
 from .lora import TEXT_ENCODERS as TEXT_ENCODERS

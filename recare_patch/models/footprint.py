@@ -161,7 +161,7 @@ def phantom(layout: Layout, precision: str, memory: MemoryOptions | None = None)
     pipeline = getattr(diffusers, family.pipeline_class)(
         **parts, **tokenizers, scheduler=scheduler, **left_out, **extra
     )
-    return family(pipeline, layout.name, device=META, memory=memory)
+    return family(pipeline, layout.name.strip("'"), device=META, memory=memory)
 
 
 def measure(layout: Layout, recipe: Recipe) -> Footprint:

@@ -129,6 +129,8 @@ class LatentDiffusion(PromptEncoding):
 
         The safety checker is not loaded, as it would hide what an eraser must show.
         """
+        for component in (cls.denoiser_name, "vae", *cls.encoder_names):
+            layout.require(component)
         cls.check(layout)
         pipeline = cls._read_pipeline(layout, dtype)
         parts = {name: getattr(pipeline, name) for name in (cls.denoiser_name, *cls.encoder_names)}

@@ -214,7 +214,7 @@ def forget_peak_memory(device: torch.device) -> None:
         return
     # Linux forgets a process's highest resident size when 5 is written here (proc(5)).
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -47,8 +47,13 @@ _SIDES: dict[str, tuple[str | None, ...]] = {
 """Layer set of a denoiser → whose layers are in it: the prompt's, the picture's own, no attention block's."""
 
 
+COMPILED = "_orig_mod."
+"""What torch.compile puts into the names of what it wraps."""
+
+
 def full_name(component: str, module: str) -> str:
     """A layer's name in a patch, from its name in the network or in a weights file."""
+    module = module.replace(COMPILED, "")
     if component in TEXT_ENCODERS and module.startswith("encoder."):
         module = f"text_model.{module}"
     return f"{component}.{module}"
@@ -66,8 +71,9 @@ def in_words(component: str) -> str:
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a diffusers pipeline that a patch may change, by component."""
+    """The networks of a diffusers pipeline that a patch may change, by component; compiled ones as they were."""
     found = {name: getattr(pipe, name, None) for name in COMPONENTS}
+    found = {name: getattr(one, COMPILED[:-1], one) for name, one in found.items()}
     return {name: one for name, one in found.items() if isinstance(one, nn.Module)}
 
 

@@ -60,7 +60,11 @@ def weights_file(path: Path, *, of_any_tool: bool = False) -> Path:
             f"{path} holds a pickle ({pickled[0]}), which can run code when it is opened: only safetensors is read"
         )
     wanted = "a safetensors file" if of_any_tool else WEIGHTS_NAME
-    raise PatchError(f"{path} is no patch: {wanted} is not in it")
+    others = [] if of_any_tool else sorted(one.name for one in path.glob("*.safetensors"))
+    told = (
+        f"; `recare-patch convert {path / others[0]} --to diffusers --out FOLDER` makes one of a LoRA" if others else ""
+    )
+    raise PatchError(f"{path} is no patch: {wanted} is not in it{told}")
 
 
 def target_file(path: str | Path, name: str) -> Path:

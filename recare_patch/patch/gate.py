@@ -217,7 +217,9 @@ class GatedPatch:
         self._hooks: list[Any] = []
         self._factors = {component: _Factors() for component in applied.patch.components}
         parts = networks(applied.pipe)
+        self._refuse_fused()
         for component, factors in self._factors.items():
+            self._hooks.append(parts[component].register_forward_pre_hook(self._refuse_fused))
             self._hooks.append(parts[component].register_forward_pre_hook(factors.look, with_kwargs=True))
             for _, layer in named_tuner_layers({component: parts[component]}):
                 if applied.adapter_name in layer.lora_B:
@@ -242,6 +244,18 @@ class GatedPatch:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def _refuse_fused(self, *_: Any) -> None:
+        if self.applied.compiled:
+            raise IncompatiblePatchError(
+                f"patch {self.applied.patch.name} cannot be gated where networks are compiled, since a gate changes "
+                "what single layers give: apply it without a gate, or do not compile"
+            )
+        if self.applied.fused:
+            raise PatchError(
+                f"patch {self.applied.patch.name} is fused into the weights, where no gate reaches it: call "
+                "pipe.unfuse_lora() first"
+            )
 
     def _ask(self, texts: Sequence[Any]) -> Tensor:
         # Of what each of a pipeline's text encoders is given: the widest open.
@@ -373,4 +387,9 @@ def gated(
         ...     pipe(["a car on a street", "a car by Van Gogh"])
     """
     opens = Gate.of(patch, pipe) if gate is None else gate
-    return GatedPatch(patch.apply(pipe, scale, adapter_name), opens)
+    applied = patch.apply(pipe, scale, adapter_name)
+    try:
+        return GatedPatch(applied, opens)
+    except IncompatiblePatchError:
+        applied.remove()
+        raise

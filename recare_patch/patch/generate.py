@@ -78,13 +78,16 @@ def generate_pictures(
     def draw() -> list[Image.Image]:
         return model.generate(texts, numbers, steps=steps, guidance_scale=guidance, batch_size=BATCH, progress=progress)
 
-    before = after = draw()
+    after: list[Image.Image] | None = None
     if loaded:
         put_in = put_in_gated if gated else Patch.apply
+        # First, so that a patch that does not fit is refused before anything is drawn.
         with contextlib.ExitStack() as stack:
             for patch, scale in loaded:
                 stack.enter_context(put_in(patch, model.pipeline, scale))
             after = draw()
+    before = draw()
+    after = before if after is None else after
     return [GeneratedPair(*row) for row in zip(texts, numbers, before, after, strict=True)]
 
 

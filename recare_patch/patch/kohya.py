@@ -25,12 +25,16 @@ from recare_patch.models import COMPONENTS, TRANSFORMER, split_name
 from recare_patch.patch.folder import target_file
 from recare_patch.patch.metadata import PatchMetadata
 from recare_patch.patch.patch import Patch, check_finite, concept_name
-from recare_patch.recipe import KINDS
+from recare_patch.recipe import KINDS, fitted_stem
 
 logger = logging.getLogger(__name__)
 
 FORMATS = ("diffusers", "kohya")
 """What can be written; PEFT's shape is read as well."""
+
+_SD1_NAME = re.compile(r"(?i)stable-diffusion-v?1|^compvis/|sd-?v?1[._-]?[45]")
+_SD2_NAME = re.compile(r"(?i)stable-diffusion-v?2|sd-?v?2[._-]?[01]")
+"""Bases that older patches name without telling the width of their prompts."""
 
 RANKS_KEY = "recare_patch_ranks"
 """Header entry of our kohya files: the ranks before padding, JSON, kohya name → rank."""
@@ -211,7 +215,7 @@ def to_kohya(
     unreadable: dict[str, str] = {}
     resolve = resolver(None, {}, patch.source)
     for full in patch.modules:
-        short = _kohya_name(full, sdxl=base.startswith("sdxl"))
+        short = _kohya_name(full, sdxl=architecture == "stable-diffusion-xl-v1-base")
         if f"{short}.alpha" in tensors:
             raise PatchError(f"{patch.source} has two modules that kohya's spelling calls '{short}'")
         a, b = patch.factors(full)
@@ -233,15 +237,15 @@ def to_kohya(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
-        "ss_base_model_version": base,
-        "ss_v2": str(base.startswith("sd_v2")),
         "ss_output_name": output_name(patch),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": output_name(patch),
         "modelspec.date": (date or datetime.datetime.now(datetime.UTC).date()).isoformat(),
     }
+    if base is not None:
+        header |= {"ss_base_model_version": base, "ss_v2": str(base.startswith("sd_v2"))}
+        header["modelspec.architecture"] = f"{architecture}/lora"
     if pixels is not None:
         header["modelspec.resolution"] = f"{pixels}x{pixels}"
     if patch.metadata is not None:
@@ -256,23 +260,35 @@ def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], dim=axis) if shape[axis] else factor
 
 
-def _version_of(patch: Patch) -> tuple[str, str, int | None]:
-    """Which Stable Diffusion it is for, as kohya and ModelSpec call it, and its pictures' width.
+def _version_of(patch: Patch) -> tuple[str | None, str | None, int | None]:
+    """Which Stable Diffusion it is for, as kohya and ModelSpec call it, and its pictures' width; None where unknown.
 
-    Told by the width of the prompts that it reads or changes.
+    Told by the width of the prompts that it reads or changes, else by what it says of its base: the layers of
+    self-attention alone are the same in 1.x and 2.x.
     """
 
     def widths(module: str) -> set[int]:
         return {patch.mapping(one)[0][0] for one in patch.modules if re.fullmatch(module, one)}
 
-    v_prediction = patch.metadata is not None and patch.metadata.prediction_type == "v_prediction"
+    told = patch.metadata
+    v_prediction = told is not None and told.prediction_type == "v_prediction"
     suffix = "_v" if v_prediction else ""
     found = widths(r"unet\..*attn2\.to_[kv]")
     # Without cross-attention, SDXL still shows by blocks of several transformers or by its second encoder.
     deep = any(".transformer_blocks.1." in one or one.startswith("text_encoder_2.") for one in patch.modules)
+    xl = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 1024)
     if 2048 in found or (not found and deep):
-        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", 1024
+        return xl
     found = found or widths(r"text_encoder\..*self_attn\.[qkv]_proj")
+    if not found and told is not None:
+        width = told.base_prompt_width
+        # Older patches do not tell the width; only 2.x came with other than noise to predict.
+        width = 1024 if width is None and (v_prediction or _SD2_NAME.search(told.base)) else width
+        found = {width} if width is not None else {768} if _SD1_NAME.search(told.base) else set()
+    if not found:
+        return None, None, None
+    if 2048 in found:
+        return xl
     if 1024 in found:
         kind, pixels = ("768-v", 768) if v_prediction else ("512", 512)
         return f"sd_v2{suffix}", f"stable-diffusion-v2-{kind}", pixels
@@ -284,7 +300,7 @@ def output_name(patch: Patch) -> str:
     if patch.metadata is not None:
         return concept_name(patch.metadata.concept)
     stem = Path(patch.source).name.removesuffix(".safetensors")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:100] or "lora"
+    return fitted_stem(re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "lora", stem)
 
 
 def _told(made: PatchMetadata) -> dict[str, str]:

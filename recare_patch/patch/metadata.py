@@ -123,6 +123,7 @@ class PatchMetadata(_Told):
     base_text_encoders_sha256: dict[str, str] | None = Field(
         None, description="by component; None for a patch that changes the denoiser alone"
     )
+    base_prompt_width: int | None = Field(None, description="of the prompt embeddings that the denoiser reads")
     concepts: tuple[Erased, ...] | None = Field(
         None,
         max_length=_MOST_CONCEPTS,
@@ -153,6 +154,7 @@ class PatchMetadata(_Told):
             base_family=base.family,
             base_denoiser_sha256=base.denoiser_hash(),
             prediction_type=base.prediction_type,
+            base_prompt_width=_prompt_width(base),
             concept=recipe.title,
             kind=recipe.concept.kind,
             method=recipe.method,
@@ -271,6 +273,11 @@ def _shown(value: Any) -> Any:
     if isinstance(value, dict):
         return {printable(key): _shown(one) for key, one in value.items()}
     return [_shown(one) for one in value] if isinstance(value, list) else value
+
+
+def _prompt_width(base: Base) -> int | None:
+    width = getattr(base.denoiser.config, "cross_attention_dim", None)
+    return width if isinstance(width, int) else None
 
 
 def finite(value: Any) -> float | None:

@@ -29,10 +29,10 @@ from recare_patch.core import (
     read_safetensors_header,
     write_tensors,
 )
-from recare_patch.models import COMPONENTS, DENOISERS, in_words, named_layers, named_tuner_layers, split_name
+from recare_patch.models import COMPILED, COMPONENTS, DENOISERS, in_words, named_layers, named_tuner_layers, split_name
 from recare_patch.patch.folder import weights_file
 from recare_patch.patch.metadata import PatchMetadata, PatchPart
-from recare_patch.recipe import WEIGHTS_NAME
+from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
 if TYPE_CHECKING:
     from recare_patch.models import BaseModel as Base
@@ -44,6 +44,7 @@ SCALES_KEY = "lora_adapter_metadata"
 """Header entry in which diffusers keeps PEFT's settings, and with them a scale."""
 
 FLOATS = ("F16", "BF16", "F32", "F64")
+_CONVERT = "`recare-patch convert {} --to diffusers --out FOLDER` makes one of it"
 _KEY = re.compile(rf"(?:{'|'.join(COMPONENTS)})\..+\.lora_[AB]\.weight")
 
 
@@ -90,8 +91,7 @@ def checked_pair(sides: Mapping[str, Tensor], module: str, source: str) -> tuple
 
 def concept_name(concept: str) -> str:
     """A file's stem for a patch, by what it erases: "erase-van-gogh"."""
-    stem = re.sub(r"[^a-z0-9]+", "-", concept.lower()).strip("-")
-    return f"erase-{stem or 'concept'}"[:100]
+    return f"erase-{slug_of(concept)}"
 
 
 Mapped = tuple[tuple[int, ...], int]
@@ -270,21 +270,24 @@ class Patch:
             PatchError: it is missing, a pickle, damaged, or its tensors are not a complete set of finite
                 LoRA pairs with their scale in them.
         """
+        from recare_patch.patch.reading import header_scales, shape_of
+
         file, source = weights_file(Path(path).expanduser()), str(path)
         header = read_safetensors_header(file)
-        tensors = load_numbers(file, header, source)
+        shape = shape_of(header, source)
+        if shape != "diffusers":
+            raise PatchError(f"{source} is a {shape} file, and a patch has diffusers' shape: {_CONVERT.format(source)}")
+        stored = load_numbers(file, header, source)
+        tensors = {key.replace(COMPILED, ""): tensor for key, tensor in stored.items()}
+        if len(tensors) < len(stored):
+            raise PatchError(f"{source} holds a layer twice, as it is and compiled ('{COMPILED[:-1]}')")
         made = cls(tensors, PatchMetadata.from_header(header.metadata, source), source, file_sha256(file))
-        # Of our own files too: diffusers would follow it.
-        if SCALES_KEY in header.metadata:
-            from recare_patch.patch.reading import stored_scales
-
-            where = f"header entry '{SCALES_KEY}'"
-            scales = stored_scales(header.metadata[SCALES_KEY], where, made.ranks, source)
-            if any(scale != 1 for scale in scales.values()):
-                raise PatchError(
-                    f"{source} keeps a scale of its own in the header entry '{SCALES_KEY}', and a patch has "
-                    "its scale in the tensors"
-                )
+        scales = header_scales(header.metadata, made.ranks, source) or {}
+        if any(scale != 1 for scale in scales.values()):
+            raise PatchError(
+                f"{source} keeps a scale of its own in its header, and a patch has its scale in the tensors: "
+                f"{_CONVERT.format(source)}"
+            )
         return made
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> Path:

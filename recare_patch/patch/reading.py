@@ -9,6 +9,7 @@ makes something up for a name that it does not know.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -19,9 +20,9 @@ from typing import Any
 from torch import Tensor
 
 from recare_patch.core import PatchError, SafetensorsHeader, file_sha256, load_json, read_bytes, read_safetensors_header
-from recare_patch.models import COMPONENTS, full_name, split_name
+from recare_patch.models import COMPILED, COMPONENTS, full_name, split_name
 from recare_patch.patch.folder import weights_file
-from recare_patch.patch.kohya import RANKS_KEY, resolver, table_in
+from recare_patch.patch.kohya import RANKS_KEY, resolver, table_in, unet_module
 from recare_patch.patch.metadata import PatchMetadata
 from recare_patch.patch.patch import SCALES_KEY, Patch, check_finite, checked_pair, load_numbers
 
@@ -48,7 +49,13 @@ _OTHER_KINDS = {
     ".a1.weight": "a GLoRA",
     "on_input": "an IA3",
     "emb_params": "a textual inversion",
+    "bundle_emb": "a LoRA with a textual inversion in it",
 }
+_SETTING = re.compile(rf"(?:(?:{'|'.join(COMPONENTS)})\.)?(?:r|lora_alpha|(?:rank|alpha)_pattern|use_rslora|use_dora)")
+"""Header entries in which SimpleTuner and others keep PEFT's settings one by one."""
+_OMI = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+"""OneTrainer's shape: text encoders by their own names, and the UNet's layers by the original checkpoints'."""
+_ORIGINAL = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 
 
 def from_any(path: str | Path, modules: Iterable[str] | None = None) -> Patch:
@@ -68,7 +75,7 @@ def from_any(path: str | Path, modules: Iterable[str] | None = None) -> Patch:
     """
     file, source = weights_file(Path(path).expanduser(), of_any_tool=True), str(path)
     header = read_safetensors_header(file)
-    shape = _shape_of(header, source)
+    shape = shape_of(header, source)
     stored = load_numbers(file, header, source)
     check_finite(stored, source)
     parts, kept = _sorted(stored, shape, header.metadata, modules, source)
@@ -109,7 +116,8 @@ def _sorted(
     kept: dict[str, int] = {}
     for key, tensor in stored.items():
         forms = (_KOHYA_KEY,) if shape == "kohya" else _KEYS
-        found = next((match.groupdict() for form in forms if (match := form.fullmatch(key))), None)
+        plain = key.replace(COMPILED, "").replace(f"{COMPILED[:-1]}_", "")
+        found = next((match.groupdict() for form in forms if (match := form.fullmatch(plain))), None)
         name = found and (resolve(found["name"]) if shape == "kohya" else _whole_name(key, found, source))
         if not found or not name:
             raise PatchError(f"{source} has a tensor '{key}' that belongs to no LoRA of a Stable Diffusion model")
@@ -122,7 +130,7 @@ def _sorted(
     return parts, kept
 
 
-def _shape_of(header: SafetensorsHeader, source: str) -> str:
+def shape_of(header: SafetensorsHeader, source: str) -> str:
     """Tell the shape by the keys, before any tensor is read; other kinds are named and refused."""
     seen: dict[str, str] = {}
     for key in header.tensors:
@@ -145,7 +153,8 @@ def _whole_name(key: str, found: Mapping[str, str], source: str) -> str | None:
         raise PatchError(
             f"{source} has a tensor '{key}' of a '{component}': LoRAs for a UNet and its text encoders are read"
         )
-    if component not in COMPONENTS:
+    component, named = _OMI.get(component, component), component in COMPONENTS or component in _OMI
+    if not named:
         text = name.startswith(("text_model.", "encoder.layers."))
         component, module = ("text_encoder" if text else "unet"), name
     old = found.get("kind") == "_lora"
@@ -153,6 +162,11 @@ def _whole_name(key: str, found: Mapping[str, str], source: str) -> str | None:
         if old or ".processor." in module:
             module = module.replace(".processor.", ".")
             module += ".0" if module.endswith(".to_out") else ""
+        if module.startswith(_ORIGINAL):
+            module = unet_module(module.replace(".", "_")) or ""
+        elif not named and unet_module(module.replace(".", "_")) != module:
+            # No file says that it is the UNet's, and no UNet has it.
+            return None
     elif old:
         module = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
     return full_name(component, module) if module else None
@@ -162,16 +176,44 @@ def _scales_beside(
     file: Path, header: SafetensorsHeader, shape: str, ranks: Mapping[str, int], source: str
 ) -> dict[str, float]:
     """The scales of modules that have no alpha among the tensors: from PEFT's settings, or 1."""
-    text: str | bytes = "{}"
-    where = f"header entry '{SCALES_KEY}'" if shape == "diffusers" else _PEFT_CONFIG
+    told = None if shape == "kohya" else header_scales(header.metadata, ranks, source)
     try:
         if shape == "peft":
-            text = read_bytes(file.parent / _PEFT_CONFIG, f"{_PEFT_CONFIG} of {source}", PatchError, within=file.parent)
-        elif shape == "diffusers":
-            text = header.metadata.get(SCALES_KEY, text)
+            where = f"{_PEFT_CONFIG} of {source}"
+            text = read_bytes(file.parent / _PEFT_CONFIG, where, PatchError, within=file.parent)
+            return _agreed(stored_scales(text, _PEFT_CONFIG, ranks, source), told, source)
     except FileNotFoundError:
-        logger.warning("%s has no %s beside it: alpha is taken to be the rank", source, _PEFT_CONFIG)
-    return stored_scales(text, where, ranks, source)
+        if told is None:
+            logger.warning("%s has no %s beside it: alpha is taken to be the rank", source, _PEFT_CONFIG)
+    return told or dict.fromkeys(ranks, 1.0)
+
+
+def _agreed(one: dict[str, float], other: dict[str, float] | None, source: str) -> dict[str, float]:
+    if other is not None and any(not math.isclose(one[name], other[name]) for name in one):
+        raise PatchError(f"{source} tells two scales: the settings in its header contradict those beside them")
+    return one
+
+
+def header_scales(header: Mapping[str, str], ranks: Mapping[str, int], source: str) -> dict[str, float] | None:
+    """The scales of modules that a header keeps, as diffusers or as SimpleTuner writes them; None where it tells none.
+
+    Raises:
+        PatchError: as :func:`stored_scales`; or it tells two.
+    """
+    single = {key: text for key, text in header.items() if _SETTING.fullmatch(key)}
+    found = None
+    if single:
+        where = f"header entry '{next(iter(single))}'"
+        words = {"None": "null", "True": "true", "False": "false"}
+        try:
+            settings = json.dumps({key: load_json(words.get(text, text)) for key, text in single.items()})
+        except ValueError:
+            raise PatchError(f"{source} has a malformed {where}") from None
+        found = stored_scales(settings, where, ranks, source)
+    if SCALES_KEY in header:
+        whole = stored_scales(header[SCALES_KEY], f"header entry '{SCALES_KEY}'", ranks, source)
+        found = _agreed(whole, found, source)
+    return found
 
 
 def stored_scales(text: str | bytes, where: str, ranks: Mapping[str, int], source: str) -> dict[str, float]:

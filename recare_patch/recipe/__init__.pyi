@@ -17,6 +17,7 @@ from .concept import KINDS as KINDS
 from .concept import Concept as Concept
 from .concept import Kind as Kind
 from .concept import concept_key as concept_key
+from .concept import fitted_stem as fitted_stem
 from .concept import names_concept as names_concept
 from .concept import same_concept as same_concept
 from .concept import slug_of as slug_of

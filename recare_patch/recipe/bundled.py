@@ -28,7 +28,7 @@ from recare_patch.core import (
 )
 from recare_patch.recipe.concept import Concept, same_concept
 from recare_patch.recipe.methods import METHODS
-from recare_patch.recipe.recipe import EraseOptions, Recipe, method_info
+from recare_patch.recipe.recipe import EraseOptions, Fill, Recipe, method_info
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +123,6 @@ class Beneath:
             reach = self.values[steps] * self.values[rate] / (plain.steps * plain.learning_rate)
             found[rate] = float(f"{given.get(rate, plain.learning_rate) * reach:.3g}")
         return found
-
-
-Fill = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def _nothing(_: str) -> Beneath:

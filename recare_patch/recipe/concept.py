@@ -23,6 +23,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_LENGTH = 100
 """Longest concept in characters; CLIP text towers read 77 tokens and the template needs some."""
 
+_SPELLED = {"+": "plus", "#": "sharp", "&": "and"}
+_LOST = ("Sm", "Sc", "Sk", "So", "Cs", "Co", "Cn")
+"""Unicode's categories of what tells names apart and has no place in a file's name: symbols, and what is no text."""
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+"""What Windows takes for devices, whatever ending follows."""
+
 _NUDITY = ("nudity", "nude", "nudes", "naked", "nakedness", "nude person", "naked person")
 _CLASS_WORDS = {"style": "painting", "object": "photo", "identity": "person", "nsfw": "person"}
 
@@ -139,11 +145,40 @@ class Concept(Settings):
 
 
 def slug_of(text: str) -> str:
-    """A concept's name in lower-case ASCII with hyphens, fit for a folder: "Van Gogh" → "van-gogh"."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
-    # Scripts without an ASCII form still need a name, the same on every machine.
-    return slug or "concept-" + hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    """A concept's name, fit for files and folders everywhere: "Van Gogh" → "van-gogh", "C++" → "c-plus-plus".
+
+    Small letters of any script and digits with hyphens between them; Latin letters lose their accents. Names that
+    would read alike or not fit end in a hash, so that different concepts have different names.
+    """
+    # A lone plus joins the concepts of one patch.
+    folded = re.sub(r"(?<= )\+ ", "", concept_key(text))
+    spelled = "".join(f" {_SPELLED[one]} " if one in _SPELLED else one for one in folded)
+    # Marks of other scripts are letters in all but name: が without its mark is か.
+    plain = unicodedata.normalize(
+        "NFC", re.sub("(?<=[a-z])[\u0300-\u036f]+", "", unicodedata.normalize("NFKD", spelled))
+    )
+    kept = ""
+    for one in plain:
+        kind = unicodedata.category(one)
+        if one.isalnum() or (kind[0] == "M" and kept[-1:].strip("-")):
+            kept += one
+        elif kind != "Cf":
+            kept += "-"
+    stem = re.sub("-+", "-", kept).strip("-")
+    lost = not stem or any(one in "!?*@%" or unicodedata.category(one) in _LOST for one in plain)
+    return fitted_stem(stem or "concept", folded, lost=lost)
+
+
+def fitted_stem(stem: str, text: str, most: int = 100, *, lost: bool = False) -> str:
+    """A file's stem as it is, or with a hash of ``text``: where it is longer than ``most`` bytes or reserved.
+
+    ``lost`` asks for the hash because the stem does not show all of the text.
+    """
+    data = stem.encode(errors="surrogatepass")
+    if not lost and len(data) <= most and not _RESERVED.match(stem):
+        return stem
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{data[: most - 9].decode(errors='ignore').strip('-.')}-{digest}"
 
 
 def _article(text: str) -> str:

@@ -29,6 +29,7 @@ ENDS = ("measured", "steps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BASE_WEIGHTS = ("full", "int8", "nf4")
 
+Fill = Callable[[dict[str, Any]], dict[str, Any]]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Scale = Annotated[float, Field(ge=0, le=100)]
 Weight = Annotated[float, Field(ge=0, le=10_000)]
@@ -354,9 +355,7 @@ class Recipe(Settings):
         return yaml.safe_dump(self.as_data(), sort_keys=False, allow_unicode=True, width=100)
 
     @classmethod
-    def from_yaml(
-        cls, text: str, *, source: str = "recipe", fill: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    ) -> Recipe:
+    def from_yaml(cls, text: str, *, source: str = "recipe", fill: Fill = dict) -> Recipe:
         """Read a recipe; only plain data is read, never objects, and ``fill`` makes it whole.
 
         Raises:

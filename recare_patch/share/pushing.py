@@ -48,7 +48,7 @@ from recare_patch.patch import (
     split_card,
     write_kohya,
 )
-from recare_patch.recipe import WEIGHTS_NAME
+from recare_patch.recipe import WEIGHTS_NAME, fitted_stem
 from recare_patch.share.hub import (
     LOGIN,
     PREFIX,
@@ -143,7 +143,7 @@ def push(
         if not dry_run:
             with talking("this login"):
                 owner = _login(api)
-        name = repo or output_name(patch)
+        name = repo or _repo_name(output_name(patch))
         repo = check_repo(name if "/" in name else f"{owner}/{name}")
         # Only now it is known where the patch will be.
         card = read_text(place / CARD_NAME, CARD_NAME, PatchError)
@@ -159,6 +159,12 @@ def push(
             private=not public,
         )
         return parcel if dry_run else _send(api, place, patch, parcel, overwrite, progress or NullProgress())
+
+
+def _repo_name(stem: str) -> str:
+    """A repo's name for a file's: the Hub takes ASCII alone, and 96 characters with the owner's."""
+    plain = stem.encode("ascii", "ignore").decode()
+    return fitted_stem(re.sub("-+", "-", plain).strip("-."), stem, 50, lost=plain != stem)
 
 
 def _pack(folder: Path, place: Path, license_id: str | None, new_card: bool) -> tuple[Patch, tuple[str, ...]]:
@@ -237,7 +243,7 @@ def _notes(place: Path, names: Sequence[str], card: str) -> tuple[str, ...]:
     notes = []
     if split_card(card)[0].get("license") == "other":
         notes.append("the licence of the base is not known here: look it up and name it with --license")
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path's own raises where there is none
 
     def told(file: Path) -> bool:
         if file.suffix == ".safetensors":

@@ -52,6 +52,8 @@ class Stage:
     def generate_pictures(self, base: str, patches: Any, prompts: Any, seeds: Any, **options: Any) -> Any:
         told = {"base": base, "patches": patches, "prompts": prompts, "seeds": seeds, **options}
         self.calls.append(("generate_pictures", told))
+        if self.fault is not None:
+            raise self.fault
         image = Image.new("RGB", (8, 8), "red")
         return [SimpleNamespace(prompt=p, seed=s, before=image, after=image) for p in prompts for s in seeds]
 

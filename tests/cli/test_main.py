@@ -4,14 +4,17 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from recare_patch import __version__
-from recare_patch.cli import COMMANDS
+from recare_patch.cli import _PLACES, COMMANDS, cli
 from recare_patch.core import noted
+from recare_patch.recipe import Recipe
 from tests.cli.conftest import Fake, Invoke, Stage
 from tests.test_imports import heavy_after
 
@@ -35,7 +38,8 @@ def test_no_command_is_imported_for_another() -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\n{shown}"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == "recare_patch.cli.lists"
+    # What patches are called belongs to all of them.
+    assert done.stdout.splitlines()[-1] == "recare_patch.cli.patches recare_patch.cli.lists"
 
 
 def test_a_misspelt_value_is_found_before_torch_is() -> None:
@@ -58,6 +62,39 @@ def test_the_module_runs_as_a_program() -> None:
         [sys.executable, "-m", "recare_patch", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"recare-patch, version {__version__}\n"
+
+
+def _options(group: click.Group) -> Iterator[tuple[str, click.Parameter]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from _options(command)
+        yield from ((name, one) for one in command.params if _PLACES.search(one.make_metavar(context)))
+
+
+def test_home_is_found_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    found = [*_options(cli)]
+    assert len({name for name, _ in found}) > 12
+    for name, one in found:
+        # A detector's name goes before its folder, which whoever loads it expands.
+        if one.name != "detector":
+            assert str(one.type.convert("~/x", one, None)) == "/home/me/x", (name, one.name)
+        with pytest.raises(click.BadParameter, match="no home folder for '~no-one-9'"):
+            one.type.convert("~no-one-9/x", one, None)
+
+
+def test_a_terminal_that_cannot_show_a_name_shows_escapes(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(Recipe(concept={"text": "葛飾北斎", "kind": "style"}).to_yaml(), "utf-8")  # type: ignore[arg-type]
+    for words in (["recipes", "show", str(file)], ["erase", "--help"]):
+        result = CliRunner(charset="latin-1").invoke(cli, words)
+        assert result.exit_code == 0 and r"\u" in result.stdout
+    result = CliRunner().invoke(cli, ["erase", "--concept", "caf\udce9"])
+    assert result.exit_code == 2 and "is not text in this locale's encoding" in result.stderr
 
 
 class OutOfMemoryError(RuntimeError):
@@ -110,6 +147,12 @@ def test_full_memory_names_the_stage_and_an_option_that_there_is(
     result = stage.run(words)
     told = f"Error: the accelerator's memory is full at target images, decoding pictures; {remedy}"
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, told)
+
+
+def test_only_what_resumes_is_promised(stage: Stage) -> None:
+    stage.fault = KeyboardInterrupt()
+    result = stage.run("generate --prompt x")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "Error: interrupted")
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("bug"), OSError(errno.EIO, "bug"), ZeroDivisionError("bug")])

@@ -146,7 +146,8 @@ def test_a_sheet_before_and_after(stage: Stage) -> None:
     options = stage.options
     assert options["patches"] == [(Path("a"), 1.0), (Path("b"), -0.5)]
     assert (options["prompts"], options["seeds"]) == (["x", "y"], [7, 8])
-    assert (options["steps"], options["guidance_scale"], options["base"]) == (20, 5.0, "atelier")
+    # How often and how strongly is left to the base.
+    assert (options["steps"], options["guidance_scale"], options["base"]) == (None, None, "atelier")
     with Image.open("generated.png") as sheet:
         assert sheet.width > 200 and sheet.height > 4 * 100
     assert result.stdout == "Sheet: generated.png\nPictures: 8 in all\n"
@@ -178,6 +179,12 @@ def test_the_base_is_the_one_that_the_patch_was_made_for(stage: Stage) -> None:
         ("--patch a", "Missing option '--prompt'"),
         ("--prompt x --gated", "no --patch is given"),
         ("--prompt x --count 0", "0 is not in the range"),
+        ("--prompt x --seed 9223372036854775808", "is not in the range"),
+        ("--prompt x --seed 9223372036854775807 --count 2", "9223372036854775807 is the highest"),
+        ("--prompt x --out a", "must end in .png"),
+        ("--prompt x --out a/recipe.yaml/b.png", "a part of the path is a file"),
+        (f"--prompt x --out {'x' * 300}.png", "the name is too long"),
+        ("--prompt x --save-images a/recipe.yaml", "a part of the path is a file"),
     ],
 )
 def test_what_cannot_be_generated(stage: Stage, words: str, sentence: str) -> None:

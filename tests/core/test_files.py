@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -163,3 +164,18 @@ def test_a_killed_owner_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> N
     with files.claim_folder(folder, resume=True):
         assert names(folder) == [files.LOCK_NAME, "whole.txt"]
     assert names(folder) == ["whole.txt"]
+
+
+def test_every_text_names_its_encoding() -> None:
+    """What is written as UTF-8 would be read back in the locale's encoding."""
+    found = []
+    for file in Path(files.__file__).parents[1].rglob("*.py"):
+        for call in (one for one in ast.walk(ast.parse(file.read_bytes())) if isinstance(one, ast.Call)):
+            name = getattr(call.func, "attr", getattr(call.func, "id", None))
+            given = [one.value for one in call.args if isinstance(one, ast.Constant)]
+            # Our own write_text is called by its name alone.
+            most = {"read_text": 0, "write_text": 1}.get(name, -1) if isinstance(call.func, ast.Attribute) else -1
+            plain = len(call.args) <= most or (name == "open" and any(one in ("r", "w", "a", "x") for one in given))
+            if plain and not call.keywords:
+                found.append(f"{file.name}:{call.lineno}")
+    assert found == []

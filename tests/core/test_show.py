@@ -95,3 +95,12 @@ def test_saving(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="must end in"):
         save_sheet(image, tmp_path / "a.txt")
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_what_users_wrote_is_no_markup() -> None:
+    for terminal in (True, False):
+        text = io.StringIO()
+        console = Console(file=text, force_terminal=terminal, width=120, color_system=None)
+        with RichProgress(console) as progress:
+            progress.update("erase [red]", 1, 1, "[/]")
+        assert "erase [red]" in text.getvalue() and "[/]" in text.getvalue()

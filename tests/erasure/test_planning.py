@@ -12,14 +12,15 @@ import torch
 from click.testing import CliRunner
 
 from recare_patch.cli import cli
-from recare_patch.core import RecipeError
-from recare_patch.erasure import EraseResult, planning, resolve_recipe
+from recare_patch.core import RecarePatchError, RecipeError
+from recare_patch.erasure import EraseResult, erase, planning, resolve_recipe
 from recare_patch.erasure.planning import choose, evaluations, is_exact, plan
 from recare_patch.erasure.prepare import Target
 from recare_patch.models import BaseModel, Footprint, find_layout, load_base, measure
 from recare_patch.models.fitting import USED
 from recare_patch.recipe import MemoryOptions, Recipe, load_recipe, preset_overrides
 from tests.erasure.making import TENCH, attach, small_recipe
+from tests.tiny import make_tiny_sd
 
 GIB = 2**30
 SHARED: dict[str, Any] = {"erase.states": "shared-rollout"}
@@ -229,3 +230,21 @@ def test_words() -> None:
 def test_fast_presets_take_a_small_part_of_the_published_evaluations_at_most(preset: str, part: int) -> None:
     recipe = load_recipe("van-gogh-atelier").with_overrides(preset_overrides(preset))
     assert sum(evaluations(recipe).values()) <= 107_400 / part
+
+
+@pytest.mark.parametrize("case", ["inpainting", "long name", "long alias", "no CARE-set"])
+def test_what_a_run_refuses_a_plan_refuses_in_the_same_words(case: str, tiny_sd: Path, tmp_path: Path) -> None:
+    base = make_tiny_sd(tmp_path / "nine", in_channels=9) if case == "inpainting" else tiny_sd
+    changes: dict[str, Any] = {
+        "long name": {"concept": {"text": "葛飾北斎 " * 19, "kind": "style"}},
+        "long alias": {"concept": {"text": "tench", "kind": "object", "aliases": ["zq " * 33]}},
+        "no CARE-set": {"care_set": {"file": str(tmp_path / "none.json")}},
+    }.get(case, {})
+    recipe = Recipe(**({"concept": {"text": "Van Gogh", "kind": "style"}, "base": str(base)} | changes))
+    told = []
+    for refused in (lambda: plan(recipe, speed=1e12), lambda: erase(recipe, tmp_path / "out")):
+        with pytest.raises(RecarePatchError) as caught:
+            refused()
+        told.append(str(caught.value))
+    assert told[0] == told[1] and not (tmp_path / "out").exists()
+    assert ("tokens, and the text encoder reads 75" in told[0]) is case.startswith("long")

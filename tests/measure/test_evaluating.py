@@ -36,7 +36,7 @@ from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.meters import default_metrics
 from recare_patch.measure.names import METRICS
 from recare_patch.measure.run import Options, evaluate, measure_again, score
-from recare_patch.measure.suites import Suite, read_prompts
+from recare_patch.measure.suites import Suite, read_prompt_file, read_prompts
 from recare_patch.measure.verify import verify
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch
@@ -235,6 +235,11 @@ def test_many_prompts_need_no_more_room_than_a_few(
         (b"a cat\n" + b"x" * 1001 + b"\n", "line 2 of .* is over-long: it has 1001 characters"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (None, "cannot read the prompt file"),
+        (b"prompt,seed\na cat,1\n,2\n", "line 3 of .* is empty"),
+        (b"prompt,seed\na cat,one\n", "line 2 of .* has the seed 'one'"),
+        (b"prompt,seed\na cat,9223372036854775808\n", "a whole number from 0 to 9223372036854775807"),
+        (b'prompt,seed\n"a cat,1\n', "line 2 of .* is no row of a table: unexpected end of data"),
+        (b"prompt,seed\n", "has column names and no prompt"),
     ],
 )
 def test_a_faulty_prompt_file_is_told_of(tmp_path: Path, content: bytes | None, told: str) -> None:
@@ -243,6 +248,35 @@ def test_a_faulty_prompt_file_is_told_of(tmp_path: Path, content: bytes | None, 
         file.write_bytes(content)
     with pytest.raises(EvaluationError, match=told):
         read_prompts(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "seeds"),
+    [
+        ("esd.csv", ",prompt,evaluation_seed,case_number\n0,A,3016,0\n1,B,7,1\n", (3016, 7)),
+        ("i2p.txt", 'prompt,categories,hard,sd_seed\r\nA,"x, y",0,1.0\r\nB,,1,2\r\n', (1, 2)),
+        ("tabs.tsv", "case_number\tPrompt\n0\tA\n1\tB\n", ()),
+        ("points.csv", "prompt;seed\nA;1\nB;2\n", (1, 2)),
+        ("alone.csv", "prompt\nA\n\nB\n", ()),
+        ("lines.txt", "A\nB\n", ()),
+    ],
+)
+def test_tables_of_prompts_are_read(tmp_path: Path, name: str, content: str, seeds: tuple[int, ...]) -> None:
+    file = tmp_path / name
+    first, second = ("a cat, sitting", "stars\nat night") if name != "lines.txt" else ("a cat", "stars")
+    quoted = [f'"{one}"' if name != "lines.txt" else one for one in (first, second)]
+    file.write_text(content.replace("A", quoted[0]).replace("B", quoted[1]))
+    assert read_prompt_file(file) == ((first, second.replace("\n", " ")), seeds)
+    suite = Suite(**{**SUITE, "retained": [first, second], "retained_seeds": seeds})
+    found = suite.drawing("retained", 3).seeds
+    first_seed = suite.block("retained")
+    assert found == ((*seeds, seeds[0] + 1) if seeds else tuple(range(first_seed, first_seed + 3)))
+
+
+def test_a_table_without_prompts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("name,caption\n1,a cat\n")
+    with pytest.raises(EvaluationError, match="no column 'prompt' in its first line, 'name,caption'"):
+        read_prompt_file(tmp_path / "t.csv")
 
 
 def test_lines_that_the_encoder_would_cut_are_refused_before_drawing(

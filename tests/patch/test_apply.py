@@ -7,11 +7,14 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
 
 from recare_patch.combine.stacking import stack
 from recare_patch.core import IncompatiblePatchError, PatchError, RecarePatchError
 from recare_patch.patch import Patch
 from recare_patch.patch.apply import apply_all
+from recare_patch.patch.gate import gated
 from tests.patch.making import difference, draw, plain, state, trained
 from tests.tiny import make_tiny_sd
 
@@ -174,3 +177,106 @@ def test_a_failure_while_loading_is_undone(fails: str, both: Patch, pipe: Any, m
         both.apply(pipe)
     assert "\n" not in str(caught.value)
     assert state(pipe) == before and difference(draw(pipe), pictures) == 0
+
+
+class TestLivingPipelines:
+    def test_fused_projections_are_refused_before_and_after(self, patch: Patch, pipe: Any) -> None:
+        pictures = draw(pipe)
+        pipe.fuse_qkv_projections()
+        with pytest.raises(IncompatiblePatchError, match=r"no effect where attention layers are fused.*unfuse_qkv"):
+            patch.apply(pipe)
+        pipe.unfuse_qkv_projections()
+        with patch.apply(pipe):
+            whole = draw(pipe)
+            pipe.fuse_qkv_projections()
+            with pytest.raises(IncompatiblePatchError, match="attention layers are fused"):
+                draw(pipe)
+            pipe.unfuse_qkv_projections()
+            assert difference(draw(pipe), whole) == 0
+        assert difference(draw(pipe), pictures) == 0
+
+    def test_layers_that_nobody_calls_are_told(self, patch: Patch, pipe: Any) -> None:
+        class Silent(AttnProcessor):
+            def __call__(self, attn: Any, hidden_states: Any, *_: Any, **__: Any) -> Any:
+                return hidden_states
+
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(Silent())
+        with patch.apply(pipe):
+            for _ in range(2):
+                with pytest.raises(IncompatiblePatchError, match=r"does not call 4 of its 16 layers, first 'unet.mid"):
+                    draw(pipe)
+        draw(pipe)
+
+    def test_fused_into_the_weights_it_still_obeys(self, both: Patch, pipe: Any, tiny_sd: Path) -> None:
+        _, other = trained(tiny_sd, layers="attention", rank=4, alpha=1.0, seed=1)
+        pipe.load_lora_weights(dict(other.tensors), adapter_name="other")
+        before, with_other = state(pipe), draw(pipe)
+        with both.apply(pipe, 0.3):
+            weak = draw(pipe)
+        applied = both.apply(pipe)
+        strong = draw(pipe)
+        pipe.fuse_lora()
+        assert applied.fused and difference(draw(pipe), strong) <= 1
+        with pytest.raises(IncompatiblePatchError, match=r"LoRAs are fused into the weights .*erase-.*, other"):
+            both.apply(pipe)
+        applied.set_scale(0.3)
+        assert difference(draw(pipe), weak) <= 1
+        applied.remove()
+        assert difference(draw(pipe), with_other) <= 1 and pipe.num_fused_loras == 1
+        pipe.unfuse_lora()
+        assert difference(draw(pipe), with_other) <= 1
+        assert {**state(pipe)["unet"], "weights": 0} == {**before["unet"], "weights": 0}
+
+    def test_what_was_unloaded_is_not_promised(self, patch: Patch, pipe: Any) -> None:
+        applied = patch.apply(pipe)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        with pytest.raises(PatchError, match="no longer in the pipeline"):
+            applied.set_scale(0.5)
+        with pytest.raises(PatchError, match="fused into the weights and then unloaded"):
+            applied.remove()
+        applied.remove()
+
+    def test_a_call_at_scale_0_leaves_the_patchs_scale(self, both: Patch, pipe: Any) -> None:
+        pictures = draw(pipe)
+        with both.apply(pipe, 0.5) as applied:
+            half = draw(pipe)
+            assert difference(draw(pipe, cross_attention_kwargs={"scale": 0.0}), pictures) == 0
+            assert applied.scale == 0.5 and difference(draw(pipe), half) == 0
+        assert max(float(one.abs().max()) for one in both.tensors.values()) > 0 and difference(half, pictures) > 20
+
+    @pytest.mark.parametrize("way", ["whole", "in place", "a block"])
+    def test_compiled_networks(self, way: str, patch: Patch, pipe: Any) -> None:
+        pictures = draw(pipe)
+        with patch.apply(pipe):
+            patched = draw(pipe)
+        if way == "whole":
+            pipe.unet = torch.compile(pipe.unet, backend="eager")
+        elif way == "in place":
+            pipe.unet.compile(backend="eager")
+        else:
+            pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, backend="eager")
+        with patch.apply(pipe) as applied:
+            assert difference(draw(pipe), patched) <= 1
+            applied.set_scale(0.0)
+            assert difference(draw(pipe), pictures) == 0
+        with pytest.raises(IncompatiblePatchError, match="cannot be gated where networks are compiled"):
+            gated(patch, pipe, gate=lambda texts: torch.zeros(len(texts)))
+        assert difference(draw(pipe), pictures) == 0
+
+    def test_weights_that_are_stored_in_8_bits(self, patch: Patch, pipe: Any) -> None:
+        with patch.apply(pipe):
+            wanted = draw(pipe)
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        pictures = draw(pipe)
+        with patch.apply(pipe):
+            assert difference(draw(pipe), pictures) > 20
+            layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+            assert layer.lora_B["erase-van-gogh"].weight.dtype == torch.float32
+        assert difference(draw(pipe), pictures) == 0 and wanted
+
+    def test_no_gate_reaches_what_is_fused(self, patch: Patch, pipe: Any) -> None:
+        with gated(patch, pipe, gate=lambda texts: torch.zeros(len(texts))):
+            pipe.fuse_lora()
+            with pytest.raises(PatchError, match="where no gate reaches it"):
+                draw(pipe)

@@ -80,6 +80,29 @@ class TestWhatIsWritten:
         keys = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.resolution")
         assert tuple(header[key] for key in keys) == told
 
+    @pytest.mark.parametrize(
+        ("about", "told"),
+        [
+            ({"base_prompt_width": 1024}, "stable-diffusion-v2-512/lora"),
+            ({"base_prompt_width": 768}, "stable-diffusion-v1/lora"),
+            ({"base_prompt_width": 2048}, "stable-diffusion-xl-v1-base/lora"),
+            ({"base": "stabilityai/stable-diffusion-2-1-base"}, "stable-diffusion-v2-512/lora"),
+            ({"base": "runwayml/stable-diffusion-v1-5"}, "stable-diffusion-v1/lora"),
+            ({"prediction_type": "v_prediction"}, "stable-diffusion-v2-768-v/lora"),
+            ({"base": "mine"}, None),
+        ],
+    )
+    def test_generations_of_self_attention_alone(
+        self, patch: Patch, about: dict[str, object], told: str | None
+    ) -> None:
+        """Its layers are the same in 1.x and 2.x: the patch says for which it is, or nobody does."""
+        assert patch.metadata is not None
+        metadata = patch.metadata.model_copy(update={"base_prompt_width": None} | about)
+        name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
+        header = to_kohya(Patch(factors(name, inner=1280), metadata))[1]
+        assert header.get("modelspec.architecture") == told
+        assert ("ss_v2" in header) is (told is not None) and header["ss_network_dim"] == "2"
+
     def test_hashes(self, patch: Patch, tmp_path: Path) -> None:
         small = write_kohya(patch, tmp_path)
         assert small.name == "erase-van-gogh.safetensors"
@@ -190,6 +213,7 @@ class TestSamePictures:
 
 NAME = "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_out.0"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+TEXT_2 = TEXT.replace("text_encoder", "text_encoder_2")
 PEFT = NAME.removeprefix("unet.")
 OLD = PEFT.removesuffix(".to_out.0")
 
@@ -208,6 +232,15 @@ class TestWhatIsRead:
             (f"{TEXT}.lora_linear_layer.X.weight", "du", "diffusers", TEXT),
             (f"{TEXT.replace('q_proj', 'to_q')}_lora.X.weight", "du", "diffusers", TEXT),
             (f"{TEXT.replace('text_model.', '')}.lora_X.weight", "AB", "diffusers", TEXT),
+            # OneTrainer's.
+            (f"{TEXT.replace('text_encoder', 'clip_l')}.lora_X.weight", "du", "diffusers", TEXT),
+            (f"{TEXT.replace('text_encoder', 'clip_g')}.lora_X.weight", "du", "diffusers", TEXT_2),
+            (f"unet.input_blocks.2.1.{OLD.split('.', 4)[4]}.to_out.0.lora_X.weight", "du", "diffusers", NAME),
+            # Of compiled networks.
+            (f"unet._orig_mod.{PEFT}.lora_X.weight", "AB", "diffusers", NAME),
+            (f"base_model.model._orig_mod.{PEFT}.lora_X.weight", "AB", "peft", NAME),
+            (f"lora_unet__orig_mod_{PEFT.replace('.', '_')}.lora_X.weight", "du", "kohya", NAME),
+            (f"unet.{PEFT.replace('.attn2', '._orig_mod.attn2')}.lora_X.weight", "AB", "diffusers", NAME),
         ],
     )
     def test_shapes(self, tmp_path: Path, key: str, sides: str, shape: str, name: str) -> None:
@@ -248,10 +281,16 @@ class TestWhatIsRead:
         file_of(tmp_path / "adapter_model.safetensors", peft)
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         note = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}
-        for place in (tmp_path, file_of(tmp_path / "d.safetensors", ours, note)):
+        single = {f"unet.{key}": json.dumps(value) for key, value in config.items()}
+        headers = {"d": note, "s": single, "both": note | single}
+        for place in (tmp_path, *(file_of(tmp_path / f"{k}.safetensors", ours, one) for k, one in headers.items())):
             assert torch.allclose(from_any(place).factors(NAME)[1], pair()[1] * scale)
         with pytest.raises(PatchError, match="scale of its own"):
             Patch.load(tmp_path / "d.safetensors")
+        with pytest.raises(PatchError, match="tells two scales"):
+            from_any(file_of(tmp_path / "d.safetensors", ours, note | {"lora_alpha": "99", "alpha_pattern": "{}"}))
+        with pytest.raises(PatchError, match=r"malformed header entry 'unet.lora_alpha'"):
+            from_any(file_of(tmp_path / "d.safetensors", ours, {"unet.lora_alpha": "much"}))
 
     def test_not_of_the_base(self, tmp_path: Path) -> None:
         nearest = r"fits no modules.*nearest is 'mid_block.*proj_out'"
@@ -285,6 +324,8 @@ BAD = {
     "mixed": (kohya() | {A: torch.ones(2, 2)}, "mixes the shapes"),
     "twice": (CONV | {"unet.conv_in.lora.down.weight": torch.ones(2, 2)}, "twice, under two names"),
     "misshapen": (CONV | {B: torch.ones(2, 3)}, "do not make an update"),
+    "no UNet's layer": ({"clip_h.x.lora_A.weight": torch.ones(2, 2)}, "belongs to no LoRA"),
+    "textual inversion within": ({"bundle_emb.cat.string_to_param": torch.ones(2)}, "a textual inversion in it"),
     "third encoder": ({"text_encoder_3.x.lora_A.weight": torch.ones(2, 2)}, "of a 'text_encoder_3'"),
     "empty": ({}, "holds no tensors"),
 }

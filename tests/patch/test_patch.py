@@ -19,6 +19,7 @@ from recare_patch.models import load_base
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch
 from recare_patch.patch import patch as patch_module
+from recare_patch.patch.kohya import to_kohya
 from recare_patch.recipe import WEIGHTS_NAME, load_recipe
 from tests.patch.making import PROMPTS, SEEDS, difference, draw, factors, file_of, plain, same, trained
 from tests.tiny import make_tiny_sd
@@ -98,9 +99,24 @@ class TestRoundTrip:
         for made, part in ((patch, "unet"), (text_patch, "text_encoder")):
             notes = [json.dumps({f"{part}.r": 2, f"{part}.lora_alpha": alpha}) for alpha in (2, 1)]
             sound, scaled = ({"lora_adapter_metadata": note} for note in notes)
-            assert Patch.load(file_of(tmp_path, made.tensors, sound)).metadata is None
-            with pytest.raises(PatchError, match="scale of its own"):
-                Patch.load(file_of(tmp_path, made.tensors, scaled))
+            # And as it is called in a compiled network.
+            named = {key.replace(f"{part}.", f"{part}._orig_mod."): one for key, one in made.tensors.items()}
+            found = Patch.load(file_of(tmp_path, named, sound))
+            assert found.metadata is None and set(found.modules) == set(made.modules)
+            for header in (scaled, {f"{part}.r": "2", f"{part}.lora_alpha": "1"}):
+                with pytest.raises(PatchError, match=r"scale of its own.*`recare-patch convert .* makes one of it"):
+                    Patch.load(file_of(tmp_path, made.tensors, header))
+
+    @pytest.mark.parametrize("shape", ["kohya", "peft"])
+    def test_other_tools_files_are_told_how_to_become_one(self, patch: Patch, tmp_path: Path, shape: str) -> None:
+        tensors = to_kohya(patch)[0]
+        if shape == "peft":
+            tensors = {key.replace("unet.", "base_model.model."): one for key, one in patch.tensors.items()}
+        file = file_of(tmp_path / "of-another.safetensors", tensors)
+        with pytest.raises(PatchError, match=rf"is a {shape} file.*`recare-patch convert {file} --to diffusers"):
+            Patch.load(file)
+        with pytest.raises(PatchError, match=rf"is not in it; `recare-patch convert {file}"):
+            Patch.load(tmp_path)
 
     def test_nothing_half_written(self, patch: Patch, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
@@ -139,7 +155,8 @@ class TestBadFiles:
             (lambda t, k: t.pop(k), "lacks the lower factor"),
             (lambda t, k: t.update({"unet.conv_in.alpha": torch.ones(1)}), "does not belong"),
             (lambda t, k: t.update({"text_encoder.x.lora_A.weight": t[k].clone()}), "lacks the upper factor"),
-            (lambda t, k: t.update({"lora_unet_x.lora_down.weight": t[k].clone()}), "does not belong"),
+            (lambda t, k: t.update({"lora_unet_x.lora_down.weight": t[k].clone()}), "mixes the shapes"),
+            (lambda t, k: t.update({k.replace("unet.", "unet._orig_mod."): t[k].clone()}), "a layer twice"),
             (lambda t, k: t.update({k: t[k][:1].contiguous()}), "misshapen"),
             (lambda t, k: t.update({k: t[k].reshape(-1)}), "misshapen"),
             (lambda t, k: t.update({k: t[k][:0]}), "misshapen"),

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from recare_patch.core import ConceptError
-from recare_patch.recipe import KINDS, Concept, Kind, names_concept, same_concept
+from recare_patch.recipe import KINDS, Concept, Kind, names_concept, same_concept, slug_of
 
 
 @pytest.mark.parametrize(
@@ -38,12 +39,29 @@ def test_a_named_concept_has_its_bare_name_among_its_prompts(kind: Kind) -> None
     assert concept.target_prompt_for("<*>").count("<*>") == 1
 
 
-def test_slugs() -> None:
-    for text, slug in (("Van Gogh", "van-gogh"), ("  Café/…/Noir ", "cafe-noir"), ("A.B", "a-b")):
-        assert Concept(text=text, kind="style").slug == slug
-    # A script without ASCII gets a steady one.
-    one, again, other = (Concept(text=text, kind="style").slug for text in ("葛飾北斎", "葛飾北斎", "歌川広重"))
-    assert one == again != other and one.startswith("concept-") and one.isascii()
+def test_names_of_files() -> None:
+    told = {
+        "Van Gogh": "van-gogh",
+        "  Café/…/Noir ": "cafe-noir",
+        "Dvořák": "dvorak",
+        "C++": "c-plus-plus",
+        "C#": "c-sharp",
+        "C": "c",
+        "葛飾北斎": "葛飾北斎",
+        "がく": "がく",
+        "かく": "かく",
+        "Владимир Маяковский": "владимир-маяковский",
+        "Van Gogh + tench": "van-gogh-tench",
+        "Wham": "wham",
+    }
+    assert {text: slug_of(text) for text in told} == told
+    # What cannot be read off a name, is reserved, or does not fit has a hash at its end, the same on every machine.
+    long = [f"{'葛' * 99}{last}" for last in "上下"] + [" + ".join(f"artist {k}" for k in range(n)) for n in (99, 100)]
+    hashed = ["Wham!", "Wham?", "♥️", "♠", "con", "LPT1", *long]
+    slugs = [slug_of(text) for text in hashed]
+    assert all(re.fullmatch(r"[\w-]+-[0-9a-f]{8}", slug) and len(slug.encode()) <= 100 for slug in slugs)
+    assert len({slug.casefold() for slug in (*slugs, *told.values())}) == len(slugs) + len(told)
+    assert slug_of("con") == slug_of("CON") and all(slug_of(slug) == slug for slug in slugs)
 
 
 def test_text_is_tidied_and_kind_is_read_in_any_case() -> None:
