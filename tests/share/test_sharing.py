@@ -474,7 +474,7 @@ def _deep(depth: int) -> dict[str, Any]:
         ("evidence.json", _saying(cost=_deep(800)), "nested too deeply"),
         ("evidence.json", _saying(self=1), "self is not a key"),
         ("evidence.json", _saying(created="2999-01-01"), "yet to come"),
-        ("evidence.json", lambda data: data.replace(b'"patched": 0.02', b'"patched": 1e308', 1), "less than"),
+        ("evidence.json", lambda data: data.replace(b'"patched": 0.02', b'"patched": 1e308', 1), "at most"),
         ("preview.png", lambda data: data.replace(b"IDAT", b"ID\0T"), "it is no picture"),
         ("recipe.yaml", lambda data: data + b"self: 1\n", "recipe.yaml is not the recipe"),
         ("training.json", lambda data: b"[]", "not readable as JSON"),
