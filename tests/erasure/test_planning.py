@@ -237,7 +237,7 @@ def test_what_a_run_refuses_a_plan_refuses_in_the_same_words(case: str, tiny_sd:
     base = make_tiny_sd(tmp_path / "nine", in_channels=9) if case == "inpainting" else tiny_sd
     changes: dict[str, Any] = {
         "long name": {"concept": {"text": "葛飾北斎 " * 19, "kind": "style"}},
-        "long alias": {"concept": {"text": "tench", "kind": "object", "aliases": ["zq " * 33]}},
+        "long alias": {"concept": {"text": "tench", "kind": "object", "aliases": ["zqx " * 25]}},
         "no CARE-set": {"care_set": {"file": str(tmp_path / "none.json")}},
     }.get(case, {})
     recipe = Recipe(**({"concept": {"text": "Van Gogh", "kind": "style"}, "base": str(base)} | changes))
