@@ -179,3 +179,16 @@ def test_every_text_names_its_encoding() -> None:
             if plain and not call.keywords:
                 found.append(f"{file.name}:{call.lineno}")
     assert found == []
+
+
+@pytest.mark.parametrize("size", [640, 896, 1152, 1408, 65536 + 1152])
+def test_a_header_whose_length_reads_like_a_pickle(tmp_path: Path, size: int) -> None:
+    header = json.dumps({"x": {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}}).encode().ljust(size)
+    data = size.to_bytes(8, "little") + header + bytes(8)
+    assert data[:2] in {b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(data)
+    assert list(files.read_safetensors_header(file).tensors) == ["x"]
+    file.write_bytes(data[:3] + b"\x95" + data[4:])
+    with pytest.raises(PatchError, match="is a pickle"):
+        files.read_safetensors_header(file)
