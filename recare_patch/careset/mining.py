@@ -128,6 +128,8 @@ def token_map(token_features: Tensor, *, seed: int) -> Tensor:
         # Which way an axis points is chance, and differs from one linear-algebra library to the next.
         largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
         axes *= torch.where(largest < 0, -1.0, 1.0)
+        # Features are unit vectors: what is left of tokens that are all alike is rounding, another on each machine.
+        axes[axes.abs() < 1e-6] = 0
     spread = float(axes[:, 0].std(correction=0)) if count > 1 else 0.0
     # A few points have no neighbourhoods that t-SNE could keep. Tokens that are all alike have no map: it
     # would divide by their spread, and its compiled code crashes on the result.

@@ -242,7 +242,7 @@ LIES: dict[str, tuple[Lie, str, str]] = {
     "an embedding in the kohya file": (
         tensors(lambda t: t | {"bundle_emb.x.string_to_param.*": torch.ones(1, 32)}, KOHYA),
         "kohya file",
-        "belongs to no LoRA|mixes",
+        "textual inversion",
     ),
     "other words in the kohya file": (
         kohya_header(**{"recare_patch.seed": "99"}),
