@@ -17,20 +17,11 @@ from recare_patch.careset import CareSet, Clip, known_words
 from recare_patch.cli import cli
 from recare_patch.models import load_base
 from recare_patch.recipe import Concept, MemoryOptions
+from tests.cli.test_end_to_end import SMALL
 from tests.measure.making import SUITE
 from tests.tiny import make_tiny_clip, make_tiny_sd, make_tiny_sdxl
 
-SMALL = {
-    "memory.resolution": "64x64",
-    "target_images.count": 3,
-    "target_images.steps": 2,
-    "search.rounds": 1,
-    "search.erase_steps": 1,
-    "search.inversion_steps": 1,
-    "erase.steps": 2,
-    "erase.retained_images": 2,
-}
-
+FEW = SMALL | {"memory.resolution": "64x64"}
 
 _EVALUATE = ("--suite", "suite.yaml", "--metric", "concept-rate", "--pictures", 2, "--no-cache", "--device", "cpu")
 
@@ -62,7 +53,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Res
 
 @pytest.mark.parametrize("name", ["sd-1.5", "sd-2.1", "sdxl"])
 def test_erase_evaluate_stack_and_merge(folders: dict[str, Path], name: str, invoke: Callable[..., Result]) -> None:
-    base, more = folders[name], [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    base, more = folders[name], [word for key, value in FEW.items() for word in ("--set", f"{key}={value}")]
     models = ["--base", base, "--clip", folders["clip"], "--device", "cpu"]
     CareSet.of_words(Concept(text="Greg Rutkowski", kind="style"), ["castle", "wizard"]).save("care.json")
     words = ["--concept", "Greg Rutkowski", "--kind", "style", "--care-set", "care.json", "--out", "rutkowski"]

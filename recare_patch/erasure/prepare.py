@@ -40,7 +40,7 @@ JOINED = 64
 """Words beyond the CARE-set that the concept's name is joined to, when prompts are varied."""
 
 RELATED_WORDS = 50
-"""At most so many words name a concept to S-GRACE, as published; CLIP's whole vocabulary may have more."""
+"""At most so many words name a concept, as S-GRACE has published; CLIP's whole vocabulary may have more."""
 
 _NEAREST = 24
 """Words near a concept that its neighbours in the preview are taken from: some of them may say nothing to CLIP."""
@@ -129,11 +129,14 @@ class Target:
         kept, names, are_things = [], [], set(things)
         for k, word in enumerate(words):
             if said.get(word, names_concept(word, concept) or bool(resembled[k] > halfway)):
-                names.append(word)
+                names.append(k)
             elif word in are_things and not any(is_barred(word, one) for one in (concept, *self.others)):
                 kept.append(k)
-        names = [word for word in names if not is_about_minors(word)]
-        self.around = [words[k] for k in kept], cosine[kept], names
+        names = [k for k in names if not is_about_minors(words[k])]
+        # Pictures in which CLIP sees little bring thousands; each would be a prompt that is kept encoded.
+        sure = {k for k in names if said.get(words[k]) or names_concept(words[k], concept)}
+        nearest = set(sorted(names, key=lambda k: (k not in sure, -float(resembled[k])))[:RELATED_WORDS])
+        self.around = [words[k] for k in kept], cosine[kept], [words[k] for k in names if k in nearest]
         return self.around
 
     def styles_around(self) -> list[str]:
@@ -325,11 +328,7 @@ def _retained_texts(target: Target, method: type[Method]) -> tuple[list[str], in
         guarded = _guarded_prompts(concept, lists[1])
         return guarded, len(guarded), lists[0]
     guarded = [*_guarded_prompts(concept, target.care_words), *_paired_prompts(target)]
-    names = target.words_around()[2]
-    if len(names) > RELATED_WORDS:
-        cosine = run.clip.text_features(names) @ concept_feature(concept, run.clip)
-        names = [names[k] for k in cosine.argsort(descending=True).tolist()[:RELATED_WORDS]]
-    related = tuple(dict.fromkeys((concept.text, *names)))
+    related = tuple(dict.fromkeys((concept.text, *target.words_around()[2])))
     return [*guarded, *_vocabulary_prompts(target)], len(guarded), related
 
 

@@ -70,6 +70,15 @@ def test_what_is_erased_beside_nudity_says_no_sexual_word_either(clip: Any) -> N
     assert {"breast", "girl"} <= set(alone.words_around()[0])
 
 
+def test_names_are_few_however_little_clip_sees() -> None:
+    vague: Any = LyingClip(nouns(), dict.fromkeys(nouns()[:3000], 0.8) | {"tench": 0.9})
+    recipe = Recipe(concept=Concept(text="tench", kind="object"))
+    target = target_of(vague, recipe, CareSet.of_words(recipe.concept, ["water"]))
+    kept, _, names = target.words_around()
+    assert len(names) <= prepare.RELATED_WORDS and not set(names) & set(kept)
+    assert len(prepare._erased_prompts(target, joins=True).aliases) < 100
+
+
 def test_companions_that_another_concept_bars_are_not_guarded(clip: Any, tmp_path: Path) -> None:
     recipe = Recipe(concept=Concept(text="tench", kind="object"))
     target = target_of(clip, recipe, None, NUDITY)
