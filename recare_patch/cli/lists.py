@@ -161,15 +161,16 @@ def build(
     if concept is not None:
         # Faults of spelling are told before any model is loaded.
         Recipe(concept=Concept(text=concept, kind=words["kind"] or "object")).with_overrides(overrides)
-    from recare_patch.careset import Clip, default_clip
-    from recare_patch.erasure import PREPARING, care_set_of, resolve_recipe
+    from recare_patch.careset import default_clip
+    from recare_patch.erasure import PREPARING, care_set_of, load_clip, resolve_recipe
     from recare_patch.models import load_base
 
     with cli.shown_progress() as progress:
         words |= {"recipe": recipe, "overrides": overrides, "device": device}
         plan = resolve_recipe(concept or "", only=PREPARING, **words)
         model = load_base(plan.base, precision=plan.precision, device=device, memory=plan.memory)
-        found = care_set_of(plan, model, Clip.load(plan.clip or default_clip(plan.base), device=model.device), progress)
+        clip = load_clip(plan.clip or default_clip(plan.base), model.device, plan.memory)
+        found = care_set_of(plan, model, clip, progress)
     _save(found, out if out is not None else Path(f"{plan.concept.slug}-care-set.json"))
 
 

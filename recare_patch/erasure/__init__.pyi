@@ -22,4 +22,5 @@ from .rollouts import classifier_free as classifier_free
 from .run import EraseResult as EraseResult
 from .run import erase as erase
 from .run import erase_concept as erase_concept
+from .run import load_clip as load_clip
 from .run import resolve_recipe as resolve_recipe

@@ -28,17 +28,6 @@ if TYPE_CHECKING:
     from recare_patch.models import BaseModel
 
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
-PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "safetensors",
-    "huggingface_hub",
-)
-
 _WORDS = ("night", "water", "house")
 """What the rehearsal guards: whether a base knows them is no matter for memory and speed."""
 _TEXTS = [f"{one} {k}" for one in _WORDS for k in range(16)]
@@ -129,9 +118,10 @@ def rehearse(
         progress: told of every stage.
         words: what :func:`recipe_for` takes: kind, recipe, preset, base, clip, overrides.
     """
+    from recare_patch.erasure.run import PACKAGES
     from recare_patch.models import versions
 
-    found = Diagnosis(versions=versions(PACKAGES))
+    found = Diagnosis(versions=versions((*PACKAGES, "accelerate", "huggingface_hub")))
     watch = _Rehearsal(found, progress or NullProgress())
     with contextlib.suppress(_Stop):
         place = _device(watch, device)
@@ -235,12 +225,13 @@ def _clip(watch: _Rehearsal, recipe: Recipe, device: torch.device) -> Clip:
     import torch
     from PIL import Image
 
-    from recare_patch.careset import Clip, default_clip, known_names, known_words
+    from recare_patch.careset import default_clip, known_names, known_words
     from recare_patch.erasure.planning import _confirmed
+    from recare_patch.erasure.run import load_clip
 
     source = recipe.clip or default_clip(recipe.base)
     with watch.check("CLIP", "name another with --clip"):
-        clip = Clip.load(source, device=device)
+        clip = load_clip(source, device, recipe.memory)
         began = time.perf_counter()
         text = clip.text_features([f"A photo of {word}" for word in _TEXTS])
         each = (time.perf_counter() - began) / len(_TEXTS)
@@ -280,7 +271,8 @@ def _steps(watch: _Rehearsal, recipe: Recipe, base: BaseModel, clip: Clip) -> No
     from recare_patch.careset import CareSet
     from recare_patch.erasure.run import erase
 
-    cut, on_cpu = rehearsal_of(recipe, cpu=base.device.type == "cpu"), base.device.type == "cpu"
+    on_cpu = base.device.type == "cpu"
+    cut = rehearsal_of(recipe, cpu=on_cpu)
     guarded = CareSet.of_words(cut.concept, [one for one in _WORDS if one not in cut.concept.text.casefold()])
     began = time.perf_counter()
     # What a run says of its pictures is not true of those that two steps make.
@@ -318,7 +310,7 @@ def rehearsal_of(recipe: Recipe, *, cpu: bool = False) -> Recipe:
     """
     images, erase = recipe.target_images, recipe.erase
     changes: dict[str, Any] = {
-        "target_images.count": min(images.count, images.batch_size, 1 if cpu else 1_000_000),
+        "target_images.count": min(images.count, images.batch_size),
         # Some schedulers take two evaluations for their first step.
         "target_images.steps": min(images.steps, 2),
         "care_set.file": None,
@@ -336,6 +328,7 @@ def rehearsal_of(recipe: Recipe, *, cpu: bool = False) -> Recipe:
     }
     if cpu:
         changes |= {
+            "target_images.count": 1,
             "search.batch_size": 1,
             "adversary.batch_size": 1,
             "erase.batch_size": 1,

@@ -56,6 +56,7 @@ from recare_patch.patch import (
 from recare_patch.recipe import METHODS, MemoryOptions, Recipe, recipe_for
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
     from recare_patch.core import Crew
@@ -159,7 +160,7 @@ def resolve_recipe(
             how: dict[str, Any] = {"precision": asked.precision, "memory": asked.memory, "device": device}
             drawing.append((asked, load_base(source, **how)))
         base = drawing[0][1]
-        return _seen_kind(text, base, _clip(clip or default_clip(source), base))
+        return _seen_kind(text, base, load_clip(clip or default_clip(source), base.device, base.memory))
 
     made = recipe_for(concept, guess_kind=guess, **words)
     size = vram or (levers_for(made, device) if fit else None)
@@ -169,10 +170,10 @@ def resolve_recipe(
     return _fitted(made, size, only)
 
 
-def _clip(source: str, base: BaseModel) -> Clip:
-    """A CLIP on the base's device, or waiting off it as the base's own text encoders do."""
-    clip = Clip.load(source, device=base.device)
-    if base.memory.encoders_off_device:
+def load_clip(source: str, device: str | torch.device, memory: MemoryOptions) -> Clip:
+    """A CLIP on a base's device, or waiting off it as the base's own text encoders do."""
+    clip = Clip.load(source, device=device)
+    if memory.encoders_off_device:
         clip.park()
     return clip
 
@@ -243,7 +244,7 @@ def erase(
     for network in lora.adapted(base, recipe.adapter.layers).values():
         lora.target_modules(network, recipe.adapter.layers)
     earlier = earlier_patch(recipe, base)
-    clip = clip or _clip(recipe.clip or default_clip(recipe.base), base)
+    clip = clip or load_clip(recipe.clip or default_clip(recipe.base), base.device, base.memory)
     if crew is not None and not crew.main:
         # Its share of the predictions, and nothing of the files.
         with _together(base, crew):

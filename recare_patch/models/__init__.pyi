@@ -1,4 +1,3 @@
-from .defaults import FULL_SIZE as FULL_SIZE
 from .defaults import FULL_SIZE_VALUES as FULL_SIZE_VALUES
 from .defaults import defaults_for as defaults_for
 from .defaults import device_memory as device_memory

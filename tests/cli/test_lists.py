@@ -117,7 +117,7 @@ def models(stage: Stage, fake: Fake) -> Stage:
         return Recipe(concept=Concept(text=concept, kind=kind)).with_overrides(options["overrides"])
 
     fake("models", load_base=lambda source, **_: SimpleNamespace(id=source, device="cpu"))
-    fake("erasure", resolve_recipe=resolve_recipe, care_set_of=build)
+    fake("erasure", resolve_recipe=resolve_recipe, care_set_of=build, load_clip=lambda source, *_: source)
     fake(
         "careset",
         CareSet=FakeSet,

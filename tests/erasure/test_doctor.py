@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from recare_patch.careset import Clip
 from recare_patch.cli import cli
 from recare_patch.erasure import Diagnosis, rehearse
 from recare_patch.erasure.doctor import FAILED, rehearsal_of
@@ -94,3 +95,12 @@ def test_the_command_prints_a_report(words: dict[str, Any], tmp_path: Path) -> N
     assert "FAILED  memory" in text and "torch 2" in text
     again = CliRunner().invoke(cli, ["doctor", *options])
     assert again.exit_code == 2 and "is there already" in again.output
+
+
+def test_clip_waits_off_the_device_as_in_a_run(words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    parked: list[Clip] = []
+    monkeypatch.setattr(Clip, "park", lambda clip: parked.append(clip))
+    monkeypatch.setattr("recare_patch.erasure.doctor._steps", lambda *_: None)
+    for off in (True, False):
+        assert rehearse("van gogh", **words, overrides={"memory.encoders_off_device": off}).ready
+    assert len(parked) == 1
