@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from recare_patch.core import RecarePatchError, load_tensors, read_safetensors_header, user_cache, write_tensors
+from recare_patch.core import RecarePatchError, keep_tensors, kept_tensors, user_cache
 
 VARIABLE = "RECARE_PATCH_CLIP_CACHE"
 MOST = 20
@@ -52,9 +52,11 @@ def kept(key: str, shape: tuple[int, int]) -> Tensor | None:
         return None
     file = folder / f"{key}.safetensors"
     try:
-        found = load_tensors(file, read_safetensors_header(file)).get("features")
-        os.utime(file)
-    except (RecarePatchError, OSError):
+        sealed = kept_tensors(file)
+        found = sealed[0].get("features") if sealed is not None else None
+        if found is not None:
+            os.utime(file)
+    except OSError:
         return None
     if found is None or tuple(found.shape) != shape or found.dtype != torch.float16:
         return None
@@ -68,7 +70,7 @@ def keep(key: str, features: Tensor) -> None:
         return
     with contextlib.suppress(RecarePatchError, OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / f"{key}.safetensors", {"features": features})
+        keep_tensors(folder / f"{key}.safetensors", {"features": features})
         files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
         for file in files[MOST:]:
             file.unlink()

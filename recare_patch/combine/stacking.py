@@ -24,7 +24,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import recare_patch
-from recare_patch.core import OutputError, PatchError, file_sha256, output_error, unknown_name, write_text
+from recare_patch.core import (
+    OutputError,
+    PatchError,
+    file_sha256,
+    output_error,
+    temporary_name,
+    unknown_name,
+    write_text,
+)
 from recare_patch.patch import (
     FORMATS,
     STACK_NAME,
@@ -314,7 +322,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             what = "it already holds files" if place.is_dir() else "it is a file, not a folder"
             raise OutputError(f"cannot write into {folder}: {what}; choose another --out")
-        made = place.with_name(f".{place.name}.{os.getpid()}.part")
+        made = temporary_name(place)
         made.mkdir(parents=True)
         try:
             yield made

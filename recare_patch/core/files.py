@@ -13,9 +13,12 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,14 +90,43 @@ def check_writable(path: AnyPath, *, folder: bool = False) -> None:
         raise output_error(place, fault) from None
 
 
+def temporary_name(place: Path) -> Path:
+    """Where a file or folder is made before it gets its own name; what killed owners left there is taken away.
+
+    The name holds the machine and the process, so that two that write the same place do not share it.
+    """
+    machine = zlib.crc32(platform.node().encode()) % 10**9
+    pattern = re.compile(rf"\.{re.escape(place.name)}\.{machine:09d}(\d+)\.part")
+    with contextlib.suppress(OSError), os.scandir(place.parent) as entries:
+        for entry in entries:
+            if (found := pattern.fullmatch(entry.name)) and _has_ended(int(found[1])):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    Path(entry.path).unlink()
+    return place.with_name(f".{place.name}.{machine:09d}{os.getpid()}.part")
+
+
+def _has_ended(process: int) -> bool:
+    """Whether there is no such process on this machine."""
+    if os.name != "posix":
+        return False  # There, asking for a process may end it.
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a file whole, or not at all (:class:`OutputError`); missing parent folders are made."""
     _write(Path(path), [data])
 
 
 def _write(target: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    # The process id keeps two processes that write the same file from sharing a temporary one.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    temporary = temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

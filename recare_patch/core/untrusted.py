@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,8 +45,9 @@ MOST_WEIGHTS = 8_000_000_000
 MOST_PIXELS = 40_000_000
 """Of a picture: the sheets of this package have a quarter of that."""
 
-MOST_VALUES = 4_000_000
-"""Commas, colons and brackets in JSON, in texts too: what a parser makes of each takes a hundred bytes."""
+MOST_VALUES = 1_000_000
+"""Commas, colons and brackets in JSON, in texts too: what a parser makes of each takes a hundred bytes, and what reads
+it after that some microseconds. Fifty thousand tensors, or tags of six megabytes, have so many."""
 
 MOST_NODES = 50_000
 """Values and keys of YAML, whose parser takes 60 µs for each."""
@@ -324,6 +326,7 @@ def read_picture(
         data = read_bytes(path, what, error, most=MOST_PICTURE, within=within)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # The limit here is a lower one.
+            _check_png(data)
             with Image.open(io.BytesIO(data), formats=formats) as found:
                 width, height = found.size
                 if width * height > MOST_PIXELS:
@@ -337,6 +340,16 @@ def read_picture(
     except Exception as fault:
         told = (str(fault).splitlines() or [type(fault).__name__])[0]
         raise error(f"cannot read {what}: it is no picture ({told})") from None
+
+
+def _check_png(data: bytes) -> None:
+    """Hold the chunks of a PNG against their CRCs: Pillow passes over those of the picture itself."""
+    start = 8
+    while data.startswith(b"\x89PNG") and start + 12 <= len(data):
+        end = start + 8 + int.from_bytes(data[start : start + 4], "big")
+        if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise ValueError("damaged PNG")
+        start = end + 4
 
 
 def check_part(name: str, what: str, error: type[RecarePatchError]) -> str:

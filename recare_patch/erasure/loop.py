@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from recare_patch.core import Crew, Progress, Registry, ResumeError, told_at, write_tensors
+from recare_patch.core import Crew, Progress, Registry, ResumeError, keep_tensors, kept_tensors, told_at
 from recare_patch.models import LossScale, check_trained, sample_timesteps
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ class Checkpoint:
         note: dict[str, Any] = {"step": step, "losses": losses, "scalars": scalars, "extra": dict(extra)}
         if scaling is not None:
             note["scaling"] = scaling.state
-        write_tensors(self.path, tensors, {"loop": json.dumps(note)})
+        keep_tensors(self.path, tensors, {"loop": json.dumps(note)})
 
     def load(
         self,
@@ -192,21 +191,15 @@ class Checkpoint:
         carried: Carried | None = None,
         scaling: LossScale | None = None,
     ) -> tuple[int, list[float], dict[str, Any]] | None:
-        """Restore what :meth:`save` wrote, or return ``None`` where there is nothing yet.
+        """Restore what :meth:`save` wrote, or return ``None`` where there is nothing yet, or it is damaged.
 
         Raises:
-            ResumeError: if the file is damaged or belongs to other parameters.
+            ResumeError: if it belongs to other parameters.
         """
-        if not self.path.exists():
+        found = kept_tensors(self.path)
+        if found is None:
             return None
-        try:
-            with safe_open(self.path, "pt") as handle:
-                note = json.loads(handle.metadata()["loop"])
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ResumeError(
-                f"the checkpoint {self.path.name} is damaged ({error}); start again without --resume"
-            ) from error
+        tensors, note = found[0], json.loads(found[1]["loop"])
         # torch keeps the step count of a plain AdamW on the CPU, and of a fused one with its parameter.
         fused = bool(optimizer.param_groups[0].get("fused"))
         with torch.no_grad():

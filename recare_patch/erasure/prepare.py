@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from recare_patch.careset import (
     score_concept,
     spoken,
 )
-from recare_patch.core import CareSetError, save_sheet, told_at
+from recare_patch.core import CareSetError, keep_json, kept_json, save_sheet, told_at
 from recare_patch.erasure.gauge import PICTURE_STEPS, PICTURES
 from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts
 from recare_patch.erasure.stages import Run, stage_name
@@ -195,14 +196,15 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
     file = run.work / f"{stage}.json"
     if given is None and options.file:
         given = CareSet.load(Path(options.file))
-    missing = not file.exists()
+    kept = kept_json(file, remade=True)
     run.wait()
+    # A resumed run has them too: by them it tells later what it sees in pictures.
+    others = _other_pictures(run) if given is None and options.source == "base" else []
     if given is not None:
         if run.main:
-            given.save(file)
+            keep_json(file, json.loads(given.to_json()))
         run.wait()
-    elif missing:
-        others = _other_pictures(run) if options.source == "base" else []
+    elif kept is None:
         with run.ledger.stage(stage_name("CARE-set", target.number)):
             built = build_care_set(
                 target.concept,
@@ -216,9 +218,9 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
                 progress=run.progress,
             )
             if run.main:
-                built.save(file)
+                keep_json(file, json.loads(built.to_json()))
             run.wait()
-    found = CareSet.load(file)
+    found = CareSet.from_json(json.dumps(kept_json(file)))
     if target.attribute is not None:
         # By itself it stays: only what shows the subject loses it.
         found = found.with_added([target.attribute.text])

@@ -302,6 +302,8 @@ def _work_folder(out: Path, recipe: Recipe) -> Path:
     """
     work = out / RUN_FOLDER
     stored = work / "recipe.yaml"
+    # Of a run that was killed while it cleared up.
+    shutil.rmtree(out / f"{RUN_FOLDER}.done", ignore_errors=True)
     if (out / "pytorch_lora_weights.safetensors").exists() and not work.exists():
         raise OutputError(f"{out} already holds a finished patch; choose another --out")
     before = stored.read_text(encoding="utf-8") if stored.exists() else recipe.to_yaml()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,10 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recare_patch.core import IncompatiblePatchError, Progress, told_at, write_json, write_tensors
+from recare_patch.core import (
+    IncompatiblePatchError,
+    Progress,
+    keep_json,
+    keep_tensors,
+    kept_json,
+    kept_tensors,
+    told_at,
+)
 from recare_patch.erasure.inversion import invert
 from recare_patch.erasure.loop import Carried, Checkpoint, Loop, fit, state_source, step_generator
 from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory, scheduled
@@ -46,7 +52,7 @@ class Ledger:
 
     def __init__(self, path: Path, base: BaseModel) -> None:
         self.path, self.base = path, base
-        self.stages: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.stages: dict[str, dict[str, float]] = kept_json(path) or {}
         self._began, self._evaluations, self._peak = 0.0, 0, 0
         self._between = peak_memory(base.device)
 
@@ -70,7 +76,7 @@ class Ledger:
             yield
         self.stages[name] = self.so_far()
         if self.base.crew is None or self.base.crew.main:
-            write_json(self.path, self.stages)
+            keep_json(self.path, self.stages)
 
     def so_far(self) -> dict[str, float]:
         """The figures of the stage under way; where processes share the work, all of them must ask."""
@@ -159,23 +165,23 @@ class Run:
         each, crew = self.recipe.target_images.batch_size, self.base.crew
         batches = [range(start, min(start + each, count)) for start in range(0, count, each)]
         files = [self.file(stage, f"-{rows[0]:05d}.safetensors") for rows in batches]
-        here = [file.exists() for file in files]
         # All processes look before any writes; each then draws every n-th batch.
+        here = [kept_tensors(file) for file in files]
         self.wait()
         done: dict[int, Tensor] = {}
         with self.ledger.stage(stage):
             for k, rows in enumerate(batches):
-                if here[k]:
-                    done[k] = load_file(files[k])["latents"].to(self.base.device)
+                if (kept := here[k]) is not None:
+                    done[k] = kept[0]["latents"].to(self.base.device)
                 elif crew is None or k % crew.count == crew.index:
                     done[k] = self._drawn([prompts[i % len(prompts)] for i in rows], first_seed + rows[0], steps)
                     # Latents decode to pictures: of unsafe concepts they stay in memory, and a
                     # resumed run draws them again from the same seeds.
                     if not self.unsafe or self.keep_images:
-                        write_tensors(files[k], {"latents": done[k].cpu()}, {})
+                        keep_tensors(files[k], {"latents": done[k].cpu()})
                 self.progress.update(stage, rows[-1] + 1, count)
             for k, rows in enumerate(batches):
-                if crew is not None and not here[k]:
+                if crew is not None and here[k] is None:
                     place = torch.empty((len(rows), *self.base.latent_shape), device=self.base.device)
                     done[k] = crew.send(done.get(k, place), k % crew.count)
         return torch.cat([done[k] for k in range(len(batches))])
@@ -316,12 +322,12 @@ class Stages:
         """What ``make`` returns from a generator for all of its draws, or from the disk where it was made before."""
         run, stage = self.run, stage_name(stage, self.number)
         file = run.file(stage)
-        here = file.exists()
+        here = kept_tensors(file)
         run.wait()
         with run.ledger.stage(stage):
-            made = load_file(file) if here else make(step_generator(run.recipe.seed, stage, 0))
-            if run.main and not here:
-                write_tensors(file, {key: one.detach().cpu() for key, one in made.items()}, {})
+            made = here[0] if here is not None else make(step_generator(run.recipe.seed, stage, 0))
+            if run.main and here is None:
+                keep_tensors(file, {key: one.detach().cpu() for key, one in made.items()})
         run.progress.update(stage, 1, 1)
         return {key: one.detach().to(run.base.device) for key, one in made.items()}
 

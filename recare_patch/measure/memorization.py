@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.core import EvaluationError, PatchError, read_tensors, write_tensors
+from recare_patch.core import EvaluationError, keep_tensors, kept_tensors
 from recare_patch.erasure import Loop, invert
 from recare_patch.measure.evidence import Figure
 from recare_patch.measure.meters import HitRate, rate_figure
@@ -98,9 +98,8 @@ def recover(
         "images": [first, suite.steps, suite.guidance_scale, suite.scheduler],
     }
     file = cache.path(studio.key(patches, fields), ".safetensors") if cache is not None else None
-    if file is not None and file.is_file():
-        with contextlib.suppress(PatchError, KeyError):
-            return read_tensors(file)["vectors"]
+    if file is not None and (kept := kept_tensors(file)) is not None:
+        return kept[0]["vectors"]
     images = studio.draw(
         [concept.target_prompt] * options.images,
         range(first, first + options.images),
@@ -123,7 +122,7 @@ def recover(
         )
     vectors = vectors.float().cpu()
     if file is not None:
-        write_tensors(file, {"vectors": vectors})
+        keep_tensors(file, {"vectors": vectors})
     return vectors
 
 

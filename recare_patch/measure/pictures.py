@@ -27,6 +27,7 @@ from recare_patch.core import (
     NullProgress,
     launched_together,
     read_picture,
+    tensors_hash,
     told_at,
     user_cache,
     write_bytes,
@@ -77,15 +78,6 @@ class PictureCache:
         # Fast and a little larger: what is drawn in a second should not be packed for another.
         image.convert("RGB").save(buffer, "PNG", compress_level=3)
         write_bytes(self.path(key), buffer.getvalue())
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and values of tensors, in the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class Request(NamedTuple):

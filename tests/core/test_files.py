@@ -166,6 +166,31 @@ def test_a_killed_owner_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> N
     assert names(folder) == ["whole.txt"]
 
 
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
+    """Of the same file or folder, and of nobody who may still write."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from recare_patch.core import temporary_name
+        temporary_name(Path(sys.argv[1])).write_text("half")
+        temporary_name(Path(sys.argv[2])).mkdir()
+        """
+    )
+    file, folder = tmp_path / "a[1].txt", tmp_path / "made"
+    subprocess.run([sys.executable, "-c", script, str(file), str(folder)], check=True)
+    own = files.temporary_name(tmp_path / "other.txt")
+    own.write_text("half")
+    (tmp_path / f".a[1].txt.{2**70}.part").write_text("of another machine, or an earlier version")
+    assert len(names(tmp_path)) == 4
+    files.write_text(file, "whole")
+    files.write_text(tmp_path / "made.txt", "another name")
+    left = [own.name, f".a[1].txt.{2**70}.part", "a[1].txt", "made.txt"]
+    assert set(left) < set(names(tmp_path)) and len(names(tmp_path)) == 5
+    files.temporary_name(folder)
+    assert names(tmp_path) == sorted(left)
+
+
 def test_every_text_names_its_encoding() -> None:
     """What is written as UTF-8 would be read back in the locale's encoding."""
     found = []

@@ -28,7 +28,6 @@ ALLOWED = {
     "core/untrusted.py": "it is the module",
     "core/files.py": "a lock's own note, what was just written, and tensors once their header is checked",
     "combine/merging.py": "writes into weights that were just copied",
-    "erasure/stages.py": "checkpoints of this very run, in the folder that it owns",
     "erasure/loop.py": "checkpoints of this very run, in the folder that it owns",
     "erasure/run.py": "records of this very run, in the folder that it owns",
     "careset/lexicon.py": "lists that come with the package",

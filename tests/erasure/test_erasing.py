@@ -103,13 +103,13 @@ def test_a_care_set_of_ones_own_is_used(small: Small, run: Runs, finished: Path)
 
 def test_unsafe_target_images_never_touch_the_disk(small: Small, run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    write = stages.write_tensors
+    write = stages.keep_tensors
 
     def watch(path: Path, *rest: Any) -> None:
         seen.append(Path(path).name)
         write(path, *rest)
 
-    monkeypatch.setattr(stages, "write_tensors", watch)
+    monkeypatch.setattr(stages, "keep_tensors", watch)
     run(small("esd", **{"concept.kind": "nsfw"}))
     assert not [name for name in seen if "images" in name]
     result = run(small("esd", **{"concept.kind": "nsfw"}), "q", save_target_images=True)

@@ -70,11 +70,20 @@ def test_resume_is_bit_exact(tmp_path: Path, optimizer: str, stopped: int, dtype
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
-def test_damaged_and_foreign_checkpoints_are_one_sentence(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, losses = _run("adamw", 8)
     file = tmp_path / "c.safetensors"
-    file.write_bytes(b"not a checkpoint")
-    with pytest.raises(ResumeError, match="damaged"):
-        _run("adamw", 2, Checkpoint(file))
+    _run("adamw", 8, Checkpoint(file), 6)
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 4  # One bit of a parameter.
+    for damaged in (b"not a checkpoint", bytes(data)):
+        file.write_bytes(damaged)
+        again, told = _run("adamw", 8, Checkpoint(file))
+        assert told == losses and all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+        assert "c.safetensors of this run is damaged" in caplog.text
+        caplog.clear()
     other = Checkpoint(tmp_path / "other.safetensors")
     parameter = nn.Parameter(torch.zeros(3))
     fit([parameter], lambda step, generator: parameter.sum(), replace(ONE_STEP, checkpoint=other))

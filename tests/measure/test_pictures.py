@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from recare_patch.core import EvaluationError, UnknownNameError, process_device, processes
-from recare_patch.measure.pictures import PictureCache, Studio, default_cache, tensors_hash
+from recare_patch.core import EvaluationError, UnknownNameError, process_device, processes, tensors_hash
+from recare_patch.measure.pictures import PictureCache, Studio, default_cache
 from recare_patch.models import PLACEHOLDER, BaseModel, load_base
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch

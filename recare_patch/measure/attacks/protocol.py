@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field
 
-from recare_patch.core import NullProgress, ResumeError, Settings, SettingsError, load_json, read_bytes, write_json
+from recare_patch.core import NullProgress, Settings, SettingsError, keep_json, kept_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -131,14 +131,6 @@ class AttackResult:
         return self.successes / self.trials
 
 
-def read_json(file: Path) -> Any:
-    """A file of a run's own; :class:`ResumeError` where it is damaged."""
-    try:
-        return load_json(read_bytes(file, file.name, ResumeError))
-    except (OSError, ValueError) as fault:
-        raise ResumeError(f"{file.name} of this run is damaged ({fault}); start again in a new --out") from None
-
-
 Options = TypeVar("Options", bound=AttackOptions)
 
 
@@ -170,16 +162,16 @@ class AttackRun(Generic[Options]):
 
     def read(self, name: str) -> Any:
         """What a stopped run had found, its cost counted; None where it kept nothing under this name."""
-        if self.work is None or not (file := self.work / f"{name}.json").exists():
+        kept = kept_json(self.work / f"{name}.json") if self.work is not None else None
+        if kept is None:
             return None
-        kept = read_json(file)
         self.catch_up(kept["meter"])
         return kept.get("found")
 
     def write(self, name: str, found: Any) -> None:
         """Keep something, JSON values, for a resume."""
         if self.work is not None:
-            write_json(self.work / f"{name}.json", {"found": found, "meter": self.spent()})
+            keep_json(self.work / f"{name}.json", {"found": found, "meter": self.spent()})
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """What is found, or was; files called ``name.checkpoint`` have then served their turn."""

@@ -25,11 +25,12 @@ from recare_patch.core import (
     ResumeError,
     SheetRow,
     claim_folder,
-    read_tensors,
+    keep_json,
+    keep_tensors,
+    kept_json,
+    kept_tensors,
     save_sheet,
     sheet,
-    write_json,
-    write_tensors,
 )
 from recare_patch.measure.attacks import attack_options, load_attack_type
 from recare_patch.measure.attacks.protocol import (
@@ -39,7 +40,6 @@ from recare_patch.measure.attacks.protocol import (
     AttackResult,
     AttackTarget,
     candidate_seeds,
-    read_json,
 )
 from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attack, save_attack
 from recare_patch.measure.judges import Detector, can_tell, check_label, load_detector
@@ -242,10 +242,10 @@ class _Job:
         seeds = candidate_seeds(self.about["seed"], most)
         # Latents decode to pictures: those of unsafe concepts stay in memory.
         keep = work if target.concept.kind != "nsfw" else None
-        if keep and (keep / "targets.json").exists():
-            note = read_json(keep / "targets.json")
+        kept = kept_tensors(keep / "targets.safetensors") if keep else None
+        if kept is not None:
+            latents, note = kept[0]["latents"].to(base.device), json.loads(kept[1]["drawn"])
             chosen, drawn = note["rows"], note["drawn"]
-            latents = read_tensors(keep / "targets.safetensors")["latents"].to(base.device)
         else:
             found, chosen, drawn = [], [], 0
             while drawn < most and len(chosen) < wanted:
@@ -260,8 +260,8 @@ class _Job:
                 self.progress.update("target images", enough, wanted, f"of {drawn} drawn")
             latents = torch.cat(found)
             if keep:
-                write_tensors(keep / "targets.safetensors", {"latents": latents.cpu()}, {})
-                write_json(keep / "targets.json", {"rows": chosen, "drawn": drawn})
+                note = json.dumps({"rows": chosen, "drawn": drawn})
+                keep_tensors(keep / "targets.safetensors", {"latents": latents.cpu()}, {"drawn": note})
         if not chosen:
             raise AttackError(
                 f"there is nothing to attack: none of {drawn} pictures of '{concept}' by the untouched base "
@@ -281,16 +281,17 @@ class _Job:
         """The result in a folder: read where the run is finished, gone on with where it was stopped."""
         with claim_folder(out, resume=resume):
             work = out / RUN_FOLDER
+            shutil.rmtree(out / f"{RUN_FOLDER}.done", ignore_errors=True)
             # Both sides through JSON, which knows no tuples.
             run = json.loads(json.dumps({"about": self.about, "options": self.options.model_dump()}))
             if (out / JSON_NAME).exists() and not work.exists():
                 done = load_attack(out)
                 _check_same(out, run, {"about": load_about(out), "options": done.budget})
                 return done
-            if (work / "run.json").exists():
-                _check_same(out, run, read_json(work / "run.json"))
+            if (before := kept_json(work / "run.json")) is not None:
+                _check_same(out, run, before)
             work.mkdir(parents=True, exist_ok=True)
-            write_json(work / "run.json", run)
+            keep_json(work / "run.json", run)
             result, before = self.result(work)
             # The first pictures under attack, below those by the untouched base.
             rows = [SheetRow("untouched base", before[: max(len(result.pictures), 1)])] if before else []

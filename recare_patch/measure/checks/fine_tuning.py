@@ -22,11 +22,11 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.core import EvaluationError, PatchError, load_json, one_of, read_bytes, write_json
+from recare_patch.core import EvaluationError, keep_json, kept_json, one_of, tensors_hash
 from recare_patch.erasure import OPTIMIZERS, Checkpoint, Loop, fit, noised
 from recare_patch.measure.checks.protocol import CONCEPT, CheckContext, Checker, CheckOptions, Patches, in_order, point
 from recare_patch.measure.evidence import Check, CheckPoint
-from recare_patch.measure.pictures import Studio, tensors_hash
+from recare_patch.measure.pictures import Studio
 from recare_patch.models import kept_requires_grad, named_layers
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch
@@ -235,11 +235,11 @@ class FineTuning(Checker[FineTuningOptions]):
         file = folder / "points.json"
         done: dict[str, Any] = {"points": {}, "cost": {"evaluations": 0, "images": 0}}
         if file.is_file():
-            try:
-                done = load_json(read_bytes(file, file.name, PatchError))
-            except (PatchError, ValueError):
+            before = kept_json(file, remade=True)
+            if before is None:
                 # Without it nobody knows what the checkpoint has passed: start again.
                 shutil.rmtree(folder)
+            done = before or done
         asked = [*context.asked_concept(), *context.asked_companions()]
         training: Training | None = None
         for steps in options.at:
@@ -250,7 +250,7 @@ class FineTuning(Checker[FineTuningOptions]):
                 rates = context.rates(asked, patches, f"fine-tuning, {steps}", studio=studio)
             done["points"][str(steps)] = point(steps, rates, context.pictures).model_dump(mode="json")
             done["cost"] = {"evaluations": spent, "images": len(training.prompts)}
-            write_json(file, done)
+            keep_json(file, done)
         return [CheckPoint(**done["points"][str(steps)]) for steps in options.at], done["cost"]
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, Field
 
-from recare_patch.core import EvaluationError, PatchError, load_json, read_bytes, write_json
+from recare_patch.core import EvaluationError, PatchError, keep_json, kept_json
 from recare_patch.measure.checks.fine_tuning import (
     CHECKPOINT,
     Count,
@@ -125,10 +125,12 @@ class Personalisation(Checker[PersonalisationOptions]):
         how = [suite.first_seed, suite.steps, suite.scheduler, suite.guidance_scale, context.detector.name]
         decides = {"options": options.model_dump(mode="json", exclude={"prompts"}), "drawn": how}
         folder = context.folder(self.name, decides)
-        if folder is not None and (folder / "lora.json").is_file():
-            # What cannot be read is trained again.
-            with suppress(ValueError, PatchError):
-                return Patch.load(folder), load_json(read_bytes(folder / "lora.json", "lora.json", PatchError))
+        if folder is not None and (before := kept_json(folder / "lora.json", remade=True)) is not None:
+            # What is not as it was written is trained again.
+            with suppress(PatchError):
+                lora = Patch.load(folder)
+                if lora.sha256() == before["sha256"]:
+                    return lora, before["cost"]
         prompts, label, what = [str(options.subject)] * options.images, str(options.label), "of the subject"
         none = (
             f"there is no subject to learn: none of {options.images} pictures of '{options.subject}' by the "
@@ -141,6 +143,6 @@ class Personalisation(Checker[PersonalisationOptions]):
         cost = {"evaluations": spent, "images": len(captions)}
         if folder is not None:
             lora.save(folder, torch.float32)
-            write_json(folder / "lora.json", cost)
+            keep_json(folder / "lora.json", {"cost": cost, "sha256": Patch.load(folder).sha256()})
             (folder / CHECKPOINT).unlink(missing_ok=True)
         return lora, cost
