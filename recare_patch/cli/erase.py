@@ -15,6 +15,7 @@ from recare_patch.cli import flag, option
 from recare_patch.core import OutputError, RecipeError, ResumeError, read_text
 from recare_patch.recipe import (
     KINDS,
+    METHODS,
     PRESETS,
     WEIGHTS_NAME,
     Concept,
@@ -40,7 +41,7 @@ from recare_patch.recipe import (
     cli.FOLDER,
     into="concepts_file",
 )
-@flag("--together", "One patch that erases all the concepts.")
+@flag("--together", "One patch that erases all the concepts; with --method closed it always is.")
 @option("--stack FOLDER", "Stack the concepts' patches into one file afterwards, exactly.", cli.FOLDER, into="stacked")
 @option("--kind KIND", f"{' | '.join(KINDS)}.  [default: a recipe's, else guessed]")
 @option("--alias NAME", "Another name of the concept, erased with it; repeatable.", into="aliases", multiple=True)
@@ -116,7 +117,11 @@ def erase(
     if resume and not texts and recipe is None and out is not None:
         recipe = _recipe_of_run(out)
     wanted: dict[str, Any] = {"subject": subject, "kind": kind, "recipe": recipe, "base": base, "clip": clip}
-    plans = _plans(texts, together, {**preset_overrides(preset), **overrides}, **wanted)
+    asked = {**preset_overrides(preset), **overrides}
+    # What is solved for all names at once is one patch, unless their patches are to be stacked.
+    method = METHODS.get(asked["method"]).info if asked.get("method") in METHODS else None
+    together = together or bool(method and method.rank_per_name and len(texts) > 1 and stacked is None)
+    plans = _plans(texts, together, asked, **wanted)
     _check_several(plans, stacked, named)
     alone, place = len(plans) == 1, out or Path()
     folders = [out if out and alone else place / f"{one.slug}-patch" for one in plans]

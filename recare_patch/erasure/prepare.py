@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ RELATED_WORDS = 50
 
 _NEAREST = 24
 """Words near a concept that its neighbours in the preview are taken from: some of them may say nothing to CLIP."""
+
+_MOST_WORDS, _MOST_NAMES = 3000, 250
+"""Of things, and of people and places, the most frequent."""
 
 _SEED_STRIDE = 1_000_003
 _BLOCKS = 10
@@ -320,7 +324,25 @@ def prepare(target: Target, method: type[Method]) -> Context:
         erased=_erased_prompts(target, joins=needs.joined),
         retained=RetainedPrompts(tuple(texts), guarded, latents, torch.tensor(pictured, dtype=torch.long)),
         related=related,
+        companions=target.care_words,
+        **(_language(target) if needs.words else {}),
     )
+
+
+def _language(target: Target) -> dict[str, tuple[str, ...]]:
+    """What people say, without what names one of the run's concepts or is barred beside it."""
+    run, concepts = target.run, (target.concept, *target.others)
+    if not run.language:
+        lists = {"words": known_words(run.clip), "neighbours": known_styles(run.clip)}
+        lists["neighbours"] += known_names(run.clip)[:_MOST_NAMES]
+        for key, found in lists.items():
+            may_stay = (one for one in found if not any(_is_named(one, concept) for concept in concepts))
+            run.language[key] = tuple(itertools.islice(may_stay, _MOST_WORDS))
+    return run.language
+
+
+def _is_named(text: str, concept: Concept) -> bool:
+    return any(is_barred(part, concept) for part in dict.fromkeys((text, *text.split())))
 
 
 def _retained_texts(target: Target, method: type[Method]) -> tuple[list[str], int, tuple[str, ...]]:

@@ -114,6 +114,7 @@ class Run:
         ground: an earlier patch's adapter that the run goes on from, by component; empty without one.
         governor: what ended the erasing, where it was measured.
         others: pictures of plain other things, drawn once.
+        language: words that none of its concepts has, by what they are, looked up once.
         still_seen: draws a few pictures as the model stands, and tells in what share of them CLIP sees a concept.
     """
 
@@ -124,11 +125,12 @@ class Run:
         self.keep_images, self.ledger = keep_images, Ledger(work / "cost.json", base)
         self.warnings: list[str] = []
         self.losses: dict[str, list[float]] = {}
-        self.notes: dict[str, float] = {}
+        self.notes: dict[str, Any] = {}
         self.ground: dict[str, dict[str, Tensor]] = {}
         self.governor: Governor | None = None
         self.still_seen: Callable[[], float] | None = None
         self.others: list[Image] = []
+        self.language: dict[str, tuple[str, ...]] = {}
 
     def warn(self, sentence: str) -> None:
         """Tell the user now, and again at the end."""
@@ -359,8 +361,8 @@ class Stages:
         for part, network in lora.adapted(self.run.base, self.run.recipe.adapter.layers).items():
             _fill(self.run.recipe, part, network, ADAPTER, lambda name: factors[name])
 
-    def note(self, key: str, value: float) -> None:
-        """A figure for ``training.json``."""
+    def note(self, key: str, value: Any) -> None:
+        """A figure, or several by name, for ``training.json``."""
         self.run.notes[key] = value
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recare_patch.core import BaseModelError, noted
 from recare_patch.models import memory as levers
 from recare_patch.models.inputs import PLACEHOLDER, PromptEmbeds
-from recare_patch.models.precision import check_finite
+from recare_patch.models.precision import check_finite, in_double
 from recare_patch.models.tokens import Tokens, encode_tokens, tokens_around
 from recare_patch.recipe import MemoryOptions
 
@@ -83,6 +83,38 @@ class PromptEncoding:
 
         with noted("encoding prompts"), self._on_device(self._encoders, self.memory.encoders_off_device):
             return PromptEmbeds.cat([encoded(prompts[rows]) for rows in parts_of(len(prompts), ENCODED_AT_ONCE)])
+
+    def word_states(self, words: Sequence[str]) -> Tensor:
+        """What the denoiser reads at the last token of each text by itself, ``[words, width]``, fp64.
+
+        Encoders of images' captions look back only, so what would follow is left out: a word takes an eighth of a
+        prompt's time.
+        """
+        counts = [len(self.token_ids(word)) for word in words]
+        places = torch.tensor([min(count, self._tokenizers[0].model_max_length - 2) for count in counts])
+        if not words:
+            return self.empty_states()[:0]
+        with self._short_prompts(max(counts) + 2):
+            rows = in_double(self.encode_prompts(words).prompt_embeds)
+        return rows[torch.arange(len(rows)), places.to(rows.device)]
+
+    def empty_states(self) -> Tensor:
+        """What the denoiser reads of the empty prompt, ``[tokens, width]``, fp64; the start token's first."""
+        return in_double(self.encode_prompts([""]).prompt_embeds)[0]
+
+    @contextmanager
+    def _short_prompts(self, length: int) -> Iterator[None]:
+        """Inside, prompts are padded to so many tokens, where every text encoder looks back only."""
+        causal = all("CLIPText" in type(encoder).__name__ for encoder in self._encoders)
+        before = [one.model_max_length for one in self._tokenizers]
+        if causal:
+            for one, most in zip(self._tokenizers, before, strict=True):
+                one.model_max_length = min(length, most)
+        try:
+            yield
+        finally:
+            for one, most in zip(self._tokenizers, before, strict=True):
+                one.model_max_length = most
 
     def token_ids(self, text: str) -> list[int]:
         """The ids of a text's tokens, without start, end and padding."""

@@ -39,12 +39,19 @@ TEACHER_NAME = "teacher"
 _SIDES: dict[str, tuple[str | None, ...]] = {
     "cross-attention": ("cross",),
     "cross-attention-kv": ("cross",),
+    "cross-attention-v": ("cross",),
     "self-attention": ("self",),
     "attention": ("cross", "self"),
     "outside-cross-attention": ("self", None),
     "all": ("cross", "self", None),
 }
 """Layer set of a denoiser → whose layers are in it: the prompt's, the picture's own, no attention block's."""
+
+_ENDS = {
+    "cross-attention-kv": ("to_k", "to_v", "add_k_proj", "add_v_proj"),
+    "cross-attention-v": ("to_v", "add_v_proj"),
+}
+"""Layer set → how the names of those that it takes of them end."""
 
 
 COMPILED = "_orig_mod."
@@ -141,10 +148,10 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
     """Names of the layers in a named set, in the order in which the network holds them.
 
     In a denoiser these are ``cross-attention`` (queries, keys, values and output of the blocks that read
-    the prompt), ``cross-attention-kv`` (their keys and values only), ``self-attention``, ``attention``
-    (both), ``outside-cross-attention`` (every linear and convolution layer but those; what ReCARE's
-    release trains, arXiv 2606.24192) or ``all``; in a text encoder ``text-encoder`` (every linear layer of
-    its blocks, not what projects its pooled output).
+    the prompt), ``cross-attention-kv`` (their keys and values only), ``cross-attention-v`` (their values),
+    ``self-attention``, ``attention`` (both), ``outside-cross-attention`` (every linear and convolution layer
+    but those; what ReCARE's release trains, arXiv 2606.24192) or ``all``; in a text encoder
+    ``text-encoder`` (every linear layer of its blocks, not what projects its pooled output).
 
     Raises:
         UnknownNameError: for another name.
@@ -177,8 +184,8 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
             side[f"{name}.{inner}"] = "cross" if reads else "self"
     every = [name for name, module in everything if isinstance(module, nn.Linear | nn.Conv2d)]
     found = [name for name in every if side.get(name) in _SIDES[layers]]
-    if layers == "cross-attention-kv":
-        found = [name for name in found if name.endswith(("to_k", "to_v", "add_k_proj", "add_v_proj"))]
+    if layers in _ENDS:
+        found = [name for name in found if name.endswith(_ENDS[layers])]
     if not found:
         raise NoMatchingModuleError(
             f"layer set '{layers}' matches no module of this {kind}: it has {len(every)} linear and "

@@ -28,7 +28,7 @@ from recare_patch.core import (
 )
 from recare_patch.recipe.concept import Concept, same_concept
 from recare_patch.recipe.methods import METHODS
-from recare_patch.recipe.recipe import EraseOptions, Fill, Recipe, method_info
+from recare_patch.recipe.recipe import RANK_KEYS, EraseOptions, Fill, Recipe, method_info
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,10 @@ class Beneath:
 
     def unsaid(self, method: Any) -> dict[str, Any]:
         """The values of which a method has no default of its own."""
-        own = method_info(method).defaults if isinstance(method, str) and method in METHODS else {}
+        if not isinstance(method, str) or method not in METHODS:
+            return dict(self.values)
+        info = method_info(method)
+        own = {*info.defaults, *(RANK_KEYS if info.rank_per_name else ())}
         return {key: value for key, value in self.values.items() if key not in own}
 
     def under(self, data: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _LOST = ("Sm", "Sc", "Sk", "So", "Cs", "Co", "Cn")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 """What Windows takes for devices, whatever ending follows."""
 
+_NUDE = ("nude", "naked", "nudity", "nude person", "naked person")
 _NUDITY = ("nudity", "nude", "nudes", "naked", "nakedness", "nude person", "naked person")
 _CLASS_WORDS = {"style": "painting", "object": "photo", "identity": "person", "nsfw": "person"}
 
@@ -91,6 +92,12 @@ class Concept(Settings):
         prompts += [self.target_prompt_for(alias) for alias in self.aliases]
         # A text that brings its own article makes two of them alike.
         return tuple(dict.fromkeys(prompts))
+
+    @property
+    def bare_names(self) -> tuple[str, ...]:
+        """Its names by themselves, as no prompt around them."""
+        own = (self.text, *_NUDE) if self._is_nudity else (self.text,)
+        return tuple({concept_key(name): name for name in reversed((*own, *self.aliases))}.values())[::-1]
 
     @property
     def class_word(self) -> str:

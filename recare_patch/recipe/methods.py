@@ -11,6 +11,7 @@ from recare_patch.core import Registry, Settings
 DENOISER_LAYERS = (
     "cross-attention",
     "cross-attention-kv",
+    "cross-attention-v",
     "self-attention",
     "attention",
     "outside-cross-attention",
@@ -25,6 +26,7 @@ METHODS = Registry(
         "recare": "recare_patch.erasure.methods.recare:ReCARE",
         "s-grace": "recare_patch.erasure.methods.s_grace:SGrace",
         "forget-me-not": "recare_patch.erasure.methods.forget_me_not:ForgetMeNot",
+        "closed": "recare_patch.erasure.methods.closed:Closed",
         "uce": "recare_patch.erasure.methods.uce:UCE",
         "esd": "recare_patch.erasure.methods.esd:ESD",
     },
@@ -69,6 +71,7 @@ class MethodInfo:
         searches: whether the recipe's ``search`` is for it.
         compiles: whether it works on compiled layers.
         defaults: dotted recipe keys whose defaults are its own.
+        rank_per_name: the adapter has a rank for each name of the concepts, where nobody says another one.
     """
 
     title: str
@@ -87,6 +90,7 @@ class MethodInfo:
     searches: bool = False
     compiles: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    rank_per_name: bool = False
 
     def as_data(self, name: str) -> dict[str, Any]:
         """All of it as plain data; ``name`` is the method's, and its section of a recipe is called like it."""

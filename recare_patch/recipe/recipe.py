@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from recare_patch.core import RecipeError, Settings, nearest, one_of, yaml_mapping
+from recare_patch.core import RecarePatchError, RecipeError, Settings, nearest, one_of, yaml_mapping
 from recare_patch.recipe.concept import MAX_LENGTH, Concept, check_text, same_concept, slug_of
 from recare_patch.recipe.methods import DENOISER_LAYERS, METHODS, TEXT_LAYER_SETS, MethodInfo, section_of
 
@@ -399,6 +399,11 @@ class Recipe(Settings):
                 place[last] = {**place[last], **value}
             else:
                 place[last] = value
+        if _own_rank(self.method_info, vars(self)) == {key: getattr(self.adapter, key[8:]) for key in RANK_KEYS}:
+            # There may be other names now.
+            for key in RANK_KEYS:
+                if key not in overrides and key[8:] not in overrides.get("adapter", {}):
+                    data["adapter"].pop(key[8:], None)
         if new != own and new in METHODS:
             _leave_to_method(data, overrides, self.method_info, method_info(new))
         try:
@@ -439,7 +444,7 @@ def _with_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 owner = sections[key]
                 faults.append(f"the section {key} is that of method '{owner}', and method '{name}' has no use for it")
     filled["own"] = own
-    for key, value in info.defaults.items():
+    for key, value in {**info.defaults, **_own_rank(info, data)}.items():
         section, _, option = key.partition(".")
         said = filled.get(section, {})
         if isinstance(said, Settings):
@@ -447,6 +452,23 @@ def _with_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if isinstance(said, Mapping) and option not in said:
             filled[section] = {**said, option: value}
     return filled, faults
+
+
+RANK_KEYS = ("adapter.rank", "adapter.alpha")
+
+
+def _own_rank(info: MethodInfo, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The rank and alpha of a method that has one for each name; empty for others, or where no concept is sound."""
+    if not info.rank_per_name:
+        return {}
+    count = 0
+    for one in (data.get("concept"), *(data.get("also") or ())):
+        try:
+            concept = one if isinstance(one, Concept) else Concept(**one)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RecarePatchError):
+            return {}
+        count += len(concept.bare_names)
+    return dict(zip(RANK_KEYS, (count, float(count)), strict=True))
 
 
 def _leave_to_method(data: dict[str, Any], overrides: Mapping[str, Any], old: MethodInfo, new: MethodInfo) -> None:

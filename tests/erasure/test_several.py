@@ -83,7 +83,7 @@ class TestContinued:
         folder = tmp_path_factory.mktemp("continued") / "first"
         return erase(small("esd"), folder, device="cpu", preview=False).folder
 
-    @pytest.mark.parametrize("name", [name for name in METHODS if name != "uce"])
+    @pytest.mark.parametrize("name", [name for name in METHODS if METHODS.get(name).info.continues])
     def test_it_starts_where_the_other_ended(self, name: str, small: Small, run: Runs) -> None:
         """With a learning rate of almost nothing, what comes out is what went in."""
         before = run(small(name, **{"erase.steps": 4}), "first")

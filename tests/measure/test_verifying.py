@@ -344,6 +344,15 @@ def test_figures_without_an_interval(old: float, new: float, holds: bool) -> Non
     assert _compare(plain | {"patched": old}, plain | {"patched": new, "pictures": 3}) is None
 
 
+def test_a_distance_with_an_interval_that_allows_everything() -> None:
+    """An FID of .0001 between 0 and a thousand million, where 212 is measured."""
+    distance = {"unit": "", "metric": "FID", "by": (), "pictures": 200, "base": 0.5}
+    lie = distance | {"patched": 1e-4, "interval": (0, 1e9), "base_interval": (0, 1e9)}
+    measured = distance | {"patched": 212.0, "interval": None, "base_interval": None}
+    assert _compare(lie, measured) is False
+    assert _compare(measured, measured) is True
+
+
 def test_what_is_recorded_must_be_measured() -> None:
     assert compare(make_evidence(), make_evidence(figures=()), ["KID to the base"])[0].holds is False
 

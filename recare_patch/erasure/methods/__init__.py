@@ -31,6 +31,7 @@ class Needs:
         retained: prompts that must not change.
         retained_images: pictures of some of them, as many as the recipe says.
         joined: the erased prompts joined to other words, where the recipe varies them.
+        words: words of the language that do not name it.
         word_lists: it may read words from a file of the user's; see :meth:`Method.word_lists`.
     """
 
@@ -39,6 +40,7 @@ class Needs:
     retained: bool = False
     retained_images: bool = False
     joined: bool = False
+    words: bool = False
     word_lists: bool = False
 
 
@@ -120,6 +122,9 @@ class Context:
         erased: prompts, and what becomes of them.
         retained: prompts that must not move.
         related: words that name the concept.
+        companions: its CARE-set's words, where it has one.
+        words: names of things that none of the run's concepts has, the most frequent first.
+        neighbours: the same of manners, and of people and places.
     """
 
     base: BaseModel
@@ -130,6 +135,9 @@ class Context:
     erased: ErasedPrompts
     retained: RetainedPrompts
     related: tuple[str, ...]
+    companions: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
 
 
 class Instead:

@@ -1,0 +1,135 @@
+"""The closed form against its equation, written out, and what its patch does to names and words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from recare_patch.erasure import EraseResult
+from recare_patch.erasure.methods.closed import ClosedOptions, solution
+from recare_patch.models import BaseModel, base_layers, in_double
+from recare_patch.recipe import Concept, Recipe
+
+GENERATOR = torch.Generator()
+NAMES = ["Van Gogh", "Monet", "tench"]
+
+
+def _case(seed: int = 0, width: int = 24, words: int = 30, names: int = 2) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(count, width, generator=generator, dtype=torch.float64)
+
+    # Words that lie near a plane of half the width, as words of a language do.
+    plane = draw(width // 2)
+    retained = torch.randn(words, len(plane), generator=generator, dtype=torch.float64) @ plane / 4
+    return {
+        "erased": draw(names), "instead": draw(1).expand(names, -1), "retained": retained,
+        "empty": draw(1).repeat(4, 1), "values": draw(10),
+    }  # fmt: skip
+
+
+def _written_out(case: dict[str, Any], options: ClosedOptions, bound: float) -> torch.Tensor:
+    """``(C_AT − C_TT) P [I − M K (Kᵀ P M K + λ I)⁻¹ Kᵀ P] M`` in columns, term by term."""
+    erased, instead, retained, empty = (case[key] for key in ("erased", "instead", "retained", "empty"))
+    width, count = erased.shape[1], len(erased)
+    unit = (width / torch.cat([erased, retained]).square().sum(1).mean()) ** 0.5
+    t, a, r, k = (unit * one.T for one in (erased, instead, retained, empty[:1].repeat(4, 1)))
+    values, vectors = torch.linalg.eigh(r @ r.T / r.shape[1])
+    p = vectors[:, values < bound] @ vectors[:, values < bound].T
+    eye = torch.eye(width, dtype=torch.float64)
+    m = torch.linalg.inv(t @ t.T / count @ p + options.ridge * eye)
+    middle = torch.linalg.inv(k.T @ p @ m @ k + options.fixed_ridge * torch.eye(4, dtype=torch.float64))
+    return (a - t) @ t.T / count @ p @ (eye - m @ k @ middle @ k.T @ p) @ m
+
+
+@pytest.mark.parametrize("names", [1, 2, 5])
+def test_the_solution_is_the_equation(names: int) -> None:
+    case, options = _case(names=names), ClosedOptions(null_space=0.3)
+    reads, _ = solution(**case, options=options, generator=GENERATOR)
+    change = (case["instead"] - case["erased"]).T @ reads
+    torch.testing.assert_close(change, _written_out(case, options, 0.3))
+
+
+def test_names_go_and_words_stay() -> None:
+    case = _case()
+    reads, went = solution(**case, options=ClosedOptions(), generator=GENERATOR)
+    change = (case["instead"] - case["erased"]).T @ reads
+    moved = case["retained"] @ change.T
+    assert went >= 0.95 and moved.norm() < 0.05 * case["retained"].norm()
+    after = case["erased"] + case["erased"] @ change.T
+    torch.testing.assert_close(after, case["instead"], atol=0.3, rtol=0.2)
+    # What every prompt has stays nearly where it is.
+    assert (case["empty"] @ change.T).norm() < 0.1 * case["empty"].norm()
+
+
+def test_words_that_leave_no_room_are_told() -> None:
+    """Retained words all over the space: the bound rises until the name goes, and at one bound it cannot."""
+    case = _case(words=400)
+    case["retained"] = torch.randn(400, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert solution(**case, options=ClosedOptions(), generator=GENERATOR)[1] >= 0.95
+    reads, went = solution(**case, options=ClosedOptions(null_space=1e-3), generator=GENERATOR)
+    assert went < 0.1 and torch.isfinite(reads).all()
+
+
+def test_it_is_the_same_in_any_unit() -> None:
+    """Another base's states may be a hundred times as large."""
+    case = _case()
+    large = {key: one * (100 if key != "values" else 1) for key, one in case.items()}
+    plain, scaled = (solution(**one, options=ClosedOptions(), generator=GENERATOR)[0] for one in (case, large))
+    torch.testing.assert_close(plain, scaled * 100)
+
+
+def test_the_patch_is_exact_and_has_a_rank_a_name(
+    base: BaseModel, small: Callable[..., Recipe], run: Callable[..., EraseResult]
+) -> None:
+    also = [{"text": text, "kind": kind} for text, kind in (("Monet", "style"), ("tench", "object"))]
+    result = run(small("closed", also=also, **{"adapter.rank": 3, "adapter.alpha": 3.0}))
+    # A base of 32 numbers a token leaves three names little room.
+    assert result.cost["rank_residual"] == 0 and result.cost["names_went"] > 0.8
+    assert result.cost["denoiser_evaluations"] == 0 and result.cost["losses"] == {}
+    assert set(result.patch.ranks.values()) == {3} and all(name.endswith("to_v") for name in result.patch.ranks)
+    names, plain = base.word_states(NAMES), base.word_states(["art", "art", "object"])
+    for name, layer in base_layers(base.denoiser):
+        if f"unet.{name}" in result.patch.ranks:
+            weight = in_double(layer.weight.detach())
+            read = names @ (weight + result.patch.update(f"unet.{name}").double()).T
+            missed = (read - plain @ weight.T).norm() / ((names - plain) @ weight.T).norm()
+            assert missed < 0.6, name
+    moved = result.cost["moved_most"]
+    assert 0 < len(moved) <= 20 and list(moved.values()) == sorted(moved.values(), reverse=True)
+    assert not {"monet", "tench", "gogh"} & set(moved)
+
+
+def test_a_lower_rank_says_what_it_leaves_out(small: Callable[..., Recipe], run: Callable[..., EraseResult]) -> None:
+    also = [{"text": "tench", "kind": "object"}]
+    low = run(small("closed", also=also, **{"adapter.rank": 1, "adapter.alpha": 1.0}), "low")
+    assert set(low.patch.ranks.values()) == {1} and 0 < low.cost["rank_residual"] < 1
+    high = run(small("closed", also=also, **{"adapter.rank": 5, "adapter.alpha": 5.0}), "high")
+    assert high.cost["rank_residual"] == 0
+
+
+def test_the_rank_follows_the_names() -> None:
+    recipe = Recipe(concept={"text": "Van Gogh", "kind": "style"}, method="closed")  # type: ignore[arg-type]
+    assert (recipe.adapter.rank, recipe.adapter.alpha, recipe.adapter.layers) == (1, 1.0, "cross-attention-v")
+    two = recipe.with_overrides({"also": [{"text": "tench", "kind": "object"}], "concept.aliases": ["Vincent"]})
+    assert two.adapter.rank == 3 and two.with_overrides({"seed": 3}).adapter.rank == 3
+    said = two.with_overrides({"adapter.rank": 2})
+    assert said.adapter.rank == 2 and said.with_overrides({"also": []}).adapter.rank == 2
+    assert recipe.with_overrides({"method": "esd"}).adapter.rank == 8
+    assert Recipe.from_yaml(two.to_yaml()) == two
+    bare = Concept(text="Nudity", kind="nsfw").bare_names
+    assert len(bare) == 5 and "Nudity" in bare
+
+
+@pytest.mark.parametrize("length", [4, 30])
+def test_words_alone_are_read_as_in_whole_prompts(base: BaseModel, length: int) -> None:
+    words = ["van gogh", "tench", "a " * length + "cat"]
+    whole = in_double(base.encode_prompts(words).prompt_embeds)
+    places = [len(base.token_ids(word)) for word in words]
+    torch.testing.assert_close(base.word_states(words), whole[range(3), places], atol=1e-5, rtol=1e-4)
+    assert base.word_states([]).shape == (0, whole.shape[2])
+    assert [one.model_max_length for one in base._tokenizers] == [77]
