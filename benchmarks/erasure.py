@@ -25,7 +25,9 @@ from benchmarks.suites import CONCEPTS, SPLITS
 from recare_patch.core import write_json
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = {"van gogh": "Van Gogh", "tench": "tench", "nude": "nudity"}
+NAMES = {"van gogh": "Van Gogh", "tench": "tench", "nude": "nudity", "mira vale": "Mira Vale"}
+KINDS = {"mira vale": "identity"}
+"""Of concepts that no recipe is written for."""
 
 
 def assignments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -62,7 +64,9 @@ def _goals(arguments: argparse.Namespace, base: Any) -> Any:
     from benchmarks.in_place import draw_goals
     from recare_patch.erasure import resolve_recipe
 
-    return draw_goals(base, resolve_recipe(NAMES[arguments.concept]).concept, arguments.concept)
+    return draw_goals(
+        base, resolve_recipe(NAMES[arguments.concept], kind=KINDS.get(arguments.concept)).concept, arguments.concept
+    )
 
 
 def _attacked(goals: Any) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-{row}"
     overrides = {"method": arguments.method, **preset_overrides(arguments.preset)}
     overrides |= assignments(arguments.set)
-    recipe = resolve_recipe(NAMES[arguments.concept], overrides=overrides)
+    recipe = resolve_recipe(NAMES[arguments.concept], kind=KINDS.get(arguments.concept), overrides=overrides)
     if (out / "pytorch_lora_weights.safetensors").exists():
         patch, cost = Patch.load(out), json.loads((out / "training.json").read_text())
     else:
@@ -135,7 +139,7 @@ def _paper(arguments: argparse.Namespace) -> None:
         began = time.perf_counter()
         made = run(
             base,
-            resolve_recipe(NAMES[arguments.concept]).concept,
+            resolve_recipe(NAMES[arguments.concept], kind=KINDS.get(arguments.concept)).concept,
             Clip.load("atelier"),
             settings,
             lambda t: print(t, flush=True),

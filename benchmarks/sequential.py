@@ -3,6 +3,7 @@
     python -m benchmarks.sequential run --way stacked --preset quick
     python -m benchmarks.sequential run --way regmean --preset quick
     python -m benchmarks.sequential run --way continued --preset quick
+    python -m benchmarks.sequential run --way together --method closed
     python -m benchmarks.sequential table
     python -m benchmarks.sequential plot
 
@@ -10,7 +11,8 @@ Request by request another concept goes. After most of them everything is drawn:
 what was not asked for yet, and the companions of what was erased. ``stacked`` trains every patch on the
 untouched base and applies them together; ``regmean`` takes the same patches, and stacks them by what
 their layers read (:mod:`regmean`); ``continued`` goes on with the patch before, in the same
-adapter, against the model that it left (``erase --continue-from``). Finished steps are read, so a stopped
+adapter, against the model that it left (``erase --continue-from``); ``together`` makes one patch of all requests so
+far, anew each time, for methods that take seconds. Finished steps are read, so a stopped
 run goes on.
 """
 
@@ -60,7 +62,7 @@ KEPT = (
 )
 """What no request ever names."""
 
-WAYS = ("stacked", "regmean", "continued")
+WAYS = ("stacked", "regmean", "continued", "together")
 MEASURED = (0, 1, 2, 4, 6, 9, 12)
 """After how many requests everything is drawn."""
 
@@ -91,6 +93,19 @@ def _patch(arguments: argparse.Namespace, place: int, before: Path | None) -> Pa
         if before is not None:
             changes["continue_from"] = str(before)
         erase(recipe.with_overrides(changes), out, device=arguments.device, resume=out.exists())
+    return out
+
+
+def _together(arguments: argparse.Namespace, count: int) -> Path:
+    from recare_patch.erasure import erase
+    from recare_patch.recipe import Recipe
+
+    out = Path(arguments.work) / f"sequential-{arguments.method}" / f"together-{count:02d}"
+    if not (out / "pytorch_lora_weights.safetensors").exists():
+        first, *also = ({"text": name, "kind": kind} for _, name, kind in REQUESTS[:count])
+        data: dict[str, Any] = {"concept": first, "also": also, "method": arguments.method}
+        recipe = Recipe(**data).with_overrides(assignments(arguments.set))
+        erase(recipe, out, device=arguments.device, resume=out.exists(), preview=False)
     return out
 
 
@@ -134,7 +149,7 @@ def _run(arguments: argparse.Namespace) -> None:
     judge, clip = Judge.load(), Clip.load("atelier")
     folders: list[Path] = []
     for place in range(-1, arguments.requests):
-        if place >= 0:
+        if place >= 0 and arguments.way != "together":
             before = folders[-1] if arguments.way == "continued" and folders else None
             folders.append(_patch(arguments, place, before))
         if place + 1 not in MEASURED or any(one["requests"] == place + 1 for one in data["steps"]):
@@ -150,6 +165,8 @@ def _run(arguments: argparse.Namespace) -> None:
                 ),
             }
         else:
+            if arguments.way == "together":
+                folders = [_together(arguments, place + 1)]
             chosen = folders[-1:] if arguments.way == "continued" else folders
             parts = [Patch.load(folder) for folder in chosen]
             moments = measure_moments(parts, base, clip) if arguments.way == "regmean" else None
@@ -236,7 +253,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "table", "plot"])
     parser.add_argument("--way", choices=WAYS, default="stacked")
-    parser.add_argument("--method", choices=[m for m in METHODS if METHODS[m].continues], default="recare")
+    parser.add_argument("--method", choices=METHODS.names(), default="recare")
     parser.add_argument("--requests", type=int, choices=range(1, len(REQUESTS) + 1), default=len(REQUESTS))
     parser.add_argument("--pictures", type=int, default=6, help="pictures a prompt")
     parser.add_argument("--preset", help="of recare-patch erase")

@@ -13,6 +13,7 @@ where ``K`` is the start token's column and three centres of the empty prompt's:
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Self
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recare_patch.erasure.stages import Stages
-    from recare_patch.recipe import Recipe
+    from recare_patch.recipe import Concept, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +57,13 @@ class ClosedOptions(Settings):
 
     null_space: Small | None = Field(
         None,
-        description="directions in which retained words' mean square is smaller may change; null: the smallest of "
-        "0.001 to 10 at which the names go",
+        description="directions in which retained words' mean square is smaller may change; null: of 0.001 to 10 the "
+        "one at which words that it was not solved for move least, and the names go",
     )
-    gone: float = Field(0.95, gt=0, le=1, description="how much of the way each name goes then, at least")
-    ridge: Small = Field(0.05, description="ρ, of staying near the old weights everywhere")
+    gone: float = Field(0.9, gt=0, le=1, description="how much of the way each name goes then, at least")
+    ridge: Small | None = Field(
+        None, description="ρ, of staying near the old weights everywhere; null: the paper's 1 or 0.05, found likewise"
+    )
     fixed_ridge: Small = Field(0.05, description="λ, by which the start token and the empty prompt may still move")
     words: int = Field(1000, ge=0, le=3000, description="the most frequent words that are retained")
 
@@ -99,7 +102,7 @@ class Closed(Method):
 
         assert isinstance(context.recipe.own, ClosedOptions)
         self.context, self.options, base = context, context.recipe.own, context.base
-        self.names = context.concept.bare_names
+        self.names = _known(context)
         instead = context.recipe.replace_with or _PLAIN[context.concept.kind]
         erased, others = base.word_states([*self.names, instead]).split([len(self.names), 1])
         self.erased, self.instead = erased, others.expand(len(erased), -1)
@@ -137,12 +140,21 @@ class Closed(Method):
                 weight = layers[name].weight
                 assert isinstance(weight, torch.Tensor)
                 weights.append(models.in_double(weight.detach()))
-            retained, empty = base.word_states(words), base.empty_states()
+            # Words alone, beside what people write before them, and that by itself.
+            forms = sorted({form for one in methods for form in _forms(one.context.concept)})
+            beside = [forms[k % len(forms)].format(word) for k, word in enumerate(words)]
+            whole = [f"{one} and {other}" for one, other in zip(beside[:_WHOLE], reversed(words), strict=False)]
+            begun = [form.removesuffix("{}").strip() for form in forms]
+            retained, empty = base.word_states([*words, *beside, *begun]), base.empty_states()
+            seen = models.in_double(base.encode_prompts(whole or [""]).prompt_embeds)[:, 1:].flatten(0, 1)
             every = torch.cat(weights)
-            reads, went = solution(erased, instead, retained, empty, first.options, values=every, generator=generator)
+            reads, went = solution(
+                erased, instead, retained, empty, first.options, values=every, beside=seen, generator=generator
+            )
             models.check_finite(reads, "the numbers that the closed form gives", base.dtype)
             made: dict[str, Tensor] = {}
             missed = total = 0.0
+            retained = retained[: len(words)]
             moved, was = torch.zeros(2, len(words), dtype=reads.dtype).unbind()
             for name, weight in zip(first.modules, weights, strict=True):
                 writes = weight @ (instead - erased).T
@@ -171,8 +183,27 @@ class Closed(Method):
         stages.set_adapter({models.full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules})
 
 
+_WHOLE = 24
+"""Whole prompts that are looked at."""
+
 _PLAIN = {"style": "art", "object": "object", "identity": "person", "nsfw": "person"}
 """What a name becomes, as published."""
+
+
+def _known(context: Context) -> tuple[str, ...]:
+    """The concept's names; of those that nobody gave, the ones whose words the base has whole.
+
+    What it reads in pieces that it never met together is no name to it, and to move it takes what else is near.
+    """
+    base, given = context.base, (context.concept.text, *context.concept.aliases)
+    names = context.concept.bare_names
+    whole = tuple(name for name in names if len(base.token_ids(name)) <= len(name.split()))
+    return whole if whole and len(names) > len(given) else names
+
+
+def _forms(concept: Concept) -> tuple[str, ...]:
+    """Beginnings of prompts in which a retained word stands."""
+    return tuple(dict.fromkeys((concept.retain_prompt("{}"), concept.target_prompt_for("{}"), "A photo of {}")))
 
 
 def _retained(methods: Sequence[Closed]) -> list[str]:
@@ -190,12 +221,15 @@ def solution(
     options: ClosedOptions,
     *,
     values: Tensor,
+    beside: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, float]:
     """What the update reads, ``[names, width]``: ``ΔW = W (instead − erased)ᵀ @ this``; and how far names go.
 
     The paper retains the words that an edit without any would move more than most, at one bound of the null space.
-    Here the bound is found: words that seem untouched by that edit are moved by the one that spares the others.
+    Here all are retained, and bound and ridge are found: each half of the words, and whole prompts, are held against
+    the solution for the other half. A small bound spares what it was told and moves what it was not, since an update
+    with little room is a large one.
 
     Args:
         erased, instead: states of the names and of what takes their place, ``[names, width]``, fp64.
@@ -203,6 +237,7 @@ def solution(
         empty: states of the empty prompt, ``[tokens, width]``, the start token's first.
         options: of the method.
         values: all weights that are edited, ``[out, width]``.
+        beside: states of whole prompts without the names, ``[tokens, width]``: looked at and not solved for.
         generator: for the centres.
 
     Returns:
@@ -214,29 +249,51 @@ def solution(
     unit = (erased.shape[1] / torch.cat([erased, retained]).square().sum(1).mean()) ** 0.5
     names, eye = erased * unit, torch.eye(erased.shape[1], dtype=erased.dtype, device=erased.device)
     own = names.T @ names / len(names)
-    seen = (retained * unit).T @ (retained * unit) / max(len(retained), 1)
-    bounds, directions = torch.linalg.eigh(seen)
     fixed = torch.cat([empty[:1], _centres(empty[1:], generator)]).T * unit
     wanted = (instead - erased) @ values.T
-    found, least = torch.zeros_like(erased), -1.0
-    for most in (options.null_space,) if options.null_space is not None else _BOUNDS:
-        free = directions[:, bounds < most]
+
+    def spared(rows: Tensor) -> tuple[Tensor, Tensor]:
+        values, directions = torch.linalg.eigh((rows * unit).T @ (rows * unit) / max(len(rows), 1))
+        return values, directions
+
+    def solved(room: tuple[Tensor, Tensor], bound: float, ridge: float) -> Tensor:
+        free = room[1][:, room[0] < bound]
         free = free @ free.T
-        inverse = torch.linalg.inv(own @ free + options.ridge * eye)
+        inverse = torch.linalg.inv(own @ free + ridge * eye)
         inner = fixed.T @ free @ inverse @ fixed
         inner = inner + options.fixed_ridge * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
         held = eye - inverse @ fixed @ torch.linalg.solve(inner, fixed.T @ free)
         # The states' unit goes twice into what the names are multiplied by.
-        reads = unit * unit * (erased / len(erased)) @ free @ held @ inverse
-        went = (erased @ reads.T @ wanted * wanted).sum(1) / wanted.square().sum(1).clamp(min=1e-30)
-        if float(went.min()) > least:
-            found, least = reads, float(went.min())
-        if least >= options.gone:
-            break
-    return found, least
+        return unit * unit * (erased / len(erased)) @ free @ held @ inverse
+
+    def went(reads: Tensor) -> float:
+        along = (erased @ reads.T @ wanted * wanted).sum(1) / wanted.square().sum(1).clamp(min=1e-30)
+        return float(along.min())
+
+    bounds = _BOUNDS if options.null_space is None else (options.null_space,)
+    ridges = _RIDGES if options.ridge is None else (options.ridge,)
+    bound, ridge = bounds[0], ridges[0]
+    if len(bounds) * len(ridges) > 1:
+        halves = []
+        for k in (0, 1):
+            others = torch.cat([retained[1 - k :: 2], beside])
+            halves.append((spared(retained[k::2]), others, (others @ values.T).square().sum(1).clamp(min=1e-30)))
+        tried: list[tuple[bool, float, float, float]] = []
+        for one, held in itertools.product(bounds, ridges):
+            moved, least = 0.0, 1.0
+            for room, others, said in halves:
+                reads = solved(room, one, held)
+                least = min(least, went(reads))
+                moved += float(((others @ reads.T @ wanted).square().sum(1) / said).mean())
+            # Among those at which the names go what moves least; else that at which they go farthest.
+            tried.append((least < options.gone, moved if least >= options.gone else -least, one, held))
+        bound, ridge = min(tried)[2:]
+    reads = solved(spared(retained), bound, ridge)
+    return reads, went(reads)
 
 
-_BOUNDS = tuple(10 ** (k / 4) for k in range(-12, 5))
+_RIDGES = (0.05, 1.0)
+_BOUNDS = tuple(10 ** (k / 2) for k in range(-6, 3))
 
 
 def _centres(states: Tensor, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ def _case(seed: int = 0, width: int = 24, words: int = 30, names: int = 2) -> di
     retained = torch.randn(words, len(plane), generator=generator, dtype=torch.float64) @ plane / 4
     return {
         "erased": draw(names), "instead": draw(1).expand(names, -1), "retained": retained,
-        "empty": draw(1).repeat(4, 1), "values": draw(10),
+        "empty": draw(1).repeat(4, 1), "values": draw(10), "beside": draw(5) / 4,
     }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def _written_out(case: dict[str, Any], options: ClosedOptions, bound: float) -> 
 
 @pytest.mark.parametrize("names", [1, 2, 5])
 def test_the_solution_is_the_equation(names: int) -> None:
-    case, options = _case(names=names), ClosedOptions(null_space=0.3)
+    case, options = _case(names=names), ClosedOptions(null_space=0.3, ridge=0.5)
     reads, _ = solution(**case, options=options, generator=GENERATOR)
     change = (case["instead"] - case["erased"]).T @ reads
     torch.testing.assert_close(change, _written_out(case, options, 0.3))
@@ -59,7 +59,7 @@ def test_names_go_and_words_stay() -> None:
     reads, went = solution(**case, options=ClosedOptions(), generator=GENERATOR)
     change = (case["instead"] - case["erased"]).T @ reads
     moved = case["retained"] @ change.T
-    assert went >= 0.95 and moved.norm() < 0.05 * case["retained"].norm()
+    assert went >= 0.9 and moved.norm() < 0.1 * case["retained"].norm()
     after = case["erased"] + case["erased"] @ change.T
     torch.testing.assert_close(after, case["instead"], atol=0.3, rtol=0.2)
     # What every prompt has stays nearly where it is.
@@ -70,7 +70,7 @@ def test_words_that_leave_no_room_are_told() -> None:
     """Retained words all over the space: the bound rises until the name goes, and at one bound it cannot."""
     case = _case(words=400)
     case["retained"] = torch.randn(400, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert solution(**case, options=ClosedOptions(), generator=GENERATOR)[1] >= 0.95
+    assert solution(**case, options=ClosedOptions(), generator=GENERATOR)[1] >= 0.8
     reads, went = solution(**case, options=ClosedOptions(null_space=1e-3), generator=GENERATOR)
     assert went < 0.1 and torch.isfinite(reads).all()
 
