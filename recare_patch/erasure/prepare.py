@@ -333,7 +333,11 @@ def _language(target: Target) -> dict[str, tuple[str, ...]]:
     """What people say, without what names one of the run's concepts or is barred beside it."""
     run, concepts = target.run, (target.concept, *target.others)
     if not run.language:
-        lists = {"words": known_words(run.clip), "neighbours": known_styles(run.clip)}
+        # Of things, and in turn whatever the tokenizer has whole: "starry" is no thing, and pictures follow it.
+        whole = (word.casefold() for word in run.clip.vocabulary()[0] if word.isalpha() and len(word) > 2)
+        turns = itertools.zip_longest(known_words(run.clip), whole)
+        words = dict.fromkeys(word for pair in turns for word in pair if word is not None)
+        lists = {"words": list(words), "neighbours": known_styles(run.clip)}
         lists["neighbours"] += known_names(run.clip)[:_MOST_NAMES]
         for key, found in lists.items():
             may_stay = (one for one in found if not any(_is_named(one, concept) for concept in concepts))

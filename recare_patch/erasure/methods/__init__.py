@@ -123,7 +123,7 @@ class Context:
         retained: prompts that must not move.
         related: words that name the concept.
         companions: its CARE-set's words, where it has one.
-        words: names of things that none of the run's concepts has, the most frequent first.
+        words: what none of the run's concepts is called by, things and other words, the most frequent first.
         neighbours: the same of manners, and of people and places.
     """
 

@@ -65,7 +65,7 @@ class ClosedOptions(Settings):
         None, description="ρ, of staying near the old weights everywhere; null: the paper's 1 or 0.05, found likewise"
     )
     fixed_ridge: Small = Field(0.05, description="λ, by which the start token and the empty prompt may still move")
-    words: int = Field(1000, ge=0, le=3000, description="the most frequent words that are retained")
+    words: int = Field(1500, ge=0, le=3000, description="the most frequent words that are retained")
 
 
 class Closed(Method):
