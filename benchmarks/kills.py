@@ -66,8 +66,9 @@ class Command:
 
 
 def _digests(out: Path) -> dict[str, str]:
-    files = [file for file in sorted(out.rglob("*")) if file.is_file()]
-    return {file.relative_to(out).as_posix(): file_sha256(file) for file in files}
+    files = [file.relative_to(out) for file in sorted(out.rglob("*")) if file.is_file()]
+    # What a run clears away at its end is looked for apart.
+    return {file.as_posix(): file_sha256(out / file) for file in files if not set(file.parts) & _CLEARED}
 
 
 def _without(found: Any, keys: set[str]) -> Any:
@@ -77,6 +78,7 @@ def _without(found: Any, keys: set[str]) -> Any:
     return [_without(one, keys) for one in found] if isinstance(found, list) else found
 
 
+_CLEARED = {".run", ".run.done", ".recare-patch.lock"}
 _TIMES = {"seconds", "created", "peak_memory_bytes", "fetched", "cost", "time", "stages"}
 
 
@@ -263,7 +265,7 @@ def half_made(world: World, place: Path, *, ended: bool) -> str:
             if ended:
                 return f"{'/'.join(parts)} is left"
             continue
-        if ended and {".run", ".run.done", ".recare-patch.lock"} & set(parts):
+        if ended and _CLEARED & set(parts):
             return f"{'/'.join(parts)} is left"
         try:
             if file.suffix == ".json":

@@ -204,12 +204,15 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
     run.wait()
     # A resumed run has them too: by them it tells later what it sees in pictures.
     others = _other_pictures(run) if given is None and options.source == "base" else []
+    booked = stage_name("CARE-set", target.number)
     if given is not None:
         if run.main:
-            keep_json(file, json.loads(given.to_json()))
+            keep_json(file, {"set": json.loads(given.to_json()), "cost": "{}"})
         run.wait()
-    elif kept is None:
-        with run.ledger.stage(stage_name("CARE-set", target.number)):
+    elif kept is not None:
+        run.ledger.book(booked, kept["cost"])
+    else:
+        with run.ledger.stage(booked):
             built = build_care_set(
                 target.concept,
                 images,
@@ -222,9 +225,9 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
                 progress=run.progress,
             )
             if run.main:
-                keep_json(file, json.loads(built.to_json()))
+                keep_json(file, {"set": json.loads(built.to_json()), "cost": run.ledger.told()})
             run.wait()
-    found = CareSet.from_json(json.dumps(kept_json(file)))
+    found = CareSet.from_json(json.dumps(kept_json(file)["set"]))
     if target.attribute is not None:
         # By itself it stays: only what shows the subject loses it.
         found = found.with_added([target.attribute.text])

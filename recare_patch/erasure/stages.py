@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,15 @@ class Ledger:
             peak = int(crew.most(peak, self.base.device))
         seconds = round(time.perf_counter() - self._began, 3)
         return {"seconds": seconds, "evaluations": evaluations, "peak_memory_bytes": peak}
+
+    def told(self) -> str:
+        """:meth:`so_far` for the note of a file that a stage keeps; of several processes nothing."""
+        return json.dumps(self.so_far() if self.base.crew is None else {})
+
+    def book(self, name: str, told: str) -> None:
+        """Book a stage whose result is there, if a kill came between the two; ``told`` is what its file says."""
+        if name not in self.stages and (cost := json.loads(told)):
+            self.stages[name] = cost
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Go on with a stage of which :meth:`so_far` told ``kept``."""
@@ -175,12 +185,14 @@ class Run:
             for k, rows in enumerate(batches):
                 if (kept := here[k]) is not None:
                     done[k] = kept[0]["latents"].to(self.base.device)
+                    if stage not in self.ledger.stages and (cost := json.loads(kept[1]["cost"])):
+                        self.ledger.restore(cost)
                 elif crew is None or k % crew.count == crew.index:
                     done[k] = self._drawn([prompts[i % len(prompts)] for i in rows], first_seed + rows[0], steps)
                     # Latents decode to pictures: of unsafe concepts they stay in memory, and a
                     # resumed run draws them again from the same seeds.
                     if not self.unsafe or self.keep_images:
-                        keep_tensors(files[k], {"latents": done[k].cpu()})
+                        keep_tensors(files[k], {"latents": done[k].cpu()}, {"cost": self.ledger.told()})
                 self.progress.update(stage, rows[-1] + 1, count)
             for k, rows in enumerate(batches):
                 if crew is not None and here[k] is None:
@@ -326,10 +338,12 @@ class Stages:
         file = run.file(stage)
         here = kept_tensors(file)
         run.wait()
+        if here is not None:
+            run.ledger.book(stage, here[1]["cost"])
         with run.ledger.stage(stage):
             made = here[0] if here is not None else make(step_generator(run.recipe.seed, stage, 0))
             if run.main and here is None:
-                keep_tensors(file, {key: one.detach().cpu() for key, one in made.items()})
+                keep_tensors(file, {key: one.detach().cpu() for key, one in made.items()}, {"cost": run.ledger.told()})
         run.progress.update(stage, 1, 1)
         return {key: one.detach().to(run.base.device) for key, one in made.items()}
 

@@ -17,14 +17,22 @@ import pytest
 import torch
 
 from recare_patch.careset import MOST_ASKED, OTHERS, CareSet
-from recare_patch.core import ClipError, NoMatchingModuleError, OutputError, RecarePatchError, ResumeError
+from recare_patch.core import (
+    ClipError,
+    NoMatchingModuleError,
+    OutputError,
+    RecarePatchError,
+    ResumeError,
+    keep_json,
+    kept_json,
+)
 from recare_patch.erasure import EraseResult, erase, stages
 from recare_patch.erasure.gauge import STATES
 from recare_patch.erasure.run import RUN_FOLDER
 from recare_patch.models import BaseModel, lora
 from recare_patch.patch import Patch, from_any, generate_pictures
 from recare_patch.recipe import Recipe, load_recipe
-from tests.erasure.making import small_recipe
+from tests.erasure.making import Killed, Killer, small_recipe
 
 Small = Callable[..., Recipe]
 Runs = Callable[..., EraseResult]
@@ -137,6 +145,20 @@ def test_killed_runs_resume_to_the_same_bits(small: Small, run: Runs, tmp_path: 
     assert _same(whole.patch, out)
     cost = json.loads((out / "training.json").read_text())
     assert all(cost[key] == whole.cost[key] for key in ("denoiser_evaluations", "losses"))
+
+
+def test_what_a_kill_kept_from_being_booked_is_counted(small: Small, run: Runs, tmp_path: Path) -> None:
+    """Between a stage's result and the line that books its cost there is room for a kill."""
+    recipe, counting = small(), Killer(float("inf"))
+    whole = erase(recipe, tmp_path / "whole", device="cpu", progress=counting)
+    with pytest.raises(Killed):
+        erase(recipe, tmp_path / "killed", device="cpu", progress=Killer(counting.seen - 1))
+    work = tmp_path / "killed" / RUN_FOLDER
+    assert kept_json(work / "cost.json")
+    keep_json(work / "cost.json", {})
+    resumed = erase(recipe, tmp_path / "killed", device="cpu", resume=True)
+    counts = [{name: one["evaluations"] for name, one in each.cost["stages"].items()} for each in (whole, resumed)]
+    assert counts[0] == counts[1]
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(
