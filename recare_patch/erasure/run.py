@@ -329,7 +329,8 @@ def _train(
         targets = prepare.targets_of(run)
         for target in targets:
             images = prepare.draw_target(target) if method.needs.target_images else []
-            if method.needs.care_set:
+            has_set = given is not None or recipe.care_set.file is not None
+            if method.needs.care_set or (method.needs.words and has_set):
                 prepare.find_companions(target, images, given)
             made.append(method(prepare.prepare(target, method)))
             made[-1].search(Stages(run, number=target.number))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from recare_patch.careset import CareSet
 from recare_patch.erasure import EraseResult
 from recare_patch.erasure.methods.closed import ClosedOptions, solution
 from recare_patch.models import BaseModel, base_layers, in_double
@@ -102,6 +103,20 @@ def test_the_patch_is_exact_and_has_a_rank_a_name(
     moved = result.cost["moved_most"]
     assert 0 < len(moved) <= 20 and list(moved.values()) == sorted(moved.values(), reverse=True)
     assert not {"monet", "tench", "gogh"} & set(moved)
+
+
+def test_companions_that_are_given_are_retained(
+    small: Callable[..., Recipe], run: Callable[..., EraseResult], finished_set: CareSet
+) -> None:
+    # No list of the lexicon has it.
+    result = run(small("closed"), care_set=finished_set)
+    assert "zebra crossing" in result.cost["moved_most"] or len(result.cost["moved_most"]) == 20
+    assert result.care_set is not None and result.care_set.words == ("zebra crossing",)
+
+
+@pytest.fixture
+def finished_set() -> CareSet:
+    return CareSet.of_words(Concept(text="Van Gogh", kind="style"), ["zebra crossing"])
 
 
 def test_a_lower_rank_says_what_it_leaves_out(small: Callable[..., Recipe], run: Callable[..., EraseResult]) -> None:
