@@ -461,12 +461,17 @@ def run(name: str, moments: int, work: Path, seed: int, hub: Any) -> dict[str, A
         shares["clock"] += shares.pop("full disk")
     wanted = [fault for fault, share in shares.items() for _ in range(round(share * moments))][:moments]
     trials: list[Trial] = []
+    never: set[str] = set()
     for number, fault in enumerate(wanted):
-        # What came too late is no moment of this call: another is drawn.
-        for _ in range(12):
-            if (trial := one_trial(world, fault, rng, number)) is not None:
+        # What came too late is no moment of this call: another is drawn. What never comes (a command that writes
+        # nothing fills no disk) gives its moments to the clock.
+        for attempt in range(24):
+            kind = "clock" if fault in never or attempt > 11 else fault
+            if (trial := one_trial(world, kind, rng, number)) is not None:
                 trials.append(trial)
                 break
+            if attempt == 11:
+                never.add(fault)
         done = trials[-1] if trials else None
         print(f"{name} {number + 1}/{len(wanted)} {fault}: {done and (done.came, done.told)}", flush=True)
     return {
