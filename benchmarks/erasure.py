@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scoring import SCHEDULER, STEPS, TWENTY, Score, save_scores, score
-from benchmarks.suites import CONCEPTS, SPLITS
+from benchmarks.suites import ALL_CONCEPTS, SPLITS
 from recare_patch.core import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -218,7 +218,7 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "base", "paper", "compare", "table"])
-    parser.add_argument("--concept", choices=CONCEPTS, default="van gogh")
+    parser.add_argument("--concept", choices=ALL_CONCEPTS, default="van gogh")
     parser.add_argument("--method", default="recare")
     parser.add_argument("--preset", help="of recare-patch erase")
     parser.add_argument("--row", help="name of the row, by default the method's")
