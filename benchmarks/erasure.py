@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scoring import SCHEDULER, STEPS, TWENTY, Score, save_scores, score
-from benchmarks.suites import ALL_CONCEPTS, SPLITS
+from benchmarks.suites import ALL_CONCEPTS, CONCEPTS, SPLITS
 from recare_patch.core import write_json
 
 RESULTS = Path(__file__).parent / "results"
