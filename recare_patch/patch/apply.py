@@ -103,6 +103,18 @@ class AppliedPatch:
                     f"patch {self.patch.name} would have no effect: LoRAs are fused into the weights ({names}); "
                     "call pipe.unfuse_lora() first, or pipe.unload_lora_weights() to leave them there"
                 )
+        for part, network in self._networks.items():
+            on = {
+                one for _, layer in tuner_layers(network) if not layer.disable_adapters for one in layer.active_adapters
+            }
+            if on and getattr(self.pipe, part, network) is not network:
+                # Of a compiled network diffusers lists no LoRA, and takes none out.
+                logger.warning(
+                    "the compiled %s has a LoRA switched on (%s), which stays on beside the patch: "
+                    "pipe.unload_lora_weights() leaves it there; unload before torch.compile",
+                    in_words(part),
+                    ", ".join(sorted(on)),
+                )
         for name in self.patch.modules:
             part, _ = split_name(name)
             if part in self._networks:

@@ -264,6 +264,18 @@ class TestLivingPipelines:
             gated(patch, pipe, gate=lambda texts: torch.zeros(len(texts)))
         assert difference(draw(pipe), pictures) == 0
 
+    def test_a_lora_that_stays_in_a_compiled_network_is_told(
+        self, patch: Patch, pipe: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        with patch.apply(pipe):
+            assert "switched on" not in caplog.text
+        pipe.load_lora_weights(dict(patch.tensors), adapter_name="plain")
+        # diffusers passes over compiled networks here.
+        pipe.unload_lora_weights()
+        with patch.apply(pipe):
+            assert "the compiled UNet has a LoRA switched on (plain)" in caplog.text
+
     def test_weights_that_are_stored_in_8_bits(self, patch: Patch, pipe: Any) -> None:
         with patch.apply(pipe):
             wanted = draw(pipe)
