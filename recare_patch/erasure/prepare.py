@@ -47,7 +47,7 @@ RELATED_WORDS = 50
 _NEAREST = 24
 """Words near a concept that its neighbours in the preview are taken from: some of them may say nothing to CLIP."""
 
-_MOST_WORDS, _MOST_NAMES = 3000, 250
+_MOST_WORDS, _MOST_NAMES = 1500, 250
 """Of things, and of people and places, the most frequent."""
 
 _SEED_STRIDE = 1_000_003

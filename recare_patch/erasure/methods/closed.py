@@ -65,7 +65,7 @@ class ClosedOptions(Settings):
         None, description="ρ, of staying near the old weights everywhere; null: the paper's 1 or 0.05, found likewise"
     )
     fixed_ridge: Small = Field(0.05, description="λ, by which the start token and the empty prompt may still move")
-    words: int = Field(1500, ge=0, le=3000, description="the most frequent words that are retained")
+    words: int = Field(1500, ge=0, le=1500, description="the most frequent words that are retained")
 
 
 class Closed(Method):
@@ -103,14 +103,15 @@ class Closed(Method):
         assert isinstance(context.recipe.own, ClosedOptions)
         self.context, self.options, base = context, context.recipe.own, context.base
         self.names = _known(context)
-        instead = context.recipe.replace_with or _PLAIN[context.concept.kind]
-        erased, others = base.word_states([*self.names, instead]).split([len(self.names), 1])
-        self.erased, self.instead = erased, others.expand(len(erased), -1)
+        self.instead = context.recipe.replace_with or _PLAIN[context.concept.kind]
+        if context.number:
+            return  # The first of a run's concepts has looked.
+        width = base.empty_states().shape[1]
         for name, layer in models.base_layers(base.denoiser):
-            if name in self.modules and isinstance(layer, torch.nn.Linear) and layer.in_features != erased.shape[1]:
+            if name in self.modules and isinstance(layer, torch.nn.Linear) and layer.in_features != width:
                 raise BaseModelError(
                     f"method 'closed' cannot edit base '{base.id}': '{name}' reads {layer.in_features} numbers "
-                    f"a token, and the text encoder makes {erased.shape[1]}"
+                    f"a token, and the text encoder makes {width}"
                 )
 
     @classmethod
@@ -133,8 +134,8 @@ class Closed(Method):
         words = _retained(methods)
 
         def solve(generator: torch.Generator) -> dict[str, Tensor]:
-            erased = torch.cat([one.erased for one in methods])
-            instead = torch.cat([one.instead for one in methods])
+            names = [(name, one.instead) for one in methods for name in one.names]
+            erased, instead = base.word_states([word for each in zip(*names, strict=True) for word in each]).chunk(2)
             weights = []
             for name in first.modules:
                 weight = layers[name].weight
