@@ -267,3 +267,16 @@ def test_two_patches_and_their_stack(invoke: Invoke, tiny_sd: Path, tiny_clip: P
     assert [part.name for part in both.metadata.parts] == ["tench", "boat"]
     assert set(both.modules) == set(parts[0].modules)
     assert "Stack of 2 patches: both" in result.stdout
+
+
+def test_names_that_are_solved_together_are_one_patch(invoke: Invoke, tiny_sd: Path, tiny_clip: Path) -> None:
+    Path("names.txt").write_text("tench\nboat\nred car\n")
+    result = invoke(
+        "erase --concepts names.txt --kind object --method closed --out all --device cpu "
+        f"--base {tiny_sd} --clip {tiny_clip} --set target_images.steps=2"
+    )
+    assert result.exit_code == 0, result.output
+    made = Patch.load("all")
+    assert set(made.ranks.values()) == {3} and made.metadata is not None
+    assert [one.concept for one in made.metadata.erased] == ["tench", "boat", "red car"]
+    assert "erases:" in invoke("inspect all").stdout
