@@ -284,6 +284,9 @@ def _report(concept: str, result: Any) -> None:
     if seen:
         told = [f"{one['what']} in {one['after']} of {one['of']}, before {one['before']}" for one in seen]
         echo(f"CLIP sees in the preview: {'; '.join(told)}.")
+    if moved := result.cost.get("moved_most"):
+        most = [f"{word} {share:.0%}" for word, share in list(moved.items())[:5]]
+        echo(f"Of what stays it moves most, in what values make of it: {', '.join(most)}.")
     echo(f"Patch: {folder}")
     if (folder / "preview.png").is_file():
         echo(f"Before and after: {folder / 'preview.png'}")

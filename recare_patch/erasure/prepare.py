@@ -29,7 +29,7 @@ from recare_patch.careset import (
     score_concept,
     spoken,
 )
-from recare_patch.core import CareSetError, keep_json, kept_json, save_sheet, told_at
+from recare_patch.core import CareSetError, keep_json, kept_json, load_json, save_sheet, told_at
 from recare_patch.erasure.gauge import PICTURE_STEPS, PICTURES
 from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts
 from recare_patch.erasure.stages import Run, stage_name
@@ -207,7 +207,7 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
     booked = stage_name("CARE-set", target.number)
     if given is not None:
         if run.main:
-            keep_json(file, {"set": json.loads(given.to_json()), "cost": "{}"})
+            keep_json(file, {"set": load_json(given.to_json()), "cost": "{}"})
         run.wait()
     elif kept is not None:
         run.ledger.book(booked, kept["cost"])
@@ -225,7 +225,7 @@ def find_companions(target: Target, images: Sequence[Image], given: CareSet | No
                 progress=run.progress,
             )
             if run.main:
-                keep_json(file, {"set": json.loads(built.to_json()), "cost": run.ledger.told()})
+                keep_json(file, {"set": load_json(built.to_json()), "cost": run.ledger.told()})
             run.wait()
     found = CareSet.from_json(json.dumps(kept_json(file)["set"]))
     if target.attribute is not None:

@@ -21,6 +21,7 @@ from recare_patch.core import (
     keep_tensors,
     kept_json,
     kept_tensors,
+    load_json,
     told_at,
 )
 from recare_patch.erasure.inversion import invert
@@ -95,7 +96,7 @@ class Ledger:
 
     def book(self, name: str, told: str) -> None:
         """Book a stage whose result is there, if a kill came between the two; ``told`` is what its file says."""
-        if name not in self.stages and (cost := json.loads(told)):
+        if name not in self.stages and (cost := load_json(told)):
             self.stages[name] = cost
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -185,7 +186,7 @@ class Run:
             for k, rows in enumerate(batches):
                 if (kept := here[k]) is not None:
                     done[k] = kept[0]["latents"].to(self.base.device)
-                    if stage not in self.ledger.stages and (cost := json.loads(kept[1]["cost"])):
+                    if stage not in self.ledger.stages and (cost := load_json(kept[1]["cost"])):
                         self.ledger.restore(cost)
                 elif crew is None or k % crew.count == crew.index:
                     done[k] = self._drawn([prompts[i % len(prompts)] for i in rows], first_seed + rows[0], steps)
