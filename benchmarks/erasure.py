@@ -57,16 +57,20 @@ def _file(arguments: argparse.Namespace, row: str) -> Path:
     return _folder(arguments) / f"{arguments.concept.replace(' ', '-')}.{row}.json"
 
 
+def _recipe(concept: str, overrides: dict[str, Any] | None = None) -> Any:
+    """The recipe of a concept, by the judge's name for it."""
+    from recare_patch.erasure import resolve_recipe
+
+    return resolve_recipe(NAMES[concept], kind=KINDS.get(concept), overrides=overrides or {})
+
+
 def _goals(arguments: argparse.Namespace, base: Any) -> Any:
     """What attacks are after, drawn by the untouched base; None where none was asked for."""
     if not arguments.attack:
         return None
     from benchmarks.in_place import draw_goals
-    from recare_patch.erasure import resolve_recipe
 
-    return draw_goals(
-        base, resolve_recipe(NAMES[arguments.concept], kind=KINDS.get(arguments.concept)).concept, arguments.concept
-    )
+    return draw_goals(base, _recipe(arguments.concept).concept, arguments.concept)
 
 
 def _attacked(goals: Any) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def _attacked(goals: Any) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from recare_patch.erasure import erase, resolve_recipe
+    from recare_patch.erasure import erase
     from recare_patch.models import load_base
     from recare_patch.patch import Patch
     from recare_patch.recipe import preset_overrides
@@ -88,7 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.work) / f"{arguments.concept.replace(' ', '-')}-{row}"
     overrides = {"method": arguments.method, **preset_overrides(arguments.preset)}
     overrides |= assignments(arguments.set)
-    recipe = resolve_recipe(NAMES[arguments.concept], kind=KINDS.get(arguments.concept), overrides=overrides)
+    recipe = _recipe(arguments.concept, overrides)
     if (out / "pytorch_lora_weights.safetensors").exists():
         patch, cost = Patch.load(out), json.loads((out / "training.json").read_text())
     else:
@@ -118,7 +122,6 @@ def _paper(arguments: argparse.Namespace) -> None:
 
     from benchmarks.paper_procedure import PaperSettings, run
     from recare_patch.careset import Clip
-    from recare_patch.erasure import resolve_recipe
     from recare_patch.models import load_base
 
     base = load_base("atelier", device=arguments.device)
@@ -138,11 +141,7 @@ def _paper(arguments: argparse.Namespace) -> None:
         )
         began = time.perf_counter()
         made = run(
-            base,
-            resolve_recipe(NAMES[arguments.concept], kind=KINDS.get(arguments.concept)).concept,
-            Clip.load("atelier"),
-            settings,
-            lambda t: print(t, flush=True),
+            base, _recipe(arguments.concept).concept, Clip.load("atelier"), settings, lambda t: print(t, flush=True)
         )
         stages = {k: {"seconds": round(made.seconds[k], 1), "evaluations": made.evaluations[k]} for k in made.seconds}
         cost = {

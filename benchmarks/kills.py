@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,6 @@ class World:
     seconds: float = 0.0
     events: int = 0
     bytes: int = 0
-    left: list[str] = field(default_factory=list)
 
     @property
     def command(self) -> Command:  # noqa: D102
@@ -156,7 +155,7 @@ class World:
 
 def _in_child(call: tuple[str, ...], place: Path, at_event: int | None, count: Path | None) -> None:
     """The command, in this process: a fork. It never returns."""
-    code = 70
+    code = 0
     try:
         os.setsid()
         log = os.open(place.parent / f"{place.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -185,7 +184,6 @@ def _in_child(call: tuple[str, ...], place: Path, at_event: int | None, count: P
         try:
             sys.argv = ["recare-patch", *call]
             cli.main()
-            code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         if count is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recare_patch.core.errors import PatchError, ResumeError
-from recare_patch.core.files import read_safetensors_header, read_tensors, write_json, write_tensors
+from recare_patch.core.files import load_tensors, read_safetensors_header, write_json, write_tensors
 from recare_patch.core.untrusted import read_json
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def kept_tensors(path: Path, *, remade: bool = True) -> tuple[dict[str, Tensor],
     if not path.exists():
         return None
     try:
-        tensors, note = read_tensors(path), dict(read_safetensors_header(path).metadata)
+        header = read_safetensors_header(path)
+        tensors, note = load_tensors(path, header), dict(header.metadata)
     except PatchError:
         tensors, note = {}, {}
     if note.pop(_SEAL, None) == _sealed(tensors, note):

@@ -22,12 +22,13 @@ from .concept import names_concept as names_concept
 from .concept import same_concept as same_concept
 from .concept import slug_of as slug_of
 from .methods import DENOISER_LAYERS as DENOISER_LAYERS
+from .methods import LAYER_SETS as LAYER_SETS
 from .methods import METHODS as METHODS
 from .methods import TEXT_LAYER_SETS as TEXT_LAYER_SETS
 from .methods import MethodInfo as MethodInfo
 from .methods import Paper as Paper
+from .methods import method_info as method_info
 from .recipe import BASE_WEIGHTS as BASE_WEIGHTS
-from .recipe import LAYER_SETS as LAYER_SETS
 from .recipe import OPTIMIZERS as OPTIMIZERS
 from .recipe import PRECISIONS as PRECISIONS
 from .recipe import SCHEDULERS as SCHEDULERS
@@ -37,5 +38,4 @@ from .recipe import CareSetOptions as CareSetOptions
 from .recipe import EraseOptions as EraseOptions
 from .recipe import MemoryOptions as MemoryOptions
 from .recipe import Recipe as Recipe
-from .recipe import method_info as method_info
 from .recipe import recipe_keys as recipe_keys

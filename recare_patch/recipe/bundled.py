@@ -27,8 +27,8 @@ from recare_patch.core import (
     unknown_name,
 )
 from recare_patch.recipe.concept import Concept, same_concept
-from recare_patch.recipe.methods import METHODS
-from recare_patch.recipe.recipe import RANK_KEYS, EraseOptions, Fill, Recipe, method_info
+from recare_patch.recipe.methods import METHODS, RANK_KEYS, method_info
+from recare_patch.recipe.recipe import EraseOptions, Fill, Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from recare_patch.core import Registry, Settings
+from recare_patch.core import RecarePatchError, Registry, Settings
+from recare_patch.recipe.concept import Concept
 
 DENOISER_LAYERS = (
     "cross-attention",
@@ -19,6 +20,8 @@ DENOISER_LAYERS = (
 )
 TEXT_LAYER_SETS = ("text-encoder",)
 """Layer sets that lie in the text encoders, not in the denoiser."""
+
+LAYER_SETS = (*DENOISER_LAYERS, *TEXT_LAYER_SETS)
 
 METHODS = Registry(
     "method",
@@ -99,6 +102,41 @@ class MethodInfo:
         return {**asdict(self), **own, "defaults": dict(self.defaults)}
 
 
+def method_info(name: str) -> MethodInfo:
+    """What is known of a method.
+
+    Raises:
+        UnknownNameError: no such method; the sentence offers the nearest.
+    """
+    info: MethodInfo = METHODS.get(name).info
+    return info
+
+
 def section_of(method: str) -> str:
     """What a method's own section of a recipe is called."""
     return method.replace("-", "_")
+
+
+RANK_KEYS = ("adapter.rank", "adapter.alpha")
+
+
+def own_rank(info: MethodInfo, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The rank and alpha of a method that has one for each name; empty for others, or where no concept is sound."""
+    if not info.rank_per_name:
+        return {}
+    count = 0
+    for one in (data.get("concept"), *(data.get("also") or ())):
+        try:
+            concept = one if isinstance(one, Concept) else Concept(**one)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RecarePatchError):
+            return {}
+        count += len(concept.bare_names)
+    return dict(zip(RANK_KEYS, (count, float(count)), strict=True))
+
+
+ABILITIES = {
+    "replace_with": ("replaces", "put something in the concept's place"),
+    "subject": ("separates", "take an attribute out of a subject"),
+    "continue_from": ("continues", "go on from an earlier patch"),
+}
+"""A recipe's key → which field of :class:`MethodInfo` allows it, and what it asks for."""

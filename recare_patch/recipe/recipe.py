@@ -14,11 +14,19 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from recare_patch.core import RecarePatchError, RecipeError, Settings, nearest, one_of, yaml_mapping
+from recare_patch.core import RecipeError, Settings, nearest, one_of, yaml_mapping
 from recare_patch.recipe.concept import MAX_LENGTH, Concept, check_text, same_concept, slug_of
-from recare_patch.recipe.methods import DENOISER_LAYERS, METHODS, TEXT_LAYER_SETS, MethodInfo, section_of
+from recare_patch.recipe.methods import (
+    ABILITIES,
+    LAYER_SETS,
+    METHODS,
+    RANK_KEYS,
+    MethodInfo,
+    method_info,
+    own_rank,
+    section_of,
+)
 
-LAYER_SETS = (*DENOISER_LAYERS, *TEXT_LAYER_SETS)
 OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "constant")
 SCHEDULERS = ("ddim", "dpm-solver++", "euler", "pndm", "unipc")
@@ -35,16 +43,6 @@ Scale = Annotated[float, Field(ge=0, le=100)]
 Weight = Annotated[float, Field(ge=0, le=10_000)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Bar = Annotated[float, Field(gt=0, le=10)]
-
-
-def method_info(name: str) -> MethodInfo:
-    """What is known of a method.
-
-    Raises:
-        UnknownNameError: no such method; the sentence offers the nearest.
-    """
-    info: MethodInfo = METHODS.get(name).info
-    return info
 
 
 class AdapterOptions(Settings):
@@ -296,7 +294,7 @@ class Recipe(Settings):
             raise ValueError(
                 f"{quoted} trains {' or '.join(info.layers)}: adapter.layers cannot be {self.adapter.layers}"
             )
-        for key, (ability, what) in _ABILITIES.items():
+        for key, (ability, what) in ABILITIES.items():
             if getattr(self, key) is not None and not getattr(info, ability):
                 able = [name for name in METHODS.names() if getattr(method_info(name), ability)]
                 raise ValueError(f"{quoted} cannot {what}: {', '.join(able)} can")
@@ -399,11 +397,12 @@ class Recipe(Settings):
                 place[last] = {**place[last], **value}
             else:
                 place[last] = value
-        if _own_rank(self.method_info, vars(self)) == {key: getattr(self.adapter, key[8:]) for key in RANK_KEYS}:
+        told = {key: getattr(self.adapter, key.removeprefix("adapter.")) for key in RANK_KEYS}
+        if own_rank(self.method_info, vars(self)) == told:
             # There may be other names now.
-            for key in RANK_KEYS:
-                if key not in overrides and key[8:] not in overrides.get("adapter", {}):
-                    data["adapter"].pop(key[8:], None)
+            for section, _, name in (key.partition(".") for key in RANK_KEYS):
+                if f"{section}.{name}" not in overrides and name not in overrides.get(section, {}):
+                    data[section].pop(name, None)
         if new != own and new in METHODS:
             _leave_to_method(data, overrides, self.method_info, method_info(new))
         try:
@@ -444,7 +443,7 @@ def _with_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 owner = sections[key]
                 faults.append(f"the section {key} is that of method '{owner}', and method '{name}' has no use for it")
     filled["own"] = own
-    for key, value in {**info.defaults, **_own_rank(info, data)}.items():
+    for key, value in {**info.defaults, **own_rank(info, data)}.items():
         section, _, option = key.partition(".")
         said = filled.get(section, {})
         if isinstance(said, Settings):
@@ -452,23 +451,6 @@ def _with_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if isinstance(said, Mapping) and option not in said:
             filled[section] = {**said, option: value}
     return filled, faults
-
-
-RANK_KEYS = ("adapter.rank", "adapter.alpha")
-
-
-def _own_rank(info: MethodInfo, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The rank and alpha of a method that has one for each name; empty for others, or where no concept is sound."""
-    if not info.rank_per_name:
-        return {}
-    count = 0
-    for one in (data.get("concept"), *(data.get("also") or ())):
-        try:
-            concept = one if isinstance(one, Concept) else Concept(**one)  # type: ignore[arg-type]
-        except (TypeError, ValueError, RecarePatchError):
-            return {}
-        count += len(concept.bare_names)
-    return dict(zip(RANK_KEYS, (count, float(count)), strict=True))
 
 
 def _leave_to_method(data: dict[str, Any], overrides: Mapping[str, Any], old: MethodInfo, new: MethodInfo) -> None:
@@ -495,11 +477,6 @@ def _leave_to_method(data: dict[str, Any], overrides: Mapping[str, Any], old: Me
 
 
 _METHOD_SECTIONS = ("adapter", "search", "erase")
-_ABILITIES = {
-    "replace_with": ("replaces", "put something in the concept's place"),
-    "subject": ("separates", "take an attribute out of a subject"),
-    "continue_from": ("continues", "go on from an earlier patch"),
-}
 
 
 def _own_sections() -> dict[str, type[Settings]]:

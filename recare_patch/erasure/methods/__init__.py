@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from recare_patch import models
+from recare_patch.core import BaseModelError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -245,3 +248,64 @@ class LossMethod(Method):
             which: index into :attr:`names` of each row's prompt, ``[batch]``.
             generator: for every further draw.
         """
+
+
+class SolvedMethod(Method):
+    """A method that is computed from what the text encoders make of prompts, without the denoiser."""
+
+    context: Context
+
+    @classmethod
+    def work(cls, recipe: Recipe) -> Mapping[str, Work]:
+        """No denoiser at all."""
+        return {}
+
+    @property
+    def modules(self) -> list[str]:
+        """The layers that are edited."""
+        return models.target_modules(self.context.base.denoiser, self.context.recipe.adapter.layers)
+
+    def check_reads(self, width: int) -> None:
+        """Refuse a base whose layers do not read the text embeddings, of ``width`` numbers a token, themselves.
+
+        Raises:
+            BaseModelError: it is one.
+        """
+        import torch
+
+        base, modules = self.context.base, set(self.modules)
+        for name, layer in models.base_layers(base.denoiser):
+            if name in modules and isinstance(layer, torch.nn.Linear) and layer.in_features != width:
+                raise BaseModelError(
+                    f"method '{self.context.recipe.method}' cannot edit base '{base.id}': '{name}' reads "
+                    f"{layer.in_features} numbers a token, and the text encoder makes {width}"
+                )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of those layers, fp64."""
+        import torch
+
+        layers, found = dict(models.base_layers(self.context.base.denoiser)), {}
+        for name in self.modules:
+            weight = layers[name].weight
+            assert isinstance(weight, torch.Tensor)
+            found[name] = models.in_double(weight.detach())
+        return found
+
+
+def at_rank(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """``A`` ``[rank, in]`` and ``B`` ``[out, rank]`` nearest to an update, and the squared norm that is cut off."""
+    import torch
+
+    u, s, vh = torch.linalg.svd(update, full_matrices=False)
+    root = s[:rank].sqrt()
+    a, b = padded(root[:, None] * vh[:rank], u[:, :rank] * root, rank)
+    return a, b, float(s[rank:].square().sum())
+
+
+def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors with zeros up to a rank."""
+    import torch
+
+    room = rank - len(a)
+    return torch.cat([a, a.new_zeros(room, a.shape[1])]), torch.cat([b, b.new_zeros(len(b), room)], 1)

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
 
 from recare_patch import models
-from recare_patch.core import BaseModelError, Settings
-from recare_patch.erasure.methods import Context, Method, Needs, Work
+from recare_patch.core import Settings
+from recare_patch.erasure.methods import Context, Needs, SolvedMethod, at_rank, padded
 from recare_patch.recipe import MethodInfo, Paper
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recare_patch.erasure.stages import Stages
-    from recare_patch.recipe import Concept, Recipe
+    from recare_patch.recipe import Concept
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class ClosedOptions(Settings):
     words: int = Field(1500, ge=0, le=1500, description="the most frequent words that are retained")
 
 
-class Closed(Method):
+class Closed(SolvedMethod):
     """Solved, not trained, and exact: a rank a name."""
 
     info = MethodInfo(
@@ -98,31 +98,12 @@ class Closed(Method):
         Raises:
             BaseModelError: values of this base do not read the text embeddings themselves.
         """
-        import torch
-
         assert isinstance(context.recipe.own, ClosedOptions)
         self.context, self.options, base = context, context.recipe.own, context.base
         self.names = _known(context)
         self.instead = context.recipe.replace_with or _PLAIN[context.concept.kind]
-        if context.number:
-            return  # The first of a run's concepts has looked.
-        width = base.empty_states().shape[1]
-        for name, layer in models.base_layers(base.denoiser):
-            if name in self.modules and isinstance(layer, torch.nn.Linear) and layer.in_features != width:
-                raise BaseModelError(
-                    f"method 'closed' cannot edit base '{base.id}': '{name}' reads {layer.in_features} numbers "
-                    f"a token, and the text encoder makes {width}"
-                )
-
-    @classmethod
-    def work(cls, recipe: Recipe) -> Mapping[str, Work]:
-        """No denoiser at all."""
-        return {}
-
-    @property
-    def modules(self) -> list[str]:
-        """The layers that are edited."""
-        return models.target_modules(self.context.base.denoiser, self.context.recipe.adapter.layers)
+        if not context.number:  # The first of a run's concepts looks for all.
+            self.check_reads(base.empty_states().shape[1])
 
     @classmethod
     def erase(cls, methods: Sequence[Self], stages: Stages) -> None:
@@ -130,17 +111,13 @@ class Closed(Method):
         import torch
 
         first, base = methods[0], methods[0].context.base
-        rank, layers = first.context.recipe.adapter.rank, dict(models.base_layers(base.denoiser))
+        rank = first.context.recipe.adapter.rank
         words = _retained(methods)
 
         def solve(generator: torch.Generator) -> dict[str, Tensor]:
             names = [(name, one.instead) for one in methods for name in one.names]
             erased, instead = base.word_states([word for each in zip(*names, strict=True) for word in each]).chunk(2)
-            weights = []
-            for name in first.modules:
-                weight = layers[name].weight
-                assert isinstance(weight, torch.Tensor)
-                weights.append(models.in_double(weight.detach()))
+            weights = first.weights()
             # Words alone, beside what people write before them, and that by itself.
             forms = sorted({form for one in methods for form in _forms(one.context.concept)})
             beside = [forms[k % len(forms)].format(word) for k, word in enumerate(words)]
@@ -148,7 +125,7 @@ class Closed(Method):
             begun = [form.removesuffix("{}").strip() for form in forms]
             retained, empty = base.word_states([*words, *beside, *begun]), base.empty_states()
             seen = models.in_double(base.encode_prompts(whole or [""]).prompt_embeds)[:, 1:].flatten(0, 1)
-            every = torch.cat(weights)
+            every = torch.cat(list(weights.values()))
             reads, went = solution(
                 erased, instead, retained, empty, first.options, values=every, beside=seen, generator=generator
             )
@@ -157,9 +134,9 @@ class Closed(Method):
             missed = total = 0.0
             retained = retained[: len(words)]
             moved, was = torch.zeros(2, len(words), dtype=reads.dtype).unbind()
-            for name, weight in zip(first.modules, weights, strict=True):
+            for name, weight in weights.items():
                 writes = weight @ (instead - erased).T
-                a, b, cut = _at_rank(reads, writes, rank)
+                a, b, cut = _factors(reads, writes, rank)
                 made[f"{name}.A"], made[f"{name}.B"] = a.float(), b.float()
                 missed, total = missed + cut, total + float((writes @ reads).square().sum())
                 moved += (retained @ reads.T @ writes.T).square().sum(1).cpu()
@@ -254,8 +231,8 @@ def solution(
     wanted = (instead - erased) @ values.T
 
     def spared(rows: Tensor) -> tuple[Tensor, Tensor]:
-        values, directions = torch.linalg.eigh((rows * unit).T @ (rows * unit) / max(len(rows), 1))
-        return values, directions
+        sizes, directions = torch.linalg.eigh((rows * unit).T @ (rows * unit) / max(len(rows), 1))
+        return sizes, directions
 
     def solved(room: tuple[Tensor, Tensor], bound: float, ridge: float) -> Tensor:
         free = room[1][:, room[0] < bound]
@@ -313,21 +290,15 @@ def _centres(states: Tensor, generator: torch.Generator) -> Tensor:
     return centres
 
 
-def _at_rank(reads: Tensor, writes: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """``A`` ``[rank, in]`` and ``B`` ``[out, rank]`` of their product, and the squared norm that does not fit in.
+def _factors(reads: Tensor, writes: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """``A`` and ``B`` of their product, see :func:`at_rank`.
 
-    Where there is room a name has its own row and column, of equal norm; else singular values are cut off.
+    Where there is room a name has its own row and column, of equal norm, and nothing is cut off.
     """
     import torch
 
-    a, b, missed = reads, writes, 0.0
     if len(reads) > rank:
-        u, s, vh = torch.linalg.svd(writes @ reads, full_matrices=False)
-        root, missed = s[:rank].sqrt(), float(s[rank:].square().sum())
-        a, b = root[:, None] * vh[:rank], u[:, :rank] * root
-    else:
-        even = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-30)).sqrt()
-        even = torch.where(even > 0, even, 1.0)
-        a, b = a * even[:, None], b / even
-    room = rank - len(a)
-    return torch.cat([a, a.new_zeros(room, a.shape[1])]), torch.cat([b, b.new_zeros(len(b), room)], 1), missed
+        return at_rank(writes @ reads, rank)
+    even = (writes.norm(dim=0) / reads.norm(dim=1).clamp(min=1e-30)).sqrt()
+    even = torch.where(even > 0, even, 1.0)
+    return *padded(reads * even[:, None], writes / even, rank), 0.0

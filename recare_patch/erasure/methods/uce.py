@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
 
 from recare_patch import models
-from recare_patch.core import BaseModelError, Settings
-from recare_patch.erasure.methods import Context, Method, Needs, Work
+from recare_patch.core import Settings
+from recare_patch.erasure.methods import Context, Needs, SolvedMethod, at_rank
 from recare_patch.recipe import MethodInfo, Paper
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recare_patch.erasure.stages import Stages
-    from recare_patch.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class UCEOptions(Settings):
     ridge: float = Field(0.5, gt=0, le=10_000, description="λ, of staying near the old weights everywhere")
 
 
-class UCE(Method):
+class UCE(SolvedMethod):
     """Solved, not trained; exported at the adapter's rank by a singular value decomposition."""
 
     info = MethodInfo(
@@ -84,26 +83,11 @@ class UCE(Method):
         concept, instead = zip(*(self._aligned(*pair) for pair in context.erased.pairs), strict=True)
         self.concept, self.instead = torch.cat(concept), torch.cat(instead)
         width = self.concept.shape[1]
-        for name, layer in models.base_layers(base.denoiser):
-            if name in self.modules and isinstance(layer, torch.nn.Linear) and layer.in_features != width:
-                raise BaseModelError(
-                    f"method 'uce' cannot edit base '{base.id}': '{name}' reads {layer.in_features} numbers "
-                    f"a token, and the text encoder makes {width}"
-                )
+        self.check_reads(width)
         self.retained = torch.zeros(0, width).double()
         if context.retained.prompts:
             kept = models.in_double(base.encode_prompts(list(context.retained.prompts)).prompt_embeds)
             self.retained = kept[:, 1:].flatten(0, 1)
-
-    @classmethod
-    def work(cls, recipe: Recipe) -> Mapping[str, Work]:
-        """No denoiser at all."""
-        return {}
-
-    @property
-    def modules(self) -> list[str]:
-        """The layers that are edited."""
-        return models.target_modules(self.context.base.denoiser, self.context.recipe.adapter.layers)
 
     def _aligned(self, prompt: str, other: str) -> tuple[Tensor, Tensor]:
         """Embeddings of a prompt from where it parts from the other one, and the other's in their place.
@@ -136,7 +120,7 @@ class UCE(Method):
         import torch
 
         first, context = methods[0], methods[0].context
-        rank, layers = context.recipe.adapter.rank, dict(models.base_layers(context.base.denoiser))
+        rank = context.recipe.adapter.rank
 
         def solve(generator: torch.Generator) -> dict[str, Tensor]:
             both = [one.moments() for one in methods]
@@ -146,16 +130,11 @@ class UCE(Method):
             models.check_finite(change, "the numbers that the closed form gives", context.base.dtype)
             made: dict[str, Tensor] = {}
             missed = total = 0.0
-            for name in first.modules:
-                weight = layers[name].weight
-                assert isinstance(weight, torch.Tensor)
-                u, s, vh = torch.linalg.svd(models.in_double(weight.detach()) @ change, full_matrices=False)
-                root = torch.zeros(rank, dtype=s.dtype, device=s.device)
-                root[: len(s)] = s[:rank].sqrt()
-                a, b = vh.new_zeros(rank, vh.shape[1]), u.new_zeros(len(u), rank)
-                a[: len(s)], b[:, : len(s)] = vh[:rank], u[:, :rank]
-                made[f"{name}.A"], made[f"{name}.B"] = (root[:, None] * a).float(), (b * root).float()
-                missed, total = missed + float(s[rank:].square().sum()), total + float(s.square().sum())
+            for name, weight in first.weights().items():
+                update = weight @ change
+                a, b, cut = at_rank(update, rank)
+                made[f"{name}.A"], made[f"{name}.B"] = a.float(), b.float()
+                missed, total = missed + cut, total + float(update.square().sum())
             residual = math.sqrt(missed / total) if total else 0.0
             return made | {RESIDUAL: torch.tensor(residual)}
 

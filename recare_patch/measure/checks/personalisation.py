@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, Field
 
-from recare_patch.core import EvaluationError, PatchError, keep_json, kept_json
+from recare_patch.core import EvaluationError, PatchError, file_sha256, keep_json, kept_json
 from recare_patch.measure.checks.fine_tuning import (
     CHECKPOINT,
     Count,
@@ -142,7 +142,7 @@ class Personalisation(Checker[PersonalisationOptions]):
         lora, spent = replace(drawn, prompts=captions).lora(options.steps, checkpoint, nullcontext)
         cost = {"evaluations": spent, "images": len(captions)}
         if folder is not None:
-            lora.save(folder, torch.float32)
-            keep_json(folder / "lora.json", {"cost": cost, "sha256": Patch.load(folder).sha256()})
+            sha256 = file_sha256(lora.save(folder, torch.float32))
+            keep_json(folder / "lora.json", {"cost": cost, "sha256": sha256})
             (folder / CHECKPOINT).unlink(missing_ok=True)
         return lora, cost
