@@ -12,7 +12,7 @@ from click import FloatRange, command, echo
 
 from recare_patch import cli
 from recare_patch.cli import flag, option
-from recare_patch.core import OutputError, RecipeError, ResumeError, read_text
+from recare_patch.core import OutputError, RecipeError, ResumeError, check_sheet, read_text, save_sheet
 from recare_patch.recipe import (
     KINDS,
     METHODS,
@@ -309,6 +309,8 @@ def _report(concept: str, result: Any) -> None:
     FloatRange(min=0, min_open=True),
 )
 @cli.device_option
+@flag("--collateral", "Tell the words that this erasure will move most; reads the base's weights.")
+@option("--sheet FILE", "With --collateral: pictures of those words, before and after.", cli.FOLDER)
 @cli.set_option()
 def plan(
     concept: str,
@@ -318,6 +320,8 @@ def plan(
     vram: float | None,
     tflops: float | None,
     device: str,
+    collateral: bool,
+    sheet: Path | None,
     assignments: tuple[str, ...],
 ) -> None:
     """Print the memory and time that an erasure is expected to take, stage by stage.
@@ -325,11 +329,17 @@ def plan(
     \b
     recare-patch plan --base path/to/pipeline --vram 6
     recare-patch plan --recipe tench-sd-1.5 --checkpointing
+    recare-patch plan --concept "Van Gogh" --collateral --sheet moved.png
 
     Evaluations are exact, or the most where a run measures when to end. Memory and time are estimates: tensors are
-    added up on a model without values, and operations divided by the device's speed. No weights are read.
+    added up on a model without values, and operations divided by the device's speed. No weights are read but for
+    --collateral, which solves for the closed form and tells by how much it moves what values make of other words.
     """
     cli.quiet_libraries()
+    if sheet is not None:
+        if not collateral:
+            raise RecipeError("--sheet draws what --collateral tells: give both")
+        check_sheet(sheet)
     overrides = cli.overrides_from(assignments)
     from recare_patch.erasure import UTILIZATION, choose, is_exact, measured_speed
     from recare_patch.erasure import plan as planned
@@ -366,3 +376,20 @@ def plan(
         f"Evaluations are {sure}; memory and time are estimates, at {speed / 1e12:.3g} TFLOP/s ({source}). "
         "training.json will say what it was."
     )
+    if collateral:
+        _tell_collateral(made, device, sheet)
+
+
+def _tell_collateral(recipe: Recipe, device: str, file: Path | None) -> None:
+    from recare_patch.erasure import draw_forecast, forecast
+    from recare_patch.models import load_base
+
+    with cli.shown_progress() as progress:
+        model = load_base(recipe.base, precision=recipe.precision, device=device, memory=recipe.memory)
+        found = forecast(recipe, base=model, device=device, progress=progress)
+        if file is not None:
+            save_sheet(draw_forecast(found, recipe, model), file)
+    echo("What it will move most beside its concept, in what values make of it:")
+    cli.echo_table([("word", "moves by")] + [(word, f"{share:.1%}") for word, share in found.words.items()])
+    if file is not None:
+        echo(f"Before and after: {file}")

@@ -1,6 +1,9 @@
 from .care_sets import care_set_of as care_set_of
 from .doctor import Diagnosis as Diagnosis
 from .doctor import rehearse as rehearse
+from .forecast import Forecast as Forecast
+from .forecast import draw_forecast as draw_forecast
+from .forecast import forecast as forecast
 from .inversion import invert as invert
 from .inversion import name_templates as name_templates
 from .loop import OPTIMIZERS as OPTIMIZERS

@@ -41,8 +41,8 @@ RESIDUAL = "rank_residual"
 WENT = "names_went"
 """The note that says how much of its way the name went that went least."""
 
-FORECAST, TOLD = "moved_most", 20
-"""The note that names the retained words that the patch moves most, and how many of them."""
+FORECAST = "moved_most"
+"""The note that names the retained words that the patch moves most."""
 
 _CENTRES, _ROUNDS = 3, 20
 
@@ -67,6 +67,7 @@ class ClosedOptions(Settings):
     )
     fixed_ridge: Small = Field(0.05, description="λ, by which the start token and the empty prompt may still move")
     words: int = Field(1500, ge=0, le=1500, description="the most frequent words that are retained")
+    told: int = Field(20, ge=1, le=10_000, description="how many of those that it moves most training.json tells")
 
 
 class Closed(SolvedMethod):
@@ -142,7 +143,7 @@ class Closed(SolvedMethod):
                 f"a name goes {went:.0%} of its way alone: retained words leave it no more room; retain fewer "
                 "(--set closed.words=…), or raise closed.null_space"
             )
-        most = share.argsort(descending=True)[:TOLD].tolist()
+        most = share.argsort(descending=True)[: first.options.told].tolist()
         stages.note(FORECAST, {words[k]: round(float(share[k]), 4) for k in most})
         part = base.denoiser_name
         stages.set_adapter({models.full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules})
