@@ -76,9 +76,8 @@ def measure(concept: str, method: str) -> dict[str, Any]:
 
 
 def _table() -> None:
-    print(
-        "| concept | patch | words | Spearman's ρ | most moved, as told | most moved, as measured |\n|---|---|---|---|---|---|"
-    )
+    print("| concept | patch | words | Spearman's ρ | most moved, as told | most moved, as measured |")
+    print("|---|---|---|---|---|---|")
     for file in sorted(RESULTS.glob("*.json")):
         row = json.loads(file.read_text(encoding="utf-8"))
         most = [sorted(row["words"], key=lambda word: -row["words"][word][k])[:4] for k in (0, 1)]
