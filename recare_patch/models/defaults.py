@@ -29,14 +29,14 @@ FULL_SIZE_VALUES: dict[str, Any] = {
     "search.erase_steps": 100,
     # How far AdamW can move a weight by then, Σ rate × LoRA scale × rms of A in units of 1/√fan-in: .18. ReCARE's
     # second stage comes to .11, ESD today to .28; LECO, SPM and sliders stay below .1 (`python -m benchmarks.reach`).
-    # A run ends earlier when it sees itself done; small steps, since one moves 16 to 70 cross-attentions together.
+    # Small steps, since one moves 16 to 70 cross-attentions together.
     "erase.steps": 200,
     "erase.learning_rate": 1.0e-3,
 }
 
 
-RECARE_VALUES: dict[str, Any] = {"erase.steps": 60, "erase.learning_rate": 8.0e-4}
-"""ReCARE's own: twice the steps of a small base at a quarter of their rate, since its patch is multiplied by four."""
+RECARE_VALUES: dict[str, Any] = {"erase.steps": 60, "erase.learning_rate": 1.1e-3}
+"""ReCARE's own: twice the steps of a small base, and together the reach of its release's second stage (.11)."""
 
 
 def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:

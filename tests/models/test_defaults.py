@@ -40,7 +40,9 @@ def test_a_fine_tune_gets_what_the_model_of_its_shape_gets(folders: dict[str, Pa
 def test_the_family_tells_guidance_and_rank_and_the_device_precision(folders: dict[str, Path]) -> None:
     made = {name: resolve_recipe("x", kind="style", base=str(folder)) for name, folder in folders.items()}
     assert [one.target_images.guidance_scale for one in made.values()] == [7.5, 7.5, 5.0]
-    assert [one.adapter.rank for one in made.values()] == [8, 8, 4]
+    assert [one.adapter.rank for one in made.values()] == [2, 2, 2]
+    esd = [resolve_recipe("x", kind="style", base=str(one), overrides={"method": "esd"}) for one in folders.values()]
+    assert [one.adapter.rank for one in esd] == [8, 8, 4]
     assert {one.precision for one in made.values()} == {"fp32"}
     half = resolve_recipe("x", kind="style", base=str(folders["sdxl"]), device="meta")
     assert half.precision == "bf16"
@@ -54,7 +56,9 @@ def test_what_is_said_goes_before_the_base(folders: dict[str, Path], tmp_path: P
     mine = resolve_recipe("", recipe=str(tmp_path / "mine.yaml"), base=base)
     assert (mine.target_images.count, mine.target_images.steps) == (5, 25)
     # A method's own default, and a switch of the method.
-    other = resolve_recipe("cat", kind="object", base=base, preset="fast")
+    fast = resolve_recipe("cat", kind="object", base=base, preset="fast")
+    assert (fast.method, fast.adapter.layers) == ("closed", "cross-attention-v")
+    other = resolve_recipe("cat", kind="object", base=base, overrides={"method": "forget-me-not"})
     assert (other.method, other.target_images.count, other.adapter.layers) == ("forget-me-not", 8, "cross-attention-kv")
     assert (other.erase.steps, other.erase.learning_rate) == (35, 4e-3)
     esd = resolve_recipe("", recipe=str(tmp_path / "mine.yaml"), base=base, overrides={"method": "esd"})
