@@ -17,7 +17,7 @@ from recare_patch.recipe import slug_of
 
 if TYPE_CHECKING:
     from recare_patch.measure import AttackOptions, AttackResult, Evidence
-    from recare_patch.measure.verify import Verification
+    from recare_patch.measure.integrity import Findings
 
 _FOLDER = cli.FilePath(path_type=Path, file_okay=False)
 
@@ -198,7 +198,7 @@ def attack(
     if not attacks and replay is None:
         names = ", ".join(measure.ATTACKS.names())
         raise RecipeError(f"no attack was named: give --attack NAME ({names}) or --replay DIR")
-    options = _attack_options(attacks, shared["budget"], overrides)
+    options = attack_options_of(attacks, shared["budget"], overrides)
     # "." and ".." have no name to write another beside.
     source = Path(patch) if Path(patch).name not in ("", "..") else Path(patch).resolve()
     # Beside the patch, where `evaluate` and `verify` look for them.
@@ -231,7 +231,7 @@ def attack(
         echo(f"Saved: {place}")
 
 
-def _attack_options(attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]) -> dict[str, AttackOptions]:
+def attack_options_of(attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]) -> dict[str, AttackOptions]:
     """The options of each attack; a key goes to those that have it, and one at least must."""
     from recare_patch.measure import attack_options
 
@@ -286,6 +286,11 @@ def verify(
     with cli.shown_progress() as progress:
         options |= {"memory": cli.given_memory(), "progress": progress}
         found = verified(patch, base, figures=figures or ("all",), **options)
+    ctx.exit(tell_findings(found, str(patch), as_json))
+
+
+def tell_findings(found: Findings, source: str, as_json: bool) -> int:
+    """Print what was looked at and whether it holds; gives the exit code."""
     if as_json:
         findings = [{"about": one.about, "holds": one.holds, "told": one.told} for one in found.findings]
         told = {"holds": found.holds, "not_measured_again": found.unmeasured, "findings": findings}
@@ -295,11 +300,11 @@ def verify(
         for one in found.findings:
             echo(f"{words[one.holds]:<6}{one.about}: {one.told}")
         checked = sum(one.holds is not None for one in found.findings)
-        echo(f"{patch} {_verdict(found, checked)}.")
-    ctx.exit(0 if found.holds else 1)
+        echo(f"{source} {_verdict(found, checked)}.")
+    return 0 if found.holds else 1
 
 
-def _verdict(found: Verification, checked: int) -> str:
+def _verdict(found: Findings, checked: int) -> str:
     """What a verification comes to: what was checked, and what nobody measured again."""
     told, left = f"holds: {checked} checked", found.unmeasured
     if not found.holds:
