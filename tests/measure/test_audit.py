@@ -289,8 +289,7 @@ def test_what_was_erased_must_be_told(made: Path, base: BaseModel, tmp_path: Pat
     with pytest.raises(EvaluationError, match="'styel' is no kind of concept"):
         audit([source], concept="a thing", kind="styel", **how)
     with pytest.raises(IncompatiblePatchError):
-        # SDXL's second encoder is wider than this one.
-        audit([str(made / "text.safetensors")], suite=Suite(**SUITE), **{**how, "base": load_base_xl(tmp_path)})
+        audit([source], suite=Suite(**SUITE), **{**how, "base": load_base_xl(tmp_path)})
 
 
 def load_base_xl(place: Path) -> BaseModel:
