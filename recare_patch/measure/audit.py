@@ -16,18 +16,19 @@ from recare_patch.careset import Clip, clip_bytes, default_clip
 from recare_patch.core import EvaluationError, EvidenceError, NullProgress, Progress, launched_together, write_text
 from recare_patch.measure.attacks.run import attack_patch
 from recare_patch.measure.attacks.saved import attack_figure
-from recare_patch.measure.board import EMPTY, Cell, attack_cell, figure_cell, write_board
+from recare_patch.measure.board import (
+    EMPTY,
+    Cell,
+    attack_cell,
+    attack_in,
+    figure_cell,
+    figure_in,
+    names_in,
+    write_board,
+)
 from recare_patch.measure.checks import PICTURES as CHECK_PICTURES
 from recare_patch.measure.erasers import Eraser
-from recare_patch.measure.evidence import (
-    AttackFigure,
-    Audited,
-    Evidence,
-    Figure,
-    intervals_meet,
-    worst_erased,
-    worst_first,
-)
+from recare_patch.measure.evidence import AttackFigure, Audited, Evidence, intervals_meet, worst_erased, worst_first
 from recare_patch.measure.finding import Found, find_eraser
 from recare_patch.measure.integrity import Finding, Findings, Record
 from recare_patch.measure.judges import Detector, Judges
@@ -290,73 +291,54 @@ def audit_text(found: Audit) -> str:
     return json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _names(evidence: Sequence[Evidence]) -> tuple[list[str], list[str]]:
-    """Figures and attacks that any of them has, in their order."""
-    figures = dict.fromkeys(one.name for each in evidence for one in each.figures)
-    return list(figures), list(dict.fromkeys(one.attack for each in evidence for one in each.attacks))
-
-
 def table(found: Audit) -> list[list[str]]:
     """Figures down, the base and the erasers across, each with its interval; the first row is the head."""
-    figures, attacks = _names(found.evidence)
-    rows = [["", "base", *(one.audited.name if one.audited else one.method for one in found.evidence)]]
-    rows.append(["verdict", "", *map(verdict, found.evidence)])
+    figures, attacks = names_in(found.evidence)
+    rows = [["", "base", *map(_title, found.evidence)], ["verdict", "", *map(verdict, found.evidence)]]
     for name in figures:
-        cells = [_figure(one, name) for one in found.evidence]
-        first = next(one for one in cells if one is not None)
-        told = [_plain(figure_cell(first, base=True)), *(_plain(figure_cell(one)) for one in cells)]
-        rows.append([name, *told])
+        first = next(filter(None, (figure_in(one, name) for one in found.evidence)), None)
+        cells = [figure_cell(first, base=True), *(figure_cell(figure_in(one, name)) for one in found.evidence)]
+        rows.append([name, *map(str, cells)])
     for name in attacks:
-        own = [next((one for one in each.attacks if one.attack == name), None) for each in found.evidence]
-        rows.append([f"under {name}", "–", *(_plain(attack_cell(one)) for one in own)])
+        rows.append([f"under {name}", "–", *(str(attack_cell(attack_in(one, name))) for one in found.evidence)])
     return rows
 
 
-def _figure(evidence: Evidence, name: str) -> Figure | None:
-    return next((one for one in evidence.figures if one.name == name), None)
+def _title(evidence: Evidence) -> str:
+    return evidence.audited.name if evidence.audited else evidence.method
 
 
-def _plain(cell: Cell) -> str:
-    return f"{cell.text} ({cell.small})" if cell.small else cell.text
+def _row(one: Evidence, figures: Sequence[str], attacks: Sequence[str]) -> list[Cell]:
+    """An eraser's row of the page."""
+    assert one.audited is not None
+    changes = ", ".join(one.audited.changes)
+    return [
+        Cell(one.audited.name, link=f"{slug_of(one.audited.name)}/{REPORT_NAME}"),
+        Cell(one.audited.what, changes or ("" if one.audited.what == "defence" else "changes nothing")),
+        Cell(verdict(one)),
+        figure_cell(worst_erased(one)),
+        *(figure_cell(figure_in(one, name)) for name in figures),
+        *(attack_cell(attack_in(one, name)) for name in attacks),
+    ]
 
 
 def _write(found: Audit) -> None:
     """``audit.json`` and the page."""
-    figures, attacks = _names(found.evidence)
+    figures, attacks = names_in(found.evidence)
     first = found.evidence[0]
-    head = ["eraser", "what it is", "verdict", "worst", *figures, *(f"under {name}" for name in attacks)]
-    base: dict[str, Cell] = {}
-    rows = []
-    for one in found.evidence:
-        assert one.audited is not None
-        for name in figures:
-            if (figure := _figure(one, name)) is not None:
-                base.setdefault(name, figure_cell(figure, base=True))
-        changes = ", ".join(one.audited.changes)
-        rows.append(
-            [
-                Cell(one.audited.name, link=f"{slug_of(one.audited.name)}/{REPORT_NAME}"),
-                Cell(one.audited.what, changes or ("" if one.audited.what == "defence" else "changes nothing")),
-                Cell(verdict(one)),
-                figure_cell(worst_erased(one)),
-                *(figure_cell(_figure(one, name)) for name in figures),
-                *(attack_cell(next((a for a in one.attacks if a.attack == name), None)) for name in attacks),
-            ]
-        )
-    untouched = [Cell("base"), Cell("untouched"), EMPTY, EMPTY, *(base.get(name, EMPTY) for name in figures)]
-    rows.insert(0, [*untouched, *(EMPTY for _ in attacks)])
-    suite = str(first.suite.get("name", ""))
+    untouched = [Cell("base"), Cell("untouched"), EMPTY, EMPTY]
+    untouched += [figure_cell(figure_in(first, name), base=True) for name in figures] + [EMPTY for _ in attacks]
     write_board(
         found.folder / PAGE_NAME,
         f"{first.concept} on {found.base}: {len(found.evidence)} erasers",
-        head,
-        rows,
+        ["eraser", "what it is", "verdict", "worst", *figures, *(f"under {name}" for name in attacks)],
+        [untouched, *(_row(one, figures, attacks) for one in found.evidence)],
         eyebrow="Audit",
-        facts=" · ".join(filter(None, [first.kind, suite, first.created[:10]])),
+        facts=" · ".join(filter(None, [first.kind, str(first.suite.get("name", "")), first.created[:10]])),
         notes=[
             f"Same prompts, seeds and judges throughout. erased: at most {100 * GONE:.0f} % of the pictures still show "
             f"it on every set of prompts on which {100 * SHOWN:.0f} % of the base's do; not erased: on some, no clear "
-            "change; weakened: in between. Intervals are 95 %, those of rates Wilson's. A column's name sorts the table."
+            "change; weakened: in between. Intervals are 95 %, of rates Wilson's. A column's name sorts the table."
         ],
     )
     write_text(found.folder / AUDIT_NAME, audit_text(found))

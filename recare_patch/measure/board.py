@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from recare_patch.core import write_text
-from recare_patch.measure.evidence import AttackFigure, Figure, show_value
+from recare_patch.measure.evidence import AttackFigure, Evidence, Figure, show_value
 from recare_patch.measure.report import environment
 
 
@@ -44,6 +44,9 @@ class Cell:
         plain = self.link.startswith(("https://", "http://")) or ":" not in self.link.partition("/")[0]
         return quote(self.link, safe="/:@.-_~%?=&") if self.link and plain else ""
 
+    def __str__(self) -> str:
+        return f"{self.text} ({self.small})" if self.small else self.text
+
 
 EMPTY = Cell("–", order=math.inf)
 """Of what was not measured: at the end of its column."""
@@ -63,6 +66,22 @@ def attack_cell(attack: AttackFigure | None) -> Cell:
         return EMPTY
     told = f"{attack.successes} of {attack.trials}, {attack.show_interval()}"
     return Cell(show_value(attack.rate, "rate"), told, attack.rate)
+
+
+def names_in(evidence: Sequence[Evidence]) -> tuple[list[str], list[str]]:
+    """Figures and attacks that any of them has, in their order."""
+    figures = dict.fromkeys(one.name for each in evidence for one in each.figures)
+    return list(figures), list(dict.fromkeys(one.attack for each in evidence for one in each.attacks))
+
+
+def figure_in(evidence: Evidence, name: str) -> Figure | None:
+    """A figure by its name, where it was measured."""
+    return next((one for one in evidence.figures if one.name == name), None)
+
+
+def attack_in(evidence: Evidence, name: str) -> AttackFigure | None:
+    """The first record of an attack, where there is one."""
+    return next((one for one in evidence.attacks if one.attack == name), None)
 
 
 def write_board(
