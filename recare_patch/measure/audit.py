@@ -286,7 +286,7 @@ def _told(found: Found, eraser: Eraser) -> Audited:
 
 def audit_text(found: Audit) -> str:
     """``audit.json``: the evidence of all, each as its own ``evidence.json`` has it."""
-    rows = [{"verdict": verdict(one), "evidence": json.loads(one.to_json())} for one in found.evidence]
+    rows = [{"verdict": verdict(one), "evidence": one.to_dict()} for one in found.evidence]
     told = {"version": VERSION, "kind": "audit", "base": found.base, "erasers": rows}
     return json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

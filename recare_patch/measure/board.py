@@ -95,9 +95,9 @@ def write_board(
     notes: Sequence[str] = (),
 ) -> Path:
     """Write the page, whole or not at all; OutputError where it cannot be written."""
-    script = _script()
+    template, script = _template()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    page = _template().render(
+    page = template.render(
         **{"title": title, "eyebrow": eyebrow, "facts": facts, "notes": notes, "head": head, "rows": rows},
         script=Markup(script),
         digest=digest,
@@ -107,12 +107,9 @@ def write_board(
 
 
 @functools.cache
-def _script() -> str:
-    return (Path(__file__).parent / "board.js").read_text(encoding="utf-8")
-
-
-@functools.cache
-def _template() -> jinja2.Template:
+def _template() -> tuple[jinja2.Template, str]:
+    """The page's template, and its script."""
     pages = environment()
     pages.globals["isinf"] = math.isinf
-    return pages.get_template("board.html.j2")
+    assert pages.loader is not None
+    return pages.get_template("board.html.j2"), pages.loader.get_source(pages, "board.js")[0]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from recare_patch.core import EvaluationError, RecarePatchError, file_sha256
+from recare_patch.core import EvaluationError, RecarePatchError, file_sha256, load_json
 from recare_patch.measure.names import DEFENCES
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Defence:
             if not equals or not key.isidentifier():
                 raise EvaluationError(f"'{one}' is no option of the defence {name}: write key=value")
             try:
-                options[key] = json.loads(value)
+                options[key] = load_json(value)
             except ValueError:
                 options[key] = value
         return cls(name, DEFENCES.get(name), concept, options)

@@ -369,10 +369,13 @@ class Evidence(_Evidence):
                 f"{self.patch_sha256[:12]}…, and {source} has {sha256[:12]}…"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What the file says, as JSON has it."""
+        return self.model_dump(mode="json", exclude={"audited"} if self.audited is None else None)
+
     def to_json(self) -> str:
         """The file's text; equal evidence gives equal text."""
-        told = self.model_dump(mode="json", exclude={"audited"} if self.audited is None else None)
-        return json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "the evidence") -> Evidence:

@@ -128,7 +128,7 @@ def _write(found: Transfer) -> None:
         ),
         notes=["Each model is its own base, at the same prompts and seeds. Intervals are 95 %, of rates Wilson's."],
     )
-    told = [{"model": title, "evidence": json.loads(one.to_json())} for title, one in found.evidence.items()]
+    told = [{"model": title, "evidence": one.to_dict()} for title, one in found.evidence.items()]
     faults = [{"model": title, "fault": fault} for title, fault in found.faults.items()]
     note = {"version": VERSION, "kind": "transfer", "patch_sha256": found.sha256, "models": [*told, *faults]}
     write_text(found.folder / TRANSFER_NAME, json.dumps(note, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
