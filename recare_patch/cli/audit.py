@@ -14,6 +14,14 @@ from recare_patch.core import EvaluationError
 from recare_patch.recipe import KINDS
 
 
+def _place(text: str) -> str:
+    """A patch on the Hub is fetched, and one's short name made whole, with the title that stands before it."""
+    title, equals, rest = text.rpartition("=")
+    if rest.startswith(cli.HUB_PREFIX):
+        rest = str(cli.parse_patch(rest)[0])
+    return f"{title}{equals}{cli.short_patch(rest)}"
+
+
 @command()
 @argument("erasers", nargs=-1, required=True, type=cli.PLACE, metavar="ERASER...")
 @option("--base FOLDER|HUB-ID", "The untouched model that all of them are for.", required=True)
@@ -67,6 +75,7 @@ def audit(
         raise EvaluationError("--no-cache and --cache exclude each other")
     from recare_patch.measure import audit as auditing
 
+    erasers = tuple(map(_place, erasers))
     pictures = options.pop("pictures")
     with cli.shown_progress() as progress:
         shared: dict[str, Any] = {"progress": progress, "memory": cli.given_memory()}

@@ -27,6 +27,7 @@ from recare_patch.measure.board import (
     write_board,
 )
 from recare_patch.measure.checks import PICTURES as CHECK_PICTURES
+from recare_patch.measure.checks import check_names
 from recare_patch.measure.erasers import Eraser
 from recare_patch.measure.evidence import AttackFigure, Audited, Evidence, intervals_meet, worst_erased, worst_first
 from recare_patch.measure.finding import Found, find_eraser
@@ -140,6 +141,10 @@ def audit(
     if launched_together():
         raise EvaluationError("an audit runs in one process: launch it without accelerate")
     found = _titled([one if isinstance(one, Found) else find_eraser(str(one)) for one in sources])
+    defended = next((one.title for one in found if one.what == "defence"), None)
+    if defended is not None and checks and "scales" in check_names(checks):
+        told = f"has no scale, being on or off, and the check scales asks for several: leave '{defended}' out, or it"
+        raise EvaluationError(f"a defence {told}")
     named, given = (detector, None) if isinstance(detector, str) else (None, detector)
     options = Options(
         metrics=metrics,

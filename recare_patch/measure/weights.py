@@ -136,11 +136,6 @@ class Weights:
         found = {component for component, _ in self._loaded or ()}
         return tuple(one for one in (*COMPONENTS, VAE) if one in found)
 
-    @property
-    def bytes(self) -> int:
-        """Of all its tensors."""
-        return sum(info.bytes for info in self._infos.values())
-
     def check_base(self, base: BaseModel, *, strict: bool = False) -> bool:
         """Whether every tensor has its place in a base; nobody knows whether it was made from these very weights.
 

@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from recare_patch.core import EvaluationError, IncompatiblePatchError, RecarePatchError
 from recare_patch.measure.attacks import attack_options
 from recare_patch.measure.audit import audit, table, verdict, verify_audit
+from recare_patch.measure.checks.fine_tuning import FineTuning, FineTuningOptions
+from recare_patch.measure.checks.protocol import CheckContext
 from recare_patch.measure.erasers import Defence
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.finding import find_eraser
 from recare_patch.measure.names import DEFENCES
+from recare_patch.measure.pictures import Studio
 from recare_patch.measure.suites import Suite
 from recare_patch.models import BaseModel, find_layout, load_base
 from recare_patch.patch import Patch, write_kohya, write_single_file
@@ -296,3 +299,21 @@ def load_base_xl(place: Path) -> BaseModel:
     from tests.tiny import make_tiny_sdxl
 
     return load_base(make_tiny_sdxl(place / "xl"), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["partial.safetensors", "defence:halved"])
+def test_others_are_fine_tuned_where_they_stand(made: Path, base: BaseModel, name: str) -> None:
+    source = name if name.startswith("defence:") else str(made / name)
+    eraser: Any = find_eraser(source).opened(base, CONCEPT)
+    plain, studio = predicted(base), Studio(base, batch_size=4)
+    context = CheckContext(base, eraser, Suite(**SUITE), Anything(), studio, pictures=4)
+    options = FineTuningOptions(at=(0, 2), images=4, batch_size=2)
+    check = FineTuning().run(context, options)
+    assert [one.x for one in check.points] == [0, 2] and set(check.points[0].values) > {"concept", "base"}
+    assert torch.equal(predicted(base), plain)
+
+
+def test_a_defence_has_no_scale(base: BaseModel, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"base": base, "suite": Suite(**SUITE), "out": tmp_path / "audit", "device": "cpu"}
+    with pytest.raises(EvaluationError, match="has no scale"):
+        audit(["defence:halved"], checks=["all"], **how)
