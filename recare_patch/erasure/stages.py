@@ -376,6 +376,24 @@ class Stages:
         for part, network in lora.adapted(self.run.base, self.run.recipe.adapter.layers).items():
             _fill(self.run.recipe, part, network, ADAPTER, lambda name: factors[name])
 
+    def begin(self, factors: Mapping[str, Tensor]) -> None:
+        """Let the adapter start from an update of lower rank; its other ranks start as they are.
+
+        Args:
+            factors: ``<layer>.A`` ``[n, in]`` and ``<layer>.B`` ``[out, n]`` of layers of the denoiser.
+        """
+        base, options = self.run.base, self.run.recipe.adapter
+        network = base.components[base.denoiser_name]
+        state = lora.adapter_state(network, ADAPTER)
+        for name in {key.rpartition(".")[0] for key in factors}:
+            a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
+            down, up = factors[f"{name}.A"].to(a), factors[f"{name}.B"].to(b)
+            # Rows as long as those that training starts from elsewhere, so that a step in B reaches as far.
+            longer = a.norm(dim=1).mean() / down.norm(dim=1).clamp(min=1e-30)
+            a[: len(down)] = down * longer[:, None]
+            b[:, : len(down)] = up / longer * (options.rank / options.alpha)
+        lora.load_adapter_state(network, state, ADAPTER)
+
     def note(self, key: str, value: Any) -> None:
         """A figure, or several by name, for ``training.json``."""
         self.run.notes[key] = value

@@ -42,10 +42,12 @@ _SIDES: dict[str, tuple[str | None, ...]] = {
     "cross-attention-v": ("cross",),
     "self-attention": ("self",),
     "attention": ("cross", "self"),
-    "outside-cross-attention": ("self", None),
-    "all": ("cross", "self", None),
+    "transformer-blocks": ("cross", "self", "block"),
+    "outside-cross-attention": ("self", "block", None),
+    "all": ("cross", "self", "block", None),
 }
-"""Layer set of a denoiser → whose layers are in it: the prompt's, the picture's own, no attention block's."""
+"""Layer set of a denoiser → whose layers are in it: the prompt's, the picture's own, other linear ones
+of a transformer's blocks, all others."""
 
 _ENDS = {
     "cross-attention-kv": ("to_k", "to_v", "add_k_proj", "add_v_proj"),
@@ -149,7 +151,9 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
 
     In a denoiser these are ``cross-attention`` (queries, keys, values and output of the blocks that read
     the prompt), ``cross-attention-kv`` (their keys and values only), ``cross-attention-v`` (their values),
-    ``self-attention``, ``attention`` (both), ``outside-cross-attention`` (every linear and convolution layer
+    ``self-attention``, ``attention`` (both), ``transformer-blocks`` (these, the blocks' feed-forward layers and what
+    leads into and out of the blocks; linear layers alone, as most LoRAs of Stable Diffusion have them),
+    ``outside-cross-attention`` (every linear and convolution layer
     but those; what ReCARE's release trains, arXiv 2606.24192) or ``all``; in a text encoder
     ``text-encoder`` (every linear layer of its blocks, not what projects its pooled output).
 
@@ -182,6 +186,7 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
         for inner, _ in block.named_modules():
             reads = cross is None or inner.split(".")[0] in cross
             side[f"{name}.{inner}"] = "cross" if reads else "self"
+    side = dict.fromkeys(_in_blocks(network, tuple(blocks)), "block") | side
     every = [name for name, module in everything if isinstance(module, nn.Linear | nn.Conv2d)]
     found = [name for name in every if side.get(name) in _SIDES[layers]]
     if layers in _ENDS:
@@ -193,6 +198,27 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
             f"{len(prompt_attention(network))} of which read the prompt"
         )
     return found
+
+
+def _in_blocks(network: nn.Module, attention: tuple[str, ...]) -> set[str]:
+    """Linear layers, and convolutions that are no more, of the blocks that hold an attention block.
+
+    And those beside such a list of blocks, which lead into and out of it; what belongs to a whole network does not.
+    """
+    around, beside = set[str](), set[str]()
+    for name in attention:
+        block, _, _ = name.rpartition(".")
+        kept_in = block.rpartition(".")[0] if block.rpartition(".")[2].isdigit() else ""
+        if block and not isinstance(network.get_submodule(block), nn.ModuleList):
+            around.add(block)
+            beside.add(kept_in.rpartition(".")[0])
+    linear = {
+        name
+        for name, module in base_layers(network)
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    }
+    inside = {name for name in linear for block in around if name.startswith(f"{block}.")}
+    return inside | {name for name in linear if name.rpartition(".")[0] in beside - {""}}
 
 
 def attach(

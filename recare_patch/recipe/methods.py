@@ -15,6 +15,7 @@ DENOISER_LAYERS = (
     "cross-attention-v",
     "self-attention",
     "attention",
+    "transformer-blocks",
     "outside-cross-attention",
     "all",
 )

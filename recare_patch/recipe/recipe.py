@@ -33,6 +33,7 @@ SCHEDULERS = ("ddim", "dpm-solver++", "euler", "pndm", "unipc")
 STATES = ("target-images", "shared-rollout", "rollout")
 ADVERSARY_SPACES = ("words", "embeddings")
 CARE_SOURCES = ("base", "clip")
+STARTS = ("closed", "zero")
 ENDS = ("measured", "steps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BASE_WEIGHTS = ("full", "int8", "nf4")
@@ -89,9 +90,7 @@ class SearchOptions(Settings):
 
     rounds: int = Field(2, ge=0, le=100, description="how often to erase and invert; 0: no search")
     erase_steps: Count = Field(30, description="training steps of each erasure")
-    erase_learning_rate: Rate | None = Field(
-        None, description="of each erasure; null: a quarter of erase.learning_rate"
-    )
+    erase_learning_rate: Rate | None = Field(None, description="of each; null: a quarter of erase.learning_rate")
     inversion_steps: Count = Field(48, description="training steps of each inversion")
     batch_size: Count = Field(8, description="states a step")
     learning_rate: Rate = Field(2.0e-2, description="of the inversion")
@@ -134,6 +133,9 @@ class AdversaryOptions(Settings):
 class EraseOptions(Settings):
     """The training that makes the patch."""
 
+    start: Annotated[str, BeforeValidator(one_of("start of the training", STARTS))] = Field(
+        "closed", description="of ReCARE's: closed, from the closed form where the base allows it; zero, from the base"
+    )
     ends: Annotated[str, BeforeValidator(one_of("end of the training", ENDS))] = Field(
         "measured",
         description="measured: when the run sees itself done, at the latest after `steps`; steps: after them",
@@ -171,10 +173,7 @@ class EraseOptions(Settings):
         "0 is the published method",
     )
     retained_images: int = Field(
-        16,
-        ge=0,
-        le=100_000,
-        description="pictures of retained prompts to hold them on; 0: on the erased prompts' states",
+        16, ge=0, le=100_000, description="pictures of retained prompts to hold them on; 0: the erased prompts' states"
     )
     composed: bool = Field(
         True,

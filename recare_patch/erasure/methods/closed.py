@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field
@@ -100,8 +101,7 @@ class Closed(SolvedMethod):
         """
         assert isinstance(context.recipe.own, ClosedOptions)
         self.context, self.options, base = context, context.recipe.own, context.base
-        self.names = _known(context)
-        self.instead = context.recipe.replace_with or _PLAIN[context.concept.kind]
+        self.asked = Asked.of(context)
         if not context.number:  # The first of a run's concepts looks for all.
             self.check_reads(base.empty_states().shape[1])
 
@@ -112,35 +112,22 @@ class Closed(SolvedMethod):
 
         first, base = methods[0], methods[0].context.base
         rank = first.context.recipe.adapter.rank
-        words = _retained(methods)
+        words = _retained([one.asked for one in methods], first.options.words)
 
         def solve(generator: torch.Generator) -> dict[str, Tensor]:
-            names = [(name, one.instead) for one in methods for name in one.names]
-            erased, instead = base.word_states([word for each in zip(*names, strict=True) for word in each]).chunk(2)
             weights = first.weights()
-            # Words alone, beside what people write before them, and that by itself.
-            forms = sorted({form for one in methods for form in _forms(one.context.concept)})
-            beside = [forms[k % len(forms)].format(word) for k, word in enumerate(words)]
-            whole = [f"{one} and {other}" for one, other in zip(beside[:_WHOLE], reversed(words), strict=False)]
-            begun = [form.removesuffix("{}").strip() for form in forms]
-            retained, empty = base.word_states([*words, *beside, *begun]), base.empty_states()
-            seen = models.in_double(base.encode_prompts(whole or [""]).prompt_embeds)[:, 1:].flatten(0, 1)
-            every = torch.cat(list(weights.values()))
-            reads, went = solution(
-                erased, instead, retained, empty, first.options, values=every, beside=seen, generator=generator
+            reads, writes, went, retained = _solved(
+                [one.asked for one in methods], words, weights, first.options, generator
             )
-            models.check_finite(reads, "the numbers that the closed form gives", base.dtype)
             made: dict[str, Tensor] = {}
             missed = total = 0.0
-            retained = retained[: len(words)]
             moved, was = torch.zeros(2, len(words), dtype=reads.dtype).unbind()
-            for name, weight in weights.items():
-                writes = weight @ (instead - erased).T
-                a, b, cut = _factors(reads, writes, rank)
+            for name, out in writes.items():
+                a, b, cut = _factors(reads, out, rank)
                 made[f"{name}.A"], made[f"{name}.B"] = a.float(), b.float()
-                missed, total = missed + cut, total + float((writes @ reads).square().sum())
-                moved += (retained @ reads.T @ writes.T).square().sum(1).cpu()
-                was += (retained @ weight.T).square().sum(1).cpu()
+                missed, total = missed + cut, total + float((out @ reads).square().sum())
+                moved += (retained @ reads.T @ out.T).square().sum(1).cpu()
+                was += (retained @ weights[name].T).square().sum(1).cpu()
             share = (moved / was.clamp(min=1e-30)).sqrt()
             left = (missed / total) ** 0.5 if total else 0.0
             return made | {RESIDUAL: torch.tensor(left), WENT: torch.tensor(went), FORECAST: share.float()}
@@ -159,6 +146,83 @@ class Closed(SolvedMethod):
         stages.note(FORECAST, {words[k]: round(float(share[k]), 4) for k in most})
         part = base.denoiser_name
         stages.set_adapter({models.full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One concept's part of a solution: what names it, and what all of these become."""
+
+    context: Context
+    names: tuple[str, ...]
+    instead: str
+
+    @classmethod
+    def of(cls, context: Context) -> Asked:
+        """The names of a run's concept, and its recipe's replacement or the plainest word of its kind."""
+        return cls(context, _known(context), context.recipe.replace_with or _PLAIN[context.concept.kind])
+
+
+def started(contexts: Sequence[Context], rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The closed form as a start for training: ``<layer>.A`` ``[n, width]`` and ``<layer>.B`` ``[out, n]``.
+
+    ``n`` is the number of names, at most ``rank``. Empty where no trained layer's values read the text themselves.
+    """
+    import torch
+
+    first = contexts[0]
+    base, options = first.base, ClosedOptions()
+    trained = set(models.target_modules(base.denoiser, first.recipe.adapter.layers))
+    width = base.empty_states().shape[1]
+    weights: dict[str, Tensor] = {}
+    layers = dict(models.base_layers(base.denoiser))
+    for name in models.target_modules(base.denoiser, "cross-attention-v"):
+        layer = layers[name]
+        if name in trained and isinstance(layer, torch.nn.Linear) and layer.in_features == width:
+            weights[name] = models.in_double(layer.weight.detach())
+    if not weights:
+        logger.info("no trained value of base %s reads the prompt itself: training starts from nothing", base.id)
+        return {}
+    asked = [Asked.of(context) for context in contexts]
+    reads, writes, went, _ = _solved(asked, _retained(asked, options.words), weights, options, generator)
+    logger.info("training starts from the closed form, in which each name goes %.0f %% of its way or more", 100 * went)
+    made: dict[str, Tensor] = {}
+    for name, out in writes.items():
+        a, b = (reads, out) if len(reads) <= rank else at_rank(out @ reads, rank)[:2]
+        made |= {f"{name}.A": a.float(), f"{name}.B": b.float()}
+    return made
+
+
+def _solved(
+    asked: Sequence[Asked],
+    words: Sequence[str],
+    weights: Mapping[str, Tensor],
+    options: ClosedOptions,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor], float, Tensor]:
+    """What the update reads ``[names, width]`` and writes by layer ``[out, names]``; how far the name went that went
+    least; the words' states ``[words, width]``.
+    """
+    import torch
+
+    base = asked[0].context.base
+    names = [(name, one.instead) for one in asked for name in one.names]
+    erased, instead = base.word_states([word for each in zip(*names, strict=True) for word in each]).chunk(2)
+    # Words alone, beside what people write before them, and that by itself.
+    forms = sorted({form for one in asked for form in _forms(one.context.concept)})
+    beside = [forms[k % len(forms)].format(word) for k, word in enumerate(words)]
+    whole = [f"{one} and {other}" for one, other in zip(beside[:_WHOLE], reversed(words), strict=False)]
+    begun = [form.removesuffix("{}").strip() for form in forms]
+    retained, empty = base.word_states([*words, *beside, *begun]), base.empty_states()
+    seen = models.in_double(base.encode_prompts(whole or [""]).prompt_embeds)[:, 1:].flatten(0, 1)
+    every = torch.cat(list(weights.values()))
+    reads, went = solution(erased, instead, retained, empty, options, values=every, beside=seen, generator=generator)
+    models.check_finite(reads, "the numbers that the closed form gives", base.dtype)
+    return (
+        reads,
+        {name: weight @ (instead - erased).T for name, weight in weights.items()},
+        went,
+        retained[: len(words)],
+    )
 
 
 _WHOLE = 24
@@ -184,10 +248,10 @@ def _forms(concept: Concept) -> tuple[str, ...]:
     return tuple(dict.fromkeys((concept.retain_prompt("{}"), concept.target_prompt_for("{}"), "A photo of {}")))
 
 
-def _retained(methods: Sequence[Closed]) -> list[str]:
-    """Words that name none of the run's concepts: companions, neighbours, and what people say most."""
-    found = [word for one in methods for word in (*one.context.companions, *one.context.neighbours)]
-    found += [word for one in methods for word in one.context.words[: one.options.words]]
+def _retained(asked: Sequence[Asked], most: int) -> list[str]:
+    """Words that name none of the run's concepts: companions, neighbours, and ``most`` of what people say most."""
+    found = [word for one in asked for word in (*one.context.companions, *one.context.neighbours)]
+    found += [word for one in asked for word in one.context.words[:most]]
     return list(dict.fromkeys(found))
 
 
