@@ -36,8 +36,8 @@ from recare_patch.measure.judges import Detector, Judges
 from recare_patch.measure.pictures import PictureCache, default_cache
 from recare_patch.measure.report import write_report
 from recare_patch.measure.run import PICTURES, PICTURES_AT_ONCE, Options, Scores, command_of, score
-from recare_patch.measure.suites import Subject, Suite, find_suite_for, load_suite, resolve_suite, subject_in, suited
-from recare_patch.measure.unwritten import default_suite
+from recare_patch.measure.suites import Subject, Suite, find_suite_for, load_suite, resolve_suite, suited
+from recare_patch.measure.unwritten import default_suite, subject_in
 from recare_patch.measure.verify import TOLERANCE, Plan, compare, measured_again
 from recare_patch.measure.weights import Weights
 from recare_patch.models import Load, load_to_draw

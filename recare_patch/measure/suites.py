@@ -391,18 +391,6 @@ def subject_of(patch: Eraser, concept: str | None = None) -> Subject:
     return Subject(alone, told.care_words, metadata.method)
 
 
-def subject_in(suite: Suite, base_id: str) -> Subject:
-    """What a suite is about, for attacks on what does not say it: drawn as the suite has its pictures drawn."""
-    recipe = Recipe(concept=Concept(text=suite.concept, kind=suite.kind), base=base_id).with_overrides(
-        {
-            "target_images.steps": suite.steps,
-            "target_images.guidance_scale": suite.guidance_scale,
-            "target_images.scheduler": suite.scheduler,
-        }
-    )
-    return Subject(recipe, tuple(one.clip_word for one in suite.care), "unknown")
-
-
 def own_recipe(patch: Eraser) -> Recipe | None:
     """The recipe that one run made a patch by; None for stacks, and where the patch does not say."""
     metadata = patch.metadata

@@ -27,7 +27,8 @@ from recare_patch.measure.integrity import (
     saved_attack,
 )  # fmt: skip
 from recare_patch.measure.meters import wilson_interval
-from recare_patch.measure.suites import Suite, list_suites, load_suite, subject_in
+from recare_patch.measure.suites import Suite, list_suites, load_suite
+from recare_patch.measure.unwritten import subject_in
 from recare_patch.models import BaseModel, Load, load_to_draw
 from recare_patch.patch import EVIDENCE_NAME, Patch
 from recare_patch.recipe import MemoryOptions
