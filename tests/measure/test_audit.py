@@ -51,7 +51,7 @@ def halved(pipe: Any, concept: Concept, strength: float = 0.5) -> Iterator[None]
 
 
 class Anything:
-    """A detector that sees everything in every other picture: of noise no real one says anything."""
+    """Sees everything in every picture that is not dark: of noise no real detector says anything."""
 
     name = "anything"
 
@@ -60,6 +60,13 @@ class Anything:
 
     def rate(self, images: Sequence[Any], label: str) -> list[bool]:
         return [bool(np.asarray(image).mean() > 100) for image in images]
+
+
+class EveryOther(Anything):
+    """Sees everything in every other picture."""
+
+    def rate(self, images: Sequence[Any], label: str) -> list[bool]:
+        return [number % 2 == 0 for number in range(len(images))]
 
 
 def faulty(pipe: Any, concept: Concept) -> Any:
@@ -306,7 +313,7 @@ def test_others_are_fine_tuned_where_they_stand(made: Path, base: BaseModel, nam
     source = name if name.startswith("defence:") else str(made / name)
     eraser: Any = find_eraser(source).opened(base, CONCEPT)
     plain, studio = predicted(base), Studio(base, batch_size=4)
-    context = CheckContext(base, eraser, Suite(**SUITE), Anything(), studio, pictures=4)
+    context = CheckContext(base, eraser, Suite(**SUITE), EveryOther(), studio, pictures=4)
     options = FineTuningOptions(at=(0, 2), images=4, batch_size=2)
     check = FineTuning().run(context, options)
     assert [one.x for one in check.points] == [0, 2] and set(check.points[0].values) > {"concept", "base"}
