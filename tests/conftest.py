@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 # Tests never reach for a network, whatever the machine's configuration says.
@@ -11,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -73,3 +75,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]
         point_to(found.endpoint, monkeypatch)
         yield found
     enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium without a window; skips where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            # A container's root has no sandbox to run it in; it opens pages of these tests alone.
+            opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except sync_api.Error as fault:
+            pytest.skip(f"no Chromium here: {str(fault).splitlines()[0]}")
+        yield opened
+        opened.close()

@@ -29,6 +29,7 @@ def run(name: str, *words: object, cwd: Path) -> str:
 def test_no_example_is_forgotten() -> None:
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == [
         "apply_in_python.py",
+        "defence.py",
         "erase_van_gogh.py",
         "plain_diffusers.py",
     ]
@@ -57,3 +58,8 @@ def test_plain_diffusers(patch: Path, tiny_sd: Path, tmp_path: Path) -> None:
 def test_apply_in_python(patch: Path, tiny_sd: Path, tmp_path: Path) -> None:
     run("apply_in_python.py", patch, "--base", tiny_sd, "--steps", 2, cwd=tmp_path)
     assert (tmp_path / "scales.png").is_file()
+
+
+def test_defence(tiny_sd: Path, tmp_path: Path) -> None:
+    run("defence.py", "--base", tiny_sd, "--steps", 2, cwd=tmp_path)
+    assert (tmp_path / "defended.png").is_file()

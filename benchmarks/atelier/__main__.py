@@ -18,7 +18,10 @@ def atelier() -> None:
 
 @atelier.command()
 @click.option("--xl", is_flag=True, help="Atelier XL instead: SDXL's anatomy on the same scenes.")
-@click.option("--out", type=click.Path(path_type=Path), help="[default: atelier-weights; with --xl atelier-xl]")
+@click.option(
+    "--fine-tune", "fine_tunes", is_flag=True, help="Two variants of the bundled Atelier instead: a style, a subject."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="[default: atelier-weights, atelier-xl, atelier-tuned]")
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -29,14 +32,24 @@ def atelier() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; repeatable.")
 @click.option("--device", default="cpu", show_default=True)
-def train(xl: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, ...], device: str) -> None:
+def train(
+    xl: bool, fine_tunes: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, ...], device: str
+) -> None:
     """Train Atelier from nothing: scenes, CLIP, autoencoder, judge, denoiser. Resumable.
 
     Atelier XL takes tokenizer, autoencoder, judge and first text encoder from the bundled Atelier, and
     trains a second encoder and the denoiser. `recare-patch erase --recipe van-gogh-atelier-xl` erases on it.
+    The variants go on from the bundled denoiser: `recare-patch evaluate --patch van-gogh-patch --on` measures on them.
     """
     from benchmarks.atelier import training, training_xl
 
+    if fine_tunes:
+        if xl or stages or seed:
+            raise click.UsageError(
+                "--fine-tune trains from the bundled Atelier alone: leave --xl, --stage and --seed out"
+            )
+        _fine_tune(out or Path("atelier-tuned"), work, device)
+        return
     known = training_xl.STAGES if xl else training.STAGES
     for stage in stages:
         if stage not in known:
@@ -57,6 +70,21 @@ def train(xl: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, 
     click.echo(f"Atelier{' XL' if xl else ''}: {out}")
     if "export" in seconds:
         _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300)
+
+
+def _fine_tune(out: Path, work: Path, device: str) -> None:
+    """Both variants, each in a folder of its own."""
+    from benchmarks.atelier.fine_tuning import FINE_TUNES, fine_tune
+
+    cli.quiet_libraries()
+    with cli.shown_progress() as progress:
+        for name in FINE_TUNES:
+
+            def tell(stage: str, done: int, total: int, loss: float, name: str = name) -> None:
+                progress.update(f"{name}, {stage}", done, total, f"loss {loss:.4f}")
+
+            fine_tune(name, out / name, work / name, device=device, progress=tell)
+            click.echo(f"{name}: {out / name}")
 
 
 @atelier.command()

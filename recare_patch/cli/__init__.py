@@ -44,6 +44,7 @@ _FILES = {
     "erase": "erase plan",
     "doctor": "doctor",
     "measure": "evaluate attack verify",
+    "audit": "audit",
     "stack": "stack merge unmerge",
     "patch": "inspect convert generate",
     "share": "push pull search index",

@@ -17,7 +17,7 @@ from recare_patch.recipe import slug_of
 
 if TYPE_CHECKING:
     from recare_patch.measure import AttackOptions, AttackResult, Evidence
-    from recare_patch.measure.verify import Verification
+    from recare_patch.measure.integrity import Findings
 
 _FOLDER = cli.FilePath(path_type=Path, file_okay=False)
 
@@ -29,6 +29,11 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
 @command()
 @option("--patch DIR", "The patch to evaluate.", required=True)
 @cli.base_option
+@option(
+    "--on FOLDER|FILE|HUB-ID",
+    "In place of its base: fine-tunes, distilled variants, single files; repeatable, in one table.",
+    multiple=True,
+)
 @option("--suite NAME|FILE", "Prompts and seeds.  [default: the concept's own, else the recipe's]")
 @option(
     "--metric NAME",
@@ -38,7 +43,9 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
     table="METRICS",
 )
 @option("--pictures", "Of each figure.", IntRange(1, 1000000), 200)
-@option("--out", "Where evidence.json and report.html go.  [default: the patch's folder]", _FOLDER)
+@option(
+    "--out", "Where evidence.json and report.html go.  [default: the patch's folder; with --on PATCH-transfer]", _FOLDER
+)
 @option(
     "--cache FOLDER",
     "Where pictures are kept, those of the erased concept too.  [default: the user's cache folder]",
@@ -84,6 +91,7 @@ def evaluate(
     prompts: Path | None,
     attacks: tuple[Path, ...],
     concept: str | None,
+    on: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Score a patch beside its base on the same seeds, and write evidence.json and report.html.
@@ -91,6 +99,7 @@ def evaluate(
     \b
     recare-patch evaluate --patch van-gogh-patch --card
     recare-patch evaluate --patch van-gogh-patch --metric clip-score --metric fid --prompts coco.txt
+    recare-patch evaluate --patch van-gogh-patch --on my-fine-tune --on some/turbo-model
     accelerate launch --multi_gpu --num_processes 8 -m recare_patch evaluate --patch van-gogh-patch
 
     Pictures are drawn once: a run that was stopped goes on where it was, and a second one draws
@@ -101,6 +110,10 @@ def evaluate(
     from recare_patch import measure
     from recare_patch.core import Crew, launched_together
 
+    if on:
+        _transferred(patch, on, concept, attacks, options, {"metrics": metrics or None, "prompts_file": prompts,
+                     "cache": False if no_cache else cache})  # fmt: skip
+        return
     crew = Crew.found() if launched_together() else None
     first = crew is None or crew.main
     folder = options["out"] or (Path(patch) if Path(patch).is_dir() else Path(patch).parent)
@@ -126,6 +139,34 @@ def evaluate(
             _tell_evidence(evidence, folder / slug_of(evidence.concept) if several else folder)
             if options["card"]:
                 echo("The figures are in the patch's card.")
+
+
+def _transferred(
+    patch: str,
+    on: Sequence[str],
+    concept: str | None,
+    attacks: Sequence[Path],
+    options: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    """The patch on each of several models."""
+    from recare_patch.measure import transfer as transferring
+
+    for name in ("base", "card"):
+        if options.pop(name):
+            raise EvaluationError(f"--on names the models in place of the patch's own: leave --{name} out")
+    if attacks:
+        raise EvaluationError("saved attacks were run on the patch's own base: leave --attacks out, or --on")
+    source = Path(patch) if Path(patch).name not in ("", "..") else Path(patch).resolve()
+    out = options.pop("out") or source.with_name(f"{source.name}-transfer")
+    with cli.shown_progress() as progress:
+        shared = {"progress": progress, "memory": cli.given_memory(), "concept": concept}
+        found = transferring.transfer(patch, on, out=out, **how, **options, **shared)
+    for title, fault in found.faults.items():
+        echo(f"{title}: does not fit ({fault})")
+    cli.echo_table(transferring.table(found))
+    echo(f"Transfer: {out / transferring.TRANSFER_NAME}")
+    echo(f"Page: {out / transferring.PAGE_NAME}")
 
 
 def _tell_evidence(evidence: Evidence, folder: Path) -> None:
@@ -198,7 +239,7 @@ def attack(
     if not attacks and replay is None:
         names = ", ".join(measure.ATTACKS.names())
         raise RecipeError(f"no attack was named: give --attack NAME ({names}) or --replay DIR")
-    options = _attack_options(attacks, shared["budget"], overrides)
+    options = attack_options_of(attacks, shared["budget"], overrides)
     # "." and ".." have no name to write another beside.
     source = Path(patch) if Path(patch).name not in ("", "..") else Path(patch).resolve()
     # Beside the patch, where `evaluate` and `verify` look for them.
@@ -231,7 +272,7 @@ def attack(
         echo(f"Saved: {place}")
 
 
-def _attack_options(attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]) -> dict[str, AttackOptions]:
+def attack_options_of(attacks: Sequence[str], budget: str, overrides: Mapping[str, Any]) -> dict[str, AttackOptions]:
     """The options of each attack; a key goes to those that have it, and one at least must."""
     from recare_patch.measure import attack_options
 
@@ -281,11 +322,18 @@ def verify(
 
     The exit code is 0 where everything holds, 1 where something does not, 2 on bad input.
     """
+    from recare_patch.measure.verified import remember
     from recare_patch.measure.verify import verify as verified
 
     with cli.shown_progress() as progress:
         options |= {"memory": cli.given_memory(), "progress": progress}
         found = verified(patch, base, figures=figures or ("all",), **options)
+    remember(patch, found)
+    ctx.exit(tell_findings(found, str(patch), as_json))
+
+
+def tell_findings(found: Findings, source: str, as_json: bool) -> int:
+    """Print what was looked at and whether it holds; gives the exit code."""
     if as_json:
         findings = [{"about": one.about, "holds": one.holds, "told": one.told} for one in found.findings]
         told = {"holds": found.holds, "not_measured_again": found.unmeasured, "findings": findings}
@@ -295,11 +343,11 @@ def verify(
         for one in found.findings:
             echo(f"{words[one.holds]:<6}{one.about}: {one.told}")
         checked = sum(one.holds is not None for one in found.findings)
-        echo(f"{patch} {_verdict(found, checked)}.")
-    ctx.exit(0 if found.holds else 1)
+        echo(f"{source} {_verdict(found, checked)}.")
+    return 0 if found.holds else 1
 
 
-def _verdict(found: Verification, checked: int) -> str:
+def _verdict(found: Findings, checked: int) -> str:
     """What a verification comes to: what was checked, and what nobody measured again."""
     told, left = f"holds: {checked} checked", found.unmeasured
     if not found.holds:

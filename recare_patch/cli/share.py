@@ -107,7 +107,9 @@ def pull(repo: str, out: Path | None, **options: Any) -> None:
 @option("--limit", "", IntRange(1, 1000), 20)
 @cli.json_option
 @flag("--markdown", "Print an index in Markdown, for a collection's page.")
-def search(text: str | None, as_json: bool, markdown: bool, **wanted: Any) -> None:
+@option("--out FILE", "A page (.html) to write instead of printing.", cli.FOLDER)
+@flag("--force", "Replace a file that is there.")
+def search(text: str | None, as_json: bool, markdown: bool, out: Path | None, force: bool, **wanted: Any) -> None:
     """Find patches on the Hub; TEXT is looked for in their names.
 
     \b
@@ -116,13 +118,18 @@ def search(text: str | None, as_json: bool, markdown: bool, **wanted: Any) -> No
 
     Figures are those that the cards claim: `recare-patch verify` measures them again.
     """
-    if as_json and markdown:
-        raise HubError("--json and --markdown are two ways to print: give one")
+    if as_json + markdown + (out is not None) > 1:
+        raise HubError("--json, --markdown and --out are ways to show the same: give one")
+    if out is not None:
+        _check_page(out, force, (".html",))
     cli.quiet_libraries()
     from recare_patch import share
 
     found = share.search(text, **wanted)
-    if as_json:
+    if out is not None:
+        share.write_ledger(out, [share.found_row(one, share.endpoint()) for one in found], "Patches on the Hub")
+        echo(f"Ledger: {out} ({len(found)} patches)")
+    elif as_json:
         echo(json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False))
     elif markdown:
         rows = [share.row_of_found(one, share.endpoint()) for one in found]
@@ -162,24 +169,58 @@ def _table(found: Sequence[Found]) -> None:
 @command()
 @argument("folders", nargs=-1, required=True, type=cli.FOLDER, metavar="PATCH...")
 @option("--title", "", None, "Patches")
-@option("--out FILE", "Markdown.  [default: print it]", cli.FOLDER)
+@option("--out FILE", "Markdown, or a page that sorts itself (.html).  [default: print Markdown]", cli.FOLDER)
 @flag("--force", "Replace a file that is there.")
-def index(folders: tuple[Path, ...], title: str, out: Path | None, force: bool) -> None:
-    """List patches in a Markdown table: what they erase, from what, how well.
+@option("--eval-unlearn DIR", "Write one patch's run for eval-unlearn's leaderboard into this folder.", cli.FOLDER)
+def index(folders: tuple[Path, ...], title: str, out: Path | None, force: bool, eval_unlearn: Path | None) -> None:
+    """List patches: what they erase, from what, how well, and whether `verify` measured the same here.
 
     \b
     recare-patch index van-gogh-patch nudity-patch --out README.md
+    recare-patch index my-patches --out ledger.html
+    recare-patch index van-gogh-patch --eval-unlearn run
 
-    The figures are those of each patch's evidence. `recare-patch search --markdown` lists those on the Hub.
+    A folder of patches stands for those in it. The figures are those of each patch's evidence. `recare-patch search
+    --out ledger.html` lists those on the Hub.
     """
-    if out is not None and out.exists() and not force:
-        raise OutputError(f"{out} is there already; choose another --out or add --force")
+    if eval_unlearn is not None:
+        _export(folders, eval_unlearn, out)
+        return
+    if out is not None:
+        _check_page(out, force)
     cli.quiet_libraries()
     from recare_patch import share
 
+    folders = tuple(share.patches_in([Path(cli.short_patch(str(one))) for one in folders]))
+    if out is not None and out.suffix == ".html":
+        share.write_ledger(out, [share.ledger_row(one, out) for one in folders], title)
+        echo(f"Ledger: {out} ({len(folders)} patches)")
+        return
     text = share.index_text([share.row_of_folder(cli.short_patch(str(one))) for one in folders], title)
     if out is None:
         echo(text, nl=False)
     else:
         write_text(out, text)
         echo(f"Index: {out} ({len(folders)} patches)")
+
+
+def _check_page(out: Path, force: bool, endings: tuple[str, ...] = ()) -> None:
+    """Refuse to write over a file, or one of another kind."""
+    if endings and out.suffix not in endings:
+        raise OutputError(f"cannot write {out}: a page is written as {' or '.join(endings)}")
+    if out.exists() and not force:
+        raise OutputError(f"{out} is there already; choose another --out or add --force")
+
+
+def _export(folders: Sequence[Path], place: Path, out: Path | None) -> None:
+    """One patch's run for eval-unlearn."""
+    if len(folders) != 1 or out is not None:
+        raise OutputError("--eval-unlearn writes the run of one patch, and no page: leave other patches and --out out")
+    cli.quiet_libraries()
+    from recare_patch import share
+
+    patch = Path(cli.short_patch(str(folders[0])))
+    written = share.write_free_run(patch, place)
+    echo(f"Run: {', '.join(map(str, written))}")
+    echo(f"Its pipeline: recare-patch merge --patch {patch} --out {place / 'model'}")
+    echo(f"Then: eval-unlearn run --config {place / 'free_run.json'}")

@@ -9,6 +9,11 @@ from .attacks.run import attack as attack
 from .attacks.run import attack_patch as attack_patch
 from .attacks.run import replayed_concept as replayed_concept
 from .attacks.run import run_attacks as run_attacks
+from .board import EMPTY as EMPTY
+from .board import Cell as Cell
+from .board import attack_cell as attack_cell
+from .board import figure_cell as figure_cell
+from .board import write_board as write_board
 from .card import with_evidence as with_evidence
 from .evidence import RATE as RATE
 from .evidence import Evidence as Evidence
@@ -37,3 +42,5 @@ from .stack import FigureChange as FigureChange
 from .stack import change_in_evidence as change_in_evidence
 from .suites import Prompt as Prompt
 from .suites import load_suite as load_suite
+from .suites import resolve_suite as resolve_suite
+from .verified import remembered as remembered

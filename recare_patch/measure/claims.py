@@ -19,8 +19,11 @@ _ROUNDED = 1e-6
 SHOWN = 0.01
 """Where the 95 % interval of the base's own rate begins below, the base does not show what is counted."""
 
-_COMMAND = ("recare-patch", "evaluate")
-_FLAGS = ("--patch", "--base", "--suite", "--metric", "--check", "--pictures", "--detector", "--label", "--prompts")
+_COMMANDS = ("recare-patch evaluate", "recare-patch audit FOLDER")
+_FLAGS = (
+    *("--patch", "--base", "--suite", "--metric", "--check", "--pictures", "--detector", "--label", "--prompts"),
+    *("--concept", "--kind"),
+)
 
 
 def rebuilt_command(command: str) -> str:
@@ -32,8 +35,9 @@ def rebuilt_command(command: str) -> str:
         words = shlex.split(command)
     except ValueError:
         return ""
-    flags, values = words[2::2], words[3::2]
-    known = tuple(words[:2]) == _COMMAND and len(flags) == len(values) and set(flags) <= set(_FLAGS)
+    start = 3 if words[1:2] == ["audit"] else 2
+    flags, values = words[start::2], words[start + 1 :: 2]
+    known = " ".join(words[:start]) in _COMMANDS and len(flags) == len(values) and set(flags) <= set(_FLAGS)
     plain = all(value == printable(value) and not value.startswith("-") and len(value) <= 300 for value in values)
     return shlex.join(words) if known and plain else ""
 

@@ -28,6 +28,9 @@ VERSION: Literal[1] = 1
 Group = Literal["erased", "care", "kept", "attack", "check", "memorization"]
 """What a figure speaks of: what is gone, what must stay, how it stands up."""
 
+What = Literal["patch", "lora", "weights", "pipeline", "defence"]
+"""Kinds of erasers."""
+
 RATE = "rate"
 """The unit of shares of pictures, 0 to 1; their intervals are Wilson's."""
 
@@ -258,15 +261,35 @@ class Check(_Evidence):
         return tuple(dict.fromkeys(name for point in self.points for name in point.values))
 
 
+class Audited(_Evidence):
+    """What was measured in place of a patch of this package.
+
+    Attributes:
+        what: a LoRA, weights in the place of the base's own, a whole pipeline, or a component at sampling time.
+        name: what tables call it.
+        changes: the networks that differ from the base's own.
+        files: file → SHA-256, of those that it consists of.
+        note: a sentence for the reader.
+    """
+
+    what: What
+    name: Name
+    changes: tuple[Name, ...] = ()
+    files: Annotated[dict[str, Hash], Field(max_length=1000)] = Field(default_factory=dict)
+    note: Text = ""
+
+
 class Evidence(_Evidence):
-    """All that was measured on one patch.
+    """All that was measured on one patch, or on what an audit looked at.
 
     Attributes:
         version: of the form of this file.
-        patch_sha256: of the weights file, see :func:`recare_patch.files.file_sha256`.
+        patch_sha256: of the weights file, see :func:`recare_patch.files.file_sha256`; of several files, one of
+            their hashes.
         base: id of the base model that it was measured on.
         base_denoiser_sha256: see :func:`recare_patch.base_models.weights_hash`.
         concept, kind, method: of the patch.
+        audited: what it is, where an audit measured it.
         suite: the full suite, as a mapping.
         options: what else the figures depend on, ready to be given to ``evaluate`` again: picture
             counts, checks, detector, precision.
@@ -288,6 +311,7 @@ class Evidence(_Evidence):
     concept: Name
     kind: Kind
     method: Name
+    audited: Audited | None = None
     suite: dict[str, Any] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
     created: Annotated[str, AfterValidator(_a_date)]
@@ -345,9 +369,13 @@ class Evidence(_Evidence):
                 f"{self.patch_sha256[:12]}…, and {source} has {sha256[:12]}…"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What the file says, as JSON has it."""
+        return self.model_dump(mode="json", exclude={"audited"} if self.audited is None else None)
+
     def to_json(self) -> str:
         """The file's text; equal evidence gives equal text."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "the evidence") -> Evidence:

@@ -28,10 +28,10 @@ from recare_patch.recipe import Concept
 
 if TYPE_CHECKING:
     from recare_patch.core import Progress
+    from recare_patch.measure.erasers import Eraser
     from recare_patch.measure.judges import Detector
     from recare_patch.measure.pictures import Studio
     from recare_patch.models import BaseModel
-    from recare_patch.patch import Patch
 
 MEMORIZATION = ("memorization, cosine with the name", "memorization, recovered pictures")
 """The names of its two figures."""
@@ -78,7 +78,7 @@ def memorization_score(base: BaseModel, concept: Concept, vectors: Tensor) -> fl
 def recover(
     studio: Studio,
     suite: Suite,
-    patches: Sequence[tuple[Patch, float]],
+    patches: Sequence[tuple[Eraser, float]],
     options: Recovery,
     *,
     progress: Progress | None = None,
@@ -127,7 +127,7 @@ def recover(
 
 
 def memorization_figures(
-    studio: Studio, patch: Patch, suite: Suite, detector: Detector, pictures: int, progress: Progress | None
+    studio: Studio, patch: Eraser, suite: Suite, detector: Detector, pictures: int, progress: Progress | None
 ) -> list[Figure]:
     """The score, and the rate of so many pictures of the recovered token, for the base and the patched model.
 

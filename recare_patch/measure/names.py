@@ -45,3 +45,6 @@ ATTACKS = Registry(
     group="recare_patch.attacks",
 )
 """How the concept can be brought back."""
+
+DEFENCES = Registry("defence", {}, group="recare_patch.defences")
+"""Components at sampling time that installed packages bring; see :data:`recare_patch.measure.erasers.Defend`."""

@@ -36,8 +36,8 @@ from recare_patch.models import SCHEDULERS, TEXT_ENCODERS, deciding, named_tuner
 
 if TYPE_CHECKING:
     from recare_patch.core import Progress
+    from recare_patch.measure.erasers import Eraser
     from recare_patch.models import BaseModel
-    from recare_patch.patch import Patch
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Request(NamedTuple):
 
     prompts: Sequence[str]
     seeds: Sequence[int]  # one a picture, of its starting noise
-    patches: Sequence[tuple[Patch, float]] = ()  # what is put into the base, each at its scale
+    patches: Sequence[tuple[Eraser, float]] = ()  # what is put into the base, each at its scale
     steps: int = 20
     guidance_scale: float = 5.0  # at 1 or less there is no guidance
     scheduler: str | None = None  # a name of SCHEDULERS; None: the base's own
@@ -151,7 +151,7 @@ class Studio:
             "precision": str(base.dtype).removeprefix("torch."),
             **deciding(base.memory),
         }
-        self._hashes: dict[int, tuple[Patch, str]] = {}
+        self._hashes: dict[int, tuple[Eraser, str]] = {}
 
     def draw(self, *asked: Any, **options: Any) -> list[Image.Image]:
         """All pictures of :meth:`stream`, in their order."""
@@ -187,14 +187,14 @@ class Studio:
         count, size = len(request.prompts), self.batch_size
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def key(self, patches: Sequence[tuple[Patch, float]], fields: Mapping[str, Any]) -> str:
+    def key(self, patches: Sequence[tuple[Eraser, float]], fields: Mapping[str, Any]) -> str:
         """The key of something made with the base under patches; ``fields`` are all else that decides it."""
         if self.cache is None:
             raise EvaluationError("there is no cache to name anything in")
         for patch, _ in patches:
             if id(patch) not in self._hashes:
                 # The patch is kept beside its hash, so that no other can come to have its id.
-                self._hashes[id(patch)] = patch, tensors_hash(patch.tensors)
+                self._hashes[id(patch)] = patch, patch.fingerprint()
         hashed = [[self._hashes[id(patch)][1], float(scale)] for patch, scale in patches]
         return self.cache.key({**self._model, "patches": hashed, **fields})
 

@@ -24,6 +24,7 @@ from recare_patch.measure.claims import rebuilt_command, tidy
 from recare_patch.measure.evidence import (
     RATE,
     AttackFigure,
+    Audited,
     Check,
     Evidence,
     Figure,
@@ -45,6 +46,14 @@ _LARGEST = 2400
 
 _LARGEST_OF_MANY = 320
 """Largest side of a picture that stands beside others: enough for a sharp screen."""
+
+_WHATS = {
+    "patch": "a patch",
+    "lora": "a LoRA",
+    "weights": "weights",
+    "pipeline": "a pipeline",
+    "defence": "a defence at sampling time",
+}
 
 _GROUPS: dict[Group, tuple[str, str]] = {
     "erased": ("Erased", "How often the concept still shows, on prompts that name it in several ways."),
@@ -110,8 +119,8 @@ def write_report(
     return file
 
 
-@functools.cache
-def _template() -> jinja2.Template:
+def environment() -> jinja2.Environment:
+    """The templates of this folder; every text that is put into them is escaped."""
     place = Path(__file__).parent
     pages = jinja2.Environment(
         autoescape=True,
@@ -126,6 +135,7 @@ def _template() -> jinja2.Template:
         "LARGEST": _LARGEST,
         "LARGEST_OF_MANY": _LARGEST_OF_MANY,
         "RATE": RATE,
+        "WHATS": _WHATS,
         "across": lambda value: f"{6 + 156 * min(max(value, 0), 1):.4g}",
         "against_base": _against_base,
         "attack_name": _attack_name,
@@ -140,7 +150,12 @@ def _template() -> jinja2.Template:
         "show_value": show_value,
         "style": Markup((place / "report.css").read_text(encoding="utf-8")),
     }
-    return pages.get_template("report.html.j2")
+    return pages
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    return environment().get_template("report.html.j2")
 
 
 def _unbroken(value: Any) -> Any:
@@ -295,16 +310,22 @@ def _people(value: Any) -> str:
     return str(value)
 
 
+def _audited(found: Audited) -> dict[str, Any]:
+    changes = ", ".join(found.changes) or ("the text's or the picture's way" if found.what == "defence" else "nothing")
+    files = {"its files": ", ".join(found.files)} if found.files else {}
+    return {"what it is": found.what, "changes": changes, **files}
+
+
 def _facts(evidence: Evidence) -> dict[str, Any]:
     """How it was measured."""
     suite = evidence.suite
     asked = ("steps", "guidance_scale", "first_seed", "detector")
     return {
         "concept": f"{evidence.concept} ({evidence.kind})",
-        "method": evidence.method,
+        **({"method": evidence.method} if evidence.audited is None else _audited(evidence.audited)),
         "base": evidence.base,
         "base denoiser, SHA-256": evidence.base_denoiser_sha256,
-        "patch, SHA-256": evidence.patch_sha256,
+        ("patch" if evidence.audited is None else evidence.audited.name) + ", SHA-256": evidence.patch_sha256,
         "measured": evidence.created,
         **{key.replace("_", " "): suite[key] for key in asked if key in suite},
         **{key: value for key, value in evidence.options.items() if not isinstance(value, dict | list)},

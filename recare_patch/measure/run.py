@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import logging
 import math
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -23,7 +21,6 @@ from recare_patch.careset import Clip, clip_bytes, default_clip
 from recare_patch.core import (
     Comparison,
     EvaluationError,
-    EvidenceError,
     PatchError,
     Progress,
     file_sha256,
@@ -32,11 +29,12 @@ from recare_patch.core import (
     unknown_name,
     write_text,
 )
-from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attack
+from recare_patch.measure.attacks.saved import attack_figures
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures, with_evidence
 from recare_patch.measure.checks import PICTURES as CHECK_PICTURES
 from recare_patch.measure.checks import CheckContext, check_names, run_checks
-from recare_patch.measure.evidence import AttackFigure, Check, Evidence, Figure
+from recare_patch.measure.erasers import Eraser
+from recare_patch.measure.evidence import Check, Evidence, Figure
 from recare_patch.measure.judges import Detector, Judges, short_name
 from recare_patch.measure.memorization import MEMORIZATION, memorization_figures
 from recare_patch.measure.meters import Job, chunks, default_metrics, make_jobs
@@ -55,9 +53,7 @@ from recare_patch.measure.suites import (
 )
 from recare_patch.models import ATELIER, BaseModel, Load, deciding, load_to_draw, peak_memory, versions
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, PREVIEW_NAME, TRAINING_NAME, Patch, card_text
-from recare_patch.recipe import WEIGHTS_NAME, MemoryOptions, slug_of
-
-logger = logging.getLogger(__name__)
+from recare_patch.recipe import WEIGHTS_NAME, MemoryOptions
 
 PACKAGES = ("torch", "diffusers", "peft", "transformers", "torchmetrics", "nudenet")
 """Whose versions the evidence names, where they are installed."""
@@ -200,7 +196,7 @@ def evaluate(
         told = "is judged by each of its concepts, and its card tells no figures: leave them in"
         raise EvaluationError(f"patch {loaded.name} {told} {EVIDENCE_NAME}")
     folder = folder_of(loaded, Path(out).expanduser() if out is not None else weights.parent, chosen.concept)
-    found = _attack_figures(weights, attacks, folder, chosen.concept if several else None)
+    found = attack_figures(weights, attacks, folder, chosen.concept if several else None)
     # Before anything is drawn: the figures go into it afterwards.
     _card_of(weights)
     if isinstance(base, str | Path):
@@ -215,12 +211,17 @@ def evaluate(
     if scores is not None:
         words = ["--label", label] if label is not None else []
         words += ["--prompts", "FILE"] if retained is not None else []
-        written = {"attacks": found, "command": _command(chosen, options, base.id, named, words)}
+        written = {"attacks": found, "command": command_of(chosen, options, base.id, named, words)}
         evidence = scores.evidence.model_copy(update=written)
         _write(evidence, weights, loaded, scores.pictures, folder, card)
     if crew is not None:
         crew.wait_for_everyone()
     return evidence if scores is not None else Evidence.load(folder)
+
+
+def _hash_of(patch: Eraser) -> str:
+    """Of the file as it lies there, where it is a patch."""
+    return file_sha256(_weights_file(patch)) if isinstance(patch, Patch) else patch.sha256()
 
 
 def _weights_file(patch: Patch) -> Path:
@@ -244,16 +245,16 @@ class Scores:
     pictures: Comparisons
 
 
-def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scores | None:
+def score(patch: Eraser, base: BaseModel, suite: Suite, options: Options) -> Scores | None:
     """Draw and measure, and write nothing but pictures into the cache.
 
-    The patch was loaded from a file, whose hash the evidence names; no LoRA is switched on in the base.
+    The evidence names the patch by the hash of its file; no LoRA is switched on in the base.
 
     Returns:
         What was found; None on all processes but the first, where there are several.
     """
     began, evaluations, metrics = time.perf_counter(), base.counter.total, options.chosen
-    sha256 = file_sha256(_weights_file(patch))
+    sha256 = _hash_of(patch)
     patch.check_base(base)
     if options.batch_size is None:
         options = replace(options, batch_size=usual_batch(base))
@@ -308,7 +309,7 @@ def usual_batch(base: BaseModel) -> int:
 
 
 def _studios(
-    patch: Patch, base: BaseModel, suite: Suite, options: Options, jobs: Sequence[Job]
+    patch: Eraser, base: BaseModel, suite: Suite, options: Options, jobs: Sequence[Job]
 ) -> tuple[Studio, Studio] | None:
     """Who draws, and who hands the pictures to the first process; None for the other processes."""
     how: dict[str, Any] = {"cache": options.cache, "batch_size": options.batch_size or 1}
@@ -322,14 +323,14 @@ def _studios(
     return None if drawer.process > 0 else (drawer, Studio(base, shard=(0, 1), **how))
 
 
-def _judges(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Judges:
+def _judges(patch: Eraser, base: BaseModel, suite: Suite, options: Options) -> Judges:
     recipe = own_recipe(patch)
     clip = options.clip if options.clip is not None else (recipe and recipe.clip) or default_clip(base.id)
     device = str(base.device) if options.device == "auto" else options.device
     return Judges(suite, clip, device, options.detector)
 
 
-def _drawings(job: Job, patch: Patch, suite: Suite) -> list[dict[str, Any]]:
+def _drawings(job: Job, patch: Eraser, suite: Suite) -> list[dict[str, Any]]:
     """What the studio is asked for: the base's pictures, and the patched model's of the same seeds."""
     asked = {"prompts": job.drawing.prompts, "seeds": job.drawing.seeds, **suite.sampler}
     return [
@@ -338,7 +339,7 @@ def _drawings(job: Job, patch: Patch, suite: Suite) -> list[dict[str, Any]]:
     ]
 
 
-def _checks(options: Options, studio: Studio, patch: Patch, judges: Judges) -> tuple[Check, ...]:
+def _checks(options: Options, studio: Studio, patch: Eraser, judges: Judges) -> tuple[Check, ...]:
     how: dict[str, Any] = {"pictures": options.check_pictures, "progress": options.progress}
     if studio.cache is not None:
         # Checks that train leave checkpoints, to go on from.
@@ -347,7 +348,7 @@ def _checks(options: Options, studio: Studio, patch: Patch, judges: Judges) -> t
     return tuple(run_checks(options.checks, CheckContext(*asked, clip=lambda: judges.clip, **how)))
 
 
-def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) -> dict[str, Any]:
+def _setting(patch: Eraser, base: BaseModel, judges: Judges, options: Options) -> dict[str, Any]:
     """What evidence says of the patch, and of how it was measured."""
     suite, metadata = judges.suite, patch.metadata
     # Of several concepts the suite's own was measured.
@@ -383,9 +384,16 @@ def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) ->
     }
 
 
-def _command(suite: Suite, asked: Options, base_id: str, detector: str | None, more: Sequence[str]) -> str:
+def command_of(
+    suite: Suite,
+    asked: Options,
+    base_id: str,
+    detector: str | None = None,
+    more: Sequence[str] = (),
+    start: str = "evaluate --patch FOLDER",
+) -> str:
     """The command line that measures the same; folders are left for the reader to name."""
-    words = ["recare-patch", "evaluate", "--patch", "FOLDER"]
+    words = ["recare-patch", *start.split()]
     words += ["--base", base_id] if base_id != ATELIER else []
     words += ["--suite", suite.name] if suite.name in list_suites() else []
     for flag, names in (("--metric", asked.metrics or ()), ("--check", asked.checks)):
@@ -395,34 +403,6 @@ def _command(suite: Suite, asked: Options, base_id: str, detector: str | None, m
         name, colon, source = detector.partition(":")
         words += ["--detector", name + colon + (short_name(source) if source else "")]
     return shlex.join([*words, *more])
-
-
-def _attack_figures(
-    weights: Path, given: Sequence[Path | str] | None, out: Path, concept: str | None
-) -> tuple[AttackFigure, ...]:
-    """What saved attacks found: those named, or those beside the patch, of one of its several concepts."""
-    folders: list[Path] = []
-    beside = (weights.parent / "attacks", f"{weights.parent}-attacks")
-    for place in map(Path, beside if given is None else given):
-        if given is None and concept is not None:
-            place /= slug_of(concept)
-        inner = [file.parent for file in sorted(place.glob(f"*/{JSON_NAME}"))]
-        # A named folder without any is told of by the reader of attacks.
-        folders += [place] if given and (not inner or (place / JSON_NAME).is_file()) else inner
-    sha256, figures = file_sha256(weights), []
-    for folder in folders:
-        about = load_about(folder)
-        if about.get("patch_sha256") != sha256:
-            told = f"the saved attack in {folder} was run against another patch"
-            if given:
-                raise EvidenceError(told)
-            logger.warning("%s: it is left out", told)
-            continue
-        result = load_attack(folder)
-        found = {name: getattr(result, name) for name in AttackFigure.model_fields if hasattr(result, name)}
-        found |= {"preset": str(about.get("preset", "")), "detector": about.get("detector")}
-        figures.append(AttackFigure(**found, folder=Path(os.path.relpath(folder, out)).as_posix()))
-    return tuple(figures)
 
 
 def _card_of(weights: Path) -> str | None:
@@ -461,7 +441,7 @@ def _write(evidence: Evidence, weights: Path, patch: Patch, pictures: Comparison
 
 def measure_again(
     evidence: Evidence,
-    patch: Patch,
+    patch: Eraser,
     base: BaseModel,
     *,
     pictures: int | None = None,
@@ -477,7 +457,7 @@ def measure_again(
         cache: folder of pictures; None keeps none, so that each is drawn anew.
         how: ``figures``, ``clip``, ``device`` and ``progress`` of :class:`Options`.
     """
-    evidence.check_patch(file_sha256(_weights_file(patch)), str(patch.source))
+    evidence.check_patch(_hash_of(patch), str(patch.source))
     recorded = int(evidence.options.get("pictures", PICTURES))
     retained = int(evidence.options.get("retained_pictures", recorded))
     options = Options(

@@ -30,13 +30,14 @@ from recare_patch.core import (
     unknown_name,
     yaml_mapping,
 )
+from recare_patch.measure.erasers import Eraser
 from recare_patch.measure.names import DETECTORS
 from recare_patch.measure.prompts import MAX_PROMPT, MOST_SEED
 from recare_patch.measure.prompts import check_lengths as check_lengths
 from recare_patch.measure.prompts import read_prompt_file as read_prompt_file
 from recare_patch.measure.prompts import read_prompts as read_prompts
 from recare_patch.models import BaseModel
-from recare_patch.patch import Patch, concepts_of
+from recare_patch.patch import concepts_of
 from recare_patch.recipe import KINDS, SCHEDULERS, Concept, Kind, Recipe, same_concept, slug_of
 
 logger = logging.getLogger(__name__)
@@ -362,7 +363,7 @@ class Subject:
         return self.recipe.concept
 
 
-def subject_of(patch: Patch, concept: str | None = None) -> Subject:
+def subject_of(patch: Eraser, concept: str | None = None) -> Subject:
     """One concept that a patch erases, which may be left out where there is only one."""
     metadata, known = patch.metadata, concepts_of(patch)
     if metadata is None or not known:
@@ -390,20 +391,20 @@ def subject_of(patch: Patch, concept: str | None = None) -> Subject:
     return Subject(alone, told.care_words, metadata.method)
 
 
-def own_recipe(patch: Patch) -> Recipe | None:
+def own_recipe(patch: Eraser) -> Recipe | None:
     """The recipe that one run made a patch by; None for stacks, and where the patch does not say."""
     metadata = patch.metadata
     return None if metadata is None or metadata.parts else metadata.parsed_recipe
 
 
-def folder_of(patch: Patch, folder: Path, concept: str) -> Path:
+def folder_of(patch: Eraser, folder: Path, concept: str) -> Path:
     """Where evidence on one concept lies: in the folder, or of several concepts in one of its own within."""
     by_concept = patch.metadata is not None and patch.metadata.by_concept
     return folder / slug_of(concept) if by_concept else folder
 
 
 def resolve_suite(
-    patch: Patch,
+    patch: Eraser,
     suite: Suite | str | Path | None,
     base_id: str,
     *,

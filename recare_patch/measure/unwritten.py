@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recare_patch.measure.suites import ATELIER, STABLE_DIFFUSION, PromptSet, Suite
+from recare_patch.measure.suites import ATELIER, STABLE_DIFFUSION, PromptSet, Subject, Suite
 from recare_patch.models.atelier.labels import GROUNDS, OBJECTS, SKY, STYLES, TIMES
-from recare_patch.recipe import Recipe, same_concept
+from recare_patch.recipe import Concept, Recipe, same_concept
 
 
 def default_suite(recipe: Recipe, care_words: Sequence[str]) -> Suite:
@@ -42,6 +42,18 @@ def default_suite(recipe: Recipe, care_words: Sequence[str]) -> Suite:
         scheduler="dpm-solver++" if atelier else recipe.target_images.scheduler,
         guidance_scale=recipe.target_images.guidance_scale,
     )
+
+
+def subject_in(suite: Suite, base_id: str) -> Subject:
+    """What a suite is about, for attacks on what does not say it: drawn as the suite has its pictures drawn."""
+    recipe = Recipe(concept=Concept(text=suite.concept, kind=suite.kind), base=base_id).with_overrides(
+        {
+            "target_images.steps": suite.steps,
+            "target_images.guidance_scale": suite.guidance_scale,
+            "target_images.scheduler": suite.scheduler,
+        }
+    )
+    return Subject(recipe, tuple(one.clip_word for one in suite.care), "unknown")
 
 
 _PARAPHRASES = {

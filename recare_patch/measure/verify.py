@@ -14,6 +14,7 @@ from typing import Any
 from recare_patch.core import EvidenceError, Progress, RecarePatchError, unknown_name
 from recare_patch.measure.attacks.saved import load_about
 from recare_patch.measure.claims import shows
+from recare_patch.measure.erasers import Eraser
 from recare_patch.measure.evidence import RATE, AttackFigure, Check, Evidence, Figure, show_interval, show_value
 from recare_patch.measure.header import layer_faults
 from recare_patch.measure.integrity import (
@@ -27,6 +28,7 @@ from recare_patch.measure.integrity import (
 )  # fmt: skip
 from recare_patch.measure.meters import wilson_interval
 from recare_patch.measure.suites import Suite, list_suites, load_suite
+from recare_patch.measure.unwritten import subject_in
 from recare_patch.models import BaseModel, Load, load_to_draw
 from recare_patch.patch import EVIDENCE_NAME, Patch
 from recare_patch.recipe import MemoryOptions
@@ -438,7 +440,7 @@ def _within(value: float, interval: Interval) -> bool:
     return interval[0] - _SLACK <= value <= interval[1] + _SLACK
 
 
-def measured_again(evidence: Evidence, patch: Patch, base: BaseModel, plan: Plan, how: Mapping[str, Any]) -> Evidence:
+def measured_again(evidence: Evidence, patch: Eraser, base: BaseModel, plan: Plan, how: Mapping[str, Any]) -> Evidence:
     """Through the evaluation itself, on the suite, seeds and counts that the evidence holds."""
     from recare_patch.measure.run import measure_again
 
@@ -456,7 +458,7 @@ def measured_again(evidence: Evidence, patch: Patch, base: BaseModel, plan: Plan
 
 
 def _drawn_again(
-    attack: AttackFigure, patch: Patch, base: BaseModel, record: Record, how: Mapping[str, Any]
+    attack: AttackFigure, patch: Eraser, base: BaseModel, record: Record, how: Mapping[str, Any]
 ) -> AttackFigure | None:
     """What a saved attack found, drawn and judged once more; None where it is not here."""
     from recare_patch.measure.attacks.run import attack_patch
@@ -468,6 +470,8 @@ def _drawn_again(
     asked = ("concept", "detector", "label", "steps", "scheduler", "guidance_scale")
     told = {"seed": 0, **{key: about[key] for key in (*asked, "seed") if key in about}}
     settings = {"progress": how["progress"], "device": how["device"]}
+    if patch.metadata is None and record.evidence is not None:
+        told["subject"] = subject_in(Suite(**record.evidence.suite), base.id)
     try:
         result = attack_patch(patch, replay=place, base=base, **told, **settings)
     except (TypeError, ValueError) as fault:

@@ -52,9 +52,12 @@ from .metadata import PatchPart as PatchPart
 from .metadata import Stacking as Stacking
 from .metadata import finite as finite
 from .metadata import spent as spent
+from .original_layout import entries as entries
 from .original_layout import has_known_sizes as has_known_sizes
 from .original_layout import plan as plan
 from .original_layout import write_single_file as write_single_file
+from .patch import FLOATS as FLOATS
 from .patch import Patch as Patch
+from .patch import check_finite as check_finite
 from .patch import concepts_of as concepts_of
 from .reading import from_any as from_any

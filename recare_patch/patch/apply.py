@@ -26,6 +26,7 @@ from recare_patch.models import (
     kept_requires_grad,
     named_tuner_layers,
     networks,
+    off,
     remove_adapter,
     settle_adapter,
     split_name,
@@ -246,6 +247,10 @@ class AppliedPatch:
         whole = [getattr(self.pipe, part) for part in self._networks]
         return any(map(_is_compiled, (one for network in whole for one in network.modules())))
 
+    def off(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the pipeline computes as the untouched base: without this patch, and without any other LoRA."""
+        return off(*networks(self.pipe).values())
+
     def set_scale(self, scale: float) -> None:
         """Change the patch's strength, of a fused one too.
 
@@ -364,9 +369,9 @@ def _states(network: nn.Module) -> list[tuple[Any, list[str], bool]]:
 
 
 def _restore(before: list[tuple[Any, list[str], bool]]) -> None:
-    for layer, active, off in before:
+    for layer, active, was_off in before:
         layer.set_adapter(active)
-        layer.enable_adapters(not off)
+        layer.enable_adapters(not was_off)
 
 
 @contextlib.contextmanager

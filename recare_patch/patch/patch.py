@@ -15,7 +15,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from recare_patch.core import (
     file_sha256,
     load_tensors,
     read_safetensors_header,
+    tensors_hash,
     write_tensors,
 )
 from recare_patch.models import COMPILED, COMPONENTS, DENOISERS, in_words, named_layers, named_tuner_layers, split_name
@@ -206,6 +207,10 @@ class Patch:
             digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of its tensors alone, which decide what is drawn under it."""
+        return tensors_hash(self.tensors)
 
     def as_part(self, scale: float) -> PatchPart:
         """What a stack, or a base that it is merged into, records about it."""
@@ -390,6 +395,15 @@ class Patch:
         return AppliedPatch(self, pipe, scale, adapter_name)
 
 
-def concepts_of(patch: Patch) -> tuple[str, ...]:
+class Described(Protocol):
+    """What may say what it is."""
+
+    @property
+    def metadata(self) -> PatchMetadata | None:
+        """None where it does not."""
+        ...
+
+
+def concepts_of(patch: Described) -> tuple[str, ...]:
     """What a patch erases; none for a LoRA that does not say."""
     return tuple(one.concept for one in patch.metadata.erased) if patch.metadata is not None else ()

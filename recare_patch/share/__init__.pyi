@@ -5,6 +5,11 @@ from .hub import index_text as index_text
 from .hub import row_of_folder as row_of_folder
 from .hub import row_of_found as row_of_found
 from .hub import search as search
+from .ledger import found_row as found_row
+from .ledger import ledger_row as ledger_row
+from .ledger import patches_in as patches_in
+from .ledger import write_free_run as write_free_run
+from .ledger import write_ledger as write_ledger
 from .pulling import fetched as fetched
 from .pulling import pull as pull
 from .pushing import push as push

@@ -19,14 +19,16 @@ from recare_patch.cli import base_of, several_concepts
 from recare_patch.cli import patch as patch_commands
 from recare_patch.combine import merging
 from recare_patch.combine import stacking as composing
-from recare_patch.core import PatchError, bundled, read_picture, read_safetensors_header
+from recare_patch.core import PatchError, bundled, open_tensors, read_picture, read_safetensors_header
 from recare_patch.erasure.methods.s_grace import read_words
 from recare_patch.measure.attacks import load_about, load_attack
 from recare_patch.measure.card import claimed_figures, with_evidence
 from recare_patch.measure.evidence import Evidence
+from recare_patch.measure.finding import find_eraser
 from recare_patch.measure.integrity import check_integrity
 from recare_patch.measure.report import write_report
 from recare_patch.measure.suites import load_suite, parse_suite, read_prompts, subject_of, suites_folder
+from recare_patch.measure.weights import Weights
 from recare_patch.models import read_layout
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, concepts_of, write_kohya
 from recare_patch.patch.card import card_text
@@ -218,8 +220,29 @@ _RECORD = json.dumps(
 ).encode()
 
 
+def _weights() -> tuple[bytes, ...]:
+    """Whole, and the changed tensors alone."""
+    whole = {"conv_in.weight": torch.ones(8, 4, 3, 3), "conv_in.bias": torch.ones(8), "to_k.weight": torch.ones(4, 8)}
+    return save(whole), save({"unet.to_k.weight": torch.ones(4, 8)})
+
+
 def _bundled(folder: Path) -> tuple[bytes, ...]:
     return tuple(path.read_bytes() for path in sorted(folder.glob("*.yaml")))[:6]
+
+
+def _eraser(file: Path) -> None:
+    """A stranger's weights, as far as a file can lie: what it is, where its tensors belong, what they hold."""
+    found = find_eraser(str(file))
+    if found.what in ("patch", "lora"):
+        from_any(file)
+        return
+    network = torch.nn.Sequential()
+    network.add_module("conv_in", torch.nn.Conv2d(4, 8, 3))
+    network.add_module("to_k", torch.nn.Linear(8, 4, bias=False))
+    eraser = Weights(str(file), {None: [file]})
+    places = eraser._places({"unet": network}, "it")
+    with open_tensors(file) as handle:
+        assert all(stored.read(handle).shape == stored.shape for stored in places.values())
 
 
 def readers() -> list[Reader]:
@@ -235,6 +258,7 @@ def readers() -> list[Reader]:
     return [
         Reader("patch", "safetensors", (*ours, *foreign[:3]), _patch, "x.safetensors"),
         Reader("lora", "safetensors", (*kohya, *foreign), _lora, "x.safetensors"),
+        Reader("eraser", "safetensors", (*kohya[:1], *_weights()), _eraser, "x.safetensors"),
         Reader("inspect", "safetensors", (*ours, *kohya), _inspect, "x.safetensors"),
         Reader("recipe", "yaml", recipes, _recipe, "x.yaml"),
         Reader("care-set", "json", (CARE.to_json().encode(),), _care),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,6 @@ def address(tiny_sd: Path, both: dict[str, Patch], tmp_path_factory: pytest.Temp
         page = demo.build_interface(demo.Comparison(load_base(tiny_sd, device="cpu"), both))
         yield demo.launch(page, host=demo.LOOPBACK, wait=False)
         page.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with sync_api.sync_playwright() as playwright:
-        try:
-            # A container's root has no sandbox to run it in; it opens this page and no other.
-            opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except sync_api.Error as fault:
-            pytest.skip(f"no Chromium here: {str(fault).splitlines()[0]}")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from recare_patch.combine import save_stack, stack
 from recare_patch.core import PatchError, file_sha256
 from recare_patch.measure import Evidence
 from recare_patch.measure.card import EVIDENCE_START, model_index
+from recare_patch.measure.integrity import Finding, Findings
+from recare_patch.measure.verified import Remembered, remember, remembered
 from recare_patch.patch import PLACE, RECORD_NAME, Patch, split_card
 from recare_patch.recipe import WEIGHTS_NAME
 from tests.measure.test_evidence import make_evidence
@@ -579,6 +581,42 @@ def test_an_index_of_folders(folder: Path, patch: Patch, tmp_path: Path) -> None
     assert "[tench-patch](tench-patch)" in rows[1]
     assert "there already" in refused("index", "van-gogh-patch", "--out", "README.md")
     assert "there is no patch" in refused("index", "nothing")
+
+
+def test_a_ledger_of_patches(folder: Path, patch: Patch, hub: HubStandIn, tmp_path: Path) -> None:
+    write_patch(tmp_path / "many" / "tench-patch", as_another(patch, "tench", "object"))
+    shutil.copytree(folder, tmp_path / "many" / folder.name)
+    assert "(2 patches)" in sound("index", "many", "--out", "ledger.html").stdout
+    page = Path("ledger.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert "2.0 %" in page and "0.8–5.0 %" in page and page.count("not here") == 2
+    assert "200 pictures a figure" in page and "van-gogh-atelier" in page and "not measured" in page
+    # What verify found here is told, until the evidence is another.
+    place = tmp_path / "many" / folder.name
+    remember(place, Findings((Finding("figure 'concept, plain prompts'", True, "holds"),)))
+    assert remembered(place) == Remembered(True, 1, remembered(place).date, True)  # type: ignore[union-attr]
+    sound("index", "many", "--out", "ledger.html", "--force")
+    assert "the same" in (page := Path("ledger.html").read_text()) and page.count("not here") == 1
+    (place / "evidence.json").write_text((place / "evidence.json").read_text() + " ")
+    sound("index", "many", "--out", "ledger.html", "--force")
+    assert "other evidence" in Path("ledger.html").read_text()
+    assert "there already" in refused("index", "many", "--out", "ledger.html")
+    # Of the Hub the cards' claims.
+    _publish(hub, "you/odd", tags=["recare-patch", "concept:<b>x</b>"])
+    sound("search", "--out", "hub.html")
+    assert "hub:you/odd" in (page := Path("hub.html").read_text()) and "<b>x" not in page
+    assert "a page is written as .html" in refused("search", "--out", "hub.txt")
+
+
+def test_a_run_for_eval_unlearn(folder: Path) -> None:
+    told = sound("index", folder, "--eval-unlearn", "run").stdout
+    run = json.loads(Path("run/free_run.json").read_text())
+    assert run["technique"]["name"] == "free_run" and run["technique"]["config"]["model_id"] == "run/model"
+    assert f"recare-patch merge --patch {folder} --out run/model" in told
+    metrics = {one["name"]: one.get("config", {}) for one in run["metrics"]}
+    assert metrics["ua_ira"]["target_concept"] == "van gogh" and "asr_i2p" not in metrics
+    assert Path(metrics["ua_ira"]["retain_prompts_path"]).read_text().startswith("prompt\n")
+    assert "is not empty" in refused("index", folder, "--eval-unlearn", "run")
+    assert "the run of one patch" in refused("index", folder, folder, "--eval-unlearn", "other")
 
 
 @contextlib.contextmanager

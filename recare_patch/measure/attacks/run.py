@@ -7,6 +7,7 @@ attack works with. Then the patch goes in, and stays in until the attack is over
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -42,11 +43,12 @@ from recare_patch.measure.attacks.protocol import (
     candidate_seeds,
 )
 from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attack, save_attack
+from recare_patch.measure.erasers import Eraser
 from recare_patch.measure.judges import Detector, can_tell, check_label, load_detector
 from recare_patch.measure.names import ATTACKS
-from recare_patch.measure.suites import find_suite_for, subject_of
+from recare_patch.measure.suites import Subject, find_suite_for, subject_of
 from recare_patch.measure.unwritten import default_suite
-from recare_patch.models import BaseModel, Load, load_to_draw, off, scheduled
+from recare_patch.models import BaseModel, Load, load_to_draw, scheduled
 from recare_patch.patch import Patch, concepts_of
 from recare_patch.recipe import MemoryOptions, Recipe, same_concept
 
@@ -60,10 +62,11 @@ _TRIES = 4
 
 
 def attack_patch(
-    patch: Patch | Path | str,
+    patch: Eraser | Path | str,
     attack: str | None = None,
     *,
     concept: str | None = None,
+    subject: Subject | None = None,
     base: BaseModel | str | None = None,
     options: AttackOptions | None = None,
     budget: str = "small",
@@ -87,6 +90,7 @@ def attack_patch(
     Args:
         attack: a name of :data:`ATTACKS`; with ``replay`` it may be left out.
         concept: which of several that the patch erases; a replay knows its own.
+        subject: what was erased, of an eraser that does not say it itself.
         base: the model, or where to find it; else the recipe's.
         options: of the attack; else those of the ``budget``.
         detector: who says whether a picture shows the concept: a detector, a name, or "name:source" such
@@ -113,9 +117,10 @@ def attack_patch(
         options = kind.options_type(**saved.budget) if saved else attack_options(kind.name, budget)
     if not isinstance(options, kind.options_type):
         raise AttackError(f"{type(options).__name__} are not the options of the attack {kind.name}")
-    loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
+    loaded = Patch.load(patch) if isinstance(patch, Path | str) else patch
     after = replayed_concept(replay) if replay is not None else None
-    subject = subject_of(loaded, after if concept is None and len(concepts_of(loaded)) > 1 else concept)
+    if subject is None:
+        subject = subject_of(loaded, after if concept is None and len(concepts_of(loaded)) > 1 else concept)
     recipe, drawn = subject.recipe, subject.recipe.target_images
     if after is not None and not same_concept(after, recipe.concept):
         raise AttackError(
@@ -131,7 +136,7 @@ def attack_patch(
         shows=lambda images: [bool(hit) for hit in judge.rate(images, known)],
         images=[],
         latents=torch.empty((0, *model.latent_shape)),
-        original=lambda: off(*model.components.values()),
+        original=contextlib.nullcontext,  # until the patch is in
         prompts=(),
         seeds=(),
         steps=drawn.steps if steps is None else steps,
@@ -211,7 +216,7 @@ def _detector(
 class _Job:
     """An attack with all that it needs but the target's pictures."""
 
-    patch: Patch
+    patch: Eraser
     kind: Attack[Any]
     options: AttackOptions
     target: AttackTarget
@@ -226,7 +231,8 @@ class _Job:
         with scheduled(pipeline, self.about["scheduler"]):
             if self.saved is None:
                 target, rate = self.with_pictures(work)
-            with self.patch.apply(pipeline):
+            with self.patch.apply(pipeline) as applied:
+                target = replace(target, original=applied.off)
                 # What is only drawn again is done soon: nothing is kept for a resume.
                 work = work if self.saved is None else None
                 result = self.kind.run(target, self.options, work=work, **how)
@@ -318,10 +324,11 @@ def _check_same(out: Path, run: dict[str, Any], stored: dict[str, Any]) -> None:
 
 
 def run_attacks(
-    patch: Patch | Path | str,
+    patch: Eraser | Path | str,
     attacks: Mapping[str, AttackOptions],
     *,
     concept: str | None = None,
+    subject: Subject | None = None,
     base: BaseModel | str | None = None,
     out: Path | str | None = None,
     device: str = "auto",
@@ -334,10 +341,11 @@ def run_attacks(
 
     Each result comes when it is there; ``common`` are other arguments of :func:`attack_patch`.
     """
-    loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
+    loaded = Patch.load(patch) if isinstance(patch, Path | str) else patch
     how: dict[str, Any] = {"device": device, "precision": precision, "memory": memory, "vram": vram}
     batch = max((one.batch_size for one in attacks.values()), default=1)
-    common |= {"concept": concept, "base": _base(subject_of(loaded, concept).recipe, base, batch, **how)}
+    told = subject or subject_of(loaded, concept)
+    common |= {"concept": concept, "subject": subject, "base": _base(told.recipe, base, batch, **how)}
     for name, options in attacks.items():
         place = Path(out) / name if out is not None else None
         yield name, attack_patch(loaded, name, options=options, out=place, **common)

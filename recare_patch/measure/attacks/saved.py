@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from recare_patch.core import PatchError, load_json, read_bytes, read_tensors, write_json, write_tensors
+from recare_patch.core import (
+    EvidenceError,
+    PatchError,
+    file_sha256,
+    load_json,
+    read_bytes,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from recare_patch.measure.attacks.protocol import AttackError, AttackResult, Share
+from recare_patch.measure.evidence import AttackFigure
+from recare_patch.recipe import slug_of
+
+logger = logging.getLogger(__name__)
 
 JSON_NAME, TENSORS_NAME = "attack.json", "attack.safetensors"
 FORMAT_VERSION = 1
@@ -119,3 +134,36 @@ def _read(folder: Path) -> _Note:
     if not len(note.details) == len(note.prompts) == note.trials:
         raise _damaged(folder, f"{JSON_NAME} lacks parts of one")
     return note
+
+
+def attack_figures(
+    weights: Path, given: Sequence[Path | str] | None, out: Path, concept: str | None
+) -> tuple[AttackFigure, ...]:
+    """What saved attacks found: those named, or those beside the patch, of one of its several concepts."""
+    folders: list[Path] = []
+    beside = (weights.parent / "attacks", f"{weights.parent}-attacks")
+    for place in map(Path, beside if given is None else given):
+        if given is None and concept is not None:
+            place /= slug_of(concept)
+        inner = [file.parent for file in sorted(place.glob(f"*/{JSON_NAME}"))]
+        # A named folder without any is told of by the reader of attacks.
+        folders += [place] if given and (not inner or (place / JSON_NAME).is_file()) else inner
+    sha256, figures = file_sha256(weights), []
+    for folder in folders:
+        about = load_about(folder)
+        if about.get("patch_sha256") != sha256:
+            told = f"the saved attack in {folder} was run against another patch"
+            if given:
+                raise EvidenceError(told)
+            logger.warning("%s: it is left out", told)
+            continue
+        figures.append(attack_figure(folder, out))
+    return tuple(figures)
+
+
+def attack_figure(folder: Path, out: Path) -> AttackFigure:
+    """What evidence in a folder ``out`` tells of a saved attack."""
+    result, about = load_attack(folder), load_about(folder)
+    found = {name: getattr(result, name) for name in AttackFigure.model_fields if hasattr(result, name)}
+    found |= {"preset": str(about.get("preset", "")), "detector": about.get("detector")}
+    return AttackFigure(**found, folder=Path(os.path.relpath(folder, out)).as_posix())

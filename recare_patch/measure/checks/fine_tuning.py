@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.core import EvaluationError, keep_json, kept_json, one_of, tensors_hash
+from recare_patch.core import EvaluationError, keep_json, kept_json, one_of
 from recare_patch.erasure import OPTIMIZERS, Checkpoint, Loop, fit, noised
 from recare_patch.measure.checks.protocol import CONCEPT, CheckContext, Checker, CheckOptions, Patches, in_order, point
 from recare_patch.measure.evidence import Check, CheckPoint
@@ -205,7 +205,7 @@ class FineTuning(Checker[FineTuningOptions]):
         options = resolved(context, options)
         decides = {
             "options": options.model_dump(mode="json"),
-            "patch": tensors_hash(context.patch.tensors),
+            "patch": context.patch.fingerprint(),
             "suite": context.suite.model_dump(mode="json"),
             "detector": context.detector.name,
             "pictures": context.pictures,
@@ -299,9 +299,15 @@ def tuned(training: Training, steps: int, checkpoint: Path) -> Iterator[tuple[St
         yield usual, patches, spent
         return
     with contextlib.ExitStack() as stack:
-        for part in context.patch.components:
-            stack.enter_context(changed(base.components[part]))
-        merge_into(base.components, context.patch)
+        patch = context.patch
+        if isinstance(patch, Patch):
+            for part in patch.components:
+                stack.enter_context(changed(base.components[part]))
+            merge_into(base.components, patch)
+        else:
+            # Others have no adapter that would have to be merged: they stay where they are, and are trained on.
+            stack.enter_context(patch.apply(base.pipeline))
+            stack.enter_context(changed(base.denoiser))
         if steps:
             base.denoiser.requires_grad_(True)
             spent = training.tune(steps, [*base.denoiser.parameters()], checkpoint)

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from recare_patch.careset import Clip
     from recare_patch.core import Progress
+    from recare_patch.measure.erasers import Eraser
     from recare_patch.measure.judges import Detector
     from recare_patch.measure.pictures import Studio
     from recare_patch.measure.suites import Suite
     from recare_patch.models import BaseModel
-    from recare_patch.patch import Patch
 
 PICTURES = 24
 """Pictures behind each value, where nothing else is asked for: minutes on a CPU."""
@@ -42,7 +42,7 @@ _FIRST_BLOCK = 100
 _SEED_STRIDE = 1000
 _CHUNK = 32
 
-Patches = Sequence[tuple["Patch", float]]
+Patches = Sequence[tuple["Eraser", float]]
 """What is put into the base, each at its scale."""
 
 
@@ -86,7 +86,7 @@ class CheckContext:
     """
 
     base: BaseModel
-    patch: Patch
+    patch: Eraser
     suite: Suite
     detector: Detector
     studio: Studio
