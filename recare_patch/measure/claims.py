@@ -101,7 +101,7 @@ def _of_attack(attack: AttackFigure) -> Iterator[str]:
 def _of_check(check: Check) -> Iterator[str]:
     for point in check.points if check.unit == RATE else ():
         for series, value in point.values.items():
-            if point.pictures is not None and series != RETAINED:
+            if point.pictures is not None and not series.startswith(RETAINED):
                 about = f"check '{check.name}', {series} at {point.x},"
                 yield from _rate(about, value, point.intervals.get(series), point.pictures)
 

@@ -25,6 +25,7 @@ CHECKS = Registry(
     "check",
     {
         "fine-tuning": "recare_patch.measure.checks.fine_tuning:FineTuning",
+        "negative-prompt": "recare_patch.measure.checks.negative_prompt:NegativePrompt",
         "personalisation": "recare_patch.measure.checks.personalisation:Personalisation",
         "samplers": "recare_patch.measure.checks.samplers:Samplers",
         "scales": "recare_patch.measure.checks.scales:Scales",
@@ -37,7 +38,12 @@ CHECKS = Registry(
 ATTACKS = Registry(
     "attack",
     {
+        "classifier-guidance": "recare_patch.measure.attacks.classifier_guidance:ClassifierGuidance",
+        "completion": "recare_patch.measure.attacks.probes:Completion",
         "concept-inversion": "recare_patch.measure.attacks.concept_inversion:ConceptInversion",
+        "img2img": "recare_patch.measure.attacks.probes:ImageToImage",
+        "inpainting": "recare_patch.measure.attacks.probes:Inpainting",
+        "noise-search": "recare_patch.measure.attacks.probes:NoiseSearch",
         "p4d": "recare_patch.measure.attacks.p4d:P4D",
         "ring-a-bell": "recare_patch.measure.attacks.ring_a_bell:RingABell",
         "unlearn-diff-atk": "recare_patch.measure.attacks.unlearn_diff_atk:UnlearnDiffAtk",

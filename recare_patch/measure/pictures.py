@@ -91,6 +91,7 @@ class Request(NamedTuple):
     scheduler: str | None = None  # a name of SCHEDULERS; None: the base's own
     stage: str = "pictures"  # how progress and the base's counter call it
     vectors: Tensor | None = None  # [vectors, token_width], for prompts that hold PLACEHOLDER
+    negative_prompt: str = ""  # what guidance leads away from
 
 
 def launched() -> Any | None:
@@ -208,6 +209,8 @@ class Studio:
         }
         if request.vectors is not None:
             fields["vectors"] = tensors_hash({"vectors": request.vectors})
+        if request.negative_prompt:
+            fields["negative_prompt"] = request.negative_prompt
         return [
             self.key(request.patches, {**fields, "prompt": prompt, "seed": seed})
             for prompt, seed in zip(request.prompts, request.seeds, strict=True)
@@ -329,6 +332,7 @@ class Studio:
                 steps=request.steps,
                 guidance_scale=request.guidance_scale,
                 batch_size=len(rows),
+                negative_prompt=request.negative_prompt,
             )
         self.drawn += len(images)
         return images
