@@ -34,7 +34,7 @@ class ClassifierGuidanceOptions(AttackOptions):
     images: int = Field(24, ge=2, le=10_000, description="pictures it learns from, of the concept and of others each")
     steps: protocol.Steps = Field(300, description="training steps of the classifier")
     learning_rate: protocol.Rate = Field(2e-3, description="its peak")
-    strength: float = Field(0.5, gt=0, le=10, description="length of the pull, as a share of each step's")
+    strength: float = Field(1.0, gt=0, le=10, description="length of the pull, as a share of each step's")
 
 
 class LatentClassifier(nn.Module):
