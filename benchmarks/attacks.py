@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 
 from benchmarks.erasure import NAMES, assignments
-from benchmarks.scoring import PROBES, TRIALS
+from benchmarks.scoring import PROBES, SCHEDULER, STEPS, TRIALS
 from benchmarks.suites import CONCEPTS
 
 RESULTS = Path(__file__).parent / "results" / "attacks"
@@ -50,6 +50,8 @@ def _run(arguments: argparse.Namespace) -> None:
             out=Path(arguments.work) / f"{name}-attacks" / trial.replace(",", "").replace(" ", "-"),
             resume=True,
             device=arguments.device,
+            # As recipes have it; probes are drawn alike whatever the recipe, in the steps of the suites.
+            **({"steps": STEPS, "scheduler": SCHEDULER} if arguments.probes else {}),
         )
         found[trial] = {
             "successes": result.successes,

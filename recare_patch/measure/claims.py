@@ -5,13 +5,20 @@ from __future__ import annotations
 import datetime
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from recare_patch.core import printable
 from recare_patch.measure.checks.scales import RETAINED
 from recare_patch.measure.evidence import RATE, AttackFigure, Check, Evidence, Figure, Interval
+from recare_patch.measure.judges import short_name
 from recare_patch.measure.meters import wilson_interval
+from recare_patch.measure.suites import Suite, list_suites
+from recare_patch.models import ATELIER
 from recare_patch.recipe import same_concept
+
+if TYPE_CHECKING:
+    from recare_patch.measure.run import Options
 
 _ROUNDED = 1e-6
 """Evidence is rounded to six digits."""
@@ -20,7 +27,10 @@ SHOWN = 0.01
 """Where the 95 % interval of the base's own rate begins below, the base does not show what is counted."""
 
 _COMMAND = ("recare-patch", "evaluate")
-_FLAGS = ("--patch", "--base", "--suite", "--metric", "--check", "--pictures", "--detector", "--label", "--prompts")
+_FLAGS = (
+    *("--patch", "--base", "--suite", "--metric", "--check", "--pictures", "--detector", "--label", "--prompts"),
+    *("--column", "--rows", "--without", "--calibrate"),
+)
 
 
 def rebuilt_command(command: str) -> str:
@@ -36,6 +46,20 @@ def rebuilt_command(command: str) -> str:
     known = tuple(words[:2]) == _COMMAND and len(flags) == len(values) and set(flags) <= set(_FLAGS)
     plain = all(value == printable(value) and not value.startswith("-") and len(value) <= 300 for value in values)
     return shlex.join(words) if known and plain else ""
+
+
+def written_command(suite: Suite, asked: Options, base_id: str, detector: str | None, more: Sequence[str]) -> str:
+    """The command line that measures the same; folders are left for the reader to name."""
+    words = [*_COMMAND, "--patch", "FOLDER"]
+    words += ["--base", base_id] if base_id != ATELIER else []
+    words += ["--suite", suite.name] if suite.name in list_suites() else []
+    for flag, names in (("--metric", asked.metrics or ()), ("--check", asked.checks)):
+        words += [word for name in names for word in (flag, name)]
+    words += ["--pictures", str(asked.pictures)]
+    if detector is not None:
+        name, colon, source = detector.partition(":")
+        words += ["--detector", name + colon + (short_name(source) if source else "")]
+    return shlex.join([*words, *more])
 
 
 def shows(hits: int, pictures: int) -> bool:

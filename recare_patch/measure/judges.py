@@ -295,7 +295,7 @@ class Judges:
 
     def of_neighbours(self) -> Detector:
         """The suite's detector, or zero-shot CLIP among the neighbours where that knows none of them."""
-        labels = [one.label for one in self.suite.neighbours]
+        labels = self.suite.neighbour_labels
         if all(can_tell(self.detector, label) for label in labels):
             return self.detector
         return ZeroShotClip(clip=self.clip, labels=[*labels, self.suite.label])

@@ -34,6 +34,7 @@ _CHUNK = 32
 _MOST_PARTS = 64
 _LITTLE = 0.05
 _SAMPLES = 2
+_MOST_SHOWN = 24
 _Z95 = 1.959963984540054
 
 Interval = tuple[float, float]
@@ -355,12 +356,38 @@ class Kept:
         return Figure(**told, **_compared(*distance.result()))
 
 
+class Paired:
+    """Whether pictures of prompts with the concept still show what the prompts without it ask for.
+
+    The in-prompt CLIP score of Ren et al., "Six-CD" (CVPR 2025, arXiv 2406.14855): the mean cosine of a picture, drawn
+    from the prompt with the concept, and its prompt without. A companion figure for any concept, which needs no words.
+    """
+
+    names = ("companions, paired prompts",)
+
+    def __init__(self, drawing: Drawing, clip: Clip) -> None:
+        self._drawing, self._clip, self._agreement = drawing, clip, (Mean(), Mean())
+
+    def take(self, rows: Sequence[int], pair: Pair) -> None:
+        """Compare a chunk with its prompts without the concept."""
+        texts = self._clip.text_features([self._drawing.without[row] for row in rows])
+        for images, mean in zip(pair, self._agreement, strict=True):
+            mean.add((self._clip.image_features(images) * texts).sum(-1).clamp(min=0))
+
+    def figures(self) -> list[Figure]:
+        """One mean."""
+        told: dict[str, Any] = {"name": self.names[0], "group": "care", "metric": "in-prompt CLIP score"}
+        told |= {"detector": clip_name(self._clip), "better": "higher", "pictures": self._agreement[0].count}
+        note = "Mean cosine of the pictures with the same prompts without the concept, not below 0."
+        return [Figure(**told, note=note, **_compared(*((one.value, one.interval) for one in self._agreement)))]
+
+
 def clip_name(clip: Clip) -> str:
     """How figures name a CLIP as the extractor of their features."""
     return f"clip-vit ({short_name(clip.id)})"
 
 
-Meter = Shown | Kept
+Meter = Shown | Kept | Paired
 """Takes chunks of pictures, of some rows of the drawing, and ends as figures of known ``names``."""
 
 
@@ -394,12 +421,14 @@ def make_jobs(
     """What is drawn of the judges' suite for some metrics, or of their wanted figures, and read from it."""
     suite = judges.suite
     jobs: list[Job] = []
-    for which in ("plain", "paraphrased", "implicit") if "concept-rate" in metrics else ():
-        drawing = suite.drawing(which, pictures)
-        if drawing.prompts:
-            title, name = f"{suite.concept}: {which} prompts", f"concept, {which} prompts"
-            shown = Shown(drawing, judges.detector, name, "erased", "concept rate", "lower")
-            jobs.append(Job(drawing, title, 3, [shown]))
+    for which in ("plain", "paraphrased", "implicit"):
+        drawing, read = suite.drawing(which, pictures), list[Meter]()
+        title, name = f"{suite.concept}: {which} prompts", f"concept, {which} prompts"
+        if drawing.prompts and "concept-rate" in metrics:
+            read.append(Shown(drawing, judges.detector, name, "erased", "concept rate", "lower"))
+        if drawing.without and "care-score" in metrics:
+            read.append(Paired(drawing, judges.clip))
+        jobs.append(Job(drawing, title, 3, read))
     for number, one in enumerate(suite.care if "care-score" in metrics else ()):
         drawing, word = suite.care_drawing(number, pictures), one.clip_word
         meters: list[Meter] = [Care(drawing, word, suite.labels, judges.clip)]
@@ -407,11 +436,11 @@ def make_jobs(
             shown = Shown(drawing, judges.detector, f"shown, {word}", "care", "companion shown", "higher")
             meters.append(shown)
         jobs.append(Job(drawing, "Companions", 2, meters))
-    if "neighbours" in metrics and suite.neighbours:
+    if "neighbours" in metrics and suite.holds("neighbours"):
         drawing, detector = suite.drawing("neighbours", pictures), judges.of_neighbours()
         shown = Shown(drawing, detector, "neighbours", "kept", "neighbour shown", "higher", by_label=True)
-        jobs.append(Job(drawing, "Neighbours", len(suite.neighbours), [shown]))
-    if suite.retained and not _KEPT.keys().isdisjoint(metrics):
+        jobs.append(Job(drawing, "Neighbours", min(len(suite.neighbour_labels), _MOST_SHOWN), [shown]))
+    if suite.holds("retained") and not _KEPT.keys().isdisjoint(metrics):
         drawing = suite.drawing("retained", retained_pictures)
         jobs.append(Job(drawing, "Retained prompts", 4, [Kept(drawing, judges.clip, metrics)]))
     for job in jobs:

@@ -12,7 +12,6 @@ import datetime
 import logging
 import math
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,24 +35,18 @@ from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attac
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures, with_evidence
 from recare_patch.measure.checks import PICTURES as CHECK_PICTURES
 from recare_patch.measure.checks import CheckContext, check_names, run_checks
+from recare_patch.measure.claims import written_command
 from recare_patch.measure.evidence import AttackFigure, Check, Evidence, Figure
 from recare_patch.measure.judges import Detector, Judges, short_name
 from recare_patch.measure.memorization import MEMORIZATION, memorization_figures
 from recare_patch.measure.meters import Job, chunks, default_metrics, make_jobs
 from recare_patch.measure.names import METRICS
 from recare_patch.measure.pictures import PictureCache, Studio, default_cache, launched
+from recare_patch.measure.prompts import Rows, check_lengths, read_prompt_file, tell_lengths
 from recare_patch.measure.report import write_report
-from recare_patch.measure.suites import (
-    Suite,
-    check_lengths,
-    folder_of,
-    list_suites,
-    own_recipe,
-    read_prompt_file,
-    resolve_suite,
-    suited,
-)
-from recare_patch.models import ATELIER, BaseModel, Load, deciding, load_to_draw, peak_memory, versions
+from recare_patch.measure.suites import Suite, folder_of, own_recipe, resolve_suite, suited
+from recare_patch.measure.tables import AS_IT_IS, Reading, with_retained, with_table
+from recare_patch.models import BaseModel, Load, deciding, load_to_draw, peak_memory, versions
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, PREVIEW_NAME, TRAINING_NAME, Patch, card_text
 from recare_patch.recipe import WEIGHTS_NAME, MemoryOptions, slug_of
 
@@ -113,9 +106,10 @@ def evaluate(
     *,
     base: BaseModel | str | Path | None = None,
     suite: Suite | Path | str | None = None,
+    reading: Reading = AS_IT_IS,
     concept: str | None = None,
     metrics: Sequence[str] | None = None,
-    pictures: int = PICTURES,
+    pictures: int | None = None,
     out: Path | str | None = None,
     cache: Path | str | Literal[False] | None = None,
     detector: str | Detector | None = None,
@@ -139,18 +133,19 @@ def evaluate(
     Args:
         patch: the patch's folder or file, or a patch loaded from one.
         base: the model, or where to find it; None: the one that the patch was made for.
-        suite: a suite, its name or file; None: see :func:`resolve_suite`.
+        suite: a suite, its name or file, or a table of prompts; None: see :func:`resolve_suite`.
+        reading: of a table.
         concept: which of several that the patch erases.
         metrics: names of :data:`METRICS`; None: :func:`default_metrics`.
-        pictures, check_pictures: of each figure, and behind each value of a check.
+        pictures, check_pictures: of each figure (None: a table's rows, or :data:`PICTURES`), and behind each value of a
+            check.
         out: where to write; None: beside the weights, where ``verify`` looks for it. Of several concepts
             each has a folder of its own in it, named as the concept's slug.
         cache: folder of pictures, those of the erased concept too; None: :func:`default_cache`; False: none.
         detector: instead of the suite's; a name may carry its source, as "image-classifier:FOLDER".
         label: what the detector calls the concept, instead of the suite's label.
         clip: of CARE score, prompt agreement and distances; None: the recipe's.
-        prompts_file: one prompt a line, or a table with a column "prompt", each drawn once in place of the suite's
-            retained prompts.
+        prompts_file: one prompt a line, or a table, each drawn once in place of the suite's retained prompts.
         attacks: folders of saved attacks on this patch to tell of; None: those beside the patch.
         checks: names of :data:`CHECKS`, or "all".
         card: write the figures into the patch's ``README.md`` as well; one that tells figures already
@@ -166,25 +161,31 @@ def evaluate(
     loaded, crew = patch if isinstance(patch, Patch) else Patch.load(patch), launched()
     weights, metadata = _weights_file(loaded), loaded.metadata
     recipe = own_recipe(loaded)
-    retained, seeds = (None, ()) if prompts_file is None else read_prompt_file(prompts_file)
+    table = reading.table(suite)
+    retained = None if prompts_file is None else read_prompt_file(prompts_file, {} if table else reading.columns)
     if base is None:
         if metadata is None:
             told = "does not say what base it was made for: name one with --base"
             raise EvaluationError(f"{loaded.source} {told}")
         base = recipe.base if recipe else metadata.base
     base_id = str(base) if isinstance(base, str | Path) else base.id
-    chosen = resolve_suite(loaded, suite, base_id, concept=concept, first_seed=seed)
+    chosen = resolve_suite(loaded, None if table else suite, base_id, concept=concept, first_seed=seed)
+    if table:
+        chosen = with_table(chosen, table, reading)
+    most = max((len(one.prompts) for one in chosen.tables.values()), default=PICTURES)
     named, given = (detector, None) if isinstance(detector, str) else (None, detector)
     if named is not None:
         chosen = chosen.with_detector(named, label)
     elif label is not None:
         chosen = chosen.with_changes(label=label)
-    if retained is not None:
-        chosen = chosen.with_changes(retained=retained, retained_seeds=seeds)
+    if isinstance(retained, Rows):
+        chosen = with_retained(chosen, retained)
+    elif retained is not None:
+        chosen = chosen.with_changes(retained=retained, retained_seeds=())
     options = Options(
         metrics=metrics,
-        pictures=pictures,
-        retained_pictures=None if retained is None else len(retained),
+        pictures=most if pictures is None else pictures,
+        retained_pictures=len(retained.prompts if isinstance(retained, Rows) else retained) if retained else None,
         checks=checks,
         check_pictures=check_pictures,
         detector=given,
@@ -209,13 +210,16 @@ def evaluate(
         load = Load(pictures=batch_size or PICTURES_AT_ONCE, held=clip_bytes(eyes))
         base = load_to_draw(base, recorded=recipe.precision if recipe else None, load=load, **how)
     chosen = suited(chosen, base)
-    if retained is not None:
+    if isinstance(retained, tuple):
         check_lengths(base, retained, prompts_file or "")
+    for some in chosen.tables.values():
+        tell_lengths(base, some)
     scores = score(loaded, base, chosen, options)
     if scores is not None:
         words = ["--label", label] if label is not None else []
         words += ["--prompts", "FILE"] if retained is not None else []
-        written = {"attacks": found, "command": _command(chosen, options, base.id, named, words)}
+        words += ["--suite", chosen.name, *reading.words] if table else []
+        written = {"attacks": found, "command": written_command(chosen, options, base.id, named, words)}
         evidence = scores.evidence.model_copy(update=written)
         _write(evidence, weights, loaded, scores.pictures, folder, card)
     if crew is not None:
@@ -332,6 +336,8 @@ def _judges(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Ju
 def _drawings(job: Job, patch: Patch, suite: Suite) -> list[dict[str, Any]]:
     """What the studio is asked for: the base's pictures, and the patched model's of the same seeds."""
     asked = {"prompts": job.drawing.prompts, "seeds": job.drawing.seeds, **suite.sampler}
+    if job.drawing.guidance:
+        asked["guidance_scale"] = job.drawing.guidance
     return [
         {**asked, "patches": patches, "stage": f"{name}, {job.drawing.name}"}
         for name, patches in (("base", []), ("patched", [(patch, 1.0)]))
@@ -381,20 +387,6 @@ def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) ->
         "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(PACKAGES),
     }
-
-
-def _command(suite: Suite, asked: Options, base_id: str, detector: str | None, more: Sequence[str]) -> str:
-    """The command line that measures the same; folders are left for the reader to name."""
-    words = ["recare-patch", "evaluate", "--patch", "FOLDER"]
-    words += ["--base", base_id] if base_id != ATELIER else []
-    words += ["--suite", suite.name] if suite.name in list_suites() else []
-    for flag, names in (("--metric", asked.metrics or ()), ("--check", asked.checks)):
-        words += [word for name in names for word in (flag, name)]
-    words += ["--pictures", str(asked.pictures)]
-    if detector is not None:
-        name, colon, source = detector.partition(":")
-        words += ["--detector", name + colon + (short_name(source) if source else "")]
-    return shlex.join([*words, *more])
 
 
 def _attack_figures(
