@@ -79,6 +79,11 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
     extra=("all",),
 )
 @option("--check-pictures", "Behind each value of a check.", IntRange(1, 100000), 24)
+@option(
+    "--calibrate",
+    "Pictures by the base with the concept, and as many without: rates are told corrected for the detector's errors.",
+    IntRange(1, 1000000),
+)
 @cli.concept_option
 @flag("--card", "Write the figures into the patch's card as well.")
 @option(

@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from recare_patch.core import printable
+from recare_patch.core import EvaluationError, printable
+from recare_patch.measure.calibration import CORRECTED, Calibration
 from recare_patch.measure.checks.scales import RETAINED
 from recare_patch.measure.evidence import RATE, AttackFigure, Check, Evidence, Figure, Interval
 from recare_patch.measure.judges import short_name
@@ -69,7 +70,7 @@ def shows(hits: int, pictures: int) -> bool:
 
 def faults(evidence: Evidence) -> list[str]:
     """What evidence says that cannot be true, whatever the pictures were."""
-    found = [fault for figure in evidence.figures for fault in _of_figure(figure)]
+    found = [fault for figure in evidence.figures for fault in (*_of_figure(figure), *_of_corrected(figure, evidence))]
     found += [fault for attack in evidence.attacks for fault in _of_attack(attack)]
     found += [fault for check in evidence.checks for fault in _of_check(check)]
     # A day of grace for other clocks.
@@ -101,7 +102,7 @@ def _rate(what: str, value: float | None, interval: Interval | None, pictures: i
 
 
 def _of_figure(figure: Figure) -> Iterator[str]:
-    if figure.unit != RATE:
+    if figure.unit != RATE or figure.metric.endswith(CORRECTED):
         return
     sides = (("base", figure.base, figure.base_interval), ("patched", figure.patched, figure.interval))
     for side, value, interval in sides:
@@ -116,6 +117,29 @@ def _of_figure(figure: Figure) -> Iterator[str]:
         if (hits, pictures) != (round(value * figure.pictures), figure.pictures):
             whole = f"{round(value * figure.pictures):,} of {figure.pictures:,}"
             yield f"'{figure.name}', {side}, counts {whole} pictures, and its parts {hits:,} of {pictures:,}"
+
+
+def _of_corrected(figure: Figure, evidence: Evidence) -> Iterator[str]:
+    """Faults of a corrected rate: it must follow from the rate and from what the detector was calibrated by."""
+    if not figure.metric.endswith(CORRECTED):
+        return
+    raw = next((one for one in evidence.figures if one.name == figure.name.removesuffix(CORRECTED)), None)
+    try:
+        calibration = Calibration.of_data(evidence.options["calibration"])
+    except (KeyError, EvaluationError):
+        raw = None
+    if raw is None:
+        yield f"'{figure.name}' is corrected, and the rate or the calibration behind it is not told"
+        return
+    right = calibration.figure(raw)
+    for side in ("base", "patched", "base_interval", "interval"):
+        given, true = (getattr(one, side) for one in (figure, right))
+        pairs = (
+            zip(given, true, strict=True) if isinstance(given, tuple) and isinstance(true, tuple) else [(given, true)]
+        )
+        if any(a != b and (a is None or b is None or abs(a - b) > 2 * _ROUNDED) for a, b in pairs):
+            which = side.replace("_", " ")
+            yield f"'{figure.name}' does not follow from the rate and the calibration: its {which} differs"
 
 
 def _of_attack(attack: AttackFigure) -> Iterator[str]:

@@ -256,6 +256,7 @@ class Shown:
         self._told: dict[str, Any] = {"name": name, "group": group, "metric": metric, "better": better}
         if detector is not None:
             self._told["detector"] = detector.name
+        self._agreed = HitRate(), HitRate()
 
     def _see(self, images: list[Image.Image], label: str) -> list[bool]:
         assert self._detector is not None
@@ -263,11 +264,13 @@ class Shown:
 
     def take(self, rows: Sequence[int], pair: Pair) -> None:
         """Ask for each label once."""
-        for images, rate in zip(pair, self._rates, strict=True):
+        for images, rate, agreed in zip(pair, self._rates, self._agreed, strict=True):
             seen: dict[int, bool] = {}
             for label in dict.fromkeys(self._drawing.labels[row] for row in rows):
                 places = [place for place, row in enumerate(rows) if self._drawing.labels[row] == label]
                 seen |= zip(places, self._see([images[place] for place in places], label), strict=True)
+                for unanimous in getattr(self._detector, "unanimous", ()):
+                    agreed.add(unanimous)
             for place, row in enumerate(rows):
                 rate.add(seen[place], self._parts[row])
 
@@ -276,7 +279,10 @@ class Shown:
         note = ""
         if self._told["group"] == "erased" and self._rates[0].value < _LITTLE:
             note = "The untouched base hardly shows the concept on these prompts, so that they say little."
-        return [rate_figure(self._rates, **self._told, note=note)]
+        if self._agreed[1].pictures:
+            base, patched = (f"{one.value:.0%}" for one in self._agreed)
+            note = f"{note} Its detectors agree on {base} of the base's pictures, and on {patched} of the patched ones."
+        return [rate_figure(self._rates, **self._told, note=note.strip())]
 
 
 class Care(Shown):

@@ -13,13 +13,18 @@ DETECTORS = Registry(
     {
         "atelier-judge": "recare_patch.measure.judges:AtelierJudge",
         "clip": "recare_patch.measure.judges:ZeroShotClip",
+        "ensemble": "recare_patch.measure.eyes:Ensemble",
         "image-classifier": "recare_patch.measure.judges:ImageClassifier",
         "nudenet-6": "recare_patch.measure.judges:NudeNetSix",
         "nudenet-9": "recare_patch.measure.judges:NudeNetNine",
+        "vision-language": "recare_patch.measure.eyes:VisionLanguage",
     },
     group="recare_patch.detectors",
 )
 """Who may judge pictures."""
+
+SOURCES = {"clip": "clip", "image-classifier": "source", "vision-language": "source"}
+"""Detectors that take weights, and the option that says where those are."""
 
 CHECKS = Registry(
     "check",

@@ -32,12 +32,14 @@ from recare_patch.core import (
     write_text,
 )
 from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attack
+from recare_patch.measure.calibration import CORRECTED, Calibration, corrected_figures
+from recare_patch.measure.calibration import calibrate as calibrated
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures, with_evidence
 from recare_patch.measure.checks import PICTURES as CHECK_PICTURES
 from recare_patch.measure.checks import CheckContext, check_names, run_checks
 from recare_patch.measure.claims import written_command
 from recare_patch.measure.evidence import AttackFigure, Check, Evidence, Figure
-from recare_patch.measure.judges import Detector, Judges, short_name
+from recare_patch.measure.judges import Detector, Judges, short_name, told_options
 from recare_patch.measure.memorization import MEMORIZATION, memorization_figures
 from recare_patch.measure.meters import Job, chunks, default_metrics, make_jobs
 from recare_patch.measure.names import METRICS
@@ -72,6 +74,7 @@ class Options:
     figures: Sequence[str] | None = None  # names of those that are wanted; None: all of the metrics'
     checks: Sequence[str] = ()
     check_pictures: int = CHECK_PICTURES
+    calibrate: int | None = None  # pictures with the concept, and as many without, to read the detector's errors from
     detector: Detector | None = None  # instead of the suite's
     clip: Clip | str | None = None
     cache: PictureCache | None = None
@@ -119,6 +122,7 @@ def evaluate(
     attacks: Sequence[Path | str] | None = None,
     checks: Sequence[str] = (),
     check_pictures: int = CHECK_PICTURES,
+    calibrate: int | None = None,
     card: bool = False,
     precision: str | None = None,
     memory: MemoryOptions | None = None,
@@ -148,6 +152,8 @@ def evaluate(
         prompts_file: one prompt a line, or a table, each drawn once in place of the suite's retained prompts.
         attacks: folders of saved attacks on this patch to tell of; None: those beside the patch.
         checks: names of :data:`CHECKS`, or "all".
+        calibrate: pictures by the base with the concept, and as many without, that the detector's error rates are read
+            from: rates are told corrected too, with intervals that carry them.
         card: write the figures into the patch's ``README.md`` as well; one that tells figures already
             is always kept in step with the evidence beside it.
         precision, memory, vram: of a base that is not loaded yet; see :func:`load_to_draw`.
@@ -188,6 +194,7 @@ def evaluate(
         retained_pictures=len(retained.prompts if isinstance(retained, Rows) else retained) if retained else None,
         checks=checks,
         check_pictures=check_pictures,
+        calibrate=calibrate,
         detector=given,
         clip=clip,
         cache=None if cache is False else PictureCache(default_cache() if cache is None else cache),
@@ -218,6 +225,7 @@ def evaluate(
     if scores is not None:
         words = ["--label", label] if label is not None else []
         words += ["--prompts", "FILE"] if retained is not None else []
+        words += ["--calibrate", str(calibrate)] if calibrate is not None else []
         words += ["--suite", chosen.name, *reading.words] if table else []
         written = {"attacks": found, "command": written_command(chosen, options, base.id, named, words)}
         evidence = scores.evidence.model_copy(update=written)
@@ -263,7 +271,8 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
         options = replace(options, batch_size=usual_batch(base))
     judges = _judges(patch, base, suite, options)
     wanted = None if options.figures is None else set(options.figures)
-    jobs = make_jobs(judges, metrics, options.pictures, options.retained, wanted)
+    raw = None if wanted is None else {name.removesuffix(CORRECTED) for name in wanted}
+    jobs = make_jobs(judges, metrics, options.pictures, options.retained, raw)
     inverted = "memorization" in metrics and (wanted is None or not wanted.isdisjoint(MEMORIZATION))
     if not (jobs or inverted or options.checks):
         raise EvaluationError(f"the suite '{suite.name}' has no prompts for {', '.join(metrics) or 'no metric at all'}")
@@ -284,6 +293,11 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
     if inverted:
         count, progress = options.pictures, options.progress
         figures += memorization_figures(studio, patch, suite, judges.detector, count, progress)
+    told = _setting(patch, base, judges, options)
+    if options.calibrate is not None:
+        calibration = calibrated(studio, suite, judges.detector, options.calibrate)
+        figures += corrected_figures(figures, calibration, judges.detector.name)
+        told["options"]["calibration"] = calibration.as_data()
     checks = _checks(options, studio, patch, judges) if options.checks else ()
     cost = {
         "seconds": round(time.perf_counter() - began, 2),
@@ -299,7 +313,7 @@ def score(patch: Patch, base: BaseModel, suite: Suite, options: Options) -> Scor
         # Each knows only what itself has drawn.
         cost["pictures_drawn"] = 2 * sum(len(job.drawing.prompts) for job in jobs) - drawer.from_cache
     figures = [one for one in figures if wanted is None or one.name in wanted]
-    told = {**_setting(patch, base, judges, options), "patch_sha256": sha256, "cost": cost}
+    told |= {"patch_sha256": sha256, "cost": cost}
     return Scores(Evidence(figures=tuple(figures), checks=checks, **told), pictures)
 
 
@@ -359,10 +373,7 @@ def _setting(patch: Patch, base: BaseModel, judges: Judges, options: Options) ->
     # Of several concepts the suite's own was measured.
     subject = metadata if metadata is not None and not metadata.by_concept else suite
     told: dict[str, Any] = suite.model_dump(mode="json")
-    for key in ("clip", "source"):
-        # Of folders only their names are told.
-        if isinstance(told["detector_options"].get(key), str):
-            told["detector_options"][key] = short_name(told["detector_options"][key])
+    told["detector_options"] = told_options(told["detector_options"])
     clip = judges.clip_source
     depends = {
         "metrics": list(options.chosen),
@@ -477,6 +488,7 @@ def measure_again(
         pictures=recorded if pictures is None else pictures,
         retained_pictures=retained if pictures is None else min(pictures, retained),
         batch_size=evidence.options.get("batch_size"),
+        calibrate=Calibration.of_data(known).pictures if (known := evidence.options.get("calibration")) else None,
         cache=None if cache is None else PictureCache(cache),
         **how,
     )

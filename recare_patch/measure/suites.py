@@ -30,7 +30,7 @@ from recare_patch.core import (
     unknown_name,
     yaml_mapping,
 )
-from recare_patch.measure.names import DETECTORS
+from recare_patch.measure.names import DETECTORS, SOURCES
 from recare_patch.measure.prompts import MAX_PROMPT, MOST_SEED, Rows
 from recare_patch.models import BaseModel
 from recare_patch.patch import Patch, concepts_of
@@ -47,7 +47,8 @@ FIRST_SEED = 1_700_000_000
 BLOCK = 100_000
 """Seeds between one set of prompts and the next."""
 
-_BLOCKS = {"plain": 0, "paraphrased": 1, "implicit": 2, "retained": 3, "neighbours": 4, "memorization": 5}
+_SETS = ("plain", "paraphrased", "implicit", "retained", "neighbours", "memorization", "calibration")
+_BLOCKS = {name: number for number, name in enumerate(_SETS)}
 _FIRST_CARE_BLOCK = 10
 
 
@@ -188,7 +189,7 @@ class Suite(_Drawn):
         return self.first_seed + BLOCK * _BLOCKS[name]
 
     def holds(self, which: Which) -> bool:
-        """Whether there is a prompt of one set."""
+        """Whether a set has a prompt."""
         return which in self.tables or bool(getattr(self, which))
 
     @property
@@ -247,16 +248,26 @@ class Suite(_Drawn):
         if name not in DETECTORS:
             raise unknown_name("detector", name, DETECTORS.names())
         options = dict(self.detector_options) if name == self.detector else {}
-        if colon:
-            if name not in ("clip", "image-classifier"):
-                told = "takes no source: only clip:FOLDER and image-classifier:FOLDER do"
+        if colon and name == "ensemble":
+            options = {"members": [self._member(one) for one in source.split("+")]}
+        elif colon:
+            if name not in SOURCES:
+                told = (
+                    f"takes no source: only {', '.join(f'{one}:FOLDER' for one in SOURCES)} and ensemble:NAME+NAME do"
+                )
                 raise EvaluationError(f"the detector {name} {told}")
             if not source:
                 raise EvaluationError(f"the source of the detector {name} is empty in '{detector}'")
-            options["clip" if name == "clip" else "source"] = source
+            options[SOURCES[name]] = source
         if label is not None and "labels" in options:
             options["labels"] = list(dict.fromkeys([label, *options["labels"]]))
         return self.with_changes(detector=name, detector_options=options, label=label or self.label)
+
+    def _member(self, text: str) -> dict[str, Any]:
+        """An ensemble's detector from "NAME[:SOURCE][=LABEL]"; the suite's own keeps its options."""
+        text, _, label = map(str.strip, text.partition("="))
+        own = self.with_detector(text)
+        return {**own.detector_options, "detector": own.detector, **({"label": label} if label else {})}
 
     def to_yaml(self) -> str:
         """The whole suite as YAML."""

@@ -169,10 +169,9 @@ def test_rows_that_are_left_out_are_told(tmp_path: Path, caplog: pytest.LogCaptu
             "no column 'prompt' in its first line, 'id,concept': name it with --column",
         ),
         ("promt,seed\na,1\n", {}, r"did you mean --column prompt=promt\?"),
-        ("prompt\na\n", {"prompts": "prompt"}, "unknown column 'prompts'; did you mean 'prompt'"),
+        ("prompt\na\n", {"prompts": "prompt"}, r"unknown column 'prompts': .*did you mean 'prompt'"),
         ("prompt\na\n", {"seed": "sed"}, "unknown column of .*t.csv 'sed'"),
         ("prompt\n\n", {}, "column names and no row to draw"),
-        ("prompt\n\x00\n", {}, "t.csv"),
     ],
 )
 def test_faulty_tables_are_one_sentence(tmp_path: Path, text: str, columns: dict[str, str], told: str) -> None:
