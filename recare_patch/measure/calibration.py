@@ -94,8 +94,8 @@ class Calibration:
 def calibrate(studio: Studio, suite: Suite, detector: Detector, pictures: int) -> Calibration:
     """Read a detector's error rates from pictures by the base: so many of plain prompts, and as many of others.
 
-    Those are the pairs of a table, or the retained prompts. What a prompt asks for is taken to be there. The seeds are no
-    other figure's.
+    Those are the pairs of a table, or the retained prompts. What a prompt asks for is taken to be there. The seeds are
+    no other figure's.
     """
     with_it = suite.drawing("plain", pictures)
     without = with_it.without or suite.drawing("retained", pictures).prompts

@@ -10,6 +10,7 @@ import torch
 
 from recare_patch.core import EvaluationError, unknown_name
 from recare_patch.measure.judges import Detector, can_tell, check_label, load_detector, read_source, short_name
+from recare_patch.measure.names import SOURCES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -170,9 +171,8 @@ def with_shared(name: str, options: Mapping[str, Any], shared: Mapping[str, Any]
 
     The clip may be a call that gives it, which is made only where it is needed.
     """
-    found, takes = dict(options), {"clip": ("clip",), "image-classifier": ("device",), "vision-language": ("device",)}
-    takes["ensemble"] = ("clip", "device")
-    for key in takes.get(name, ()):
+    found = dict(options)
+    for key in {"clip": ("clip",), "ensemble": ("clip", "device")}.get(name, ("device",) if name in SOURCES else ()):
         if key in shared and key not in found:
             given = shared[key]
             found[key] = given() if key == "clip" and name == "clip" and callable(given) else given
