@@ -2,9 +2,9 @@
 
     python -m benchmarks.prompt_files --rows 30000
 
-The base is a tiny random one, whose pictures of 32² pixels are drawn in one step without guidance, so that what is measured is the
-evaluation itself: reading, drawing in batches, keeping, scoring and writing. The run is stopped when a third of the
-pictures is drawn, and goes on in the same process.
+The base is a tiny random one, whose pictures of 32² pixels are drawn in one step without guidance, so that what is
+measured is the evaluation itself: reading, drawing in batches, keeping, scoring and writing. The run is stopped when a
+third of the pictures is drawn, and goes on in the same process.
 """
 
 from __future__ import annotations

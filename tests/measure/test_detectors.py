@@ -186,8 +186,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special, additional_special_tokens=["<image>"])
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     config = LlavaConfig(
-        CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=16, **small),
-        LlamaConfig(vocab_size=len(texts), bos_token_id=2, eos_token_id=3, pad_token_id=1, **small),
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=16, **small),
+        text_config=LlamaConfig(vocab_size=len(texts), bos_token_id=2, eos_token_id=3, pad_token_id=1, **small),
         image_token_index=4,
     )
     with torch.random.fork_rng(devices=[]):
