@@ -258,6 +258,8 @@ def attack(
             f"95 % interval {low:.0%} to {high:.0%}), without the attack in {result.without}; "
             f"{result.evaluations:,} denoiser evaluations, {result.seconds:.0f} s"
         )
+        if result.note:
+            echo(result.note)
         echo(f"Saved: {place}")
 
 
