@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
-from recare_patch.core import EvaluationError
 from recare_patch.measure.checks.protocol import CheckContext, Checker, CheckOptions, point
 from recare_patch.measure.checks.scales import pixel_change
 from recare_patch.measure.evidence import Check
@@ -35,12 +34,10 @@ class NegativePrompt(Checker[NegativePromptOptions]):
 
     def run(self, context: CheckContext, options: NegativePromptOptions) -> Check:
         """See the module."""
-        if context.suite.guidance_scale <= 1:
-            told = f"the suite '{context.suite.name}' draws without guidance, where a negative prompt does nothing"
-            raise EvaluationError(f"the check {self.name} says nothing: {told}")
         retained = context.suite.drawing("retained", context.pictures)
         points, plain = [], dict[str, list[Any]]()
-        for negative in ("", options.negative or context.suite.concept):
+        guided = context.suite.guidance_scale > 1
+        for negative in ("", *([options.negative or context.suite.concept] if guided else [])):
             found: dict[str, HitRate | Mean] = {}
             for which, patches in (("base", []), ("patched", context.applied)):
                 stage = f"negative prompt '{negative}', {which}"
@@ -59,5 +56,7 @@ class NegativePrompt(Checker[NegativePromptOptions]):
             "same seeds.",
             "The retained change is the mean absolute difference of pixels to the same model's picture without a "
             "negative prompt, as a share of their range. Where it is larger for the patched model than for the base, "
-            "the patch ruins what a negative prompt does.",
+            "the patch ruins what a negative prompt does."
+            if guided
+            else "The suite draws without guidance, where a negative prompt does nothing.",
         )
