@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.erasure import classifier_free, recare_target
-from recare_patch.models import PLACEHOLDER, PromptEmbeds, load_base
+from recare_patch.erasure import recare_target
+from recare_patch.models import PLACEHOLDER, PromptEmbeds, classifier_free, load_base
 from recare_patch.models import lora as adapters
 
 NAMES = ("A painting in the style of Van Gogh", "A painting by Van Gogh", "Van Gogh")

@@ -35,6 +35,15 @@ TRIALS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Column → attack, and what is changed in its small budget."""
 
+PROBES: dict[str, tuple[str, dict[str, Any]]] = {
+    "completion": ("completion", {}),
+    "img2img": ("img2img", {}),
+    "inpainting": ("inpainting", {}),
+    "classifier guidance": ("classifier-guidance", {}),
+    "best of 6 noises": ("noise-search", {"tries": 6}),
+}
+"""Those that start from what the base draws, or look in the noise."""
+
 
 @dataclass(frozen=True)
 class Score:

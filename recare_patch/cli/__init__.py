@@ -49,6 +49,7 @@ _FILES = {
     "patch": "inspect convert generate",
     "share": "push pull search index",
     "lists": "methods recipes careset atelier",
+    "suites": "suites",
     "demo": "demo",
 }
 COMMANDS = Registry(

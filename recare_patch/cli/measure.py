@@ -12,7 +12,7 @@ from click import Context, FloatRange, IntRange, argument, command, echo, pass_c
 
 from recare_patch import cli
 from recare_patch.cli import flag, option
-from recare_patch.core import EvaluationError, PatchError, RecipeError, nearest
+from recare_patch.core import EvaluationError, PatchError, RecipeError, nearest, unknown_name
 from recare_patch.recipe import slug_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,21 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
     "In place of its base: fine-tunes, distilled variants, single files; repeatable, in one table.",
     multiple=True,
 )
-@option("--suite NAME|FILE", "Prompts and seeds.  [default: the concept's own, else the recipe's]")
+@option(
+    "--suite NAME|FILE",
+    "Prompts and seeds: a suite, or a table of prompts (.csv).  [default: the concept's own, else the recipe's]",
+)
+@option(
+    "--column OURS=THEIRS",
+    "What a table calls prompt, evaluation_seed, evaluation_guidance, case_number, concept or without; repeatable.",
+    into="columns",
+    multiple=True,
+)
+@option(
+    "--rows ROLE",
+    "erased | retained: what all rows of a table are.  [default: by their column concept, else by naming it]",
+)
+@option("--without FILE", "A table's prompts without the concept, of the same cases: for the in-prompt CLIP score.")
 @option(
     "--metric NAME",
     "{names}; repeatable.  [default: all that need no training]",
@@ -42,7 +56,7 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
     cls=cli.NamesOption,
     table="METRICS",
 )
-@option("--pictures", "Of each figure.", IntRange(1, 1000000), 200)
+@option("--pictures", "Of each figure.  [default: 200, or each row of a table]", IntRange(1, 1000000))
 @option(
     "--out", "Where evidence.json and report.html go.  [default: the patch's folder; with --on PATCH-transfer]", _FOLDER
 )
@@ -72,6 +86,11 @@ label_option = option("--label TEXT", "What the detector calls the concept.  [de
     extra=("all",),
 )
 @option("--check-pictures", "Behind each value of a check.", IntRange(1, 100000), 24)
+@option(
+    "--calibrate",
+    "Pictures by the base with the concept, and as many without: rates are told corrected for the detector's errors.",
+    IntRange(1, 1000000),
+)
 @cli.concept_option
 @flag("--card", "Write the figures into the patch's card as well.")
 @option(
@@ -92,6 +111,9 @@ def evaluate(
     attacks: tuple[Path, ...],
     concept: str | None,
     on: tuple[str, ...],
+    columns: tuple[str, ...],
+    rows: str | None,
+    without: str | None,
     **options: Any,
 ) -> None:
     """Score a patch beside its base on the same seeds, and write evidence.json and report.html.
@@ -100,6 +122,7 @@ def evaluate(
     recare-patch evaluate --patch van-gogh-patch --card
     recare-patch evaluate --patch van-gogh-patch --metric clip-score --metric fid --prompts coco.txt
     recare-patch evaluate --patch van-gogh-patch --on my-fine-tune --on some/turbo-model
+    recare-patch evaluate --patch van-gogh-patch --suite vangogh.csv
     accelerate launch --multi_gpu --num_processes 8 -m recare_patch evaluate --patch van-gogh-patch
 
     Pictures are drawn once: a run that was stopped goes on where it was, and a second one draws
@@ -107,12 +130,18 @@ def evaluate(
     """
     if no_cache and cache is not None:
         raise EvaluationError("--no-cache and --cache exclude each other")
+    if bad := next((one for one in columns if not all(one.partition("="))), None):
+        raise EvaluationError(f"--column takes OURS=THEIRS, such as prompt=caption, got '{bad}'")
+    if rows not in (None, "erased", "retained"):
+        raise unknown_name("role of rows", rows, ("erased", "retained"))
     from recare_patch import measure
     from recare_patch.core import Crew, launched_together
 
+    role: Any = rows
+    reading = measure.Reading(dict(one.split("=", 1) for one in columns), role, without)
     if on:
         _transferred(patch, on, concept, attacks, options, {"metrics": metrics or None, "prompts_file": prompts,
-                     "cache": False if no_cache else cache})  # fmt: skip
+                     "cache": False if no_cache else cache, "reading": reading})  # fmt: skip
         return
     crew = Crew.found() if launched_together() else None
     first = crew is None or crew.main
@@ -128,6 +157,7 @@ def evaluate(
                 metrics=metrics or None,
                 cache=False if no_cache else cache,
                 prompts_file=prompts,
+                reading=reading,
                 attacks=attacks or None,
                 progress=progress,
                 memory=cli.given_memory(),
@@ -269,6 +299,8 @@ def attack(
             f"95 % interval {low:.0%} to {high:.0%}), without the attack in {result.without}; "
             f"{result.evaluations:,} denoiser evaluations, {result.seconds:.0f} s"
         )
+        if result.note:
+            echo(result.note)
         echo(f"Saved: {place}")
 
 

@@ -21,7 +21,6 @@ from .planning import evaluations as evaluations
 from .planning import is_exact as is_exact
 from .planning import measured_speed as measured_speed
 from .planning import plan as plan
-from .rollouts import classifier_free as classifier_free
 from .run import EraseResult as EraseResult
 from .run import erase as erase
 from .run import erase_concept as erase_concept

@@ -7,25 +7,16 @@ images, which the CARE-set needs anyway, give states for nothing (:class:`Target
 from __future__ import annotations
 
 import math
-from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from recare_patch.models import PromptEmbeds
+from recare_patch.models import Trajectory
 
 if TYPE_CHECKING:
-    from recare_patch.models import BaseModel
+    from recare_patch.models import BaseModel, PromptEmbeds
     from recare_patch.recipe import Recipe
-
-
-def classifier_free(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
-    """``uncond + scale (cond − uncond)`` (Ho and Salimans, arXiv 2207.12598, equation 6, with scale = 1 + w).
-
-    Predictions ``[batch, channels, height, width]`` under the empty prompt and under the prompt.
-    """
-    return uncond + guidance_scale * (cond - uncond)
 
 
 class RolloutStates:
@@ -41,31 +32,14 @@ class RolloutStates:
     @torch.no_grad()
     def roll(self, which: Tensor, generator: torch.Generator, stops: list[int]) -> list[tuple[Tensor, Tensor]]:
         """The states of a rollout before each of the step numbers in ``stops``."""
-        base = self.base
-        scheduler = type(base.pipeline.scheduler).from_config(base.pipeline.scheduler.config)
-        scheduler.set_timesteps(self.steps)
-        rows = len(which)
-        latents = torch.randn((rows, *self.shape), generator=generator).to(base.device, base.dtype)
-        # Schedulers of flow matching start from plain noise, and scale nothing.
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        scaled = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-        # Ancestral schedulers draw noise at each step, which must follow from the seed too.
-        draws = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
-        prompts = PromptEmbeds.cat([self.empty.repeat(rows), self.erased[which]])
+        trajectory = Trajectory(self.base, self.steps, generator)
+        latents = trajectory.start(torch.randn((len(which), *self.shape), generator=generator))
         found = []
-        for number, timestep in enumerate(scheduler.timesteps[: max(stops) + 1]):
-            # Some schedulers count in fp64, which not every device has.
-            time = timestep.float() if timestep.is_floating_point() else timestep
-            times = time.expand(rows).to(base.device)
-            # Schedulers over σ keep latents of that size, and the denoiser sees them scaled to unit variance.
-            seen = scaled(latents, timestep)
+        for number in range(max(stops) + 1):
             if number in stops:
-                found.append((seen, times))
-            if number == max(stops):
-                break
-            uncond, cond = base.denoise(seen.repeat(2, 1, 1, 1), times.repeat(2), prompts).chunk(2)
-            guided = classifier_free(uncond, cond, self.guidance_scale)
-            latents = scheduler.step(guided, timestep, latents, **draws).prev_sample
+                found.append(trajectory.seen(latents, number))
+            if number < max(stops):
+                latents = trajectory.step(latents, number, self.erased[which], self.empty, self.guidance_scale)
         return found
 
     def draw(self, step: int, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,17 @@ from .pictures import Studio as Studio
 from .pictures import default_cache as default_cache
 from .plots import Series as Series
 from .plots import line_chart as line_chart
+from .published import fetch_suite as fetch_suite
+from .published import published as published
 from .report import write_report as write_report
 from .run import evaluate as evaluate
 from .stack import CHANGE_NAME as CHANGE_NAME
 from .stack import FigureChange as FigureChange
 from .stack import change_in_evidence as change_in_evidence
 from .suites import Prompt as Prompt
+from .suites import list_suites as list_suites
 from .suites import load_suite as load_suite
 from .suites import resolve_suite as resolve_suite
+from .tables import Reading as Reading
+from .tables import with_table as with_table
 from .verified import remembered as remembered

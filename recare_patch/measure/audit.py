@@ -28,6 +28,7 @@ from recare_patch.measure.board import (
 )
 from recare_patch.measure.checks import PICTURES as CHECK_PICTURES
 from recare_patch.measure.checks import check_names
+from recare_patch.measure.claims import written_command
 from recare_patch.measure.erasers import Eraser
 from recare_patch.measure.evidence import AttackFigure, Audited, Evidence, intervals_meet, worst_erased, worst_first
 from recare_patch.measure.finding import Found, find_eraser
@@ -35,7 +36,7 @@ from recare_patch.measure.integrity import Finding, Findings, Record
 from recare_patch.measure.judges import Detector, Judges
 from recare_patch.measure.pictures import PictureCache, default_cache
 from recare_patch.measure.report import write_report
-from recare_patch.measure.run import PICTURES, PICTURES_AT_ONCE, Options, Scores, command_of, score
+from recare_patch.measure.run import PICTURES, PICTURES_AT_ONCE, Options, Scores, score
 from recare_patch.measure.suites import Subject, Suite, find_suite_for, load_suite, resolve_suite, suited
 from recare_patch.measure.unwritten import default_suite, subject_in
 from recare_patch.measure.verify import TOLERANCE, Plan, compare, measured_again
@@ -247,7 +248,7 @@ class _Job:
         scores = score(eraser, self.base, self.suite, self.options)
         assert scores is not None, "an audit runs in one process"
         attacked = tuple(self._attacked(name, eraser, folder) for name in self.attacks)
-        command = command_of(self.suite, self.options, self.base.id, start="audit FOLDER")
+        command = written_command(self.suite, self.options, self.base.id, start="audit FOLDER")
         told = {"attacks": attacked, "command": command, "audited": _told(found, eraser)}
         scores = Scores(scores.evidence.model_copy(update=told), scores.pictures)
         write_report(scores.evidence, folder, scores.pictures)

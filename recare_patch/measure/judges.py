@@ -6,7 +6,7 @@ patched model. A detector that needs a package or weights that are not there say
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -161,44 +161,59 @@ class ZeroShotClip:
         return MostLike(self._clip, check_label(self, label), self._labels or None)(images)
 
 
-class ImageClassifier:
-    """A transformers image classifier, such as an ImageNet one or one of painters' styles.
+def read_source(
+    detector: str, source: str | Path | None, model: Any, processor: Any, what: str, device: str
+) -> tuple[Any, Any]:
+    """A transformers model and its processor, from safetensors alone and without code that comes with them."""
+    if source is None or not str(source).strip():
+        told = f"the folder or hub id of a transformers {what}, by the suite's detector_options"
+        raise EvaluationError(f"the detector {detector} needs a source: {told}, or as --detector {detector}:FOLDER")
+    folder = Path(source).expanduser()
+    place = str(folder if folder.exists() else source)
+    # A large model is read as it was saved where a GPU computes it.
+    dtype = torch.float32 if device == "cpu" else "auto"
+    try:
+        found = model.from_pretrained(place, use_safetensors=True, trust_remote_code=False, dtype=dtype)
+        reads = processor.from_pretrained(place, trust_remote_code=False)
+    # transformers, safetensors and the hub client raise classes of their own on what is missing.
+    except Exception as fault:
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0].rstrip(".")
+        raise EvaluationError(f"cannot load an {what} from '{place}': {reason}") from fault
+    return found.eval().requires_grad_(False).to(device), reads
 
-    A picture shows a label that is among the classifier's ``top_k`` guesses. A class of several
-    synonyms ("tench, Tinca tinca") answers to each of them.
+
+class ImageClassifier:
+    """A transformers image classifier: of ImageNet, of painters' styles, of faces or celebrities.
+
+    A picture shows a label that is among the classifier's ``top_k`` guesses, and has at least a probability of
+    ``min_score``: one of celebrities always names somebody. A class of several synonyms ("tench, Tinca tinca")
+    answers to each of them, and "Brad_Pitt" to "Brad Pitt".
     """
 
     name = "image-classifier"
 
     def __init__(
-        self, *, source: str | Path | None = None, top_k: int = 1, device: str = "cpu", batch_size: int = 32
+        self,
+        *,
+        source: str | Path | None = None,
+        top_k: int = 1,
+        min_score: float = 0.0,
+        device: str = "cpu",
+        batch_size: int = 32,
     ) -> None:
         """Only safetensors are read, from a folder or hub id, and no code that comes with them."""
-        if source is None or not str(source).strip():
-            raise EvaluationError(
-                "the detector image-classifier needs a source: the folder or hub id of a transformers "
-                "image classifier, by the suite's detector_options"
-            )
         if top_k < 1:
             raise EvaluationError(f"top_k must be at least 1, got {top_k}")
+        if not 0 <= min_score < 1:
+            raise EvaluationError(f"min_score must be at least 0 and below 1, got {min_score:g}")
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-        folder = Path(source).expanduser()
-        place = str(folder if folder.exists() else source)
-        try:
-            model = AutoModelForImageClassification.from_pretrained(
-                place, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-            )
-            self._processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
-        # transformers, safetensors and the hub client raise classes of their own on what is missing.
-        except Exception as fault:
-            reason = (str(fault).strip() or type(fault).__name__).splitlines()[0].rstrip(".")
-            raise EvaluationError(f"cannot load an image classifier from '{place}': {reason}") from fault
-        self._model = model.eval().requires_grad_(False).to(device)
-        self._top_k, self._batch_size = top_k, batch_size
+        kinds = AutoModelForImageClassification, AutoImageProcessor
+        self._model, self._processor = read_source(self.name, source, *kinds, "image classifier", device)
+        self._top_k, self._min_score, self._batch_size = top_k, min_score, batch_size
         self._index: dict[str, int] = {}
-        for index, text in sorted((int(index), str(text)) for index, text in model.config.id2label.items()):
-            for name in (text, *text.split(",")):
+        for index, text in sorted((int(index), str(text)) for index, text in self._model.config.id2label.items()):
+            for name in (text, *text.split(","), text.replace("_", " ")):
                 # The first class of a name keeps it: "crane" is a bird and a machine.
                 self._index.setdefault(name.strip().casefold(), index)
 
@@ -214,9 +229,10 @@ class ImageClassifier:
         for start in range(0, len(images), self._batch_size):
             batch = [image.convert("RGB") for image in images[start : start + self._batch_size]]
             pixels = self._processor(images=batch, return_tensors="pt")["pixel_values"]
-            logits = self._model(pixel_values=pixels.to(self._model.device)).logits
+            logits = self._model(pixel_values=pixels.to(self._model.device, self._model.dtype)).logits.float()
             best = logits.topk(min(self._top_k, logits.shape[1]), dim=1).indices
-            hits += (best == wanted).any(1).tolist()
+            likely = logits.softmax(1)[:, wanted] >= self._min_score
+            hits += ((best == wanted).any(1) & likely).tolist()
         return hits
 
 
@@ -266,6 +282,23 @@ def short_name(source: str) -> str:
     return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
 
 
+def told_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A detector's options as evidence tells them: of folders only their names."""
+    found = {key: short_name(value) if isinstance(value, str) else value for key, value in options.items()}
+    members = [told_options(one) for one in options.get("members", ())]
+    return {**found, "members": members} if members else found
+
+
+def suite_detector(suite: Suite, clip: Callable[[], Clip | str], device: str = "cpu") -> Detector:
+    """A suite's detector, with the run's CLIP and device where it takes them."""
+    from recare_patch.measure.eyes import with_shared
+
+    options = with_shared(suite.detector, suite.detector_options, {"clip": clip, "device": device})
+    if suite.detector == "ensemble":
+        options.setdefault("label", suite.label)
+    return load_detector(suite.detector, **options)
+
+
 @dataclass
 class Judges:
     """Who looks at the pictures: CLIP and the suite's detector, each loaded when it is first needed."""
@@ -284,18 +317,13 @@ class Judges:
     @cached_property
     def detector(self) -> Detector:
         """The suite's detector, or the given one, if it knows the concept's label."""
-        options = dict(self.suite.detector_options)
-        if self.given is None and self.suite.detector == "clip":
-            options.setdefault("clip", self.clip)
-        elif self.suite.detector == "image-classifier":
-            options.setdefault("device", self.device)
-        found = self.given or load_detector(self.suite.detector, **options)
+        found = self.given or suite_detector(self.suite, lambda: self.clip, self.device)
         check_label(found, self.suite.label)
         return found
 
     def of_neighbours(self) -> Detector:
         """The suite's detector, or zero-shot CLIP among the neighbours where that knows none of them."""
-        labels = [one.label for one in self.suite.neighbours]
+        labels = self.suite.neighbour_labels
         if all(can_tell(self.detector, label) for label in labels):
             return self.detector
         return ZeroShotClip(clip=self.clip, labels=[*labels, self.suite.label])

@@ -34,6 +34,7 @@ _CHUNK = 32
 _MOST_PARTS = 64
 _LITTLE = 0.05
 _SAMPLES = 2
+_MOST_SHOWN = 24
 _Z95 = 1.959963984540054
 
 Interval = tuple[float, float]
@@ -255,6 +256,7 @@ class Shown:
         self._told: dict[str, Any] = {"name": name, "group": group, "metric": metric, "better": better}
         if detector is not None:
             self._told["detector"] = detector.name
+        self._agreed = HitRate(), HitRate()
 
     def _see(self, images: list[Image.Image], label: str) -> list[bool]:
         assert self._detector is not None
@@ -262,11 +264,13 @@ class Shown:
 
     def take(self, rows: Sequence[int], pair: Pair) -> None:
         """Ask for each label once."""
-        for images, rate in zip(pair, self._rates, strict=True):
+        for images, rate, agreed in zip(pair, self._rates, self._agreed, strict=True):
             seen: dict[int, bool] = {}
             for label in dict.fromkeys(self._drawing.labels[row] for row in rows):
                 places = [place for place, row in enumerate(rows) if self._drawing.labels[row] == label]
                 seen |= zip(places, self._see([images[place] for place in places], label), strict=True)
+                for unanimous in getattr(self._detector, "unanimous", ()):
+                    agreed.add(unanimous)
             for place, row in enumerate(rows):
                 rate.add(seen[place], self._parts[row])
 
@@ -275,7 +279,10 @@ class Shown:
         note = ""
         if self._told["group"] == "erased" and self._rates[0].value < _LITTLE:
             note = "The untouched base hardly shows the concept on these prompts, so that they say little."
-        return [rate_figure(self._rates, **self._told, note=note)]
+        if self._agreed[1].pictures:
+            base, patched = (f"{one.value:.0%}" for one in self._agreed)
+            note = f"{note} Its detectors agree on {base} of the base's pictures, and on {patched} of the patched ones."
+        return [rate_figure(self._rates, **self._told, note=note.strip())]
 
 
 class Care(Shown):
@@ -355,12 +362,38 @@ class Kept:
         return Figure(**told, **_compared(*distance.result()))
 
 
+class Paired:
+    """Whether pictures of prompts with the concept still show what the prompts without it ask for.
+
+    The in-prompt CLIP score of Ren et al., "Six-CD" (CVPR 2025, arXiv 2406.14855): the mean cosine of a picture, drawn
+    from the prompt with the concept, and its prompt without. A companion figure for any concept, which needs no words.
+    """
+
+    names = ("companions, paired prompts",)
+
+    def __init__(self, drawing: Drawing, clip: Clip) -> None:
+        self._drawing, self._clip, self._agreement = drawing, clip, (Mean(), Mean())
+
+    def take(self, rows: Sequence[int], pair: Pair) -> None:
+        """Compare a chunk with its prompts without the concept."""
+        texts = self._clip.text_features([self._drawing.without[row] for row in rows])
+        for images, mean in zip(pair, self._agreement, strict=True):
+            mean.add((self._clip.image_features(images) * texts).sum(-1).clamp(min=0))
+
+    def figures(self) -> list[Figure]:
+        """One mean."""
+        told: dict[str, Any] = {"name": self.names[0], "group": "care", "metric": "in-prompt CLIP score"}
+        told |= {"detector": clip_name(self._clip), "better": "higher", "pictures": self._agreement[0].count}
+        note = "Mean cosine of the pictures with the same prompts without the concept, not below 0."
+        return [Figure(**told, note=note, **_compared(*((one.value, one.interval) for one in self._agreement)))]
+
+
 def clip_name(clip: Clip) -> str:
     """How figures name a CLIP as the extractor of their features."""
     return f"clip-vit ({short_name(clip.id)})"
 
 
-Meter = Shown | Kept
+Meter = Shown | Kept | Paired
 """Takes chunks of pictures, of some rows of the drawing, and ends as figures of known ``names``."""
 
 
@@ -394,12 +427,14 @@ def make_jobs(
     """What is drawn of the judges' suite for some metrics, or of their wanted figures, and read from it."""
     suite = judges.suite
     jobs: list[Job] = []
-    for which in ("plain", "paraphrased", "implicit") if "concept-rate" in metrics else ():
-        drawing = suite.drawing(which, pictures)
-        if drawing.prompts:
-            title, name = f"{suite.concept}: {which} prompts", f"concept, {which} prompts"
-            shown = Shown(drawing, judges.detector, name, "erased", "concept rate", "lower")
-            jobs.append(Job(drawing, title, 3, [shown]))
+    for which in ("plain", "paraphrased", "implicit"):
+        drawing, read = suite.drawing(which, pictures), list[Meter]()
+        title, name = f"{suite.concept}: {which} prompts", f"concept, {which} prompts"
+        if drawing.prompts and "concept-rate" in metrics:
+            read.append(Shown(drawing, judges.detector, name, "erased", "concept rate", "lower"))
+        if drawing.without and "care-score" in metrics:
+            read.append(Paired(drawing, judges.clip))
+        jobs.append(Job(drawing, title, 3, read))
     for number, one in enumerate(suite.care if "care-score" in metrics else ()):
         drawing, word = suite.care_drawing(number, pictures), one.clip_word
         meters: list[Meter] = [Care(drawing, word, suite.labels, judges.clip)]
@@ -407,11 +442,11 @@ def make_jobs(
             shown = Shown(drawing, judges.detector, f"shown, {word}", "care", "companion shown", "higher")
             meters.append(shown)
         jobs.append(Job(drawing, "Companions", 2, meters))
-    if "neighbours" in metrics and suite.neighbours:
+    if "neighbours" in metrics and suite.holds("neighbours"):
         drawing, detector = suite.drawing("neighbours", pictures), judges.of_neighbours()
         shown = Shown(drawing, detector, "neighbours", "kept", "neighbour shown", "higher", by_label=True)
-        jobs.append(Job(drawing, "Neighbours", len(suite.neighbours), [shown]))
-    if suite.retained and not _KEPT.keys().isdisjoint(metrics):
+        jobs.append(Job(drawing, "Neighbours", min(len(suite.neighbour_labels), _MOST_SHOWN), [shown]))
+    if suite.holds("retained") and not _KEPT.keys().isdisjoint(metrics):
         drawing = suite.drawing("retained", retained_pictures)
         jobs.append(Job(drawing, "Retained prompts", 4, [Kept(drawing, judges.clip, metrics)]))
     for job in jobs:

@@ -87,10 +87,11 @@ class Request(NamedTuple):
     seeds: Sequence[int]  # one a picture, of its starting noise
     patches: Sequence[tuple[Eraser, float]] = ()  # what is put into the base, each at its scale
     steps: int = 20
-    guidance_scale: float = 5.0  # at 1 or less there is no guidance
+    guidance_scale: float | Sequence[float] = 5.0  # or one a picture; at 1 or less there is no guidance
     scheduler: str | None = None  # a name of SCHEDULERS; None: the base's own
     stage: str = "pictures"  # how progress and the base's counter call it
     vectors: Tensor | None = None  # [vectors, token_width], for prompts that hold PLACEHOLDER
+    negative_prompt: str = ""  # what guidance leads away from
 
 
 def launched() -> Any | None:
@@ -155,7 +156,8 @@ class Studio:
 
     def draw(self, *asked: Any, **options: Any) -> list[Image.Image]:
         """All pictures of :meth:`stream`, in their order."""
-        return [image for _, image in self.stream(*asked, **options)]
+        found = dict(self.stream(*asked, **options))
+        return [found[row] for row in sorted(found)]
 
     def fill(self, *asked: Any, **options: Any) -> None:
         """Draw what the cache lacks of :meth:`stream`, and hand nothing out."""
@@ -168,7 +170,8 @@ class Studio:
         """Numbers and pictures of a :class:`Request` one by one, so that memory does not grow with them.
 
         With a cache, everything missing is drawn before the first picture comes. A batch of which any
-        picture is missing is drawn as a whole, so that no picture depends on what else was there.
+        picture is missing is drawn as a whole, so that no picture depends on what else was there. A batch has one
+        guidance: pictures of equal guidance come one after the other.
 
         Raises:
             RecarePatchError: as soon as it is called, for prompts without seeds, an unknown scheduler or a
@@ -178,14 +181,19 @@ class Studio:
         if (count := len(prompts)) != len(seeds):
             told = f"{count} prompts were given with {len(seeds)} seeds: one seed a picture is needed"
             raise EvaluationError(told)
+        if not isinstance(own := request.guidance_scale, int | float) and len(own) != count:
+            raise EvaluationError(f"{count} prompts were given with {len(own)} guidances: one, or one each, is needed")
         if request.scheduler is not None:
             SCHEDULERS.get(request.scheduler)
         self._check_plain()
         return self._drawn(request) if self.cache is None else self._through(self.cache, request)
 
-    def _batches(self, request: Request) -> list[range]:
-        count, size = len(request.prompts), self.batch_size
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+    def _batches(self, request: Request) -> list[Sequence[int]]:
+        alike: dict[float, list[int]] = {}
+        for row in range(len(request.prompts)):
+            alike.setdefault(_guidance(request, row), []).append(row)
+        size = self.batch_size
+        return [rows[start : start + size] for rows in alike.values() for start in range(0, len(rows), size)]
 
     def key(self, patches: Sequence[tuple[Eraser, float]], fields: Mapping[str, Any]) -> str:
         """The key of something made with the base under patches; ``fields`` are all else that decides it."""
@@ -204,13 +212,16 @@ class Studio:
         fields: dict[str, Any] = {
             "scheduler": [request.scheduler or type(own).__name__, repr(sorted(config.items()))],
             "steps": request.steps,
-            "guidance_scale": float(request.guidance_scale),
         }
         if request.vectors is not None:
             fields["vectors"] = tensors_hash({"vectors": request.vectors})
+        if request.negative_prompt:
+            fields["negative_prompt"] = request.negative_prompt
         return [
-            self.key(request.patches, {**fields, "prompt": prompt, "seed": seed})
-            for prompt, seed in zip(request.prompts, request.seeds, strict=True)
+            self.key(
+                request.patches, {**fields, "guidance_scale": _guidance(request, row), "prompt": prompt, "seed": seed}
+            )
+            for row, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True))
         ]
 
     def _check_plain(self) -> None:
@@ -222,17 +233,20 @@ class Studio:
                 )
 
     def _drawn(self, request: Request) -> Iterator[tuple[int, Image.Image]]:
+        done = 0
         for rows in self._batches(request):
             # The base is plain again before a picture is handed out: the caller may draw others between.
             with self._set_up(request):
                 images = self._generate(request, rows)
-            self._progress.update(request.stage, rows.stop, len(request.prompts))
+            done += len(rows)
+            self._progress.update(request.stage, done, len(request.prompts))
             yield from zip(rows, images, strict=True)
 
     def _through(self, cache: PictureCache, request: Request) -> Iterator[tuple[int, Image.Image]]:
         keys, batches = self._keys(request), self._batches(request)
+        number = {row: place for place, rows in enumerate(batches) for row in rows}
 
-        def draw(rows: range) -> dict[int, Image.Image]:
+        def draw(rows: Sequence[int]) -> dict[int, Image.Image]:
             images = dict(zip(rows, self._generate(request, rows), strict=True))
             for row, image in images.items():
                 cache.put(keys[row], image)
@@ -244,7 +258,7 @@ class Studio:
         self._wait()
         done = len(keys) - sum(map(len, missing))
         self.from_cache += done
-        own = [rows for rows in missing if rows.start // self.batch_size % self.processes == self.process]
+        own = [rows for rows in missing if number[rows[0]] % self.processes == self.process]
         with self._set_up(request) if own else contextlib.nullcontext():
             for rows in own:
                 draw(rows)
@@ -254,17 +268,18 @@ class Studio:
         self._wait()
         self._progress.update(request.stage, len(keys), len(keys))
         mended: dict[int, Image.Image] = {}
-        for row, key in enumerate(keys):
-            image = mended.pop(row, None) or cache.get(key)
+        # In the order in which they come without a cache: figures may depend on it.
+        for row in (row for rows in batches for row in rows):
+            image = mended.pop(row, None) or cache.get(keys[row])
             if image is None:
                 # A file that was there and cannot be read, or was taken away in the meantime.
                 with self._set_up(request):
-                    mended = draw(batches[row // self.batch_size])
+                    mended = draw(batches[number[row]])
                 image = mended.pop(row)
             yield row, image
 
     @staticmethod
-    def _missing(cache: PictureCache, keys: Sequence[str], batches: Sequence[range]) -> list[range]:
+    def _missing(cache: PictureCache, keys: Sequence[str], batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """The batches of which a picture is not there; each is drawn as a whole."""
         return [rows for rows in batches if not all(cache.path(keys[row]).is_file() for row in rows)]
 
@@ -278,7 +293,7 @@ class Studio:
                 batches = self._missing(self.cache, self._keys(request), batches)
             rows = sum(map(len, batches))
             if rows:
-                how = len(batches[0]), request.guidance_scale > 1
+                how = len(batches[0]), _guidance(request, batches[0][0]) > 1
                 step, decoding = times[how] = times.get(how) or self._timed(*how)
                 seconds += rows * (request.steps * step + decoding)
             missing += rows
@@ -315,7 +330,7 @@ class Studio:
                 stack.enter_context(patch.apply(self.base.pipeline, scale=scale))
             yield
 
-    def _generate(self, request: Request, rows: range) -> list[Image.Image]:
+    def _generate(self, request: Request, rows: Sequence[int]) -> list[Image.Image]:
         prompts = [request.prompts[row] for row in rows]
         words: dict[str, Any] = {"prompts": prompts}
         if request.vectors is not None:
@@ -327,11 +342,17 @@ class Studio:
                 **words,
                 seeds=[request.seeds[row] for row in rows],
                 steps=request.steps,
-                guidance_scale=request.guidance_scale,
+                guidance_scale=_guidance(request, rows[0]),
                 batch_size=len(rows),
+                negative_prompt=request.negative_prompt,
             )
         self.drawn += len(images)
         return images
+
+
+def _guidance(request: Request, row: int) -> float:
+    own = request.guidance_scale
+    return float(own if isinstance(own, int | float) else own[row])
 
 
 def _in_words(seconds: float) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,28 +29,24 @@ from recare_patch.core import (
     write_text,
 )
 from recare_patch.measure.attacks.saved import attack_figures
+from recare_patch.measure.calibration import CORRECTED, Calibration, corrected_figures
+from recare_patch.measure.calibration import calibrate as calibrated
 from recare_patch.measure.card import EVIDENCE_START, claimed_figures, with_evidence
 from recare_patch.measure.checks import PICTURES as CHECK_PICTURES
 from recare_patch.measure.checks import CheckContext, check_names, run_checks
+from recare_patch.measure.claims import written_command
 from recare_patch.measure.erasers import Eraser
 from recare_patch.measure.evidence import Check, Evidence, Figure
-from recare_patch.measure.judges import Detector, Judges, short_name
+from recare_patch.measure.judges import Detector, Judges, short_name, told_options
 from recare_patch.measure.memorization import MEMORIZATION, memorization_figures
 from recare_patch.measure.meters import Job, chunks, default_metrics, make_jobs
 from recare_patch.measure.names import METRICS
 from recare_patch.measure.pictures import PictureCache, Studio, default_cache, launched
+from recare_patch.measure.prompts import Rows, check_lengths, read_prompt_file, tell_lengths
 from recare_patch.measure.report import write_report
-from recare_patch.measure.suites import (
-    Suite,
-    check_lengths,
-    folder_of,
-    list_suites,
-    own_recipe,
-    read_prompt_file,
-    resolve_suite,
-    suited,
-)
-from recare_patch.models import ATELIER, BaseModel, Load, deciding, load_to_draw, peak_memory, versions
+from recare_patch.measure.suites import Suite, folder_of, own_recipe, resolve_suite, suited
+from recare_patch.measure.tables import AS_IT_IS, Reading, with_retained, with_table
+from recare_patch.models import BaseModel, Load, deciding, load_to_draw, peak_memory, versions
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, PREVIEW_NAME, TRAINING_NAME, Patch, card_text
 from recare_patch.recipe import WEIGHTS_NAME, MemoryOptions
 
@@ -75,6 +70,7 @@ class Options:
     figures: Sequence[str] | None = None  # names of those that are wanted; None: all of the metrics'
     checks: Sequence[str] = ()
     check_pictures: int = CHECK_PICTURES
+    calibrate: int | None = None  # pictures with the concept, and as many without, to read the detector's errors from
     detector: Detector | None = None  # instead of the suite's
     clip: Clip | str | None = None
     cache: PictureCache | None = None
@@ -109,9 +105,10 @@ def evaluate(
     *,
     base: BaseModel | str | Path | None = None,
     suite: Suite | Path | str | None = None,
+    reading: Reading = AS_IT_IS,
     concept: str | None = None,
     metrics: Sequence[str] | None = None,
-    pictures: int = PICTURES,
+    pictures: int | None = None,
     out: Path | str | None = None,
     cache: Path | str | Literal[False] | None = None,
     detector: str | Detector | None = None,
@@ -121,6 +118,7 @@ def evaluate(
     attacks: Sequence[Path | str] | None = None,
     checks: Sequence[str] = (),
     check_pictures: int = CHECK_PICTURES,
+    calibrate: int | None = None,
     card: bool = False,
     precision: str | None = None,
     memory: MemoryOptions | None = None,
@@ -135,20 +133,23 @@ def evaluate(
     Args:
         patch: the patch's folder or file, or a patch loaded from one.
         base: the model, or where to find it; None: the one that the patch was made for.
-        suite: a suite, its name or file; None: see :func:`resolve_suite`.
+        suite: a suite, its name or file, or a table of prompts; None: see :func:`resolve_suite`.
+        reading: of a table.
         concept: which of several that the patch erases.
         metrics: names of :data:`METRICS`; None: :func:`default_metrics`.
-        pictures, check_pictures: of each figure, and behind each value of a check.
+        pictures, check_pictures: of each figure (None: a table's rows, or :data:`PICTURES`), and behind each value of a
+            check.
         out: where to write; None: beside the weights, where ``verify`` looks for it. Of several concepts
             each has a folder of its own in it, named as the concept's slug.
         cache: folder of pictures, those of the erased concept too; None: :func:`default_cache`; False: none.
         detector: instead of the suite's; a name may carry its source, as "image-classifier:FOLDER".
         label: what the detector calls the concept, instead of the suite's label.
         clip: of CARE score, prompt agreement and distances; None: the recipe's.
-        prompts_file: one prompt a line, or a table with a column "prompt", each drawn once in place of the suite's
-            retained prompts.
+        prompts_file: one prompt a line, or a table, each drawn once in place of the suite's retained prompts.
         attacks: folders of saved attacks on this patch to tell of; None: those beside the patch.
         checks: names of :data:`CHECKS`, or "all".
+        calibrate: pictures by the base with the concept, and as many without, that the detector's error rates are read
+            from: rates are told corrected too, with intervals that carry them.
         card: write the figures into the patch's ``README.md`` as well; one that tells figures already
             is always kept in step with the evidence beside it.
         precision, memory, vram: of a base that is not loaded yet; see :func:`load_to_draw`.
@@ -162,27 +163,34 @@ def evaluate(
     loaded, crew = patch if isinstance(patch, Patch) else Patch.load(patch), launched()
     weights, metadata = _weights_file(loaded), loaded.metadata
     recipe = own_recipe(loaded)
-    retained, seeds = (None, ()) if prompts_file is None else read_prompt_file(prompts_file)
+    table = reading.table(suite)
+    retained = None if prompts_file is None else read_prompt_file(prompts_file, {} if table else reading.columns)
     if base is None:
         if metadata is None:
             told = "does not say what base it was made for: name one with --base"
             raise EvaluationError(f"{loaded.source} {told}")
         base = recipe.base if recipe else metadata.base
     base_id = str(base) if isinstance(base, str | Path) else base.id
-    chosen = resolve_suite(loaded, suite, base_id, concept=concept, first_seed=seed)
+    chosen = resolve_suite(loaded, None if table else suite, base_id, concept=concept, first_seed=seed)
+    if table:
+        chosen = with_table(chosen, table, reading)
+    most = max((len(one.prompts) for one in chosen.tables.values()), default=PICTURES)
     named, given = (detector, None) if isinstance(detector, str) else (None, detector)
     if named is not None:
         chosen = chosen.with_detector(named, label)
     elif label is not None:
         chosen = chosen.with_changes(label=label)
-    if retained is not None:
-        chosen = chosen.with_changes(retained=retained, retained_seeds=seeds)
+    if isinstance(retained, Rows):
+        chosen = with_retained(chosen, retained)
+    elif retained is not None:
+        chosen = chosen.with_changes(retained=retained, retained_seeds=())
     options = Options(
         metrics=metrics,
-        pictures=pictures,
-        retained_pictures=None if retained is None else len(retained),
+        pictures=most if pictures is None else pictures,
+        retained_pictures=len(retained.prompts if isinstance(retained, Rows) else retained) if retained else None,
         checks=checks,
         check_pictures=check_pictures,
+        calibrate=calibrate,
         detector=given,
         clip=clip,
         cache=None if cache is False else PictureCache(default_cache() if cache is None else cache),
@@ -205,13 +213,17 @@ def evaluate(
         load = Load(pictures=batch_size or PICTURES_AT_ONCE, held=clip_bytes(eyes))
         base = load_to_draw(base, recorded=recipe.precision if recipe else None, load=load, **how)
     chosen = suited(chosen, base)
-    if retained is not None:
+    if isinstance(retained, tuple):
         check_lengths(base, retained, prompts_file or "")
+    for some in chosen.tables.values():
+        tell_lengths(base, some)
     scores = score(loaded, base, chosen, options)
     if scores is not None:
         words = ["--label", label] if label is not None else []
         words += ["--prompts", "FILE"] if retained is not None else []
-        written = {"attacks": found, "command": command_of(chosen, options, base.id, named, words)}
+        words += ["--calibrate", str(calibrate)] if calibrate is not None else []
+        words += ["--suite", chosen.name, *reading.words] if table else []
+        written = {"attacks": found, "command": written_command(chosen, options, base.id, named, words)}
         evidence = scores.evidence.model_copy(update=written)
         _write(evidence, weights, loaded, scores.pictures, folder, card)
     if crew is not None:
@@ -260,7 +272,8 @@ def score(patch: Eraser, base: BaseModel, suite: Suite, options: Options) -> Sco
         options = replace(options, batch_size=usual_batch(base))
     judges = _judges(patch, base, suite, options)
     wanted = None if options.figures is None else set(options.figures)
-    jobs = make_jobs(judges, metrics, options.pictures, options.retained, wanted)
+    raw = None if wanted is None else {name.removesuffix(CORRECTED) for name in wanted}
+    jobs = make_jobs(judges, metrics, options.pictures, options.retained, raw)
     inverted = "memorization" in metrics and (wanted is None or not wanted.isdisjoint(MEMORIZATION))
     if not (jobs or inverted or options.checks):
         raise EvaluationError(f"the suite '{suite.name}' has no prompts for {', '.join(metrics) or 'no metric at all'}")
@@ -281,6 +294,11 @@ def score(patch: Eraser, base: BaseModel, suite: Suite, options: Options) -> Sco
     if inverted:
         count, progress = options.pictures, options.progress
         figures += memorization_figures(studio, patch, suite, judges.detector, count, progress)
+    told = _setting(patch, base, judges, options)
+    if options.calibrate is not None:
+        calibration = calibrated(studio, suite, judges.detector, options.calibrate)
+        figures += corrected_figures(figures, calibration, judges.detector.name)
+        told["options"]["calibration"] = calibration.as_data()
     checks = _checks(options, studio, patch, judges) if options.checks else ()
     cost = {
         "seconds": round(time.perf_counter() - began, 2),
@@ -296,7 +314,7 @@ def score(patch: Eraser, base: BaseModel, suite: Suite, options: Options) -> Sco
         # Each knows only what itself has drawn.
         cost["pictures_drawn"] = 2 * sum(len(job.drawing.prompts) for job in jobs) - drawer.from_cache
     figures = [one for one in figures if wanted is None or one.name in wanted]
-    told = {**_setting(patch, base, judges, options), "patch_sha256": sha256, "cost": cost}
+    told |= {"patch_sha256": sha256, "cost": cost}
     return Scores(Evidence(figures=tuple(figures), checks=checks, **told), pictures)
 
 
@@ -333,6 +351,8 @@ def _judges(patch: Eraser, base: BaseModel, suite: Suite, options: Options) -> J
 def _drawings(job: Job, patch: Eraser, suite: Suite) -> list[dict[str, Any]]:
     """What the studio is asked for: the base's pictures, and the patched model's of the same seeds."""
     asked = {"prompts": job.drawing.prompts, "seeds": job.drawing.seeds, **suite.sampler}
+    if job.drawing.guidance:
+        asked["guidance_scale"] = job.drawing.guidance
     return [
         {**asked, "patches": patches, "stage": f"{name}, {job.drawing.name}"}
         for name, patches in (("base", []), ("patched", [(patch, 1.0)]))
@@ -354,10 +374,7 @@ def _setting(patch: Eraser, base: BaseModel, judges: Judges, options: Options) -
     # Of several concepts the suite's own was measured.
     subject = metadata if metadata is not None and not metadata.by_concept else suite
     told: dict[str, Any] = suite.model_dump(mode="json")
-    for key in ("clip", "source"):
-        # Of folders only their names are told.
-        if isinstance(told["detector_options"].get(key), str):
-            told["detector_options"][key] = short_name(told["detector_options"][key])
+    told["detector_options"] = told_options(told["detector_options"])
     clip = judges.clip_source
     depends = {
         "metrics": list(options.chosen),
@@ -382,27 +399,6 @@ def _setting(patch: Eraser, base: BaseModel, judges: Judges, options: Options) -
         "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(PACKAGES),
     }
-
-
-def command_of(
-    suite: Suite,
-    asked: Options,
-    base_id: str,
-    detector: str | None = None,
-    more: Sequence[str] = (),
-    start: str = "evaluate --patch FOLDER",
-) -> str:
-    """The command line that measures the same; folders are left for the reader to name."""
-    words = ["recare-patch", *start.split()]
-    words += ["--base", base_id] if base_id != ATELIER else []
-    words += ["--suite", suite.name] if suite.name in list_suites() else []
-    for flag, names in (("--metric", asked.metrics or ()), ("--check", asked.checks)):
-        words += [word for name in names for word in (flag, name)]
-    words += ["--pictures", str(asked.pictures)]
-    if detector is not None:
-        name, colon, source = detector.partition(":")
-        words += ["--detector", name + colon + (short_name(source) if source else "")]
-    return shlex.join([*words, *more])
 
 
 def _card_of(weights: Path) -> str | None:
@@ -465,6 +461,7 @@ def measure_again(
         pictures=recorded if pictures is None else pictures,
         retained_pictures=retained if pictures is None else min(pictures, retained),
         batch_size=evidence.options.get("batch_size"),
+        calibrate=Calibration.of_data(known).pictures if (known := evidence.options.get("calibration")) else None,
         cache=None if cache is None else PictureCache(cache),
         **how,
     )

@@ -31,11 +31,8 @@ from recare_patch.core import (
     yaml_mapping,
 )
 from recare_patch.measure.erasers import Eraser
-from recare_patch.measure.names import DETECTORS
-from recare_patch.measure.prompts import MAX_PROMPT, MOST_SEED
-from recare_patch.measure.prompts import check_lengths as check_lengths
-from recare_patch.measure.prompts import read_prompt_file as read_prompt_file
-from recare_patch.measure.prompts import read_prompts as read_prompts
+from recare_patch.measure.names import DETECTORS, SOURCES
+from recare_patch.measure.prompts import MAX_PROMPT, MOST_SEED, Rows
 from recare_patch.models import BaseModel
 from recare_patch.patch import concepts_of
 from recare_patch.recipe import KINDS, SCHEDULERS, Concept, Kind, Recipe, same_concept, slug_of
@@ -51,7 +48,8 @@ FIRST_SEED = 1_700_000_000
 BLOCK = 100_000
 """Seeds between one set of prompts and the next."""
 
-_BLOCKS = {"plain": 0, "paraphrased": 1, "implicit": 2, "retained": 3, "neighbours": 4, "memorization": 5}
+_SETS = ("plain", "paraphrased", "implicit", "retained", "neighbours", "memorization", "calibration")
+_BLOCKS = {name: number for number, name in enumerate(_SETS)}
 _FIRST_CARE_BLOCK = 10
 
 
@@ -83,6 +81,10 @@ Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 AnyKind = Annotated[Kind, BeforeValidator(one_of("kind", KINDS))]
 
 
+Which = Literal["plain", "neighbours", "retained"]
+"""The sets of prompts that a table's rows can stand for."""
+
+
 class _Evaluation(Settings):
     error: ClassVar[type[SettingsError]] = EvaluationError
     noun: ClassVar[str] = "suite"
@@ -105,13 +107,16 @@ class PromptSet(_Evaluation):
 class Drawing:
     """One set of pictures to draw: a prompt, a seed and a label each.
 
-    The label is what the picture should show, or must not; "" where there is none.
+    The label is what the picture should show, or must not; "" where there is none. Pictures of a table may have a
+    guidance of their own, and the prompt without the concept.
     """
 
     name: str
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     labels: tuple[str, ...]
+    guidance: tuple[float, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 def _turns(name: str, rows: Sequence[tuple[str, str]], first: int, pictures: int) -> Drawing:
@@ -150,13 +155,14 @@ class Suite(_Drawn):
     implicit: Prompts = Field((), description="lead to it and do not name it")
     care: tuple[PromptSet, ...] = Field((), description="benign prompts about each CARE concept")
     neighbours: tuple[PromptSet, ...] = Field((), description="other concepts of its kind")
+    tables: dict[Which, Rows] = Field({}, description="rows of a prompt file that stand for a set, each drawn once")
     labels: tuple[Label, ...] | None = Field(
         None, description="what CARE concepts compete with (O of the CARE score); None: COCO and two words"
     )
 
     @model_validator(mode="after")
     def _check(self) -> Suite:
-        if not (self.plain or self.care or self.neighbours or self.retained):
+        if not (self.plain or self.care or self.neighbours or self.retained or self.tables):
             raise ValueError("there is no prompt to draw")
         given = self.detector_options.get("labels")
         if given is not None:
@@ -183,8 +189,32 @@ class Suite(_Drawn):
         """The first seed of a set."""
         return self.first_seed + BLOCK * _BLOCKS[name]
 
+    def holds(self, which: Which) -> bool:
+        """Whether a set has a prompt."""
+        return which in self.tables or bool(getattr(self, which))
+
+    @property
+    def neighbour_labels(self) -> tuple[str, ...]:
+        """What pictures of the neighbours should show, each once."""
+        rows = self.tables.get("neighbours")
+        return tuple(dict.fromkeys(rows.concepts if rows else [one.label for one in self.neighbours]))
+
+    def _rows(self, which: str, rows: Rows, pictures: int) -> Drawing:
+        some = slice(min(pictures, len(rows.prompts)))
+        first, count = self.block(which), len(rows.prompts[some])
+        own = {"plain": (self.label,) * count, "neighbours": rows.concepts[some]}
+        seeds = rows.seeds[some] or tuple(range(first, first + count))
+        labels = own.get(which, ("",) * count)
+        return Drawing(which, rows.prompts[some], seeds, labels, rows.guidance[some], rows.without[some])
+
     def drawing(self, which: str, pictures: int) -> Drawing:
-        """So many pictures of one set of prompts, which take turns; more pictures go on where fewer end."""
+        """So many pictures of one set of prompts, which take turns; more pictures go on where fewer end.
+
+        Of a table's rows, each has one, and no more are drawn.
+        """
+        for name, held in self.tables.items():
+            if name == which:
+                return self._rows(which, held, pictures)
         if which == "neighbours":
             # Each label has its turn before any has a second: a few pictures show them all.
             most = max((len(one.prompts) for one in self.neighbours), default=0)
@@ -219,16 +249,26 @@ class Suite(_Drawn):
         if name not in DETECTORS:
             raise unknown_name("detector", name, DETECTORS.names())
         options = dict(self.detector_options) if name == self.detector else {}
-        if colon:
-            if name not in ("clip", "image-classifier"):
-                told = "takes no source: only clip:FOLDER and image-classifier:FOLDER do"
+        if colon and name == "ensemble":
+            options = {"members": [self._member(one) for one in source.split("+")]}
+        elif colon:
+            if name not in SOURCES:
+                told = (
+                    f"takes no source: only {', '.join(f'{one}:FOLDER' for one in SOURCES)} and ensemble:NAME+NAME do"
+                )
                 raise EvaluationError(f"the detector {name} {told}")
             if not source:
                 raise EvaluationError(f"the source of the detector {name} is empty in '{detector}'")
-            options["clip" if name == "clip" else "source"] = source
+            options[SOURCES[name]] = source
         if label is not None and "labels" in options:
             options["labels"] = list(dict.fromkeys([label, *options["labels"]]))
         return self.with_changes(detector=name, detector_options=options, label=label or self.label)
+
+    def _member(self, text: str) -> dict[str, Any]:
+        """An ensemble's detector from "NAME[:SOURCE][=LABEL]"; the suite's own keeps its options."""
+        text, _, label = map(str.strip, text.partition("="))
+        own = self.with_detector(text)
+        return {**own.detector_options, "detector": own.detector, **({"label": label} if label else {})}
 
     def to_yaml(self) -> str:
         """The whole suite as YAML."""
@@ -456,4 +496,5 @@ def suited(suite: Suite, base: BaseModel) -> Suite:
         return suite
     told = "base %s is drawn with in %d steps at guidance %g, and not as suite '%s' says: %s"
     logger.info(told, base.id, few.steps, few.guidance, suite.name, few.why)
-    return suite.with_changes(steps=few.steps, guidance_scale=few.guidance, scheduler=None)
+    tables = {which: rows.model_dump() | {"guidance": ()} for which, rows in suite.tables.items()}
+    return suite.with_changes(steps=few.steps, guidance_scale=few.guidance, scheduler=None, tables=tables)

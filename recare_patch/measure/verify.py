@@ -13,6 +13,7 @@ from typing import Any
 
 from recare_patch.core import EvidenceError, Progress, RecarePatchError, unknown_name
 from recare_patch.measure.attacks.saved import load_about
+from recare_patch.measure.calibration import CORRECTED
 from recare_patch.measure.claims import shows
 from recare_patch.measure.erasers import Eraser
 from recare_patch.measure.evidence import RATE, AttackFigure, Check, Evidence, Figure, show_interval, show_value
@@ -318,7 +319,9 @@ def _compare_figure(recorded: Figure, measured: Figure | None, how: _How) -> Fin
             return Finding(about, False, f"is recorded with {what} '{old}', and has '{new}'")
     if how.other_count and recorded.pictures != measured.pictures and recorded.pictures not in how.counts:
         return Finding(about, False, f"is recorded of {recorded.pictures:,} pictures, and its options give others")
-    found = _held(_of_figure(recorded), _of_figure(measured), recorded.unit, how)
+    # A corrected rate is wider than its count says: it has an interval of its own.
+    unit = "" if recorded.metric.endswith(CORRECTED) else recorded.unit
+    found = _held(_of_figure(recorded), _of_figure(measured), unit, how)
     told, states = [why for _, why in found], {state for state, _ in found}
     claims = [about] if None in states else []
     if recorded.pictures == measured.pictures:

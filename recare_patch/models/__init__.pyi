@@ -72,3 +72,5 @@ from .precision import advice as advice
 from .precision import check_finite as check_finite
 from .precision import check_trained as check_trained
 from .precision import in_double as in_double
+from .sampling import Trajectory as Trajectory
+from .sampling import classifier_free as classifier_free

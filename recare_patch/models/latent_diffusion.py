@@ -285,6 +285,7 @@ class LatentDiffusion(PromptEncoding):
         batch_size: int = 8,
         progress: Progress | None = None,
         prompt_embeds: PromptEmbeds | None = None,
+        negative_prompt: str = "",
         stage: str = "generate",
     ) -> list[Image]:
         """Pictures through the pipeline itself, one a seed.
@@ -292,11 +293,13 @@ class LatentDiffusion(PromptEncoding):
         Each picture's noise comes from a CPU generator of its own, so the batch size and the device
         do not choose it, and a plain pipeline call with such generators draws the same.
 
-        At a ``guidance_scale`` of 1 or less no unconditional half is computed. ``prompt_embeds`` stand in
-        place of ``prompts``, which are None then. Progress calls it ``stage``.
+        At a ``guidance_scale`` of 1 or less no unconditional half is computed, and the ``negative_prompt``, which
+        guidance leads away from, does nothing. ``prompt_embeds`` stand in place of ``prompts``, which are None then.
+        Progress calls it ``stage``.
         """
         images: list[Image] = []
-        for latents in self._batches(prompts, prompt_embeds, seeds, steps, guidance_scale, batch_size, progress, stage):
+        how = steps, guidance_scale, batch_size, progress, stage, negative_prompt
+        for latents in self._batches(prompts, prompt_embeds, seeds, *how):
             images += self.decode_latents(latents)
         return images
 
@@ -314,6 +317,7 @@ class LatentDiffusion(PromptEncoding):
         batch_size: int = 8,
         progress: Progress | None = None,
         stage: str = "generate",
+        negative_prompt: str = "",
     ) -> Iterator[Tensor]:
         given = prompts if embeds is None else embeds
         if given is None or (prompts is not None and embeds is not None):
@@ -331,7 +335,8 @@ class LatentDiffusion(PromptEncoding):
 
         # Guidance doubles the samples.
         batch_size = self._at_once(batch_size, 2 if guidance_scale > 1 else 1)
-        empty = self.encode_prompts([""] * min(batch_size, len(seeds))) if guidance_scale > 1 else None
+        away = [negative_prompt] * min(batch_size, len(seeds))
+        empty = self.encode_prompts(away) if guidance_scale > 1 else None
         for start in range(0, len(seeds), batch_size):
             rows, own = given[start : start + batch_size], seeds[start : start + batch_size]
             text = named(rows if isinstance(rows, PromptEmbeds) else self.encode_prompts(rows))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recare_patch.core import EvaluationError, OutputError, PatchError
-from recare_patch.measure import AttackOptions, AttackResult, Evidence, attack_options
+from recare_patch.measure import AttackOptions, AttackResult, Evidence, Reading, attack_options
 from recare_patch.measure.attacks import run as attacking
 from recare_patch.measure.integrity import Finding
 from recare_patch.measure.suites import Suite
@@ -51,9 +51,9 @@ def test_the_least_that_has_to_be_said_to_evaluate(invoke: Invoke, evaluated: Ca
     (call,) = evaluated
     assert call.pop("progress") is not None
     unset = "base suite concept metrics out cache detector label clip prompts_file"
-    unset += " attacks precision vram batch_size seed"
-    given = {"patch": "mine", "pictures": 200, "checks": (), "check_pictures": 24, "card": False}
-    given["memory"] = MemoryOptions()
+    unset += " attacks precision vram batch_size seed pictures calibrate"
+    given = {"patch": "mine", "checks": (), "check_pictures": 24, "card": False}
+    given |= {"memory": MemoryOptions(), "reading": Reading()}
     assert call == dict.fromkeys(unset.split()) | given | {"device": "auto"}
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["figure", "base", "patched", "95", "%", "interval", "pictures"]
@@ -61,6 +61,26 @@ def test_the_least_that_has_to_be_said_to_evaluate(invoke: Invoke, evaluated: Ca
     assert lines[4] == "concept-inversion: 3 of 40 (2.6–19.9 %)"
     assert lines[5] == "Pictures: 1,200 drawn, 3 from the cache, 12 s"
     assert lines[6:] == [f"Evidence: {Path('mine/evidence.json')}", f"Report: {Path('mine/report.html')}"]
+
+
+def test_a_table_is_named_with_its_columns(invoke: Invoke, evaluated: Calls) -> None:
+    Path("mine").mkdir()
+    words = "--suite a.csv --column prompt=caption --column seed=s --rows erased --without b.csv --calibrate 50"
+    assert invoke(f"evaluate --patch mine {words}").exit_code == 0
+    assert evaluated[0]["reading"] == Reading({"prompt": "caption", "seed": "s"}, "erased", "b.csv")
+    assert (evaluated[0]["suite"], evaluated[0]["calibrate"]) == ("a.csv", 50)
+    for words, told in (("--column prompt", "takes OURS=THEIRS"), ("--rows erasd", "did you mean 'erased'")):
+        one_sentence(invoke(f"evaluate --patch mine {words}"), told)
+
+
+def test_suites_are_listed_and_say_where_they_go(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECARE_PATCH_SUITES_URL", "http://127.0.0.1:9")
+    lines = invoke("suites list").stdout.splitlines()
+    assert "  van-gogh-sd" in lines
+    row = next(line for line in lines if "erasing/coco_30k" in line)
+    assert row.split()[1:] == ["rohitgandikota/erasing", "MIT", "30,000", "no"]
+    one_sentence(invoke("suites fetch unlearndiffatk/nudity"), "and --suite unlearndiffatk/nudity finds it")
+    one_sentence(invoke("suites fetch erasing/coco30k"), "did you mean 'erasing/coco_30k'")
 
 
 def test_everything_that_can_be_said_to_evaluate(invoke: Invoke, evaluated: Calls) -> None:

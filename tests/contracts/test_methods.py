@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from recare_patch.combine import save_stack, stack
 from recare_patch.core import CareSetError, RecarePatchError
-from recare_patch.erasure import EraseResult, Loop, classifier_free, erase, fit, recare_target
+from recare_patch.erasure import EraseResult, Loop, erase, fit, recare_target
 from recare_patch.erasure.methods import Context, ErasedPrompts, RetainedPrompts
 from recare_patch.erasure.methods.esd import esd_target
 from recare_patch.erasure.stages import Stages
-from recare_patch.models import BaseModel, load_base, named_tuner_layers
+from recare_patch.models import BaseModel, classifier_free, load_base, named_tuner_layers
 from recare_patch.models import lora as adapters
 from recare_patch.patch import Patch
 from recare_patch.recipe import METHODS, Recipe, load_recipe

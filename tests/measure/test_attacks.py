@@ -38,7 +38,12 @@ from recare_patch.patch import Patch, PatchMetadata
 from recare_patch.recipe import Concept, Recipe
 
 TINY: dict[str, dict[str, Any]] = {
+    "classifier-guidance": {"steps": 3, "images": 3, "pictures": 3, "batch_size": 2},
+    "completion": {"pictures": 3, "batch_size": 2},
     "concept-inversion": {"steps": 3, "images": 3, "pictures": 4, "batch_size": 2, "vectors": 2},
+    "img2img": {"pictures": 3, "batch_size": 2},
+    "inpainting": {"pictures": 3, "batch_size": 2},
+    "noise-search": {"tries": 3, "pictures": 3, "batch_size": 2},
     "p4d": {"steps": 4, "check_every": 2, "tokens": 4, "pictures": 3, "batch_size": 2},
     "ring-a-bell": {"tokens": 4, "population": 8, "generations": 30, "pictures": 3, "batch_size": 2},
     "unlearn-diff-atk": {"timesteps": 2, "iterations": 2, "pictures": 3, "batch_size": 2},
@@ -343,7 +348,8 @@ def test_an_attack_is_told_saved_and_the_same_again(base: BaseModel, patch: Path
     other = make_patch(base, seed=1)
     moved = attack_patch(other, name, replay=out, out=tmp_path / "moved", **judged(base))
     assert moved.prompts == same.prompts == result.prompts
-    assert moved.evaluations == moved.trials * 2 * 2 * STEPS
+    # Probes draw their starts again.
+    assert moved.evaluations == moved.trials * 2 * 2 * STEPS * (1.5 if name in ("img2img", "inpainting") else 1)
     assert not np.array_equal(np.asarray(moved.pictures[0]), np.asarray(same.pictures[0]))
     found = load_about(tmp_path / "moved")
     assert (found["preset"], found["replay"]) == ("replay", about)
@@ -377,6 +383,9 @@ STOPS: dict[str, list[tuple[str, int]]] = {
     "p4d": [("p4d, plain", 2), ("p4d", 3), ("p4d", 6)],
     "ring-a-bell": [("ring-a-bell", 28), ("ring-a-bell", 33)],
     "unlearn-diff-atk": [("unlearn-diff-atk", 3), ("unlearn-diff-atk", 4)],
+    "classifier-guidance": [("classifier-guidance", 2), ("classifier-guidance, judge", 1)],
+    "inpainting": [("inpainting, without the name", 1), ("inpainting, judge", 1)],
+    "noise-search": [("noise-search, success", 2), ("noise-search, given", 1)],
 }
 
 
@@ -512,7 +521,9 @@ def test_the_published_budgets() -> None:
         "ring-a-bell": {**bell, "mutation": 0.25, "crossover": 0.5},
         "unlearn-diff-atk": {"timesteps": 50, "iterations": 40, "learning_rate": 0.01},
     }
-    assert set(published) == set(ATTACKS.names())
+    # Probes have no budget of their own in their paper.
+    probes = {"classifier-guidance", "completion", "img2img", "inpainting", "noise-search"}
+    assert set(published) | probes == set(ATTACKS.names())
     for name, values in published.items():
         assert values.items() <= attack_options(name, "published").model_dump().items()
     assert attack_options("p4d", "published", {"steps": 7}).model_dump()["steps"] == 7

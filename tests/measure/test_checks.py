@@ -38,6 +38,7 @@ from tests.measure.test_attacks import Killed, Killer, make_patch
 CONCEPT = Concept(text="Van Gogh", kind="style")
 TINY: dict[str, dict[str, Any]] = {
     "fine-tuning": {"at": (0, 2, 4), "images": 6, "batch_size": 2, "learning_rate": 1.0e-3},
+    "negative-prompt": {},
     "personalisation": {
         "subject": "a photo of a cat",
         "label": "cat",
@@ -262,6 +263,17 @@ def test_scales_run_in_order_and_nothing_changes_at_zero(context: CheckContext) 
     images = context.studio.draw(drawing.prompts, drawing.seeds, **how)
     wanted = sum(context.detector.rate(images, "van gogh")) / 3
     assert check.points[2].values["concept"] == round(wanted, 6)
+
+
+def test_a_negative_prompt_leads_away(context: CheckContext) -> None:
+    check = run(context, "negative-prompt")
+    assert [point.x for point in check.points] == ["none", "Van Gogh"]
+    first, second = (point.values for point in check.points)
+    for which in ("base", "patched"):
+        assert first[f"retained change, {which}"] == 0 < (second[f"retained change, {which}"] or 0)
+    # Without guidance it does nothing, and is not drawn.
+    unguided = run(dataclasses.replace(context, suite=make_suite(guidance_scale=1.0)), "negative-prompt")
+    assert len(unguided.points) == 1 and "does nothing" in unguided.note
 
 
 def test_pixel_change_is_a_share_of_the_range() -> None:

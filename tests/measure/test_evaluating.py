@@ -35,8 +35,9 @@ from recare_patch.measure.attacks import AttackResult, save_attack
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.meters import default_metrics
 from recare_patch.measure.names import METRICS
+from recare_patch.measure.prompts import Rows, read_prompt_file, read_prompts
 from recare_patch.measure.run import Options, evaluate, measure_again, score
-from recare_patch.measure.suites import Suite, read_prompt_file, read_prompts
+from recare_patch.measure.suites import Suite
 from recare_patch.measure.verify import verify
 from recare_patch.models import BaseModel, load_base
 from recare_patch.patch import Patch
@@ -235,11 +236,10 @@ def test_many_prompts_need_no_more_room_than_a_few(
         (b"a cat\n" + b"x" * 1001 + b"\n", "line 2 of .* is over-long: it has 1001 characters"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (None, "cannot read the prompt file"),
-        (b"prompt,seed\na cat,1\n,2\n", "line 3 of .* is empty"),
-        (b"prompt,seed\na cat,one\n", "line 2 of .* has the seed 'one'"),
-        (b"prompt,seed\na cat,9223372036854775808\n", "a whole number from 0 to 9223372036854775807"),
+        (b"prompt,seed\n,2\na cat,one\n", r"no row to draw: 1 with no prompt \(line 2\); 1 with a seed that is no"),
+        (b"prompt,seed\na cat,9223372036854775808\n", "no whole number from 0 to 9223372036854775807"),
         (b'prompt,seed\n"a cat,1\n', "line 2 of .* is no row of a table: unexpected end of data"),
-        (b"prompt,seed\n", "has column names and no prompt"),
+        (b"prompt,seed\n", "has column names and no row to draw"),
     ],
 )
 def test_a_faulty_prompt_file_is_told_of(tmp_path: Path, content: bytes | None, told: str) -> None:
@@ -266,17 +266,16 @@ def test_tables_of_prompts_are_read(tmp_path: Path, name: str, content: str, see
     first, second = ("a cat, sitting", "stars\nat night") if name != "lines.txt" else ("a cat", "stars")
     quoted = [f'"{one}"' if name != "lines.txt" else one for one in (first, second)]
     file.write_text(content.replace("A", quoted[0]).replace("B", quoted[1]))
-    assert read_prompt_file(file) == ((first, second.replace("\n", " ")), seeds)
-    suite = Suite(**{**SUITE, "retained": [first, second], "retained_seeds": seeds})
-    found = suite.drawing("retained", 3).seeds
-    first_seed = suite.block("retained")
-    assert found == ((*seeds, seeds[0] + 1) if seeds else tuple(range(first_seed, first_seed + 3)))
+    found = read_prompt_file(file)
+    assert read_prompts(file) == (first, second.replace("\n", " "))
+    assert (found.seeds if isinstance(found, Rows) else ()) == seeds
 
 
 def test_a_table_without_prompts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("name,caption\n1,a cat\n")
     with pytest.raises(EvaluationError, match="no column 'prompt' in its first line, 'name,caption'"):
         read_prompt_file(tmp_path / "t.csv")
+    assert read_prompt_file(tmp_path / "t.csv", {"prompt": "caption"}).prompts == ("a cat",)  # type: ignore[union-attr]
 
 
 def test_lines_that_the_encoder_would_cut_are_refused_before_drawing(

@@ -109,6 +109,7 @@ class AttackResult:
         prompts: what was drawn in each trial, as text.
         pictures: the first few pictures of the attack.
         base: share of such trials in which the untouched base shows the concept, where it was measured.
+        note: a sentence on what the successes are worth.
     """
 
     attack: str
@@ -124,6 +125,7 @@ class AttackResult:
     prompts: list[str] = field(default_factory=list)
     pictures: list[Image] = field(default_factory=list)
     base: float | None = None
+    note: str = ""
 
     @property
     def rate(self) -> float:
@@ -234,6 +236,10 @@ class Attack(ABC, Generic[Options]):
         """Draws what was found for each trial."""
         return target.drawing(trials, "prompt")
 
+    def note(self, trials: Sequence[Trial]) -> str:
+        """A sentence on what the successes are worth; here none."""
+        return ""
+
     def run(
         self,
         target: AttackTarget,
@@ -279,6 +285,7 @@ class Attack(ABC, Generic[Options]):
             tensors=tensors,
             prompts=[one["prompt"] for one in trials],
             pictures=pictures[:SHOWN],
+            note=self.note(trials),
         )
 
 

@@ -44,7 +44,7 @@ from recare_patch.measure.attacks.protocol import (
 )
 from recare_patch.measure.attacks.saved import JSON_NAME, load_about, load_attack, save_attack
 from recare_patch.measure.erasers import Eraser
-from recare_patch.measure.judges import Detector, can_tell, check_label, load_detector
+from recare_patch.measure.judges import Detector, can_tell, check_label, suite_detector
 from recare_patch.measure.names import ATTACKS
 from recare_patch.measure.suites import Subject, find_suite_for, subject_of
 from recare_patch.measure.unwritten import default_suite
@@ -201,11 +201,8 @@ def _detector(
         suite = suite.with_detector(detector)
     judge = detector
     if judge is None or isinstance(judge, str):
-        options = dict(suite.detector_options)
-        if suite.detector == "clip":
-            # The one that `evaluate` reads its figures with, so that both judge alike.
-            options.setdefault("clip", recipe.clip or default_clip(recipe.base))
-        judge = load_detector(suite.detector, **options)
+        # With the CLIP that `evaluate` reads its figures with, so that both judge alike.
+        judge = suite_detector(suite, lambda: recipe.clip or default_clip(recipe.base))
     if label is None:
         label = suite.label if can_tell(judge, suite.label) else recipe.concept.text
     check_label(judge, label)

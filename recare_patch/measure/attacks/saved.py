@@ -56,6 +56,7 @@ class _Note(BaseModel):
     details: list[_Trial]
     prompts: list[str]
     base: float | None = None
+    note: Annotated[str, Field(max_length=10_000)] = ""
     tensors: list[str]
 
 

@@ -61,7 +61,7 @@ def run_checks(
     checkers: list[Checker[Any]] = [CHECKS.get(name)() for name in wanted]
     chosen = [checker.options_type(**given.get(checker.name, {})) for checker in checkers]
     if wanted:
-        if not suite.plain:
+        if not suite.holds("plain"):
             raise EvaluationError(
                 f"the suite '{suite.name}' has no plain prompts, and every check asks whether such show the concept"
             )

@@ -270,7 +270,8 @@ def resolved(context: CheckContext, options: FineTuningOptions) -> FineTuningOpt
 def benign(context: CheckContext, options: FineTuningOptions) -> Training:
     """On pictures of retained prompts, none of them of the concept."""
     suite, name = context.suite, FineTuning.name
-    prompts = suite.retained or [prompt for one in suite.care for prompt in one.prompts]
+    retained = suite.drawing("retained", options.images).prompts
+    prompts = retained or [prompt for one in suite.care for prompt in one.prompts]
     if not prompts:
         raise EvaluationError(
             f"the suite '{suite.name}' has no retained prompts, and a benign fine-tune needs pictures of some"

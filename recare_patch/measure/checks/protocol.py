@@ -138,9 +138,11 @@ class CheckContext:
         first = self.suite.first_seed + BLOCK * (_FIRST_BLOCK + block) + _SEED_STRIDE * self.seed
         return tuple(range(first, first + count))
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], stage: str, patches: Patches = ()) -> list[Image]:
-        """Pictures as the suite has them drawn."""
-        return self.studio.draw(prompts, seeds, patches=patches, stage=stage, **self._sampler)
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], stage: str, patches: Patches = (), **more: Any
+    ) -> list[Image]:
+        """Pictures as the suite has them drawn; ``more`` are other fields of a :class:`Request`."""
+        return self.studio.draw(prompts, seeds, patches=patches, stage=stage, **{**self._sampler, **more})
 
     @property
     def _sampler(self) -> dict[str, Any]:
@@ -171,7 +173,8 @@ class CheckContext:
             patches: what is put into the base.
             stage: how progress calls it.
             studio: another one than the context's, of a base whose weights were changed.
-            sampler: ``steps`` and ``scheduler`` (None: the base's own) in place of the suite's.
+            sampler: ``steps`` and ``scheduler`` (None: the base's own) in place of the suite's, or other fields of a
+                :class:`Request`.
         """
         stream = (studio or self.studio).stream(
             [one.prompt for one in asked],
