@@ -17,8 +17,11 @@ def atelier() -> None:
 
 
 @atelier.command()
-@click.option("--xl", is_flag=True, help="Atelier XL instead: SDXL's anatomy on the same scenes.")
-@click.option("--out", type=click.Path(path_type=Path), help="[default: atelier-weights; with --xl atelier-xl]")
+@click.option("--xl", "variant", flag_value="xl", help="Atelier XL instead: SDXL's anatomy on the same scenes.")
+@click.option("--flow", "variant", flag_value="flow", help="Atelier Flow instead: FLUX's anatomy on the same scenes.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="[default: atelier-weights; else atelier-xl or atelier-flow]"
+)
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -29,32 +32,37 @@ def atelier() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; repeatable.")
 @click.option("--device", default="cpu", show_default=True)
-def train(xl: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, ...], device: str) -> None:
+def train(variant: str | None, out: Path | None, work: Path, seed: int, stages: tuple[str, ...], device: str) -> None:
     """Train Atelier from nothing: scenes, CLIP, autoencoder, judge, denoiser. Resumable.
 
-    Atelier XL takes tokenizer, autoencoder, judge and first text encoder from the bundled Atelier, and
-    trains a second encoder and the denoiser. `recare-patch erase --recipe van-gogh-atelier-xl` erases on it.
+    Atelier XL and Atelier Flow take autoencoder, judge and first text encoder from the bundled Atelier, and train
+    a second encoder and the denoiser. `recare-patch erase --recipe van-gogh-atelier-xl` erases on the former.
     """
-    from benchmarks.atelier import training, training_xl
+    from benchmarks.atelier import training, training_flow, training_xl
 
-    known = training_xl.STAGES if xl else training.STAGES
+    trainer, name, config = {
+        None: (training, "atelier-weights", training.AtelierTraining(seed=seed)),
+        "xl": (training_xl, "atelier-xl", training_xl.XLTraining(seed=seed)),
+        "flow": (training_flow, "atelier-flow", training_flow.FlowTraining(seed=seed)),
+    }[variant]
+    known: tuple[str, ...] = trainer.STAGES
     for stage in stages:
         if stage not in known:
             raise unknown_name("stage", stage, known)
-    out = out or Path("atelier-xl" if xl else "atelier-weights")
-    run: Any = training_xl.train if xl else training.train
+    out = out or Path(name)
+    run: Any = trainer.train
     with cli.shown_progress() as progress:
         seconds = run(
             out,
             work,
-            training_xl.XLTraining(seed=seed) if xl else training.AtelierTraining(seed=seed),
+            config,
             stages=stages or known,
             device=device,
             progress=lambda stage, done, total, loss: progress.update(stage, done, total, f"loss {loss:.4f}"),
         )
     for stage, spent in seconds.items():
         click.echo(f"{stage}: {spent:.0f} s")
-    click.echo(f"Atelier{' XL' if xl else ''}: {out}")
+    click.echo(f"{name}: {out}")
     if "export" in seconds:
         _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300)
 
