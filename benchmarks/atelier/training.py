@@ -106,7 +106,9 @@ class Loop:
 
     def _save(self, step: int) -> None:
         # Tied weights have two names and one memory, which the format refuses.
-        tensors: dict[str, Tensor] = {f"model.{k}": v.clone() for k, v in self.module.state_dict().items()}
+        tensors: dict[str, Tensor] = {
+            f"model.{k}": v.clone(memory_format=torch.contiguous_format) for k, v in self.module.state_dict().items()
+        }
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():

@@ -114,8 +114,9 @@ def _stack(header: Mapping[str, str], source: str) -> dict[str, Any]:
 def _format(keys: Sequence[str]) -> str:
     if any(key.startswith("lora_") and ".lora_down." in key for key in keys):
         return "kohya"
-    if any(key.startswith("base_model.model.") for key in keys):
-        return "peft"
+    for prefix, shape in (("base_model.model.", "peft"), ("diffusion_model.", "comfyui")):
+        if any(key.startswith(prefix) for key in keys):
+            return shape
     return "diffusers" if any(_DOWN.search(key) for key in keys) else "not a LoRA"
 
 
@@ -144,7 +145,7 @@ def _in_words(value: Any) -> str:
 @argument("source", type=cli.FOLDER)
 @option(
     "--to",
-    "kohya: for A1111 and ComfyUI; diffusers: a patch again.",
+    "kohya: for A1111, Forge and ComfyUI; diffusers: a patch again.",
     Choice(["kohya", "diffusers"]),
     into="shape",
     required=True,
@@ -152,26 +153,29 @@ def _in_words(value: Any) -> str:
 @option("--out FILE|FOLDER", "A .safetensors file, or the folder for it.", cli.FOLDER, required=True)
 @option(
     "--base FOLDER|HUB-ID",
-    "Resolve names against this model's modules, and check that it fits.  [default: by SD's names]",
+    "Resolve names against this model's modules, and check that it fits.  [default: by the names of known models]",
 )
 @option("--precision", "Of the file.", Choice(["fp16", "bf16", "fp32"]), "fp16")
 @flag("--force", "Replace a file that is there.")
 def convert(source: Path, shape: str, out: Path, base: str | None, precision: str, force: bool) -> None:
     """Convert a patch, or any LoRA file, to another tool's shape.
 
-    Diffusers' files of any age, PEFT's and kohya's are read; alphas are multiplied in.
+    Diffusers' files of any age, PEFT's, kohya's and ComfyUI's own are read, of Stable Diffusion 1 to 3, FLUX, Z-Image,
+    Lumina 2, Qwen-Image and Krea 2; alphas are multiplied in.
     """
     import torch
 
     from recare_patch.patch import from_any, output_name, target_file, write_kohya
 
     cli.quiet_libraries()
+    denoiser_class: str | None = None
     if base is None:
         weights = from_any(source)
     else:
         from recare_patch.models import base_layers, load_base
 
         model = load_base(base, device="cpu")
+        denoiser_class = type(model.denoiser).__name__
         weights = from_any(source, [name for name, _ in base_layers(model.denoiser)])
         with cli.shown_progress():
             weights.check_base(model)
@@ -180,7 +184,7 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
         raise OutputError(f"{file} is there already; choose another --out or add --force")
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     if shape == "kohya":
-        write_kohya(weights, file, dtype=dtypes[precision])
+        write_kohya(weights, file, dtype=dtypes[precision], denoiser_class=denoiser_class)
     else:
         weights.write(file, dtypes[precision])
     parts = ", ".join(name.replace("_", " ") for name in weights.components)
