@@ -63,7 +63,7 @@ class RolloutStates:
                 found.append((seen, times))
             if number == max(stops):
                 break
-            uncond, cond = base.denoise(seen.repeat(2, 1, 1, 1), times.repeat(2), prompts).chunk(2)
+            uncond, cond = base.denoise(torch.cat([seen, seen]), times.repeat(2), prompts).chunk(2)
             guided = classifier_free(uncond, cond, self.guidance_scale)
             latents = scheduler.step(guided, timestep, latents, **draws).prev_sample
         return found

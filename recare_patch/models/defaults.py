@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any
 
 import torch
 
+from recare_patch.models.captured import Captured
 from recare_patch.models.layout import Layout, family_of
 from recare_patch.models.loading import chosen_device, find_layout, usable_precision
 from recare_patch.recipe import Beneath
@@ -50,7 +50,12 @@ def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:
     if (few := layout.few_steps) is not None:
         logger.info("base %s draws in %d steps at guidance %g: %s", layout.name, few.steps, few.guidance, few.why)
         firm = {"steps": few.steps, "guidance_scale": few.guidance, "scheduler": None}
-    return Beneath(_asked(layout, chosen_device(device)), {f"target_images.{key}": one for key, one in firm.items()})
+    values, of_method = _asked(layout, chosen_device(device)), {}
+    if issubclass(family_of(layout), Captured):
+        # Layers that prompt and picture share collapse under a naive edit: what only the prompt passes is the default.
+        values["adapter.layers"] = "text"
+        of_method = {name: {"adapter.layers": "text-input"} for name in ("closed", "uce")}
+    return Beneath(values, {f"target_images.{key}": one for key, one in firm.items()}, of_method)
 
 
 def device_memory(device: str | torch.device = "auto") -> float | None:
@@ -62,20 +67,15 @@ def device_memory(device: str | torch.device = "auto") -> float | None:
 
 
 def _asked(layout: Layout, device: torch.device) -> dict[str, Any]:
-    import diffusers
-
     family = family_of(layout)
-    denoiser, vae = layout.configs[family.denoiser_name], layout.configs.get("vae", {})
-    side, scale = denoiser.get("sample_size") or 0, 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-    native = (side if isinstance(side, int) else max(side)) * scale
+    native = family.native_pixels(layout)
     if native < FULL_SIZE:
         return {}
-    pipeline = getattr(diffusers, family.pipeline_class)
     found = FULL_SIZE_VALUES | {
         "target_images.batch_size": 4 if native < 1024 else 2,
-        "target_images.guidance_scale": inspect.signature(pipeline.__call__).parameters["guidance_scale"].default,
+        "target_images.guidance_scale": family.usual_guidance(layout),
     }
-    if len(family.encoder_names) > 1:
+    if len(family.encoder_names) > 1 or issubclass(family, Captured):
         # Many more layers read the prompt: at rank 8 a patch of SDXL would take 13 MB.
         found |= {"adapter.rank": 4, "adapter.alpha": 4.0}
     if device.type != "cpu":

@@ -34,7 +34,6 @@ FAMILIES = Registry(
     "base model family",
     {
         "stable-diffusion": "recare_patch.models.stable_diffusion:StableDiffusion",
-        "stable-diffusion-3": "recare_patch.models.stable_diffusion_3:StableDiffusion3",
         "stable-diffusion-xl": "recare_patch.models.stable_diffusion_xl:StableDiffusionXL",
     },
     group="recare_patch.base_models",
@@ -269,8 +268,6 @@ def family_of(layout: Layout) -> type[LatentDiffusion]:
             return family
     if "unet" not in layout.configs and "transformer" not in layout.configs:
         raise BaseModelError(f"base {layout.name} lacks its component 'unet'")
-    kind = layout.index.get("_class_name", "pipeline of unknown class")
-    raise BaseModelError(
-        f"base {layout.name} is a {kind}, and what can be patched is Stable Diffusion 1.x, 2.x, XL or 3, "
-        "or a pipeline of such a shape"
-    )
+    from recare_patch.models.captured import Captured
+
+    return Captured.of(layout)

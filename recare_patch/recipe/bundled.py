@@ -90,10 +90,12 @@ class Beneath:
     Attributes:
         values: hold where neither a recipe, a method nor a user says otherwise.
         firm: go before a recipe and a preset too: a base that draws in four steps draws in no other way.
+        of_method: method → values that go before the method's own defaults.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     firm: Mapping[str, Any] = field(default_factory=dict)
+    of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def unsaid(self, method: Any) -> dict[str, Any]:
         """The values of which a method has no default of its own."""
@@ -101,7 +103,7 @@ class Beneath:
             return dict(self.values)
         info = method_info(method)
         own = {*info.defaults, *(RANK_KEYS if info.rank_per_name else ())}
-        return {key: value for key, value in self.values.items() if key not in own}
+        return {key: one for key, one in self.values.items() if key not in own} | dict(self.of_method.get(method, {}))
 
     def under(self, data: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
         """A recipe's plain data, filled where neither it nor its method's own defaults say anything."""
