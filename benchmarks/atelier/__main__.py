@@ -64,7 +64,7 @@ def train(variant: str | None, out: Path | None, work: Path, seed: int, stages: 
         click.echo(f"{stage}: {spent:.0f} s")
     click.echo(f"{name}: {out}")
     if "export" in seconds:
-        _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300)
+        _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300, variant == "flow")
 
 
 @atelier.command()
@@ -84,19 +84,23 @@ def report(out: Path, count: int, device: str) -> None:
     _report("atelier", JUDGE, out, device, count)
 
 
-def _report(source: str | Path, judge: Path, out: Path, device: str, count: int) -> None:
-    from benchmarks.atelier.report import write_report
+def _report(source: str | Path, judge: Path, out: Path, device: str, count: int, flow: bool = False) -> None:
+    from benchmarks.atelier.report import write_rates, write_report
     from recare_patch.models import load_base
     from recare_patch.models.atelier.judge import Judge
 
     cli.quiet_libraries()
     with cli.shown_progress() as progress:
         base = load_base(str(source), device=device)
-        rates = write_report(base, out, judge=Judge.load(judge), count=count, progress=progress)
+        rates = (
+            write_rates(base, out, guidance_scale=3.5, count=count, progress=progress)
+            if flow
+            else write_report(base, out, judge=Judge.load(judge), count=count, progress=progress)
+        )
     for name in ("style", "object", "sky", "ground", "time"):
         if name in rates:
             click.echo(f"{name}: {rates[name].value:.1%} of {rates[name].pictures}")
-    click.echo(f"Report: {out / 'atelier.md'}")
+    click.echo(f"Report: {out}")
 
 
 @atelier.command()

@@ -53,8 +53,8 @@ _DROPPED, _UNPOOLED = 0.1, 0.4
 class FlowTraining(Training):
     """Optimiser steps of each stage."""
 
-    denoiser_steps: int = 4_800
-    guidance_steps: int = 500
+    denoiser_steps: int = 3_200
+    guidance_steps: int = 250
 
 
 def _train_tokenizer(
@@ -263,15 +263,19 @@ def _export(work: Path, out: Path) -> None:
 
     vae = AutoencoderKL.from_pretrained(PIPELINE / "vae")
     vae.register_to_config(shift_factor=0.0)
+    tokenizers = load_tokenizer(CLIP), load_t5_tokenizer(work / "tokenizer_2")
+    for tokenizer in tokenizers:
+        # FLUX pads prompts to 512 tokens unless it is told otherwise; bases ask tokenizers how many they read.
+        tokenizer.model_max_length = PROMPT_TOKENS
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
         ),
         vae=vae,
         text_encoder=CLIPTextModel.from_pretrained(PIPELINE / "text_encoder", dtype=torch.float32),
-        tokenizer=load_tokenizer(CLIP),
+        tokenizer=tokenizers[0],
         text_encoder_2=_load_text_encoder(work / "text_encoder_2"),
-        tokenizer_2=load_t5_tokenizer(work / "tokenizer_2"),
+        tokenizer_2=tokenizers[1],
         transformer=_load_denoiser(work / "transformer_guided"),
     )
     save_half(pipeline, out / "pipeline")
