@@ -58,19 +58,25 @@ def _weights_file(path: Path) -> Path:
 
 def described(file: Path, header: SafetensorsHeader) -> dict[str, Any]:
     """The facts of a LoRA file that its header tells, and what a patch of ours records about itself."""
+    from recare_patch.patch import transformers_of
+
     told, keys = header.metadata, list(header.tensors)
+    models = transformers_of(keys)
     down = {key: one for key, one in header.tensors.items() if _DOWN.search(key)}
     ranks = Counter(one.shape[0] for one in down.values() if one.shape)
     facts: dict[str, Any] = {
         "file": str(file),
         "bytes": file.stat().st_size,
         "format": _format(keys),
-        "parts": dict(Counter(_part(key) for key in down)),
+        "parts": dict(Counter(_part(key, "transformer" if models else "unet") for key in down)),
         "modules": len(down),
         "ranks": {str(rank): n for rank, n in sorted(ranks.items())},
         "dtypes": dict(sorted(Counter(one.dtype for one in header.tensors.values()).items())),
         "alphas": sum(key.endswith(".alpha") for key in keys),
-        "made_for": told.get("modelspec.architecture") or told.get("ss_base_model_version"),
+        "made_for": told.get("modelspec.architecture")
+        or told.get("ss_base_model_version")
+        or " or ".join(models)
+        or None,
         "title": told.get("modelspec.title") or told.get("ss_output_name"),
         "made_by": "recare-patch" if {METADATA_KEY, PARTS_KEY} & set(told) else None,
     }
@@ -120,12 +126,16 @@ def _format(keys: Sequence[str]) -> str:
     return "diffusers" if any(_DOWN.search(key) for key in keys) else "not a LoRA"
 
 
-def _part(key: str) -> str:
+def _part(key: str, denoiser: str) -> str:
     """The model that a tensor belongs to, by its key's first part."""
-    for prefix, part in (("lora_unet", "unet"), ("lora_te", "text_encoder"), ("base_model", "model")):
-        if key.startswith(prefix):
-            return part
-    return key.split(".")[0]
+    known = {
+        "lora_unet": denoiser,
+        "lora_transformer": denoiser,
+        "diffusion_model": denoiser,
+        "lora_te": "text_encoder",
+    }
+    known["base_model"] = "model"
+    return next((part for prefix, part in known.items() if key.startswith(prefix)), key.split(".")[0])
 
 
 def _in_words(value: Any) -> str:

@@ -58,3 +58,4 @@ from .original_layout import write_single_file as write_single_file
 from .patch import Patch as Patch
 from .patch import concepts_of as concepts_of
 from .reading import from_any as from_any
+from .reading import transformers_of as transformers_of

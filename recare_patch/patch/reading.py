@@ -137,6 +137,17 @@ def _original_names(stored: Iterable[str], shape: str) -> set[str]:
     return found
 
 
+def transformers_of(keys: Iterable[str]) -> list[str]:
+    """The transformers that a LoRA file may be for, by its keys: several where the names fit them; none for a UNet."""
+    keys = tuple(keys)
+    shape = "kohya" if any(key.startswith(_KOHYA_DENOISER) for key in keys) else "comfyui"
+    shorts = _original_names(keys, shape)
+    for key in keys:
+        if key.startswith(f"{TRANSFORMER}.") and (match := _KEYS[0].fullmatch(key)):
+            shorts.add(split_name(match["name"])[1].replace(".", "_"))
+    return [kind.title for kind in kinds_naming(shorts, None)]
+
+
 def _is_rank(_: str, rank: object) -> bool:
     """A whole number, or those of the layers that are one weight."""
     if isinstance(rank, list):
