@@ -368,7 +368,7 @@ def _ernie() -> dict[str, Any]:
 
 def _ideogram() -> dict[str, Any]:
     sizes = {"in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "adaln_dim": 16}
-    sizes |= {"intermediate_size": 32, "llm_features_dim": 13 * 16, "mrope_section": (2, 2, 4)}
+    sizes |= {"intermediate_size": 32, "llm_features_dim": 13 * 16, "mrope_section": (2, 2, 2)}
     return {
         "transformer": _network("Ideogram4Transformer2DModel", **sizes),
         "unconditional_transformer": _network("Ideogram4Transformer2DModel", **sizes),
@@ -392,16 +392,14 @@ def _kandinsky5() -> dict[str, Any]:
 
 def _prx() -> dict[str, Any]:
     import transformers
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
     sizes = {"in_channels": 4, "patch_size": 2, "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "depth": 1}
     text = transformers.T5GemmaModuleConfig(
         **{**_LANGUAGE, "query_pre_attn_scalar": 16, "sliding_window": 32, "dropout_rate": 0.0}
     )
-    encoder = transformers.T5GemmaEncoder(text) if hasattr(transformers, "T5GemmaEncoder") else None
-    if encoder is None:
-        from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
-
-        encoder = T5GemmaEncoder(text)
+    encoder = T5GemmaEncoder(text)
+    encoder.config = transformers.T5GemmaConfig(encoder=text, decoder=text)
     return {
         "transformer": _network("PRXTransformer2DModel", **sizes, axes_dim=[8, 8]),
         "scheduler": _flow(),
