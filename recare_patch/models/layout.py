@@ -34,6 +34,7 @@ FAMILIES = Registry(
     "base model family",
     {
         "stable-diffusion": "recare_patch.models.stable_diffusion:StableDiffusion",
+        "stable-diffusion-3": "recare_patch.models.stable_diffusion_3:StableDiffusion3",
         "stable-diffusion-xl": "recare_patch.models.stable_diffusion_xl:StableDiffusionXL",
     },
     group="recare_patch.base_models",
