@@ -15,18 +15,22 @@ import torch
 
 from tests.tiny import WORDS, _saved, _seeded, _text_config, _tiny_vae, make_tiny_tokenizer
 
-_CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] if m['content'] is string else m['content'][-1]['text'] }}<|im_end|>{% endfor %}"
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} "
+    "{{ m['content'] if m['content'] is string else m['content'][-1]['text'] }}<|im_end|>{% endfor %}"
+)
 
 
 def word_tokenizer(length: int = 64) -> Any:
     """A tokenizer with a token for each of :data:`tests.tiny.WORDS`, padded on the right, with a chat template."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "</s>", "<unk>", "<bos>"]
     words = [*special, *dict.fromkeys(WORDS)]
     inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
     inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 3)])
     names = dict(zip(("pad_token", "eos_token", "unk_token", "bos_token"), special, strict=True))
     made = PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=length, padding_side="right", **names)
     made.chat_template = _CHAT
@@ -133,7 +137,7 @@ def _z_image() -> dict[str, Any]:
     }
 
 
-def _qwen_image() -> dict[str, Any]:
+def _qwen25_vl() -> tuple[Any, Any]:
     import transformers
 
     text = {**_LANGUAGE, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4], "rope_type": "default"}}
@@ -142,13 +146,17 @@ def _qwen_image() -> dict[str, Any]:
     config = transformers.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, image_token_id=5, video_token_id=6, vision_start_token_id=7
     )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), word_tokenizer()
+
+
+def _qwen_image() -> dict[str, Any]:
     sizes = {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16}
     sizes |= {"num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)}
     return {
         "transformer": _network("QwenImageTransformer2DModel", **sizes),
         "scheduler": _flow(use_dynamic_shifting=True),
         "vae": _video_vae(),
-        **_encoders((transformers.Qwen2_5_VLForConditionalGeneration(config), word_tokenizer())),
+        **_encoders(_qwen25_vl()),
     }
 
 
@@ -159,7 +167,7 @@ def _video_vae() -> Any:
     )  # fmt: skip
 
 
-def _sana() -> dict[str, Any]:
+def _sana(**changes: Any) -> dict[str, Any]:
     sizes = {"patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_attention_heads": 2}
     sizes |= {"attention_head_dim": 8, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
     vae = {"latent_channels": 4, "attention_head_dim": 2, "encoder_block_out_channels": (8, 8)}
@@ -177,7 +185,7 @@ def _sana() -> dict[str, Any]:
     norms = {"decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "upsample_block_type": "interpolate"}
     return {
         "transformer": _network(
-            "SanaTransformer2DModel", **sizes, cross_attention_dim=16, caption_channels=32, sample_size=16
+            "SanaTransformer2DModel", **sizes, cross_attention_dim=16, caption_channels=32, sample_size=16, **changes
         ),
         "scheduler": _flow(shift=3.0),
         "vae": _network("AutoencoderDC", **vae, **blocks, **layers, **extra, **norms, scaling_factor=0.41),
@@ -185,13 +193,280 @@ def _sana() -> dict[str, Any]:
     }
 
 
+def _flux2(encoder: tuple[Any, Any], guided: bool) -> dict[str, Any]:
+    sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": 48, "timestep_guidance_channels": 16}
+    return {
+        "transformer": _network(
+            "Flux2Transformer2DModel", **sizes, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guided
+        ),
+        "scheduler": _flow(use_dynamic_shifting=True),
+        "vae": _flux2_vae(),
+        **_encoders(encoder),
+    }
+
+
+def _flux2_vae() -> Any:
+    return _network(
+        "AutoencoderKLFlux2", block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, sample_size=32,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+
+
+_THIN = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
+
+
+def _mistral(model: str, layers: int) -> tuple[Any, Any]:
+    import transformers
+
+    text = {**_LANGUAGE, **_THIN, "num_hidden_layers": layers}
+    text = transformers.MistralConfig(**text)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.PixtralVisionConfig(**vision, image_size=32, patch_size=16)
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=5)
+    return getattr(transformers, model)(config), word_tokenizer()
+
+
+def _qwen3_vl(**changes: Any) -> tuple[Any, Any]:
+    import transformers
+
+    text = {
+        **_LANGUAGE,
+        **changes,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 4], "mrope_interleaved": True},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    vision["out_hidden_size"] = text["hidden_size"]
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0], "num_position_embeddings": 4}
+    )
+    return transformers.Qwen3VLModel(config), word_tokenizer()
+
+
+def _chroma() -> dict[str, Any]:
+    sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": 32, "approximator_num_channels": 8}
+    return {
+        "transformer": _network(
+            "ChromaTransformer2DModel",
+            **sizes,
+            axes_dims_rope=(4, 4, 8),
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+        "scheduler": _flow(),
+        "vae": _vae(),
+        **_encoders(_t5()),
+    }
+
+
+def _lumina2() -> dict[str, Any]:
+    sizes = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "num_layers": 1}
+    sizes |= {"num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16}
+    return {
+        "transformer": _network(
+            "Lumina2Transformer2DModel", **sizes, axes_dim_rope=(8, 4, 4), axes_lens=(300, 64, 64), cap_feat_dim=32
+        ),
+        "scheduler": _flow(),
+        "vae": _tiny_vae(8, 4, shift_factor=0.1),
+        **_encoders(_language("Gemma2", sliding_window=32, query_pre_attn_scalar=16)),
+    }
+
+
+def _aura_flow() -> dict[str, Any]:
+    sizes = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
+    sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32, "out_channels": 4}
+    return {
+        "transformer": _network(
+            "AuraFlowTransformer2DModel", **sizes, caption_projection_dim=16, pos_embed_max_size=256
+        ),
+        "scheduler": _flow(),
+        "vae": _vae(),
+        **_encoders(_t5("UMT5")),
+    }
+
+
+def _cogview4() -> dict[str, Any]:
+    sizes = {"patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "text_embed_dim": 32, "time_embed_dim": 16, "condition_dim": 8}
+    return {
+        "transformer": _network(
+            "CogView4Transformer2DModel", **sizes, pos_embed_max_size=32, sample_size=16, rope_axes_dim=(8, 8)
+        ),
+        "scheduler": _flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"),
+        "vae": _vae(),
+        **_encoders(_language("Glm")),
+    }
+
+
+def _hidream() -> dict[str, Any]:
+    sizes = {"patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1}
+    sizes |= {"attention_head_dim": 16, "num_attention_heads": 2, "caption_channels": (32, 32), "text_emb_dim": 64}
+    experts = {"num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (4, 4, 8)}
+    clips = _clip(projection=True), _clip(projection=True)
+    return {
+        "transformer": _network(
+            "HiDreamImageTransformer2DModel", **sizes, **experts, max_resolution=(16, 16), llama_layers=(0, 1),
+            force_inference_output=True,
+        ),
+        "scheduler": _flow(),
+        "vae": _vae(),
+        **_encoders(*clips, _t5(), _language("Llama", "ForCausalLM", attn_implementation="eager")),
+    }  # fmt: skip
+
+
+def _krea2() -> dict[str, Any]:
+    sizes = {"in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 32, "timestep_embed_dim": 16, "text_hidden_dim": 32}
+    text = {"num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2}
+    return {
+        "transformer": _network(
+            "Krea2Transformer2DModel", **sizes, **text, text_intermediate_size=32, num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1, axes_dims_rope=(4, 4, 8),
+        ),
+        "scheduler": _flow(use_dynamic_shifting=True),
+        "vae": _video_vae(),
+        **_encoders(_qwen3_vl()),
+        "text_encoder_select_layers": (1, 2),
+    }  # fmt: skip
+
+
+def _fibo() -> dict[str, Any]:
+    sizes = {"patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    sizes |= {
+        "num_attention_heads": 2,
+        "joint_attention_dim": 64,
+        "text_encoder_dim": 32,
+        "pooled_projection_dim": None,
+    }
+    # It names the token of the empty prompt by its number.
+    vae = {"base_dim": 8, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1}
+    return {
+        "transformer": _network("BriaFiboTransformer2DModel", **sizes, axes_dims_rope=[4, 4, 8]),
+        "scheduler": _flow(use_dynamic_shifting=True),
+        "vae": _network(
+            "AutoencoderKLWan", **vae, temperal_downsample=[False], latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        ),
+        **_encoders(_language("SmolLM3", "ForCausalLM", vocab_size=128_001)),
+    }
+
+
+def _ernie() -> dict[str, Any]:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_layers": 1, "ffn_hidden_size": 32, "in_channels": 16}
+    return {
+        "transformer": _network(
+            "ErnieImageTransformer2DModel", **sizes, out_channels=16, text_in_dim=16, rope_axes_dim=(4, 4, 8)
+        ),
+        "scheduler": _flow(),
+        "vae": _flux2_vae(),
+        **_encoders(_mistral("Mistral3Model", 2)),
+        "pe": None,
+        "pe_tokenizer": None,
+    }
+
+
+def _ideogram() -> dict[str, Any]:
+    sizes = {"in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "adaln_dim": 16}
+    sizes |= {"intermediate_size": 32, "llm_features_dim": 13 * 16, "mrope_section": (2, 2, 2)}
+    return {
+        "transformer": _network("Ideogram4Transformer2DModel", **sizes),
+        "unconditional_transformer": _network("Ideogram4Transformer2DModel", **sizes),
+        "scheduler": _flow(),
+        "vae": _flux2_vae(),
+        **_encoders(_qwen3_vl(hidden_size=16, num_hidden_layers=36)),
+        "prompt_enhancer_head": None,
+    }
+
+
+def _kandinsky5() -> dict[str, Any]:
+    sizes = {"in_visual_dim": 4, "in_text_dim": 32, "in_text_dim2": 32, "time_dim": 16, "out_visual_dim": 4}
+    sizes |= {"model_dim": 32, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": (8, 4, 4)}
+    return {
+        "transformer": _network("Kandinsky5Transformer3DModel", **sizes),
+        "scheduler": _flow(),
+        "vae": _tiny_vae(8, 4),
+        **_encoders(_qwen25_vl(), _clip()),
+    }
+
+
+def _prx() -> dict[str, Any]:
+    import transformers
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+    sizes = {"in_channels": 4, "patch_size": 2, "context_in_dim": 32, "hidden_size": 32, "num_heads": 2, "depth": 1}
+    text = transformers.T5GemmaModuleConfig(
+        **{**_LANGUAGE, "query_pre_attn_scalar": 16, "sliding_window": 32, "dropout_rate": 0.0}
+    )
+    encoder = T5GemmaEncoder(text)
+    encoder.config = transformers.T5GemmaConfig(encoder=text, decoder=text)
+    return {
+        "transformer": _network("PRXTransformer2DModel", **sizes, axes_dim=[8, 8]),
+        "scheduler": _flow(),
+        "vae": _vae(),
+        **_encoders((encoder, word_tokenizer())),
+        "default_sample_size": 32,
+    }
+
+
+def _sana_sprint() -> dict[str, Any]:
+    from diffusers import SCMScheduler
+
+    return {**_sana(guidance_embeds=True), "scheduler": SCMScheduler(prediction_type="trigflow", sigma_data=0.5)}
+
+
+def _pixart() -> dict[str, Any]:
+    from diffusers import DPMSolverMultistepScheduler
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 1}
+    return {
+        "transformer": _network(
+            "PixArtTransformer2DModel", **sizes, cross_attention_dim=16, sample_size=16, caption_channels=32,
+            use_additional_conditions=False,
+        ),
+        "scheduler": DPMSolverMultistepScheduler(),
+        "vae": _vae(shift_factor=None),
+        **_encoders(_t5()),
+    }  # fmt: skip
+
+
+def _ovis() -> dict[str, Any]:
+    sizes = {"patch_size": 1, "in_channels": 16, "out_channels": 16, "num_layers": 1, "num_single_layers": 1}
+    sizes |= {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32}
+    return {
+        "transformer": _network("OvisImageTransformer2DModel", **sizes, axes_dims_rope=(4, 4, 8)),
+        "scheduler": _flow(use_dynamic_shifting=True),
+        "vae": _vae(),
+        **_encoders(_language("Qwen3")),
+    }
+
+
 PIPELINES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "SD 3.5": ("StableDiffusion3Pipeline", _sd3),
     "FLUX.1 dev": ("FluxPipeline", lambda: _flux(True)),
     "FLUX.1 schnell": ("FluxPipeline", lambda: _flux(False)),
-    "SD 3.5": ("StableDiffusion3Pipeline", _sd3),
+    "FLUX.2": ("Flux2Pipeline", lambda: _flux2(_mistral("Mistral3ForConditionalGeneration", 31), True)),
+    "FLUX.2 Klein": (
+        "Flux2KleinPipeline",
+        lambda: _flux2(_language("Qwen3", "ForCausalLM", **_THIN, num_hidden_layers=28), False),
+    ),
+    "Chroma": ("ChromaPipeline", _chroma),
     "Z-Image": ("ZImagePipeline", _z_image),
     "Qwen-Image": ("QwenImagePipeline", _qwen_image),
+    "Krea 2": ("Krea2Pipeline", _krea2),
     "Sana": ("SanaPipeline", _sana),
+    "Sana Sprint": ("SanaSprintPipeline", _sana_sprint),
+    "Lumina 2": ("Lumina2Pipeline", _lumina2),
+    "AuraFlow": ("AuraFlowPipeline", _aura_flow),
+    "CogView 4": ("CogView4Pipeline", _cogview4),
+    "HiDream": ("HiDreamImagePipeline", _hidream),
+    "Bria Fibo": ("BriaFiboPipeline", _fibo),
+    "ERNIE-Image": ("ErnieImagePipeline", _ernie),
+    "Ideogram 4": ("Ideogram4Pipeline", _ideogram),
+    "Kandinsky 5": ("Kandinsky5T2IPipeline", _kandinsky5),
+    "PRX": ("PRXPipeline", _prx),
+    "PixArt Sigma": ("PixArtSigmaPipeline", _pixart),
+    "Ovis-Image": ("OvisImagePipeline", _ovis),
 }
 """What people call it → the pipeline's class, and its parts."""
 

@@ -8,6 +8,7 @@ prompt is then the same call with these arguments exchanged.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -168,12 +169,12 @@ def joined(values: Sequence[Any], axis: int | str | None) -> Any:
     return first
 
 
-def likeness(value: Any) -> Any:
-    """What rows must have in common to go into one call: shapes of tensors, values of all else."""
+def likeness(value: Any, shared: bool = False) -> Any:
+    """The shapes of tensors and the values of all else; of what a whole batch shares, the values of tensors too."""
     if isinstance(value, Tensor):
-        return tuple(value.shape)
+        return tuple(value.shape), tuple(value.flatten().tolist()) if shared else ()
     if isinstance(value, list | tuple):
-        return tuple(map(likeness, value))
+        return tuple(likeness(one, shared) for one in value)
     return repr(value)
 
 
@@ -227,6 +228,10 @@ class Form:
     def axis(self, path: Path) -> int | str | None:
         """The axis of a place; of one that only some calls have, the first."""
         return self.axes.get(path, 0)
+
+    def kind(self, told: Mapping[Path, Any]) -> Any:
+        """What rows must have in common to go into one call."""
+        return tuple(likeness(value, self.axis(path) is None) for path, value in told.items())
 
     def texts(self, call: Mapping[str, Any], count: int) -> list[dict[Path, Any]]:
         """What a call of ``count`` rows says, by row."""
@@ -348,10 +353,9 @@ def _scale(value: Tensor, of: Tensor) -> float | None:
 
 def _fill(values: Sequence[Any], samples: Sequence[Tensor], scaled: bool) -> Fill | None:
     """How the scheduler's samples become an argument; None where they do not."""
-    shape = samples[0].shape[1:]
     if isinstance(values[0], list | tuple):
-        inner = [one[0] if len(one) == 1 else None for one in values]
-        if not isinstance(inner[0], Tensor) or inner[0].numel() != samples[0].numel():
+        inner = [one[0] for one in values if len(one) == 1 and isinstance(one[0], Tensor)]
+        if len(inner) < len(values) or inner[0].numel() != samples[0].numel():
             return None
         if any(not _holds(one, sample, scaled) for one, sample in zip(inner, samples, strict=False)):
             return None
@@ -364,27 +368,27 @@ def _fill(values: Sequence[Any], samples: Sequence[Tensor], scaled: bool) -> Fil
         if any(not _holds(one, sample, scaled) for one, sample in zip(values, samples, strict=False)):
             return None
         return lambda states: states.to(like.dtype).reshape(-1, *like.shape[1:])
-    # The sample may be a part of it, beside what does not change.
-    if like.ndim != len(shape) + 1:
+    return _beside(values, samples)
+
+
+def _beside(values: Sequence[Tensor], samples: Sequence[Tensor]) -> Fill | None:
+    """How samples become a part of an argument, beside what does not change."""
+    like, sample = values[0], samples[0]
+    wider = [k for k in range(1, like.ndim) if like.ndim == sample.ndim and like.shape[k] != sample.shape[k]]
+    if len(wider) != 1 or like.shape[wider[0]] < sample.shape[wider[0]]:
         return None
-    wider = [k for k in range(1, like.ndim) if like.shape[k] != samples[0].shape[k]]
-    if len(wider) != 1 or like.shape[wider[0]] < samples[0].shape[wider[0]]:
-        return None
-    axis, size = wider[0], samples[0].shape[wider[0]]
+    axis, size = wider[0], sample.shape[wider[0]]
     for start in {like.shape[axis] - size, 0}:
         parts = [one.narrow(axis, start, size) for one in values]
-        if all(_holds(one, sample, False) for one, sample in zip(parts, samples, strict=False)):
-            before, behind = (
-                like.narrow(axis, 0, start),
-                like.narrow(axis, start + size, like.shape[axis] - start - size),
-            )
-
-            def beside(states: Tensor) -> Tensor:
-                rows = (len(states),) + (1,) * (like.ndim - 1)
-                return torch.cat([before.repeat(rows), states.to(like.dtype), behind.repeat(rows)], axis)
-
-            return beside
+        if all(_holds(one, other, False) for one, other in zip(parts, samples, strict=False)):
+            ends = like.narrow(axis, 0, start), like.narrow(axis, start + size, like.shape[axis] - start - size)
+            return functools.partial(_between, ends, axis)
     return None
+
+
+def _between(ends: tuple[Tensor, Tensor], axis: int, states: Tensor) -> Tensor:
+    rows = (len(states),) + (1,) * (states.ndim - 1)
+    return torch.cat([ends[0].repeat(rows), states.to(ends[0].dtype), ends[1].repeat(rows)], axis)
 
 
 def _holds(value: Tensor, sample: Tensor, scaled: bool) -> bool:
@@ -396,24 +400,23 @@ def _output(name: str, trail: Record) -> Callable[[Any], Tensor]:
     """From what a denoiser returned to what its scheduler is given, for any number of rows."""
     shape, wanted = trail.steps[0][2].shape[1:], [one[0] for one in trail.steps]
     # A learnt variance beside the prediction is the scheduler's business.
-    wanted = [_narrowed(one, shape, 0) for one in wanted]
-    for last in (False, True):
-        made = [_narrowed(_stacked(one), shape, -1 if last else 0) for one in trail.outputs]
-        if any(one is None for one in (*made, *wanted)):
-            continue
-        found = [_scale(b, a) for a, b in zip(made, wanted, strict=False)]
-        if found[0] is not None and found[1] is not None and abs(found[0] - found[1]) < 2e-2 * abs(found[0]):
-            factor, place = float(round(found[0])) if abs(abs(found[0]) - 1) < 2e-2 else found[0], -1 if last else 0
-
-            def output(returned: Any) -> Tensor:
-                taken = _narrowed(_stacked(returned), shape, place)
-                assert taken is not None
-                return taken * factor
-
-            return output
+    targets = [_narrowed(one, shape, 0) for one in wanted]
+    for place in (0, -1):
+        pairs = [(_narrowed(_stacked(one), shape, place), b) for one, b in zip(trail.outputs, targets, strict=False)]
+        found = [_scale(b, a) if a is not None and b is not None else None for a, b in pairs]
+        first = found[0]
+        if first is not None and all(one is not None and abs(one - first) < 2e-2 * abs(first) for one in found):
+            factor = float(round(first)) if abs(abs(first) - 1) < 2e-2 else first
+            return functools.partial(_returned, shape, place, factor)
     raise BaseModelError(
         f"base {name} changes what its denoiser returns, before its scheduler sees it, in a way that is not known"
     )
+
+
+def _returned(shape: Sequence[int], place: int, factor: float, output: Any) -> Tensor:
+    taken = _narrowed(_stacked(output), shape, place)
+    assert taken is not None
+    return taken * factor
 
 
 def _stacked(returned: Any) -> Tensor:
