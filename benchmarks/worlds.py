@@ -158,7 +158,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if not (out / "pytorch_lora_weights.safetensors").exists():
         erase(recipe, out, device="cpu", resume=out.exists(), base=base, clip=Clip.load(place.clip))
     patch, cost = Patch.load(out), json.loads((out / "training.json").read_text(encoding="utf-8"))
-    words = json.loads((out / "care_set.json").read_text(encoding="utf-8"))["tokens"]
+    care = out / "care_set.json"  # Not of every method.
+    words = json.loads(care.read_text(encoding="utf-8"))["tokens"] if care.exists() else []
     with patch.apply(base.pipeline) if patch else nullcontext():
         scores = score(base, place, arguments.concept, arguments.pictures)
     kept = [token["text"] for token in words if token["kept"]]

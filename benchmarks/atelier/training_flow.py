@@ -134,7 +134,10 @@ class Texts:
         """A caption of each scene, by lot, and written as people do: with a capital, or without any."""
         texts = self.world.words(index, generator)
         luck = torch.rand(len(texts), 2, generator=generator).tolist()
-        cased = [t[:1].upper() + t[1:] if a < 0.4 else t.lower() if a < 0.5 else t for t, (a, _) in zip(texts, luck)]
+        cased = [
+            text[:1].upper() + text[1:] if case < 0.4 else text.lower() if case < 0.5 else text
+            for text, (case, _) in zip(texts, luck, strict=True)
+        ]
         return ["" if b < _DROPPED else text for text, (_, b) in zip(cased, luck, strict=True)]
 
     def hidden(self, words: list[str]) -> Tensor:

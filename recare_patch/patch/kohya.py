@@ -234,8 +234,8 @@ def to_kohya(
     kind = transformer_of(patch, denoiser_class)
     if TRANSFORMER in patch.components and kind is None:
         raise PatchError(
-            f"{patch.source} changes a transformer whose layers have no names in kohya's format, or several: diffusers' "
-            "file is the one to use, or --base says which model it is for"
+            f"{patch.source} changes a transformer whose layers have no names in kohya's format, or several: "
+            "diffusers' file is the one to use, or --base says which model it is for"
         )
     base, architecture, pixels = _version_of(patch) if kind is None else (kind.version, kind.architecture, 1024)
     numbered = kind is not None or architecture == "stable-diffusion-xl-v1-base"

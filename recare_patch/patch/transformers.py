@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from recare_patch.core import PatchError
-from recare_patch.models import TRANSFORMER
 
 _BLOCK = re.compile(r"(.*?(?:blocks|layers|_refiner))\.(\d+)\.(.+)")
 
@@ -90,7 +89,7 @@ class OriginalNames:
 
     @cached_property
     def _places(self) -> dict[str, tuple[str, int]]:
-        """diffusers' name → original name, and which of its parts it is."""
+        """Name in diffusers → original name, and which of its parts it is."""
         return {part.module: (name, i) for name, parts in self.layers.items() for i, part in enumerate(parts)}
 
     @cached_property
@@ -106,7 +105,7 @@ class OriginalNames:
         return None
 
     def modules(self, name: str) -> tuple[str, ...]:
-        """diffusers' layers of an original weight; a name that is diffusers' own stands for itself."""
+        """The layers in diffusers of an original weight; a name that is diffusers' own stands for itself."""
         pattern, numbers = _pattern(name)
         return tuple(_numbered(part.module, numbers) for part in self.layers.get(pattern, ())) or (name,)
 
