@@ -271,7 +271,8 @@ def family_of(layout: Layout) -> type[LatentDiffusion]:
         if family.recognises(layout):
             return family
     if "unet" not in layout.configs and "transformer" not in layout.configs:
-        raise BaseModelError(f"base {layout.name} lacks its component 'unet'")
+        lacks = "transformer" if "transformer" in layout.listed else "unet"
+        raise BaseModelError(f"base {layout.name} lacks its component '{lacks}'")
     from recare_patch.models.captured import Captured
 
     return Captured.of(layout)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recare_patch.careset import Clip
 from recare_patch.combine import merge, save_stack, stack
 from recare_patch.erasure import erase
 from recare_patch.measure import evaluate
@@ -66,10 +67,18 @@ class Trial:
         size = {"memory.resolution": SIZE.resolution, "adapter.layers": "text"}
         return small_recipe(self.folder, self.clip, method, **{**size, **CHANGES[method], **changes})
 
+    def erase(self, method: str, folder: str, **how: Any) -> Patch:
+        how = {"device": "cpu", "preview": False, "clip": self.clip_model, **how}
+        return erase(self.recipe(method), self.work / folder, **how).patch
+
+    @functools.cached_property
+    def clip_model(self) -> Clip:
+        return Clip.load(str(self.clip))
+
     @functools.cache  # noqa: B019 - a trial lives as long as its test
     def made(self, method: str) -> Patch:
         counting = Killer(float("inf"))
-        found = erase(self.recipe(method), self.work / method, device="cpu", progress=counting).patch
+        found = self.erase(method, method, progress=counting, base=self.base)
         self.reports = counting.seen
         assert all(torch.isfinite(one).all() for one in found.tensors.values())
         assert any(bool(one.any()) for key, one in found.tensors.items() if "lora_B" in key)
@@ -127,10 +136,10 @@ def has_companions(trial: Trial) -> None:
 
 def resumes(trial: Trial) -> None:
     """A run that was killed near its end goes on to the same bits."""
-    whole, out = trial.made("recare"), trial.work / "killed"
+    whole = trial.made("recare")
     with pytest.raises(Killed):
-        erase(trial.recipe("recare"), out, device="cpu", progress=Killer(max(1, trial.reports - 2)))
-    resumed = erase(trial.recipe("recare"), out, device="cpu", resume=True).patch
+        trial.erase("recare", "killed", progress=Killer(max(1, trial.reports - 2)), base=trial.base)
+    resumed = trial.erase("recare", "killed", resume=True)
     assert all(torch.equal(whole.tensors[key], one) for key, one in resumed.tensors.items())
 
 
