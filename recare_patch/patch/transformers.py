@@ -140,7 +140,7 @@ class OriginalNames:
             inner = changed[module][0].shape[1]
             rows = _rows(self.layers[_pattern(name)[0]], inner, f"{source} has a '{module}'")
             for one, pair, row in zip(modules, found, rows, strict=True):
-                if pair is not None and (pair[0].shape[1], pair[1].shape[0]) != (inner, row):
+                if pair is not None and (pair[0].shape[1:], pair[1].shape[0]) != ((inner,), row):
                     raise PatchError(f"{source} has a '{one}' of another size than '{name}' has room for")
             blocks = [torch.zeros(row, 0) if pair is None else pair[1] for pair, row in zip(found, rows, strict=True)]
             dtype = changed[module][1].dtype
@@ -162,7 +162,11 @@ class OriginalNames:
             return {modules[0]: _turned(name, factors) if name != modules[0] else factors}
         a, b = factors
         rows = _rows(self.layers[_pattern(name)[0]], a.shape[1], f"{source} has a '{name}'")
-        if sum(rows) != b.shape[0] or (ranks is not None and (len(ranks), sum(ranks)) != (len(rows), len(a))):
+        if (
+            a.ndim != 2
+            or sum(rows) != b.shape[0]
+            or (ranks is not None and (len(ranks), sum(ranks)) != (len(rows), len(a)))
+        ):
             raise PatchError(f"{source} has a '{name}' of another size than {self.title} has")
         found: dict[str, Factors] = {}
         at = 0

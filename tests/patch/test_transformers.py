@@ -181,6 +181,12 @@ def test_what_fits_several_or_none(tmp_path: Path) -> None:
         to_kohya(either)
     odd = "lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight"
     refused({odd.format("down"): torch.ones(2, 8), odd.format("up"): torch.ones(20, 2)}, "layers of another size")
+    kernel = {odd.format("down"): torch.ones(2, 8, 1, 1), odd.format("up"): torch.ones(24, 2, 1, 1)}
+    refused(kernel, "of another size")
+    conv = {"A": torch.ones(2, 8, 1, 1), "B": torch.ones(8, 2, 1, 1)}
+    made = Patch({f"transformer.layers.0.attention.to_q.lora_{side}.weight": one for side, one in conv.items()})
+    with pytest.raises(PatchError, match="of another size"):
+        to_kohya(made)
     w1 = "diffusion_model.layers.0.feed_forward.w1.lora_{}.weight"
     refused({w1.format("A"): torch.ones(2, 8), w1.format("B"): torch.ones(8, 2)}, "say with --base for which")
     tensors, header = to_kohya(patch_of("ZImageTransformer2DModel"))
