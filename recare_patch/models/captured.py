@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class Captured(CapturedText, LatentDiffusion):
     """A base around any text-to-image pipeline of diffusers; :meth:`of` makes the class for one of them."""
 
-    pipeline_parts: ClassVar[tuple[str, ...]] = ()
+    _draws_batches = True
 
     @classmethod
     def of(cls, layout: Layout) -> type[Captured]:
@@ -315,6 +315,21 @@ class Captured(CapturedText, LatentDiffusion):
             sources = [(str(one.text), one.vectors) for one in rows.rows]
         else:
             sources = [(str(one), None) for one in rows]
+        if self._draws_batches or len(sources) == 1:
+            try:
+                return self._sampled(sources, seeds, steps, guidance_scale)
+            except (RuntimeError, ValueError) as fault:
+                if len(sources) == 1 or isinstance(fault, torch.OutOfMemoryError):
+                    raise
+                logger.info("base %s draws one picture at a time: %s", self.id, fault)
+                self._draws_batches = False
+        each = zip(sources, seeds, strict=True)
+        return torch.cat([self._sampled([one], [seed], steps, guidance_scale) for one, seed in each])
+
+    def _sampled(
+        self, sources: Sequence[tuple[str, Tensor | None]], seeds: Sequence[int], steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Clean latents of one call of the pipeline."""
         parked, hidden = self.memory.encoders_off_device, self.memory.vae_off_device
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
