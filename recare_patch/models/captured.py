@@ -93,6 +93,11 @@ class Captured(CapturedText, LatentDiffusion):
             )
 
     @classmethod
+    def networks_read(cls, layout: Layout) -> list[str]:
+        """All that the pipeline lists and that has weights: some have a second denoiser."""
+        return [part for part in layout.listed if part not in cls.left_out and layout.weight_sets(part)]
+
+    @classmethod
     def native_pixels(cls, layout: Layout) -> int:
         """The side of its pictures: the denoiser's, the autoencoder's, or what the pipeline draws unasked."""
         import diffusers
@@ -115,6 +120,9 @@ class Captured(CapturedText, LatentDiffusion):
         return float(default) if isinstance(default, int | float) else 1.0
 
     def _read_size(self) -> None:
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module) and all(part is not one for one in self._networks):
+                nn.Module.to(part.requires_grad_(False).eval(), self.device, self.dtype)
         scale = int(getattr(self.pipeline, "vae_scale_factor", 8))
         vae, own = getattr(getattr(self.pipeline, "vae", None), "config", {}), self._config.get("sample_size")
         default = inspect.signature(type(self.pipeline).__call__).parameters.get("height")
@@ -129,7 +137,10 @@ class Captured(CapturedText, LatentDiffusion):
         with self.counter.stage("learning the call"), torch.no_grad():
             try:
                 self.form = self._learn()
-            except (ValueError, RuntimeError) as fault:
+            except BaseModelError:
+                raise
+            except Exception as fault:
+                # Whatever a pipeline raises where it does not fit together.
                 reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
                 raise BaseModelError(f"base {self.id} cannot draw {width}x{height} pixels: {reason}") from fault
             if self.denoiser not in lora.TEXT_SIDES:

@@ -115,6 +115,11 @@ class LatentDiffusion(PromptEncoding, Noising):
             layout.require(component, weights=False)
 
     @classmethod
+    def networks_read(cls, layout: Layout) -> list[str]:
+        """The components whose weights a run reads."""
+        return [cls.denoiser_name, "vae", *cls.encoder_names]
+
+    @classmethod
     def native_pixels(cls, layout: Layout) -> int:
         """The longer side of the pictures that a base was trained on, as its configurations say."""
         side, vae = layout.configs[cls.denoiser_name].get("sample_size") or 0, layout.configs.get("vae", {})
@@ -190,7 +195,7 @@ class LatentDiffusion(PromptEncoding, Noising):
                     # Without casting, which would lose digits that the hash looks at.
                     return kind.from_single_file(str(layout.single_file), config=str(layout.folder), **options)
                 options |= {"dtype": dtype, "use_safetensors": True}
-                with layout.plain_folder((cls.denoiser_name, "vae", *cls.encoder_names)) as folder:
+                with layout.plain_folder(cls.networks_read(layout)) as folder:
                     return kind.from_pretrained(folder, **options)
         except Exception as fault:
             # diffusers, transformers and safetensors each raise classes of their own on damaged files.
