@@ -61,14 +61,16 @@ class Captured(CapturedText, LatentDiffusion):
             raise BaseModelError(f"{refused}, which starts from a picture: a text-to-image pipeline is needed")
         del videos
         parts = inspect.signature(kind).parameters
-        denoiser = next((part for part in lora.DENOISERS if part in layout.listed), None)
+        denoiser = next((part for part in lora.DENOISERS if part in layout.listed and part in parts), None)
         if denoiser is None:
             missing = next((part for part in lora.DENOISERS if part in parts), None)
             if missing is not None:
                 raise BaseModelError(f"base {layout.name} lacks its component '{missing}'")
             raise BaseModelError(f"{refused}, whose denoiser is not called 'unet' or 'transformer'")
         encoders = tuple(part for part in layout.listed if part.startswith("text_encoder"))
-        optional = [part for part in ("safety_checker", "feature_extractor", "image_encoder") if part in parts]
+        absent = {key for key, value in layout.index.items() if isinstance(value, list) and value[:1] == [None]}
+        absent |= {"safety_checker", "feature_extractor", "image_encoder"}
+        optional = [part for part in parts if part in absent]
         facts = {
             "family": _family(name),
             "pipeline_class": name,
