@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 class Captured(CapturedText, LatentDiffusion):
     """A base around any text-to-image pipeline of diffusers; :meth:`of` makes the class for one of them."""
 
+    counted = False
     _draws_batches = True
 
     @classmethod

@@ -50,6 +50,7 @@ class LatentDiffusion(PromptEncoding, Noising):
     pipeline_class: ClassVar[str]  # the diffusers pipeline that loads it
     denoiser_name: ClassVar[str] = "unet"  # the denoiser's component
     left_out: ClassVar[tuple[str, ...]] = ()  # loaded as None, where the folder lists them or not
+    counted: ClassVar[bool] = True  # whether what it takes is known beforehand, see footprint.measure
     upcast_vae: ClassVar[bool] = False  # keep the autoencoder in fp32 where fp16 overflows in it
 
     few_steps: FewSteps | None = None  # how it is drawn with, where it was distilled to few steps
