@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 class Captured(CapturedText, LatentDiffusion):
     """A base around any text-to-image pipeline of diffusers; :meth:`of` makes the class for one of them."""
 
-    pipeline_parts: ClassVar[tuple[str, ...]] = ()
+    counted = False
+    _draws_batches = True
 
     @classmethod
     def of(cls, layout: Layout) -> type[Captured]:
@@ -61,14 +62,16 @@ class Captured(CapturedText, LatentDiffusion):
             raise BaseModelError(f"{refused}, which starts from a picture: a text-to-image pipeline is needed")
         del videos
         parts = inspect.signature(kind).parameters
-        denoiser = next((part for part in lora.DENOISERS if part in layout.listed), None)
+        denoiser = next((part for part in lora.DENOISERS if part in layout.listed and part in parts), None)
         if denoiser is None:
             missing = next((part for part in lora.DENOISERS if part in parts), None)
             if missing is not None:
                 raise BaseModelError(f"base {layout.name} lacks its component '{missing}'")
             raise BaseModelError(f"{refused}, whose denoiser is not called 'unet' or 'transformer'")
         encoders = tuple(part for part in layout.listed if part.startswith("text_encoder"))
-        optional = [part for part in ("safety_checker", "feature_extractor", "image_encoder") if part in parts]
+        absent = {key for key, value in layout.index.items() if isinstance(value, list) and value[:1] == [None]}
+        absent |= {"safety_checker", "feature_extractor", "image_encoder"}
+        optional = [part for part in parts if part in absent]
         facts = {
             "family": _family(name),
             "pipeline_class": name,
@@ -93,6 +96,11 @@ class Captured(CapturedText, LatentDiffusion):
             )
 
     @classmethod
+    def networks_read(cls, layout: Layout) -> list[str]:
+        """All that the pipeline lists and that has weights: some have a second denoiser."""
+        return [part for part in layout.listed if part not in cls.left_out and layout.weight_sets(part)]
+
+    @classmethod
     def native_pixels(cls, layout: Layout) -> int:
         """The side of its pictures: the denoiser's, the autoencoder's, or what the pipeline draws unasked."""
         import diffusers
@@ -115,6 +123,9 @@ class Captured(CapturedText, LatentDiffusion):
         return float(default) if isinstance(default, int | float) else 1.0
 
     def _read_size(self) -> None:
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module) and all(part is not one for one in self._networks):
+                nn.Module.to(part.requires_grad_(False).eval(), self.device, self.dtype)
         scale = int(getattr(self.pipeline, "vae_scale_factor", 8))
         vae, own = getattr(getattr(self.pipeline, "vae", None), "config", {}), self._config.get("sample_size")
         default = inspect.signature(type(self.pipeline).__call__).parameters.get("height")
@@ -129,7 +140,10 @@ class Captured(CapturedText, LatentDiffusion):
         with self.counter.stage("learning the call"), torch.no_grad():
             try:
                 self.form = self._learn()
-            except (ValueError, RuntimeError) as fault:
+            except BaseModelError:
+                raise
+            except Exception as fault:
+                # Whatever a pipeline raises where it does not fit together.
                 reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
                 raise BaseModelError(f"base {self.id} cannot draw {width}x{height} pixels: {reason}") from fault
             if self.denoiser not in lora.TEXT_SIDES:
@@ -315,6 +329,21 @@ class Captured(CapturedText, LatentDiffusion):
             sources = [(str(one.text), one.vectors) for one in rows.rows]
         else:
             sources = [(str(one), None) for one in rows]
+        if self._draws_batches or len(sources) == 1:
+            try:
+                return self._sampled(sources, seeds, steps, guidance_scale)
+            except (RuntimeError, ValueError) as fault:
+                if len(sources) == 1 or isinstance(fault, torch.OutOfMemoryError):
+                    raise
+                logger.info("base %s draws one picture at a time: %s", self.id, fault)
+                self._draws_batches = False
+        each = zip(sources, seeds, strict=True)
+        return torch.cat([self._sampled([one], [seed], steps, guidance_scale) for one, seed in each])
+
+    def _sampled(
+        self, sources: Sequence[tuple[str, Tensor | None]], seeds: Sequence[int], steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Clean latents of one call of the pipeline."""
         parked, hidden = self.memory.encoders_off_device, self.memory.vae_off_device
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

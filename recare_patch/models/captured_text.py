@@ -87,23 +87,26 @@ class CapturedText(PromptEncoding):
             which = torch.full_like(given, -1)
             for k, one in enumerate(ids):
                 which[given == one] = k
-            places[:] = [(which >= 0, which)]
+            if not (which >= 0).any():
+                return None
+            places.append((which >= 0, which))
             plain = torch.where(which >= 0, torch.full_like(given, stand_in), given)
             if "input_ids" in kwargs:
                 return args, {**kwargs, "input_ids": plain}
             return (plain, *args[1:]), kwargs
 
         def insert(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
-            where, which = places[0]
-            if not where.any():
+            if not places:
                 return embedded
+            where, which = places.pop()
             return embedded.index_put((where,), vectors.to(embedded)[which[where]])
 
         table = encoder.get_input_embeddings().weight
         # T5 has its table twice, and looks words up in the other one.
         tables = [one for one in encoder.modules() if isinstance(one, nn.Embedding) and one.weight is table]
         hooks = [one.register_forward_hook(insert) for one in tables]
-        hooks.append(encoder.register_forward_pre_hook(enter, with_kwargs=True))
+        # Some pipelines call parts of their encoder; others look for the end of the text by the ids that it is given.
+        hooks += [one.register_forward_pre_hook(enter, with_kwargs=True) for one in (encoder, *tables)]
         held[part] = known
         try:
             yield
@@ -279,8 +282,8 @@ class CapturedText(PromptEncoding):
 
 
 def _word(number: int) -> str:
-    """A word that no tokenizer has."""
-    return f"zqxv{number}qz"
+    """A word that no tokenizer has, all of letters: what cleans prompts takes others for codes, and drops them."""
+    return f"zqxv{''.join('abcdefghij'[int(digit)] for digit in str(number))}qz"
 
 
 @contextmanager

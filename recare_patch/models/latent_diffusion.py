@@ -50,6 +50,7 @@ class LatentDiffusion(PromptEncoding, Noising):
     pipeline_class: ClassVar[str]  # the diffusers pipeline that loads it
     denoiser_name: ClassVar[str] = "unet"  # the denoiser's component
     left_out: ClassVar[tuple[str, ...]] = ()  # loaded as None, where the folder lists them or not
+    counted: ClassVar[bool] = True  # whether what it takes is known beforehand, see footprint.measure
     upcast_vae: ClassVar[bool] = False  # keep the autoencoder in fp32 where fp16 overflows in it
 
     few_steps: FewSteps | None = None  # how it is drawn with, where it was distilled to few steps
@@ -113,6 +114,11 @@ class LatentDiffusion(PromptEncoding, Noising):
             layout.require(component, weights=weights)
         for component in (*map(tokenizer_of, cls.encoder_names), "scheduler"):
             layout.require(component, weights=False)
+
+    @classmethod
+    def networks_read(cls, layout: Layout) -> list[str]:
+        """The components whose weights a run reads."""
+        return [cls.denoiser_name, "vae", *cls.encoder_names]
 
     @classmethod
     def native_pixels(cls, layout: Layout) -> int:
@@ -190,7 +196,7 @@ class LatentDiffusion(PromptEncoding, Noising):
                     # Without casting, which would lose digits that the hash looks at.
                     return kind.from_single_file(str(layout.single_file), config=str(layout.folder), **options)
                 options |= {"dtype": dtype, "use_safetensors": True}
-                with layout.plain_folder((cls.denoiser_name, "vae", *cls.encoder_names)) as folder:
+                with layout.plain_folder(cls.networks_read(layout)) as folder:
                     return kind.from_pretrained(folder, **options)
         except Exception as fault:
             # diffusers, transformers and safetensors each raise classes of their own on damaged files.

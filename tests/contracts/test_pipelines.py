@@ -2,17 +2,16 @@
 
 A short part runs by default, the whole contract with ``-m slow``. The table of docs/bases.md is written by
 
-    python -m tests.contracts.test_pipelines docs/bases.md
+    python -m tests.contracts.test_pipelines docs/bases.md [NAME…]
 """
 
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What makes a run of each method short."""
 
+LAYERS = {"Ideogram 4": "attention"}
+"""Layer sets of pipelines in which no layer is the text's alone."""
+
 REFUSED = {
+    "Ideogram 4": "prompt and picture are one sequence: no layer is the text's alone (train --layers attention)",
     "SD 3.5": "by a class of its own, whose values read no text states; so there is nothing to stack in this trial",
     "Sana Sprint": "its SCMScheduler's states are neither a discrete schedule's nor a straight line's",
     "PixArt Sigma": "its pipeline has no load_lora_weights",
@@ -64,7 +67,7 @@ class Trial:
         return load_base(self.folder, device="cpu", memory=SIZE)
 
     def recipe(self, method: str, **changes: Any) -> Any:
-        size = {"memory.resolution": SIZE.resolution, "adapter.layers": "text"}
+        size = {"memory.resolution": SIZE.resolution, "adapter.layers": LAYERS.get(self.name, "text")}
         return small_recipe(self.folder, self.clip, method, **{**size, **CHANGES[method], **changes})
 
     def erase(self, method: str, folder: str, **how: Any) -> Patch:
@@ -118,6 +121,9 @@ def predicts(trial: Trial) -> None:
     if not isinstance(base, Captured):
         return
     side = lora.TEXT_SIDES[base.denoiser]
+    if trial.name in LAYERS:
+        assert not side.stream
+        return
     assert side.entry and set(side.entry) <= side.stream
     assert set(side.stream) <= set(lora.target_modules(base.denoiser, "text"))
 
@@ -210,6 +216,7 @@ ESSENTIAL = ("pictures", "batches", "ESD", "own loader", "scales")
 NOT_THERE = {name: {"own loader"} for name in ("PixArt Sigma", "Ovis-Image")} | {
     "Sana Sprint": set(CONTRACT),
     "SD 3.5": {"closed form", "stack"},
+    "Ideogram 4": {"closed form", "stack"},
 }
 """Parts of the contract that a pipeline cannot pass, see :data:`REFUSED`."""
 
@@ -244,21 +251,23 @@ def outcomes(trial: Trial) -> dict[str, str]:
     return found
 
 
-def table() -> str:
-    """The table of docs/bases.md, by running the whole contract."""
-    lines = [f"| pipeline | class | {' | '.join(CONTRACT)} | why not |", "|---" * (len(CONTRACT) + 3) + "|"]
-    for name, (kind, _) in PIPELINES.items():
+def write_table(page: Path, names: Sequence[str]) -> None:
+    """Run the whole contract for some pipelines, or all, and write their rows into a page, each when it is known."""
+    begin, end = "<!-- contract -->\n", "<!-- /contract -->"
+    for name in names or PIPELINES:
         with tempfile.TemporaryDirectory() as folder:
             found = outcomes(Trial(name, Path(folder)))
-        print(name, {part: why for part, why in found.items() if why}, file=sys.stderr, flush=True)
-        marks = ["no" if why else "yes" for why in found.values()]
-        why = REFUSED.get(name, next((why for why in found.values() if why), ""))
-        lines.append(f"| {name} | `{kind}` | {' | '.join(marks)} | {why if 'no' in marks else ''} |")
-    return "\n".join(lines)
+        print(name, {part: why for part, why in found.items() if why} or "all", flush=True)
+        why = REFUSED.get(name) or next((why for why in found.values() if why), "")
+        marks = ["no" if one else "yes" for one in found.values()]
+        row = f"| {name} | `{PIPELINES[name][0]}` | {' | '.join(marks)} | {why if 'no' in marks else ''} |"
+        text = page.read_text(encoding="utf-8")
+        head, rest = text.split(begin)
+        rows = {line.split("|")[1].strip(): line for line in rest.split(end)[0].splitlines()[2:]} | {name: row}
+        lines = [f"| pipeline | class | {' | '.join(CONTRACT)} | why not |", "|---" * (len(CONTRACT) + 3) + "|"]
+        lines += [rows[one] for one in PIPELINES if one in rows]
+        page.write_text(head + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":
-    page = Path(sys.argv[1])
-    text = page.read_text(encoding="utf-8")
-    marks = re.compile(r"(<!-- contract -->\n).*?(\n<!-- /contract -->)", re.DOTALL)
-    page.write_text(marks.sub(lambda found: found[1] + table() + found[2], text), encoding="utf-8")
+    write_table(Path(sys.argv[1]), sys.argv[2:])

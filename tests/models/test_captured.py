@@ -76,7 +76,7 @@ class TestRefusals:
             ("SanaVideoPipeline", "draws videos"),
             ("FluxFillPipeline", "fills holes in pictures"),
             ("WanImageToVideoPipeline", "draws videos"),
-            ("StableCascadeDecoderPipeline", "not called 'unet' or 'transformer'|lacks its component"),
+            ("StableCascadeDecoderPipeline", "not called 'unet' or 'transformer'"),
             ("ToTheMoonPipeline", "no pipeline of the installed diffusers"),
         ],
     )
@@ -95,6 +95,7 @@ class TestRefusals:
         self._edit(copy / "transformer" / "config.json", quantization_config={"quant_method": "gguf"})
         self._refused(copy, "was quantized by gguf: give the plain weights")
 
-    def test_a_size_that_it_cannot_draw(self, flux: Path) -> None:
-        with pytest.raises(BaseModelError, match="cannot draw"):
-            load_base(flux, device="cpu", memory=MemoryOptions(resolution="8x8"))
+    def test_a_size_that_it_cannot_draw(self, tmp_path: Path) -> None:
+        sana = make_pipeline("Sana", tmp_path / "sana")
+        with pytest.raises(BaseModelError, match=r"cannot draw 48x48 pixels: .* divisible by 32"):
+            load_base(sana, device="cpu", memory=MemoryOptions(resolution="48x48"))
