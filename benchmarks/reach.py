@@ -40,7 +40,7 @@ def whole(rate: float, steps: int) -> float:
 def main() -> None:
     """Print the table."""
     plain = Recipe(concept={"text": "x", "kind": "style"})
-    base, own = Beneath(FULL_SIZE_VALUES, {"recare": RECARE_VALUES}), plain.adapter
+    base, own = Beneath(FULL_SIZE_VALUES, {}, {"recare": RECARE_VALUES}), plain.adapter
     rows = {
         "LECO (rank 4, alpha 1, 1e-4, 500 steps)": lora(1e-4 * 500, 4, 1),
         "SPM (rank 1, 1e-4, 3,000 steps, cosine to zero)": lora(1e-4 * 3000 / 2, 1, 1),

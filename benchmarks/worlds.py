@@ -16,7 +16,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,11 @@ from recare_patch.models.atelier.judge import Judge
 if TYPE_CHECKING:
     from benchmarks.atelier.training import Source
     from recare_patch.models import BaseModel
+    from recare_patch.recipe import Recipe
 
 KINDS = {"van gogh": "style", "tench": "object", "nude": "nsfw"}
 FOLDER = RESULTS / "worlds"
+FLOW_STEPS = 12
 _FIRST_SEED = 5_000_000
 _CAPTIONS = 4_001
 """Seed of the captions: apart from training's, and from the reports on the bases."""
@@ -41,17 +43,20 @@ _CAPTIONS = 4_001
 
 @dataclass(frozen=True)
 class World:
-    """A base, what it was trained on, and who judges it."""
+    """A base, what it was trained on, who judges it, and how its pictures are drawn."""
 
     base: str
     clip: str
     judge: Judge
     source: Source
     links: dict[str, dict[str, float]]
+    steps: int = STEPS
+    scheduler: str | None = SCHEDULER
+    guidance_scale: float = GUIDANCE_SCALE
 
 
 def world(name: str, weights: Path | None) -> World:
-    """One of the three worlds; ``weights`` is the folder that its trainer wrote."""
+    """One of the worlds; ``weights`` is the folder that its trainer wrote."""
     from benchmarks.atelier import scenes as atelier
     from benchmarks.atelier.training import SOURCE
 
@@ -63,8 +68,10 @@ def world(name: str, weights: Path | None) -> World:
 
         place = weights or WEIGHTS
         return World(str(place / "pipeline"), str(place / "clip"), load_judge(place), HAMLET, hamlet.CO_OCCURRENCE)
-    base = "atelier" if name == "atelier" else str((weights or Path("atelier-xl")) / "pipeline")
-    return World(base, "atelier", Judge.load(), SOURCE, atelier.CO_OCCURRENCE)
+    base = "atelier" if name == "atelier" else str((weights or Path(name)) / "pipeline")
+    plain = World(base, "atelier", Judge.load(), SOURCE, atelier.CO_OCCURRENCE)
+    # A flow is drawn as its pipeline draws it.
+    return replace(plain, steps=FLOW_STEPS, scheduler=None, guidance_scale=3.5) if name == "atelier-flow" else plain
 
 
 def captions(source: Source, wanted: Callable[[str], bool], count: int) -> list[tuple[str, frozenset[str]]]:
@@ -109,9 +116,9 @@ def score(base: BaseModel, place: World, concept: str, count: int) -> dict[str, 
     found = {}
     for figure, rows in figures(place, concept, count).items():
         seeds = [_FIRST_SEED + k for k in range(len(rows))]
-        with scheduled(base.pipeline, SCHEDULER):
+        with scheduled(base.pipeline, place.scheduler):
             texts = [text for text, _ in rows]
-            images = base.generate(texts, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, batch_size=16)
+            images = base.generate(texts, seeds, steps=place.steps, guidance_scale=place.guidance_scale, batch_size=16)
         seen = place.judge(images)
         hits = [label in shown for (_, labels), shown in zip(rows, seen, strict=True) for label in labels]
         found[figure] = (sum(hits), len(hits))
@@ -119,12 +126,25 @@ def score(base: BaseModel, place: World, concept: str, count: int) -> dict[str, 
     return found
 
 
+def _recipe(place: World, arguments: argparse.Namespace) -> Recipe:
+    from recare_patch.models import defaults_for
+    from recare_patch.recipe import Concept, Recipe, preset_overrides
+
+    told, asked = assignments(arguments.set), defaults_for(place.base, "cpu")
+    method = told.get("method")
+    concept = Concept(text=NAMES[arguments.concept], kind=KINDS[arguments.concept])
+    plain = asked.under({"concept": concept.model_dump(), "base": place.base, "clip": place.clip}, method)
+    drawn = {} if place.scheduler else {"steps": place.steps, "scheduler": None, "guidance_scale": place.guidance_scale}
+    drawn = {f"target_images.{key}": value for key, value in drawn.items()}
+    changes = {**asked.preset(preset_overrides(arguments.preset)), **drawn, **asked.unsaid(method), **told}
+    return Recipe(**plain).with_overrides(changes)
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from recare_patch.careset import Clip
     from recare_patch.erasure import erase
     from recare_patch.models import load_base
     from recare_patch.patch import Patch
-    from recare_patch.recipe import Concept, Recipe, preset_overrides
 
     place = world(arguments.world, arguments.weights)
     base, file = load_base(place.base, device="cpu"), f"{arguments.world}.{arguments.concept.replace(' ', '-')}"
@@ -133,14 +153,13 @@ def _run(arguments: argparse.Namespace) -> None:
         write_json(plain, {"scores": score(base, place, arguments.concept, arguments.pictures)})
     if arguments.row == "base":
         return
-    recipe = Recipe(
-        concept=Concept(text=NAMES[arguments.concept], kind=KINDS[arguments.concept]), base=place.base, clip=place.clip
-    ).with_overrides({**preset_overrides(arguments.preset), **assignments(arguments.set)})
+    recipe = _recipe(place, arguments)
     out = Path(arguments.work) / f"{file}-{arguments.row}"
     if not (out / "pytorch_lora_weights.safetensors").exists():
         erase(recipe, out, device="cpu", resume=out.exists(), base=base, clip=Clip.load(place.clip))
     patch, cost = Patch.load(out), json.loads((out / "training.json").read_text(encoding="utf-8"))
-    words = json.loads((out / "care_set.json").read_text(encoding="utf-8"))["tokens"]
+    care = out / "care_set.json"  # Not of every method.
+    words = json.loads(care.read_text(encoding="utf-8"))["tokens"] if care.exists() else []
     with patch.apply(base.pipeline) if patch else nullcontext():
         scores = score(base, place, arguments.concept, arguments.pictures)
     kept = [token["text"] for token in words if token["kept"]]
@@ -193,7 +212,7 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("--world", choices=["atelier", "atelier-xl", "hamlet"], default="atelier")
+    parser.add_argument("--world", choices=["atelier", "atelier-xl", "atelier-flow", "hamlet"], default="atelier")
     parser.add_argument("--weights", type=Path, help="folder of the trained world")
     parser.add_argument("--concept", choices=list(KINDS), default="van gogh")
     parser.add_argument("--row", default="default", help="name of the row; base: the untouched base alone")

@@ -2,13 +2,13 @@
 
     python examples/plain_diffusers.py PIPELINE van-gogh-patch --prompt "a painting by Van Gogh"
 
-PIPELINE is a Stable Diffusion folder or hub id, the one that the patch was made for.
+PIPELINE is a folder or hub id of any pipeline of diffusers, the one that the patch was made for.
 """
 
 import argparse
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("pipeline")
@@ -20,9 +20,7 @@ parser.add_argument("--guidance-scale", type=float, default=5.0)
 parser.add_argument("--out", default="patched.png")
 arguments = parser.parse_args()
 
-pipe = StableDiffusionPipeline.from_pretrained(
-    arguments.pipeline, torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
-)
+pipe = DiffusionPipeline.from_pretrained(arguments.pipeline, torch_dtype=torch.float32)
 pipe.load_lora_weights(arguments.patch)
 image = pipe(
     arguments.prompt,

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from recare_patch.models import load_base
+from recare_patch.recipe import MemoryOptions
+from tests.measure.making import make_patch
+from tests.pipelines import make_pipeline
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -52,6 +57,14 @@ def test_erase_van_gogh(patch: Path) -> None:
 
 def test_plain_diffusers(patch: Path, tiny_sd: Path, tmp_path: Path) -> None:
     run("plain_diffusers.py", tiny_sd, patch, "--steps", 2, cwd=tmp_path)
+    assert (tmp_path / "patched.png").is_file()
+
+
+def test_plain_diffusers_on_flux(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = make_pipeline("FLUX.1 dev", tmp_path / "flux")
+    base = load_base(folder, device="cpu", memory=MemoryOptions(resolution="32x32"))
+    patch = make_patch(base, tmp_path / "flux-patch", tiny_clip)
+    run("plain_diffusers.py", folder, patch, "--steps", 1, "--guidance-scale", 3.5, cwd=tmp_path)
     assert (tmp_path / "patched.png").is_file()
 
 

@@ -17,11 +17,16 @@ def atelier() -> None:
 
 
 @atelier.command()
-@click.option("--xl", is_flag=True, help="Atelier XL instead: SDXL's anatomy on the same scenes.")
+@click.option("--xl", "variant", flag_value="xl", help="Atelier XL instead: SDXL's anatomy on the same scenes.")
+@click.option("--flow", "variant", flag_value="flow", help="Atelier Flow instead: FLUX's anatomy on the same scenes.")
 @click.option(
     "--fine-tune", "fine_tunes", is_flag=True, help="Two variants of the bundled Atelier instead: a style, a subject."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="[default: atelier-weights, atelier-xl, atelier-tuned]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="[default: atelier-weights; else atelier-xl, atelier-flow or atelier-tuned]",
+)
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -32,44 +37,50 @@ def atelier() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--stage", "stages", multiple=True, metavar="NAME", help="Only this stage; repeatable.")
 @click.option("--device", default="cpu", show_default=True)
+# Long for its arguments and the three worlds' lists.
 def train(
-    xl: bool, fine_tunes: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, ...], device: str
+    variant: str | None, fine_tunes: bool, out: Path | None, work: Path, seed: int, stages: tuple[str, ...], device: str
 ) -> None:
     """Train Atelier from nothing: scenes, CLIP, autoencoder, judge, denoiser. Resumable.
 
-    Atelier XL takes tokenizer, autoencoder, judge and first text encoder from the bundled Atelier, and
-    trains a second encoder and the denoiser. `recare-patch erase --recipe van-gogh-atelier-xl` erases on it.
+    Atelier XL and Atelier Flow take autoencoder, judge and first text encoder from the bundled Atelier, and train
+    a second encoder and the denoiser. `recare-patch erase --recipe van-gogh-atelier-xl` erases on the former.
     The variants go on from the bundled denoiser: `recare-patch evaluate --patch van-gogh-patch --on` measures on them.
     """
-    from benchmarks.atelier import training, training_xl
+    from benchmarks.atelier import training, training_flow, training_xl
 
     if fine_tunes:
-        if xl or stages or seed:
+        if variant or stages or seed:
             raise click.UsageError(
-                "--fine-tune trains from the bundled Atelier alone: leave --xl, --stage and --seed out"
+                "--fine-tune trains from the bundled Atelier alone: leave --xl, --flow, --stage and --seed out"
             )
         _fine_tune(out or Path("atelier-tuned"), work, device)
         return
-    known = training_xl.STAGES if xl else training.STAGES
+    trainer, name, config = {
+        None: (training, "atelier-weights", training.AtelierTraining(seed=seed)),
+        "xl": (training_xl, "atelier-xl", training_xl.XLTraining(seed=seed)),
+        "flow": (training_flow, "atelier-flow", training_flow.FlowTraining(seed=seed)),
+    }[variant]
+    known: tuple[str, ...] = trainer.STAGES
     for stage in stages:
         if stage not in known:
             raise unknown_name("stage", stage, known)
-    out = out or Path("atelier-xl" if xl else "atelier-weights")
-    run: Any = training_xl.train if xl else training.train
+    out = out or Path(name)
+    run: Any = trainer.train
     with cli.shown_progress() as progress:
         seconds = run(
             out,
             work,
-            training_xl.XLTraining(seed=seed) if xl else training.AtelierTraining(seed=seed),
+            config,
             stages=stages or known,
             device=device,
             progress=lambda stage, done, total, loss: progress.update(stage, done, total, f"loss {loss:.4f}"),
         )
     for stage, spent in seconds.items():
         click.echo(f"{stage}: {spent:.0f} s")
-    click.echo(f"Atelier{' XL' if xl else ''}: {out}")
+    click.echo(f"{name}: {out}")
     if "export" in seconds:
-        _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300)
+        _report(out / "pipeline", out / "judge" / "judge.safetensors", out / "report", device, 300, variant == "flow")
 
 
 def _fine_tune(out: Path, work: Path, device: str) -> None:
@@ -104,19 +115,23 @@ def report(out: Path, count: int, device: str) -> None:
     _report("atelier", JUDGE, out, device, count)
 
 
-def _report(source: str | Path, judge: Path, out: Path, device: str, count: int) -> None:
-    from benchmarks.atelier.report import write_report
+def _report(source: str | Path, judge: Path, out: Path, device: str, count: int, flow: bool = False) -> None:
+    from benchmarks.atelier.report import write_rates, write_report
     from recare_patch.models import load_base
     from recare_patch.models.atelier.judge import Judge
 
     cli.quiet_libraries()
     with cli.shown_progress() as progress:
         base = load_base(str(source), device=device)
-        rates = write_report(base, out, judge=Judge.load(judge), count=count, progress=progress)
+        rates = (
+            write_rates(base, out, guidance_scale=3.5, count=count, progress=progress)
+            if flow
+            else write_report(base, out, judge=Judge.load(judge), count=count, progress=progress)
+        )
     for name in ("style", "object", "sky", "ground", "time"):
         if name in rates:
             click.echo(f"{name}: {rates[name].value:.1%} of {rates[name].pictures}")
-    click.echo(f"Report: {out / 'atelier.md'}")
+    click.echo(f"Report: {out}")
 
 
 @atelier.command()

@@ -78,17 +78,20 @@ def drawn_sheet(seed: int = 5) -> Image.Image:
     return sheet(rows, list(scenes.OBJECTS), "Atelier: drawn scenes")
 
 
-def generated_sheet(base: BaseModel, seed: int = 31) -> Image.Image:
+def generated_sheet(base: BaseModel, seed: int = 31, guidance_scale: float = 5.0) -> Image.Image:
     """The trained base's own pictures of the same table."""
     rows = []
     for label, form in _SHEET_STYLES.items():
         prompts = [form.format(x=x) for x in _SHEET_THINGS]
         rows.append(
             SheetRow(
-                label, base.generate(prompts, [seed + k for k in range(len(prompts))], steps=20, guidance_scale=5.0)
+                label,
+                base.generate(
+                    prompts, [seed + k for k in range(len(prompts))], steps=20, guidance_scale=guidance_scale
+                ),
             )
         )
-    return sheet(rows, list(_SHEET_THINGS), "Atelier: generated pictures (20 steps, guidance 5)")
+    return sheet(rows, list(_SHEET_THINGS), f"Atelier: generated pictures (20 steps, guidance {guidance_scale:g})")
 
 
 def reconstruction_sheet(
@@ -106,6 +109,21 @@ def reconstruction_sheet(
         decoded = base.decode_latents(base.encode_images(drawn))
         rows.append(SheetRow(style, [image for pair in zip(drawn, decoded, strict=True) for image in pair]))
     return sheet(rows, ["drawn", "decoded"] * 4, title)
+
+
+def write_rates(
+    base: BaseModel, out: Path, *, guidance_scale: float, count: int = 300, progress: Progress | None = None
+) -> dict[str, Rate]:
+    """Measure a base that shares the bundled judge and autoencoder: a table, and a sheet of what it draws."""
+    out.mkdir(parents=True, exist_ok=True)
+    save_sheet(generated_sheet(base, guidance_scale=guidance_scale), out / "generated.png")
+
+    def generate(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        return base.generate(prompts, seeds, steps=20, guidance_scale=guidance_scale, batch_size=32, progress=progress)
+
+    rates = measure(generate, Judge.load(), count=count)
+    write_text(out / "rates.md", rates_table(rates, [*_GROUPS, *(n for n in rates if n not in _GROUPS)]))
+    return rates
 
 
 def write_report(

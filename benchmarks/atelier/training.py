@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.atelier import captions, scenes
-from recare_patch.models.atelier import judge
+from recare_patch.models.atelier import JUDGE, judge
 from recare_patch.models.atelier.labels import ATELIER, Labels
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,10 @@ class Loop:
         return self.work / f"{self.stage}.checkpoint.safetensors"
 
     def _save(self, step: int) -> None:
-        tensors: dict[str, Tensor] = {f"model.{k}": v.contiguous() for k, v in self.module.state_dict().items()}
+        # Tied weights have two names and one memory, which the format refuses.
+        tensors: dict[str, Tensor] = {
+            f"model.{k}": v.clone(memory_format=torch.contiguous_format) for k, v in self.module.state_dict().items()
+        }
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
@@ -510,7 +514,7 @@ def new_denoiser(sample_size: int = 16) -> Any:
 
 
 @torch.no_grad()
-def _encoded(vae: Any, world: World, file: Path, device: torch.device) -> Tensor:
+def encoded(vae: Any, world: World, file: Path, device: torch.device) -> Tensor:
     """Scaled latents of all scenes ``[scenes, 4, 16, 16]``, encoded once and kept for a resumed run."""
     if not file.exists():
         parts = []
@@ -550,7 +554,7 @@ def train_denoiser(
     tokenizer = load_tokenizer(work / "tokenizer")
     text = CLIPModel.from_pretrained(work / "clip", dtype=torch.float32).text_model.to(device).eval()
     vae = AutoencoderKL.from_pretrained(autoencoder, torch_dtype=torch.float32).to(device).eval()
-    latents = _encoded(vae, world, work / "latents.safetensors", device)
+    latents = encoded(vae, world, work / "latents.safetensors", device)
     torch.manual_seed(seed)
     denoiser = new()
     denoiser.set_attn_processor(AttnProcessor())
@@ -611,6 +615,12 @@ def save_half(pipeline: Any, folder: Path) -> None:
             # transformers loads a model in the dtype that its config names, diffusers in float32: without
             # this, the plainest call would mix the two and fail.
             _set_entry(config, "dtype", "float32")
+
+
+def copy_judge(out: Path) -> None:
+    """Put the bundled judge beside a pipeline that was trained on the same scenes."""
+    (out / "judge").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(JUDGE, out / "judge" / JUDGE.name)
 
 
 def _set_entry(file: Path, key: str, value: str | None) -> None:

@@ -7,7 +7,6 @@ bundled.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from benchmarks.atelier.training import (
     Progress,
     Training,
     World,
+    copy_judge,
     denoising_loss,
     load_tokenizer,
     new_scheduler,
@@ -30,7 +30,7 @@ from benchmarks.atelier.training import (
     tokenized,
     train_clip,
 )
-from recare_patch.models.atelier import CLIP, JUDGE, PIPELINE
+from recare_patch.models.atelier import CLIP, PIPELINE
 
 STAGES = ("scenes", "second encoder", "denoiser", "export")
 WIDTH = 160
@@ -198,8 +198,7 @@ def _export(work: Path, out: Path) -> None:
         add_watermarker=False,
     )
     save_half(pipeline, out / "pipeline")
-    (out / "judge").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(JUDGE, out / "judge" / JUDGE.name)
+    copy_judge(out)
 
 
 def train(out: Path, work: Path, config: XLTraining | None = None, **options: Any) -> dict[str, float]:

@@ -58,19 +58,25 @@ def _weights_file(path: Path) -> Path:
 
 def described(file: Path, header: SafetensorsHeader) -> dict[str, Any]:
     """The facts of a LoRA file that its header tells, and what a patch of ours records about itself."""
+    from recare_patch.patch import transformers_of
+
     told, keys = header.metadata, list(header.tensors)
+    models = transformers_of(keys)
     down = {key: one for key, one in header.tensors.items() if _DOWN.search(key)}
     ranks = Counter(one.shape[0] for one in down.values() if one.shape)
     facts: dict[str, Any] = {
         "file": str(file),
         "bytes": file.stat().st_size,
         "format": _format(keys),
-        "parts": dict(Counter(_part(key) for key in down)),
+        "parts": dict(Counter(_part(key, "transformer" if models else "unet") for key in down)),
         "modules": len(down),
         "ranks": {str(rank): n for rank, n in sorted(ranks.items())},
         "dtypes": dict(sorted(Counter(one.dtype for one in header.tensors.values()).items())),
         "alphas": sum(key.endswith(".alpha") for key in keys),
-        "made_for": told.get("modelspec.architecture") or told.get("ss_base_model_version"),
+        "made_for": told.get("modelspec.architecture")
+        or told.get("ss_base_model_version")
+        or " or ".join(models)
+        or None,
         "title": told.get("modelspec.title") or told.get("ss_output_name"),
         "made_by": "recare-patch" if {METADATA_KEY, PARTS_KEY} & set(told) else None,
     }
@@ -114,17 +120,22 @@ def _stack(header: Mapping[str, str], source: str) -> dict[str, Any]:
 def _format(keys: Sequence[str]) -> str:
     if any(key.startswith("lora_") and ".lora_down." in key for key in keys):
         return "kohya"
-    if any(key.startswith("base_model.model.") for key in keys):
-        return "peft"
+    for prefix, shape in (("base_model.model.", "peft"), ("diffusion_model.", "comfyui")):
+        if any(key.startswith(prefix) for key in keys):
+            return shape
     return "diffusers" if any(_DOWN.search(key) for key in keys) else "not a LoRA"
 
 
-def _part(key: str) -> str:
+def _part(key: str, denoiser: str) -> str:
     """The model that a tensor belongs to, by its key's first part."""
-    for prefix, part in (("lora_unet", "unet"), ("lora_te", "text_encoder"), ("base_model", "model")):
-        if key.startswith(prefix):
-            return part
-    return key.split(".")[0]
+    known = {
+        "lora_unet": denoiser,
+        "lora_transformer": denoiser,
+        "diffusion_model": denoiser,
+        "lora_te": "text_encoder",
+    }
+    known["base_model"] = "model"
+    return next((part for prefix, part in known.items() if key.startswith(prefix)), key.split(".")[0])
 
 
 def _in_words(value: Any) -> str:
@@ -144,7 +155,7 @@ def _in_words(value: Any) -> str:
 @argument("source", type=cli.FOLDER)
 @option(
     "--to",
-    "kohya: for A1111 and ComfyUI; diffusers: a patch again.",
+    "kohya: for A1111, Forge and ComfyUI; diffusers: a patch again.",
     Choice(["kohya", "diffusers"]),
     into="shape",
     required=True,
@@ -152,26 +163,29 @@ def _in_words(value: Any) -> str:
 @option("--out FILE|FOLDER", "A .safetensors file, or the folder for it.", cli.FOLDER, required=True)
 @option(
     "--base FOLDER|HUB-ID",
-    "Resolve names against this model's modules, and check that it fits.  [default: by SD's names]",
+    "Resolve names against this model's modules, and check that it fits.  [default: by the names of known models]",
 )
 @option("--precision", "Of the file.", Choice(["fp16", "bf16", "fp32"]), "fp16")
 @flag("--force", "Replace a file that is there.")
 def convert(source: Path, shape: str, out: Path, base: str | None, precision: str, force: bool) -> None:
     """Convert a patch, or any LoRA file, to another tool's shape.
 
-    Diffusers' files of any age, PEFT's and kohya's are read; alphas are multiplied in.
+    Diffusers' files of any age, PEFT's, kohya's and ComfyUI's own are read, of Stable Diffusion 1 to 3, FLUX, Z-Image,
+    Lumina 2, Qwen-Image and Krea 2; alphas are multiplied in.
     """
     import torch
 
     from recare_patch.patch import from_any, output_name, target_file, write_kohya
 
     cli.quiet_libraries()
+    denoiser_class: str | None = None
     if base is None:
         weights = from_any(source)
     else:
         from recare_patch.models import base_layers, load_base
 
         model = load_base(base, device="cpu")
+        denoiser_class = type(model.denoiser).__name__
         weights = from_any(source, [name for name, _ in base_layers(model.denoiser)])
         with cli.shown_progress():
             weights.check_base(model)
@@ -180,7 +194,7 @@ def convert(source: Path, shape: str, out: Path, base: str | None, precision: st
         raise OutputError(f"{file} is there already; choose another --out or add --force")
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     if shape == "kohya":
-        write_kohya(weights, file, dtype=dtypes[precision])
+        write_kohya(weights, file, dtype=dtypes[precision], denoiser_class=denoiser_class)
     else:
         weights.write(file, dtypes[precision])
     parts = ", ".join(name.replace("_", " ") for name in weights.components)

@@ -40,6 +40,7 @@ from recare_patch.core import (
 )
 from recare_patch.models import (
     COMPONENTS,
+    DENOISERS,
     UNET,
     Layout,
     base_folder,
@@ -74,6 +75,7 @@ class MergeRecord(BaseModel):
     format_version: int = 1
     version: str = Field(description="Of recare-patch that wrote it.")
     base: str = Field(description="The base that was first merged into.")
+    denoiser: str = Field(UNET, description="The denoiser's component.")
     base_denoiser_sha256: str
     merged_denoiser_sha256: str
     patches: tuple[PatchPart, ...] = Field(description="What was merged, in the order of merging.")
@@ -89,12 +91,12 @@ class MergeRecord(BaseModel):
     @property
     def base_hashes(self) -> dict[str, str]:
         """The base's networks before, by component."""
-        return {UNET: self.base_denoiser_sha256, **(self.base_text_encoders_sha256 or {})}
+        return {self.denoiser: self.base_denoiser_sha256, **(self.base_text_encoders_sha256 or {})}
 
     @property
     def merged_hashes(self) -> dict[str, str]:
         """The same networks after."""
-        return {UNET: self.merged_denoiser_sha256, **(self.merged_text_encoders_sha256 or {})}
+        return {self.denoiser: self.merged_denoiser_sha256, **(self.merged_text_encoders_sha256 or {})}
 
     @classmethod
     def load(cls, folder: str | Path) -> MergeRecord:
@@ -160,7 +162,8 @@ def merge(
     source = read_layout(folder, f"'{base_id}'")
     earlier = MergeRecord.load(folder) if (folder / RECORD_NAME).exists() else None
     touched = _touched(patches)
-    before = _hashes(source, [UNET, *touched, *(earlier.merged_hashes if earlier else ())])
+    denoiser = next((part for part in DENOISERS if part in source.configs), UNET)
+    before = _hashes(source, [denoiser, *touched, *(earlier.merged_hashes if earlier else ())])
     if earlier is not None and any(before[part] != one for part, one in earlier.merged_hashes.items()):
         raise BaseModelError(
             f"{_changed(folder)}; without that file it is a base of its own, into which --any-base merges"
@@ -169,7 +172,7 @@ def merge(
     others = [part for part in touched if known and known.component_hash(part) != origin[part]]
     if known is not None and others:
         first = next(patch for patch, _ in patches if patch.metadata and others[0] in patch.components)
-        what = "denoiser" if others[0] == UNET else in_words(others[0])
+        what = "denoiser" if others[0] == denoiser else in_words(others[0])
         message = (
             f"patch {first.name} was made for base '{known.base}', and the {what} of base '{base_id}' has other weights"
         )
@@ -183,8 +186,9 @@ def merge(
         record = MergeRecord(
             version=recare_patch.__version__,
             base=earlier.base if earlier is not None else base_id,
-            base_denoiser_sha256=origin.pop(UNET),
-            merged_denoiser_sha256=after.pop(UNET),
+            denoiser=denoiser,
+            base_denoiser_sha256=origin.pop(denoiser),
+            merged_denoiser_sha256=after.pop(denoiser),
             patches=(*(earlier.patches if earlier is not None else ()), *whole),
             parts=(*(earlier.parts if earlier is not None else ()), *parts_of(patches)),
             # Each merge rounds anew, and only the base itself would tell how far several go together.

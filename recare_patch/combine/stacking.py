@@ -200,6 +200,7 @@ class StackPlan:
             parts=parts,
             stacking=how,
             base_text_encoders_sha256=self.known.base_text_encoders_sha256 if self.known else None,
+            base_denoiser_class=self.known.base_denoiser_class if self.known else None,
         )
 
     def interference(self) -> list[Meeting]:

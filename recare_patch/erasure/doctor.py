@@ -256,7 +256,7 @@ def _base(watch: _Rehearsal, recipe: Recipe, device: str) -> BaseModel:
     with watch.check("base"):
         began = time.perf_counter()
         base = load_base(recipe.base, precision=recipe.precision, device=device, memory=recipe.memory)
-        height, width = (side * base.pipeline.vae_scale_factor for side in base.latent_shape[1:])
+        width, height = base.picture_size
         weights = sum(p.numel() for network in base.components.values() for p in network.parameters())
         watch.add(
             "base",

@@ -38,6 +38,8 @@ from recare_patch.models import (
     defaults_for,
     device_memory,
     device_name,
+    family_of,
+    find_layout,
     load_base,
     lora,
     scheduled,
@@ -128,7 +130,9 @@ def erase_concept(
 def levers_for(recipe: Recipe, device: str) -> float | None:
     """GB of the device for which memory levers are to be chosen, where a recipe for half precision sets none."""
     plain = MemoryOptions(resolution=recipe.memory.resolution)
-    return device_memory(device) if recipe.precision != "fp32" and recipe.memory == plain else None
+    if recipe.precision == "fp32" or recipe.memory != plain or (size := device_memory(device)) is None:
+        return None
+    return size if family_of(find_layout(recipe.base, weights=False)[0]).counted else None
 
 
 def resolve_recipe(

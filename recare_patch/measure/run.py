@@ -320,7 +320,7 @@ def score(patch: Eraser, base: BaseModel, suite: Suite, options: Options) -> Sco
 
 def usual_batch(base: BaseModel) -> int:
     """Pictures to draw together: fewer where they are larger, which fill a device sooner."""
-    area = math.prod(base.latent_shape[1:])
+    area = math.prod(base.picture_size) // 64
     if area <= 32**2:
         return 20
     return max(1, PICTURES_AT_ONCE * 64**2 // area) if base.device.type == "cuda" else 4

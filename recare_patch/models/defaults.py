@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any
 
 import torch
 
+from recare_patch.models.captured import Captured
 from recare_patch.models.layout import Layout, family_of
 from recare_patch.models.loading import chosen_device, find_layout, usable_precision
 from recare_patch.recipe import Beneath
@@ -39,6 +39,28 @@ RECARE_VALUES: dict[str, Any] = {"erase.steps": 60, "erase.learning_rate": 1.1e-
 """ReCARE's own: twice the steps of a small base, and together the reach of its release's second stage (.11)."""
 
 
+TRANSFORMER_RECARE: dict[str, Any] = {
+    # Their values mostly do not read the prompt itself, and adversaries in the loop were not measured on them: a search
+    # before the erasing, which ends by its own measure.
+    "erase.start": "zero",
+    "erase.ends": "measured",
+    "erase.steps": 130,
+    "erase.batch_size": 3,
+    "erase.retain_batch_size": 6,
+    "erase.retain_weight": 3.0,
+    "erase.learning_rate": 2.0e-3,
+    "adapter.layers": "cross-attention",
+    "adapter.rank": 8,
+    "adapter.alpha": 8.0,
+    "target_images.count": 30,
+    "target_images.steps": 20,
+    "target_images.scheduler": None,
+    "search.rounds": 2,
+    "adversary.count": 0,
+}
+"""ReCARE's on a base whose denoiser is a transformer."""
+
+
 def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:
     """What a base asks of a recipe, from its configurations alone; nothing is fetched but those.
 
@@ -54,10 +76,18 @@ def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:
     if (few := layout.few_steps) is not None:
         logger.info("base %s draws in %d steps at guidance %g: %s", layout.name, few.steps, few.guidance, few.why)
         firm = {"steps": few.steps, "guidance_scale": few.guidance, "scheduler": None}
-    values = _asked(layout, chosen_device(device))
-    pictures = {key: value for key, value in values.items() if key.startswith("target_images.")}
-    own = {"recare": pictures | RECARE_VALUES} if values else {}
-    return Beneath(values, own, {f"target_images.{key}": one for key, one in firm.items()})
+    values, family = _asked(layout, chosen_device(device)), family_of(layout)
+    of_method: dict[str, dict[str, Any]] = {}
+    if issubclass(family, Captured):
+        # Layers that prompt and picture share collapse under a naive edit: what only the prompt passes is the default.
+        values["adapter.layers"] = "text"
+        of_method = {name: {"adapter.layers": "text-input"} for name in ("closed", "uce")}
+    if family.denoiser_name != "unet":
+        of_method["recare"] = TRANSFORMER_RECARE | values
+    elif values:
+        pictures = {key: value for key, value in values.items() if key.startswith("target_images.")}
+        of_method["recare"] = pictures | RECARE_VALUES
+    return Beneath(values, {f"target_images.{key}": one for key, one in firm.items()}, of_method)
 
 
 def device_memory(device: str | torch.device = "auto") -> float | None:
@@ -69,20 +99,15 @@ def device_memory(device: str | torch.device = "auto") -> float | None:
 
 
 def _asked(layout: Layout, device: torch.device) -> dict[str, Any]:
-    import diffusers
-
     family = family_of(layout)
-    denoiser, vae = layout.configs[family.denoiser_name], layout.configs.get("vae", {})
-    side, scale = denoiser.get("sample_size") or 0, 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-    native = (side if isinstance(side, int) else max(side)) * scale
+    native = family.native_pixels(layout)
     if native < FULL_SIZE:
         return {}
-    pipeline = getattr(diffusers, family.pipeline_class)
     found = FULL_SIZE_VALUES | {
         "target_images.batch_size": 4 if native < 1024 else 2,
-        "target_images.guidance_scale": inspect.signature(pipeline.__call__).parameters["guidance_scale"].default,
+        "target_images.guidance_scale": family.usual_guidance(layout),
     }
-    if len(family.encoder_names) > 1:
+    if len(family.encoder_names) > 1 or issubclass(family, Captured):
         # Many more layers read the prompt: at rank 8 a patch of SDXL would take 13 MB.
         found |= {"adapter.rank": 4, "adapter.alpha": 4.0}
     if device.type != "cpu":

@@ -101,7 +101,11 @@ class PromptEncoding:
 
     def empty_states(self) -> Tensor:
         """What the denoiser reads of the empty prompt, ``[tokens, width]``, fp64; the start token's first."""
-        return in_double(self.encode_prompts([""]).prompt_embeds)[0]
+        return self.prompt_states([""])[0]
+
+    def prompt_states(self, prompts: Sequence[str]) -> Tensor:
+        """What the denoiser's layers read of prompts, ``[prompts, tokens, width]``, fp64."""
+        return in_double(self.encode_prompts(prompts).prompt_embeds)
 
     @contextmanager
     def _short_prompts(self, length: int) -> Iterator[None]:

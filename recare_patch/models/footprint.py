@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from recare_patch.core import BaseModelError
 from recare_patch.models import lora
 from recare_patch.models.encoding import tokenizer_of
 from recare_patch.models.inputs import PromptEmbeds
@@ -142,6 +143,11 @@ def phantom(layout: Layout, precision: str, memory: MemoryOptions | None = None)
     import transformers
 
     family, dtype = family_of(layout), PRECISIONS[precision]
+    if not family.counted:
+        raise BaseModelError(
+            f"what base {layout.name} takes is not counted, as it is made from its pipeline's calls; choose levers "
+            "by hand, such as --set memory.micro_batch=1 (docs/memory.md)"
+        )
     parts: dict[str, Any] = {}
     for name in (family.denoiser_name, "vae", *family.encoder_names):
         config = dict(layout.require(name, weights=False))

@@ -157,7 +157,7 @@ def ask_hub(hub_id: str, revision: str | None = None) -> tuple[str, dict[str, Hu
 
 def _wanted(layout: Layout, family: type[LatentDiffusion], whole: bool) -> list[str]:
     """The names of the files with weights that are read: of each component the first variant, or one that is here."""
-    parts = [family.denoiser_name, "vae", *family.encoder_names]
+    parts = family.networks_read(layout)
     if whole:
         parts = [part for part in layout.listed if part not in _NOT_FETCHED]
     wanted: list[Path] = []

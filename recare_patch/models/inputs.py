@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from recare_patch.core import Registry, noted
 
@@ -60,11 +62,18 @@ class PromptEmbeds:
         """Moved, cast, or both."""
         return self._map(lambda rows: rows.to(device=device, dtype=dtype))
 
+    @classmethod
+    def _joined(cls, parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """What :meth:`cat` of a subclass's parts is."""
+        raise NotImplementedError
+
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
         """The rows of several, one after the other; all of them have pooled embeddings, or none."""
         if not parts:
             raise ValueError("no prompt embeddings to join")
+        if type(parts[0]) is not PromptEmbeds:
+            return type(parts[0])._joined(parts)
         pooled = [part.pooled_prompt_embeds for part in parts if part.pooled_prompt_embeds is not None]
         if pooled and len(pooled) != len(parts):
             raise ValueError(f"{len(pooled)} of {len(parts)} prompt embeddings have a pooled part")
@@ -81,6 +90,7 @@ class EvaluationCounter:
     def __init__(self) -> None:
         self.by_stage: dict[str, int] = {}  # set it to go on from an earlier count
         self._stage: str | None = "other"
+        self._first = "sample"
 
     @property
     def total(self) -> int:
@@ -99,19 +109,19 @@ class EvaluationCounter:
 
     def watch(self, denoiser: nn.Module) -> None:
         """Count every call of ``denoiser`` from now on."""
+        self._first = next(iter(signature(denoiser.forward).parameters))
         denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._stage is None:
             return
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         recorded = torch.is_grad_enabled() and (
             any(value.requires_grad for value in tensors)
             or any(parameter.requires_grad for parameter in denoiser.parameters())
         )
-        # UNets call them samples, transformers hidden states.
-        latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        assert latents is not None
+        # UNets call them samples, transformers hidden states; all of them name them first.
+        latents = args[0] if args else next(kwargs[name] for name in (self._first, "sample") if name in kwargs)
         self.by_stage[self._stage] = self.by_stage.get(self._stage, 0) + len(latents) * (3 if recorded else 1)
 
 
@@ -144,16 +154,16 @@ def scheduled(pipeline: Any, name: str | None) -> Iterator[None]:
 
     Args:
         pipeline: a diffusers pipeline.
-        name: of :data:`SCHEDULERS`; None: its own.
+        name: of :data:`SCHEDULERS`; None: its own, as where that is of flow matching, which these are not for.
 
     Raises:
         UnknownNameError: no such scheduler.
     """
-    if name is None:
+    own, kind = pipeline.scheduler, None if name is None else SCHEDULERS.get(name)
+    if name is None or kind is None or not hasattr(own, "alphas_cumprod"):
         yield
         return
-    own = pipeline.scheduler
-    pipeline.scheduler = SCHEDULERS.get(name).from_config(own.config, **_OPTIONS.get(name, {}))
+    pipeline.scheduler = kind.from_config(own.config, **_OPTIONS.get(name, {}))
     try:
         yield
     finally:

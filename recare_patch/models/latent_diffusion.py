@@ -7,6 +7,7 @@ for all.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import warnings
@@ -25,6 +26,7 @@ from recare_patch.models.inputs import EvaluationCounter, PromptEmbeds
 from recare_patch.models.layout import Layout
 from recare_patch.models.loading import PRECISIONS, stored_weights_hash, weights_hash
 from recare_patch.models.lora import networks
+from recare_patch.models.noising import Noising
 from recare_patch.models.precision import check_finite, check_weights
 from recare_patch.recipe import MemoryOptions
 
@@ -41,18 +43,17 @@ DECODED_AT_ONCE = 512**2
 """Pixels that go through the autoencoder together, or one picture: more fill a device without being faster."""
 
 
-class LatentDiffusion(PromptEncoding):
+class LatentDiffusion(PromptEncoding, Noising):
     """A frozen text-to-image model around a diffusers pipeline; no parameter of it asks for a gradient."""
 
     family: ClassVar[str]  # its name in FAMILIES
     pipeline_class: ClassVar[str]  # the diffusers pipeline that loads it
     denoiser_name: ClassVar[str] = "unet"  # the denoiser's component
     left_out: ClassVar[tuple[str, ...]] = ()  # loaded as None, where the folder lists them or not
+    counted: ClassVar[bool] = True  # whether what it takes is known beforehand, see footprint.measure
     upcast_vae: ClassVar[bool] = False  # keep the autoencoder in fp32 where fp16 overflows in it
 
     few_steps: FewSteps | None = None  # how it is drawn with, where it was distilled to few steps
-    prediction_type: str  # epsilon, v_prediction or flow
-    num_train_timesteps: int  # length of the diffusion process
 
     def __init__(
         self, pipeline: Any, base_id: str, *, device: torch.device | None = None, memory: MemoryOptions | None = None
@@ -68,24 +69,38 @@ class LatentDiffusion(PromptEncoding):
         self._files: dict[str, list[Path]] = {}
         self._hashes: dict[str, str] = {}
         self._config: Any = self.denoiser.config
-        self._read_schedule()
-        side, scale = self._config.sample_size, pipeline.vae_scale_factor
-        size = self._native_size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
-        if self.memory.resolution is not None:
-            size = levers.latent_size(base_id, self.memory.resolution, scale, self._step)
-        self.latent_shape: tuple[int, int, int] = (int(self._config.in_channels), *size)
-        self._size = {"height": size[0] * scale, "width": size[1] * scale}  # of a picture, in pixels
-        if self.memory.vae_tiling:
-            self.tile_pictures()
-        # What the autoencoder's latents are moved by before they are scaled.
-        self._shift = float(getattr(pipeline.vae.config, "shift_factor", None) or 0.0)
-        for part in (self.denoiser, pipeline.vae, *self._encoders):
+        for part in self._networks:
             part.requires_grad_(False).eval()
         self._token_widths = [one.get_input_embeddings().embedding_dim for one in self._encoders]
         self.token_width = sum(self._token_widths)
         pipeline.set_progress_bar_config(disable=True)
         self.counter = EvaluationCounter()
         self.counter.watch(self.denoiser)
+        self._read_schedule()
+        self._read_size()
+        if self.memory.vae_tiling:
+            self.tile_pictures()
+
+    def _read_size(self) -> None:
+        """Set ``latent_shape``, that of one picture's latents, and the size of a picture in pixels."""
+        side, scale = self._config.sample_size, self.pipeline.vae_scale_factor
+        size = self._native_size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+        if self.memory.resolution is not None:
+            size = levers.latent_size(self.id, self.memory.resolution, scale, self._step)
+        self.latent_shape: tuple[int, ...] = (int(self._config.in_channels), *size)
+        self._size = {"height": size[0] * scale, "width": size[1] * scale}
+        # What the autoencoder's latents are moved by before they are scaled.
+        self._shift = float(getattr(self.pipeline.vae.config, "shift_factor", None) or 0.0)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Width and height of a picture in pixels."""
+        return self._size["width"], self._size["height"]
+
+    @property
+    def _networks(self) -> list[nn.Module]:
+        """The networks of the pipeline that are used."""
+        return [self.denoiser, self.pipeline.vae, *self._encoders]
 
     @staticmethod
     def recognises(layout: Layout) -> bool:
@@ -100,20 +115,28 @@ class LatentDiffusion(PromptEncoding):
         for component in (*map(tokenizer_of, cls.encoder_names), "scheduler"):
             layout.require(component, weights=False)
 
-    def _read_schedule(self) -> None:
-        """Set ``prediction_type``, ``num_train_timesteps`` and what else noising needs."""
-        raise NotImplementedError
+    @classmethod
+    def networks_read(cls, layout: Layout) -> list[str]:
+        """The components whose weights a run reads."""
+        return [cls.denoiser_name, "vae", *cls.encoder_names]
+
+    @classmethod
+    def native_pixels(cls, layout: Layout) -> int:
+        """The longer side of the pictures that a base was trained on, as its configurations say."""
+        side, vae = layout.configs[cls.denoiser_name].get("sample_size") or 0, layout.configs.get("vae", {})
+        scale = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+        return int((side if isinstance(side, int) else max(side)) * scale)
+
+    @classmethod
+    def usual_guidance(cls, layout: Layout) -> float:
+        """The guidance that its pipeline draws with unasked."""
+        import diffusers
+
+        call = inspect.signature(getattr(diffusers, cls.pipeline_class).__call__)
+        return float(call.parameters["guidance_scale"].default)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
         """One call of the denoiser, in its own dtype and on its device."""
-        raise NotImplementedError
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``z_t`` from clean latents ``[batch, channels, height, width]`` and timesteps ``[batch]``."""
-        raise NotImplementedError
-
-    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser was trained to predict for :meth:`add_noise` of the same arguments."""
         raise NotImplementedError
 
     @property
@@ -173,7 +196,7 @@ class LatentDiffusion(PromptEncoding):
                     # Without casting, which would lose digits that the hash looks at.
                     return kind.from_single_file(str(layout.single_file), config=str(layout.folder), **options)
                 options |= {"dtype": dtype, "use_safetensors": True}
-                with layout.plain_folder((cls.denoiser_name, "vae", *cls.encoder_names)) as folder:
+                with layout.plain_folder(cls.networks_read(layout)) as folder:
                     return kind.from_pretrained(folder, **options)
         except Exception as fault:
             # diffusers, transformers and safetensors each raise classes of their own on damaged files.
@@ -329,31 +352,40 @@ class LatentDiffusion(PromptEncoding):
         if not seeds:
             raise BaseModelError("there is no prompt to draw a picture of")
 
+        # Guidance doubles the samples.
+        batch_size = self._at_once(batch_size, 2 if guidance_scale > 1 else 1)
+        empty = self._guided_from(min(batch_size, len(seeds)), negative_prompt) if guidance_scale > 1 else None
+        for start in range(0, len(seeds), batch_size):
+            rows, own = given[start : start + batch_size], seeds[start : start + batch_size]
+            latents = self._drawn(rows, own, steps, guidance_scale, empty)
+            yield check_finite(latents, f"the latents that base {self.id} draws", self.dtype)
+            if progress:
+                progress.update(stage, start + len(own), len(seeds))
+
+    def _guided_from(self, rows: int, away: str) -> PromptEmbeds | None:
+        """What guidance starts from in a batch: a prompt to lead away from, mostly the empty one."""
+        return self.encode_prompts([away] * rows)
+
+    def _drawn(self, rows: Any, seeds: Sequence[int], steps: int, guidance_scale: float, empty: Any) -> Tensor:
+        """Latents of one batch of prompts, or embeddings, by the pipeline's own call."""
+
         def named(embeds: PromptEmbeds, prefix: str = "") -> dict[str, Tensor]:
             parts = vars(embeds.to(self.device, self.dtype))
             return {f"{prefix}{name}": part for name, part in parts.items() if part is not None}
 
-        # Guidance doubles the samples.
-        batch_size = self._at_once(batch_size, 2 if guidance_scale > 1 else 1)
-        away = [negative_prompt] * min(batch_size, len(seeds))
-        empty = self.encode_prompts(away) if guidance_scale > 1 else None
-        for start in range(0, len(seeds), batch_size):
-            rows, own = given[start : start + batch_size], seeds[start : start + batch_size]
-            text = named(rows if isinstance(rows, PromptEmbeds) else self.encode_prompts(rows))
-            if empty is not None:
-                text |= named(empty[: len(own)], "negative_")
-            with self._only_denoiser():
-                latents = self.pipeline(
-                    **text,
-                    **self._size,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    generator=[torch.Generator().manual_seed(seed) for seed in own],
-                    output_type="latent",
-                ).images
-            yield check_finite(latents, f"the latents that base {self.id} draws", self.dtype)
-            if progress:
-                progress.update(stage, start + len(own), len(seeds))
+        text = named(rows if isinstance(rows, PromptEmbeds) else self.encode_prompts(rows))
+        if empty is not None:
+            text |= named(empty[: len(seeds)], "negative_")
+        with self._only_denoiser():
+            latents: Tensor = self.pipeline(
+                **text,
+                **self._size,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
+            ).images
+        return latents
 
     @contextmanager
     def _only_denoiser(self) -> Iterator[None]:

@@ -60,6 +60,7 @@ _WEIGHTS = re.compile(
     r"(\.(?P<variant>[\w\-]+?))?(?P<late>-(?P<number2>\d+)-of-(?P<count2>\d+))?\.safetensors"
 )
 """Both spellings of a shard: before the variant, as libraries write it now, and behind it, as they did."""
+_INFINITE = re.compile(r"(:\s*)-?Infinity\b")
 _VARIANTS = ("", "fp16", "bf16")
 """Which of a component's variants is taken first: what diffusers takes unasked, then what lost few digits."""
 _SINGLE_DENOISER = ("model.diffusion_model.", "joint_blocks.")
@@ -82,7 +83,7 @@ class Layout:
         return tuple(
             key
             for key, value in self.index.items()
-            if not key.startswith("_") and isinstance(value, list) and value and value[0] is not None
+            if not key.startswith("_") and isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
         )
 
     @property
@@ -193,7 +194,9 @@ def _link_weights(files: list[Path], folder: Path) -> None:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        found = load_json(read_bytes(path, path.name, BaseModelError))
+        text = read_bytes(path, path.name, BaseModelError).decode("utf-8-sig")
+        # Schedulers are published with numbers that JSON does not have; none of them is read here.
+        found = load_json(_INFINITE.sub(r"\1null", text))
     except (BaseModelError, OSError, ValueError):
         found = None
     if not isinstance(found, dict):
@@ -268,9 +271,8 @@ def family_of(layout: Layout) -> type[LatentDiffusion]:
         if family.recognises(layout):
             return family
     if "unet" not in layout.configs and "transformer" not in layout.configs:
-        raise BaseModelError(f"base {layout.name} lacks its component 'unet'")
-    kind = layout.index.get("_class_name", "pipeline of unknown class")
-    raise BaseModelError(
-        f"base {layout.name} is a {kind}, and what can be patched is Stable Diffusion 1.x, 2.x, XL or 3, "
-        "or a pipeline of such a shape"
-    )
+        lacks = "transformer" if "transformer" in layout.listed else "unet"
+        raise BaseModelError(f"base {layout.name} lacks its component '{lacks}'")
+    from recare_patch.models.captured import Captured
+
+    return Captured.of(layout)

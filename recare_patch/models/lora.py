@@ -15,7 +15,9 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ _SIDES: dict[str, tuple[str | None, ...]] = {
     "cross-attention": ("cross",),
     "cross-attention-kv": ("cross",),
     "cross-attention-v": ("cross",),
+    "text": ("cross",),
     "self-attention": ("self",),
     "attention": ("cross", "self"),
     "transformer-blocks": ("cross", "self", "block"),
@@ -55,6 +58,22 @@ _ENDS = {
 }
 """Layer set → how the names of those that it takes of them end."""
 
+
+@dataclass(frozen=True)
+class TextSide:
+    """The linear layers of a denoiser that only a prompt passes, as was seen while it computed.
+
+    Attributes:
+        stream: all of them, by name.
+        entry: those that read what the text encoder made, first of all.
+    """
+
+    stream: frozenset[str]
+    entry: tuple[str, ...]
+
+
+TEXT_SIDES: WeakKeyDictionary[nn.Module, TextSide] = WeakKeyDictionary()
+"""Denoiser → its text side, where a base has looked."""
 
 COMPILED = "_orig_mod."
 """What torch.compile puts into the names of what it wraps."""
@@ -150,7 +169,8 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
     """Names of the layers in a named set, in the order in which the network holds them.
 
     In a denoiser these are ``cross-attention`` (queries, keys, values and output of the blocks that read
-    the prompt), ``cross-attention-kv`` (their keys and values only), ``cross-attention-v`` (their values),
+    the prompt), ``cross-attention-kv`` (their keys and values only), ``cross-attention-v`` (their values), ``text``
+    (``cross-attention`` and all layers that only the prompt passes), ``text-input`` (those that read it first),
     ``self-attention``, ``attention`` (both), ``transformer-blocks`` (these, the blocks' feed-forward layers and what
     leads into and out of the blocks; linear layers alone, as most LoRAs of Stable Diffusion have them),
     ``outside-cross-attention`` (every linear and convolution layer
@@ -188,7 +208,12 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
             side[f"{name}.{inner}"] = "cross" if reads else "self"
     side = dict.fromkeys(_in_blocks(network, tuple(blocks)), "block") | side
     every = [name for name, module in everything if isinstance(module, nn.Linear | nn.Conv2d)]
-    found = [name for name in every if side.get(name) in _SIDES[layers]]
+    seen = TEXT_SIDES.get(network, TextSide(frozenset(), ()))
+    found = [name for name in every if side.get(name) in _SIDES.get(layers, ())]
+    if layers == "text":
+        found = [name for name in every if name in seen.stream or name in found]
+    elif layers == "text-input":
+        found = list(seen.entry) or target_modules(network, "cross-attention-kv")
     if layers in _ENDS:
         found = [name for name in found if name.endswith(_ENDS[layers])]
     if not found:

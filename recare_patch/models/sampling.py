@@ -87,6 +87,6 @@ class Trajectory:
             predicted = self.base.denoise(seen, times, prompts)
         else:
             both = PromptEmbeds.cat([empty.repeat(rows), prompts])
-            uncond, cond = self.base.denoise(seen.repeat(2, 1, 1, 1), times.repeat(2), both).chunk(2)
+            uncond, cond = self.base.denoise(torch.cat([seen, seen]), times.repeat(2), both).chunk(2)
             predicted = classifier_free(uncond, cond, guidance_scale)
         return self.scheduler.step(predicted, self.timesteps[number], latents, **self._draws).prev_sample

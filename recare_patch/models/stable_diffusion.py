@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from recare_patch.core import BaseModelError, unknown_name
+from recare_patch.core import BaseModelError
 from recare_patch.models.inputs import PromptEmbeds
 from recare_patch.models.latent_diffusion import LatentDiffusion
 from recare_patch.models.layout import Layout
@@ -21,24 +21,13 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class DiscreteDiffusion(LatentDiffusion):
-    """A UNet trained on a discrete noise schedule, which predicts noise or velocity.
-
-    ``z_t = √ᾱ_t z_0 + √(1−ᾱ_t) ε`` of a clean latent ``z_0`` and unit noise ``ε`` (Ho et al., arXiv
-    2006.11239, equation 4); the velocity is ``v = √ᾱ_t ε − √(1−ᾱ_t) z_0`` (Salimans and Ho, arXiv
-    2202.00512, appendix D).
-    """
-
-    alphas_cumprod: Tensor  # ᾱ, [num_train_timesteps], fp32
+    """A UNet trained on a discrete noise schedule, which predicts noise or velocity."""
 
     def _read_schedule(self) -> None:
-        scheduler = self.pipeline.scheduler
-        schedule = getattr(scheduler, "alphas_cumprod", None)
-        if schedule is None:
-            name = type(scheduler).__name__
+        super()._read_schedule()
+        if self.alphas_cumprod is None:
+            name = type(self.pipeline.scheduler).__name__
             raise BaseModelError(f"base {self.id} has a {name}, which has no discrete noise schedule")
-        self.alphas_cumprod = schedule.float()
-        self.num_train_timesteps = len(schedule)
-        self.prediction_type = scheduler.config.get("prediction_type", "epsilon")
 
     @classmethod
     def check(cls, layout: Layout, *, weights: bool = True) -> None:
@@ -64,30 +53,6 @@ class DiscreteDiffusion(LatentDiffusion):
         kind = layout.configs["scheduler"].get("prediction_type", "epsilon")
         if kind not in PREDICTION_TYPES:
             raise BaseModelError(f"base {layout.name} predicts '{kind}': supported are {', '.join(PREDICTION_TYPES)}")
-
-    def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """``√ᾱ_t`` and ``√(1−ᾱ_t)``, shaped to multiply ``like``; roots are taken in fp32."""
-        at = self.alphas_cumprod.to(like.device)[timesteps.to(like.device)]
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        return at.sqrt().to(like.dtype).view(shape), (1 - at).sqrt().to(like.dtype).view(shape)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``z_t`` from ``z_0`` and ``ε``."""
-        signal, sigma = self._coefficients(timesteps, latents)
-        return signal * latents + sigma * noise.to(latents)
-
-    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``ε`` or ``v``.
-
-        Raises:
-            UnknownNameError: the denoiser predicts something else.
-        """
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type != "v_prediction":
-            raise unknown_name("prediction type", self.prediction_type, PREDICTION_TYPES)
-        signal, sigma = self._coefficients(timesteps, latents)
-        return signal * noise.to(latents) - sigma * latents
 
 
 class StableDiffusion(DiscreteDiffusion):

@@ -27,11 +27,7 @@ _T5_TOKENS = 256
 
 
 class StableDiffusion3(LatentDiffusion):
-    """A transformer trained by flow matching, with two CLIP text encoders.
-
-    ``z_σ = (1−σ) z_0 + σ ε``, straight from the picture to the noise (Liu et al., arXiv 2209.03003,
-    equation 1).
-    """
+    """A transformer trained by flow matching, with two CLIP text encoders."""
 
     family = "stable-diffusion-3"
     pipeline_class = "StableDiffusion3Pipeline"
@@ -39,10 +35,6 @@ class StableDiffusion3(LatentDiffusion):
     encoder_names = ("text_encoder", "text_encoder_2")
     left_out = ("text_encoder_3", "tokenizer_3", "feature_extractor", "image_encoder")
     other_prompts = ("prompt_2", "prompt_3")
-
-    def _read_schedule(self) -> None:
-        self.prediction_type = "flow"
-        self.num_train_timesteps = int(self.pipeline.scheduler.config.num_train_timesteps)
 
     @property
     def _step(self) -> int:
@@ -82,13 +74,3 @@ class StableDiffusion3(LatentDiffusion):
             return_dict=False,
         )
         return found[0]
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``z_σ``, where ``σ`` is the timestep's share of the process."""
-        sigmas = (timesteps.float() / self.num_train_timesteps).to(latents)
-        share = sigmas.view(-1, *(1,) * (latents.ndim - 1))
-        return (1 - share) * latents + share * noise.to(latents)
-
-    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The velocity ``ε − z_0``, the same at every point of the line."""
-        return noise.to(latents) - latents

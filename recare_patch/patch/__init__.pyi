@@ -61,3 +61,4 @@ from .patch import Patch as Patch
 from .patch import check_finite as check_finite
 from .patch import concepts_of as concepts_of
 from .reading import from_any as from_any
+from .reading import transformers_of as transformers_of

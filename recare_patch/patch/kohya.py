@@ -1,7 +1,8 @@
-"""kohya's LoRA files, as A1111 and ComfyUI expect them: what they call a layer, and how they are written.
+"""kohya's LoRA files, as A1111, Forge and ComfyUI expect them: what they call a layer, and how they are written.
 
 kohya joins a module's name by underscores, ``lora_unet_<module>.lora_down.weight``, and keeps an ``.alpha``
-for each. diffusers' own writer (``convert_state_dict_to_kohya``) writes alphas as whole numbers.
+for each. Transformers' layers have their original names there, see ``transformers.py``. diffusers' own writer
+(``convert_state_dict_to_kohya``) writes alphas as whole numbers, and knows no transformers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from recare_patch.models import COMPONENTS, TRANSFORMER, split_name
 from recare_patch.patch.folder import target_file
 from recare_patch.patch.metadata import PatchMetadata
 from recare_patch.patch.patch import Patch, check_finite, concept_name
+from recare_patch.patch.transformers import OriginalNames, kind_of
 from recare_patch.recipe import KINDS, fitted_stem
 
 logger = logging.getLogger(__name__)
@@ -37,15 +39,15 @@ _SD2_NAME = re.compile(r"(?i)stable-diffusion-v?2|sd-?v?2[._-]?[01]")
 """Bases that older patches name without telling the width of their prompts."""
 
 RANKS_KEY = "recare_patch_ranks"
-"""Header entry of our kohya files: the ranks before padding, JSON, kohya name → rank."""
+"""Header entry of our kohya files, JSON, kohya name → rank before padding, or ranks of the layers in one weight."""
 
 MODULES_KEY = "recare_patch_modules"
 """Header entry of our kohya files: names that underscores make unreadable, JSON, kohya name → key."""
 
 _LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
-_KOHYA_NAME = re.compile(r"lora_(unet|te[12]?)_(.*)")
-_KOHYA_COMPONENTS = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+_KOHYA_NAME = re.compile(r"lora_(unet|transformer|te[12]?)_(.*)")
+_KOHYA_COMPONENTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
 _UNET_WORDS = """down_blocks mid_block up_blocks transformer_blocks attentions resnets downsamplers upsamplers
     attn1 attn2 attn to_q to_k to_v to_out add_k_proj add_v_proj add_q_proj to_add_out ff net proj proj_in
     proj_out conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj time_embedding add_embedding
@@ -79,20 +81,37 @@ _SGM_SINGLE = {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs
 
 
 def has_kohya_names(patch: Patch) -> bool:
-    """Whether kohya's format can hold it: it names the layers of UNets and their text encoders."""
-    return TRANSFORMER not in patch.components
+    """Whether kohya's format can hold it: it names the layers of UNets, of well-known transformers, and of CLIP."""
+    if TRANSFORMER not in patch.components:
+        return True
+    texts = [split_name(one)[1] for one in patch.modules if split_name(one)[0] != TRANSFORMER]
+    return transformer_of(patch) is not None and all(_text_module(one.replace(".", "_")) == one for one in texts)
 
 
-def _kohya_name(name: str, *, sdxl: bool) -> str:
-    """``unet.mid_block.x`` → ``lora_unet_mid_block_x``."""
+def transformer_of(patch: Patch, told: str | None = None) -> OriginalNames | None:
+    """How other tools call the layers of the transformer that it changes; None where nobody knows, or it changes none.
+
+    Args:
+        patch: its metadata tell the transformer's class; another tool's LoRA may fit several.
+        told: the class in diffusers of the base that it is for.
+    """
+    changed = [module for part, module in map(split_name, patch.modules) if part == TRANSFORMER]
+    told = told or (patch.metadata.base_denoiser_class if patch.metadata is not None else None)
+    return kind_of(changed, told) if changed else None
+
+
+def _kohya_name(name: str, *, numbered: bool) -> str:
+    """``unet.mid_block.x`` → ``lora_unet_mid_block_x``; the first text encoder has a number where there are two."""
     component, module = split_name(name)
-    first = "lora_te1" if sdxl else "lora_te"
-    prefix = {"unet": "lora_unet", "text_encoder": first}.get(component, "lora_te2")
+    first = "lora_te1" if numbered else "lora_te"
+    prefix = {"unet": "lora_unet", TRANSFORMER: "lora_unet", "text_encoder": first}.get(component, "lora_te2")
     return f"{prefix}_{module.replace('.', '_')}"
 
 
-def resolver(modules: Iterable[str] | None, header: Mapping[str, str], source: str) -> Callable[[str], str]:
-    """How kohya's names of one file become ``<component>.<module>``."""
+def resolver(
+    modules: Iterable[str] | None, header: Mapping[str, str], source: str, kind: OriginalNames | None = None
+) -> Callable[[str], str]:
+    """How kohya's names of one file become ``<component>.<module>``, for a transformer by its original names."""
     table: dict[str, list[str]] = {}
     for full in modules or ():
         table.setdefault(full.replace(".", "_"), []).append(full)
@@ -102,9 +121,11 @@ def resolver(modules: Iterable[str] | None, header: Mapping[str, str], source: s
         if name in recorded:
             return recorded[name]
         prefix, rest = _KOHYA_NAME.fullmatch(name).groups()  # type: ignore[union-attr]
-        component = _KOHYA_COMPONENTS[prefix]
-        if component != "unet":
+        component = _KOHYA_COMPONENTS.get(prefix, TRANSFORMER if kind else "unet")
+        if component.startswith("text"):
             module = _text_module(rest)
+        elif kind is not None:
+            module = kind.named(rest)
         elif modules is None:
             module = unet_module(rest)
         else:
@@ -118,8 +139,8 @@ def resolver(modules: Iterable[str] | None, header: Mapping[str, str], source: s
             module = found[0]
         if module is None:
             raise PatchError(
-                f"{source} has a '{name}' that names no module of a Stable Diffusion model; if it is for "
-                "another base, name that with --base"
+                f"{source} has a '{name}' that names no layer of a Stable Diffusion model or a known transformer; "
+                "if it is for another base, name that with --base"
             )
         return f"{component}.{module}"
 
@@ -180,50 +201,71 @@ def _stands_for(short: str, full: object) -> bool:
     """Whether kohya's spelling makes one name out of the other."""
     if not isinstance(full, str) or split_name(full)[0] not in COMPONENTS:
         return False
-    return short in [_kohya_name(full, sdxl=sdxl) for sdxl in (False, True)]
+    return short in [_kohya_name(full, numbered=numbered) for numbered in (False, True)]
 
 
 # Long: every header entry that three tools read is told here, once.
 def to_kohya(
-    patch: Patch, *, dtype: torch.dtype = torch.float16, date: datetime.date | None = None
+    patch: Patch,
+    *,
+    dtype: torch.dtype = torch.float16,
+    date: datetime.date | None = None,
+    denoiser_class: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a kohya file.
 
-    All modules get one alpha, equal to their one rank, so that every loader finds the scale 1:
-    diffusers drops alphas that differ from module to module. Lower ranks are filled up with zeros.
+    Of a UNet all modules get one alpha, equal to their one rank, so that every loader finds the scale 1:
+    diffusers drops alphas that differ from module to module. Lower ranks are filled up with zeros. Each layer of a
+    transformer keeps its rank, and layers that are one weight in the original checkpoint become one.
 
     Args:
         patch: what to write.
         dtype: of the factors; alphas are float32.
         date: of making, today (UTC) by default.
+        denoiser_class: of the base it is for, where the patch does not tell.
 
     Returns:
         Tensors, and kohya's header entries, ModelSpec's and our own, from which the way back restores all.
 
     Raises:
         PatchError: a value does not fit into the dtype, two modules share one name in kohya's spelling,
-            or it changes a transformer.
+            or it changes a transformer whose layers have no names there.
     """
-    if not has_kohya_names(patch):
+    kind = transformer_of(patch, denoiser_class)
+    if TRANSFORMER in patch.components and kind is None:
         raise PatchError(
-            f"{patch.source} changes a transformer, and kohya files are written for UNets and their text encoders"
+            f"{patch.source} changes a transformer whose layers have no names in kohya's format, or several: "
+            "diffusers' file is the one to use, or --base says which model it is for"
         )
-    base, architecture, pixels = _version_of(patch)
+    base, architecture, pixels = _version_of(patch) if kind is None else (kind.version, kind.architecture, 1024)
+    numbered = kind is not None or architecture == "stable-diffusion-xl-v1-base"
     rank = max(patch.ranks.values())
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    ranks: dict[str, int | tuple[int, ...]] = {}
     unreadable: dict[str, str] = {}
-    resolve = resolver(None, {}, patch.source)
-    for full in patch.modules:
-        short = _kohya_name(full, sdxl=architecture == "stable-diffusion-xl-v1-base")
+    resolve = resolver(None, {}, patch.source, kind)
+
+    def write(short: str, a: Tensor, b: Tensor) -> None:
         if f"{short}.alpha" in tensors:
             raise PatchError(f"{patch.source} has two modules that kohya's spelling calls '{short}'")
-        a, b = patch.factors(full)
+        tensors[f"{short}.lora_down.weight"], tensors[f"{short}.lora_up.weight"] = a.to(dtype), b.to(dtype)
+        tensors[f"{short}.alpha"] = torch.tensor(float(len(a)))
+
+    changed = {one: patch.factors(one) for one in patch.modules}
+    if kind is not None:
+        own = {split_name(one)[1]: pair for one, pair in changed.items() if one.startswith(f"{TRANSFORMER}.")}
+        for joined in kind.join(own, patch.source):
+            short = _kohya_name(f"{TRANSFORMER}.{joined.name}", numbered=True)
+            write(short, *joined.factors)
+            if joined.ranks is not None:
+                ranks[short] = joined.ranks
+    for full, (a, b) in changed.items():
+        if kind is not None and full.startswith(f"{TRANSFORMER}."):
+            continue
+        short = _kohya_name(full, numbered=numbered)
         if a.shape[0] != rank:
             ranks[short] = a.shape[0]
-        tensors[f"{short}.lora_down.weight"] = _padded(a, rank, 0).to(dtype)
-        tensors[f"{short}.lora_up.weight"] = _padded(b, rank, 1).to(dtype)
-        tensors[f"{short}.alpha"] = torch.tensor(float(rank))
+        write(short, _padded(a, rank, 0), _padded(b, rank, 1))
         try:
             readable = resolve(short) == full
         except PatchError:
@@ -234,7 +276,7 @@ def to_kohya(
     # What another tool said of its training stays; what describes the tensors is said anew.
     training = {key: text for key, text in patch.foreign.items() if key.startswith(("ss_", "modelspec."))}
     header = {"format": "pt", **training} | {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if kind is None else kind.script,
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_output_name": output_name(patch),
@@ -245,6 +287,7 @@ def to_kohya(
     }
     if base is not None:
         header |= {"ss_base_model_version": base, "ss_v2": str(base.startswith("sd_v2"))}
+    if architecture is not None:
         header["modelspec.architecture"] = f"{architecture}/lora"
     if pixels is not None:
         header["modelspec.resolution"] = f"{pixels}x{pixels}"
@@ -308,14 +351,15 @@ def _told(made: PatchMetadata) -> dict[str, str]:
     # A stack of several kinds has none that could be named.
     kind = made.kind if made.kind in KINDS else "concepts" if made.parts else "concept"
     what = f"Erases the {kind} '{made.concept}' from {made.base}, by {made.method}"
+    predicted = {"v_prediction": "v", "epsilon": "epsilon"}.get(made.prediction_type)
     return {
+        **({"modelspec.prediction_type": predicted} if predicted else {}),
         "ss_training_comment": f"{what}; made by recare-patch {__version__}",
         "ss_sd_model_name": made.base,
         "ss_seed": str(made.seed),
         "modelspec.title": f"Erase {made.concept}",
         "modelspec.description": f"{what}. To be used at strength 1.",
         "modelspec.tags": f"concept-erasure, {kind}",
-        "modelspec.prediction_type": "v" if made.prediction_type == "v_prediction" else "epsilon",
     } | made.to_header()
 
 
@@ -338,19 +382,24 @@ def _hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[st
 
 
 def write_kohya(
-    patch: Patch, path: str | Path, *, dtype: torch.dtype = torch.float16, date: datetime.date | None = None
+    patch: Patch,
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    date: datetime.date | None = None,
+    denoiser_class: str | None = None,
 ) -> Path:
-    """Write a kohya file for A1111 and ComfyUI, whole or not at all.
+    """Write a kohya file for A1111, Forge and ComfyUI, whole or not at all.
 
     Args:
-        patch, dtype, date: see :func:`to_kohya`, also for what it raises.
+        patch, dtype, date, denoiser_class: see :func:`to_kohya`, also for what it raises.
         path: the file, or a folder, in which it is named by :func:`output_name`.
 
     Raises:
         OutputError: it cannot be written.
     """
     file = target_file(path, f"{output_name(patch)}.safetensors")
-    tensors, header = to_kohya(patch, dtype=dtype, date=date)
+    tensors, header = to_kohya(patch, dtype=dtype, date=date, denoiser_class=denoiser_class)
     write_tensors(file, tensors, header)
     return file
 

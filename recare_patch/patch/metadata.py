@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recare_patch.core import PatchError, RecipeError, load_json, printable
+from recare_patch.models import COMPILED
 from recare_patch.recipe import TEXT_LAYER_SETS, Concept, Recipe, concept_key, stack_has_no_recipe
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class PatchMetadata(_Told):
         None, description="by component; None for a patch that changes the denoiser alone"
     )
     base_prompt_width: int | None = Field(None, description="of the prompt embeddings that the denoiser reads")
+    base_denoiser_class: str | None = Field(None, description="in diffusers, by which other tools' names are known")
     concepts: tuple[Erased, ...] | None = Field(
         None,
         max_length=_MOST_CONCEPTS,
@@ -155,6 +157,7 @@ class PatchMetadata(_Told):
             base_denoiser_sha256=base.denoiser_hash(),
             prediction_type=base.prediction_type,
             base_prompt_width=_prompt_width(base),
+            base_denoiser_class=type(getattr(base.denoiser, COMPILED[:-1], base.denoiser)).__name__,
             concept=recipe.title,
             kind=recipe.concept.kind,
             method=recipe.method,

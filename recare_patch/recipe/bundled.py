@@ -60,13 +60,13 @@ class Beneath:
 
     Attributes:
         values: hold where neither a recipe, a method nor a user says otherwise.
-        by_method: the same for one method, before its own defaults.
         firm: go before a recipe and a preset too: a base that draws in four steps draws in no other way.
+        of_method: method → values that go before the method's own defaults.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
-    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     firm: Mapping[str, Any] = field(default_factory=dict)
+    of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def unsaid(self, method: Any) -> dict[str, Any]:
         """The values of which a method has no default of its own, and those that are for it."""
@@ -74,9 +74,7 @@ class Beneath:
             return dict(self.values)
         info = method_info(method)
         own = {*info.defaults, *(RANK_KEYS if info.rank_per_name else ())}
-        return {key: value for key, value in self.values.items() if key not in own} | dict(
-            self.by_method.get(method, {})
-        )
+        return {key: one for key, one in self.values.items() if key not in own} | dict(self.of_method.get(method, {}))
 
     def under(self, data: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
         """A recipe's plain data, filled where neither it nor its method's own defaults say anything."""
@@ -91,7 +89,7 @@ class Beneath:
     def preset(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """A preset's keys for this base: its steps are a share of the method's, and here of the base's for it."""
         steps, method = "erase.steps", str(given.get("method", "recare"))
-        own, here = method_info(method).defaults.get(steps), self.by_method.get(method, {}).get(steps)
+        own, here = method_info(method).defaults.get(steps), self.of_method.get(method, {}).get(steps)
         if steps not in given or not own or not here:
             return dict(given)
         return {**given, steps: max(1, round(given[steps] * here / own))}

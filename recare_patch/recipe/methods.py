@@ -13,6 +13,8 @@ DENOISER_LAYERS = (
     "cross-attention",
     "cross-attention-kv",
     "cross-attention-v",
+    "text",
+    "text-input",
     "self-attention",
     "attention",
     "transformer-blocks",

@@ -29,6 +29,16 @@ KOHYA = {
     "lora_te_text_model_q.lora_down.weight": torch.zeros(2, 8, dtype=torch.float16),
     "lora_te_text_model_q.lora_up.weight": torch.zeros(8, 2, dtype=torch.float16),
 }
+FLUX = {
+    "lora_unet_double_blocks_0_txt_attn_qkv.lora_down.weight": torch.ones(4, 8),
+    "lora_unet_double_blocks_0_txt_attn_qkv.lora_up.weight": torch.ones(24, 4),
+    "lora_unet_single_blocks_0_linear2.lora_down.weight": torch.ones(2, 40),
+    "lora_unet_single_blocks_0_linear2.lora_up.weight": torch.ones(8, 2),
+}
+COMFYUI = {
+    "diffusion_model.joint_blocks.0.context_block.attn.qkv.lora_A.weight": torch.ones(2, 8),
+    "diffusion_model.joint_blocks.0.context_block.attn.qkv.lora_B.weight": torch.ones(24, 2),
+}
 PEFT = {"base_model.model.q.lora_A.weight": torch.zeros(3, 8), "base_model.model.q.lora_B.weight": torch.zeros(8, 3)}
 
 
@@ -37,6 +47,8 @@ PEFT = {"base_model.model.q.lora_A.weight": torch.zeros(3, 8), "base_model.model
     [
         (DIFFUSERS, {"format": "diffusers", "parts": {"unet": 1}, "modules": 1, "ranks": {"4": 1}, "alphas": 0}),
         (KOHYA, {"format": "kohya", "parts": {"unet": 1, "text_encoder": 1}, "ranks": {"2": 2}, "alphas": 1}),
+        (FLUX, {"format": "kohya", "parts": {"transformer": 2}, "made_for": "FLUX.1 or FLUX.2"}),
+        (COMFYUI, {"format": "comfyui", "parts": {"transformer": 1}, "made_for": "Stable Diffusion 3"}),
         (PEFT, {"format": "peft", "modules": 1, "ranks": {"3": 1}}),
         ({"conv.weight": torch.zeros(1)}, {"format": "not a LoRA", "modules": 0}),
     ],
@@ -96,6 +108,18 @@ def test_convert_there_and_back(invoke: Invoke, patch_folder: str, tiny_sd: Path
     assert first.keys() == second.keys()
     assert all(tensor.equal(second[name]) for name, tensor in first.items())
     assert invoke("inspect back").exit_code == 0
+
+
+def test_convert_a_transformer_there_and_back(invoke: Invoke) -> None:
+    save_file(FLUX, "flux.safetensors")
+    assert invoke("convert flux.safetensors --to diffusers --out patch").exit_code == 0
+    facts = json.loads(invoke("inspect patch --json").stdout)
+    assert (facts["parts"], facts["made_for"]) == ({"transformer": 4}, "FLUX.1")
+    made = invoke("convert patch --to kohya --out again.safetensors --precision fp32")
+    assert made.exit_code == 0, made.output
+    back = load_file("again.safetensors")
+    stem = "lora_unet_double_blocks_0_txt_attn_qkv.lora_{}.weight"
+    assert torch.equal(back[stem.format("up")] @ back[stem.format("down")], torch.full((24, 8), 4.0))
 
 
 def test_convert_to_a_file_and_a_precision(invoke: Invoke, patch_folder: str) -> None:

@@ -75,10 +75,10 @@ def test_what_a_run_reads_is_fetched_once_and_nothing_else(hub: HubStandIn, tiny
     assert not fetched(hub) and len(hub.seen) == 1
 
 
-def _flux(files: dict[str, bytes]) -> dict[str, bytes]:
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+def _video(files: dict[str, bytes]) -> dict[str, bytes]:
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     moved = {name.replace("unet/", "transformer/"): data for name, data in files.items()}
-    config = json.dumps({"_class_name": "FluxTransformer2DModel"}).encode()
+    config = json.dumps({"_class_name": "WanTransformer3DModel"}).encode()
     return moved | {"model_index.json": json.dumps(index).encode(), "transformer/config.json": config}
 
 
@@ -93,7 +93,7 @@ def _pickled(files: dict[str, bytes]) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (_flux, "is a FluxPipeline"),
+        (_video, "is a WanPipeline, which draws videos"),
         (_edited("unet/config.json", in_channels=9), "an inpainting model"),
         (_edited("vae/config.json", latent_channels=16), "16 latent channels"),
         (_pickled, r"has its unet only as a pickle \(diffusion_pytorch_model.bin\)"),

@@ -85,7 +85,7 @@ class Closed(SolvedMethod):
         reads="the concept's names, and words that must stay",
         strength="a second for a name, and a hundred names at once; a few kilobytes",
         weakness="only the names that it was told; no step looks at a picture",
-        layers=("cross-attention-v", "cross-attention-kv"),
+        layers=("cross-attention-v", "cross-attention-kv", "text-input"),
         options=ClosedOptions,
         replaces="values at the concept's last token become those at the replacement's",
         continues=False,
@@ -214,7 +214,7 @@ def _solved(
     whole = [f"{one} and {other}" for one, other in zip(beside[:_WHOLE], reversed(words), strict=False)]
     begun = [form.removesuffix("{}").strip() for form in forms]
     retained, empty = base.word_states([*words, *beside, *begun]), base.empty_states()
-    seen = models.in_double(base.encode_prompts(whole or [""]).prompt_embeds)[:, 1:].flatten(0, 1)
+    seen = base.prompt_states(whole or [""])[:, 1:].flatten(0, 1)
     every = torch.cat(list(weights.values()))
     reads, went = solution(erased, instead, retained, empty, options, values=every, beside=seen, generator=generator)
     models.check_finite(reads, "the numbers that the closed form gives", base.dtype)

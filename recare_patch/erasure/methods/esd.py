@@ -69,7 +69,7 @@ class ESD(LossMethod):
         if self.instead is not None:
             parts = self.instead.conditions(which)
         with torch.no_grad(), models.off(*base.components.values()):
-            states, times = latents.repeat(len(parts), 1, 1, 1), timesteps.repeat(len(parts))
+            states, times = latents.repeat(len(parts), *(1,) * (latents.ndim - 1)), timesteps.repeat(len(parts))
             frozen = base.denoise(states, times, models.PromptEmbeds.cat(parts)).float().chunk(len(parts))
         target = self.instead.target(frozen, eta) if self.instead is not None else esd_target(frozen[0], frozen[1], eta)
         return F.mse_loss(base.denoise(latents, timesteps, named).float(), target)

@@ -243,7 +243,7 @@ class ReCARE(LossMethod):
             parts = self.instead.conditions(chosen)
         count = len(parts)
         with torch.no_grad(), models.off(*base.components.values()):
-            states = torch.cat([latents.repeat(count, 1, 1, 1), held])
+            states = torch.cat([latents.repeat(count, *(1,) * (latents.ndim - 1)), held])
             times = torch.cat([timesteps.repeat(count), held_times])
             frozen = base.denoise(states, times, cat([*parts, retained])).float()
         steered, kept = frozen[: count * rows].chunk(count), frozen[count * rows :]
@@ -296,7 +296,7 @@ class ReCARE(LossMethod):
         ours = torch.rand(rows, generator=generator) < 0.5
         picks = torch.where(ours, texts.pictured[pictures], picks)
         here = ours.to(latents.device)
-        states = torch.where(here.view(-1, 1, 1, 1), states, latents)
+        states = torch.where(here.view(-1, *(1,) * (states.ndim - 1)), states, latents)
         table = self.retained
         if self.adversaries is not None:
             # Guidance goes from the empty prompt to the prompt: were the empty one pushed away from the

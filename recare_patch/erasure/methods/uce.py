@@ -62,7 +62,7 @@ class UCE(SolvedMethod):
         reads="the concept's name, words of CLIP's vocabulary",
         strength="no training and no pictures: a few seconds",
         weakness="only words that it was told; no step looks at a picture",
-        layers=("cross-attention-kv",),
+        layers=("cross-attention-kv", "text-input"),
         options=UCEOptions,
         replaces="keys and values of the concept's tokens become those of the replacement's",
         continues=False,
@@ -86,7 +86,7 @@ class UCE(SolvedMethod):
         self.check_reads(width)
         self.retained = torch.zeros(0, width).double()
         if context.retained.prompts:
-            kept = models.in_double(base.encode_prompts(list(context.retained.prompts)).prompt_embeds)
+            kept = base.prompt_states(list(context.retained.prompts))
             self.retained = kept[:, 1:].flatten(0, 1)
 
     def _aligned(self, prompt: str, other: str) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class UCE(SolvedMethod):
             ``[tokens, width]`` each, fp64.
         """
         base = self.context.base
-        rows = models.in_double(base.encode_prompts([prompt, other]).prompt_embeds)
+        rows = base.prompt_states([prompt, other])
         ids, others = base.token_ids(prompt), base.token_ids(other)
         same = next((k for k, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), len(others))
         shift = len(ids) - len(others)
