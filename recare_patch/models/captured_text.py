@@ -275,10 +275,14 @@ class CapturedText(PromptEncoding):
 
     @functools.cached_property
     def _longest(self) -> int | None:
-        """Tokens of a prompt: the pipeline's own number, or what all its tokenizers read where that is less."""
+        """Tokens of a prompt: the pipeline's own number, or what its tokenizers read where that is less."""
         parameter = inspect.signature(type(self.pipeline).__call__).parameters.get("max_sequence_length")
-        most = max((int(one.model_max_length) for one in self._tokenizers), default=0)
-        return None if parameter is None else min(int(parameter.default), most)
+        if parameter is None:
+            return None
+        # CLIP's read 77 tokens whatever is asked for.
+        pairs = zip(self._encoders, self._tokenizers, strict=True)
+        read = [int(tokenizer.model_max_length) for one, tokenizer in pairs if "CLIPText" not in type(one).__name__]
+        return min(int(parameter.default), max(read, default=int(parameter.default)))
 
 
 def _word(number: int) -> str:
