@@ -18,7 +18,7 @@ from recare_patch.core import EvaluationError, IncompatiblePatchError, RecarePat
 from recare_patch.measure.board import EMPTY, Cell, figure_cell, figure_in, names_in, write_board
 from recare_patch.measure.evidence import Evidence, worst_erased, worst_kept
 from recare_patch.measure.run import evaluate
-from recare_patch.measure.suites import own_recipe
+from recare_patch.measure.suites import own_recipe, resolve_suite
 from recare_patch.models import find_layout, phantom
 from recare_patch.patch import REPORT_NAME, Patch
 from recare_patch.recipe import slug_of
@@ -64,10 +64,11 @@ def transfer(patch: Patch | Path | str, on: Sequence[str | Path], *, out: Path |
         logger.warning("%s is left out: %s", title, fault)
     if not fitting:
         raise IncompatiblePatchError(next(iter(faults.values())))
-    if how.get("clip") is None and loaded.metadata is not None:
-        # One pair of eyes for all: that of the patch's own base, whatever a fine-tune's folder is called.
-        recipe = own_recipe(loaded)
-        how["clip"] = (recipe and recipe.clip) or default_clip(loaded.metadata.base)
+    if loaded.metadata is not None:
+        # One suite and one pair of eyes for all, those of the patch's own base: a fine-tune's name tells neither.
+        own, recipe = loaded.metadata.base, own_recipe(loaded)
+        how["clip"] = how.get("clip") or (recipe and recipe.clip) or default_clip(own)
+        how["suite"] = how.get("suite") or resolve_suite(loaded, None, own, concept=how.get("concept"))
     found: dict[str, Evidence] = {}
     for title, source in fitting.items():
         # Attacks beside the patch were run on its own base, and say nothing of this one.
