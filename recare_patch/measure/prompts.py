@@ -119,9 +119,12 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Ro
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     held: dict[str, list[Any]] = {name: [] for name in chosen}
     left: dict[str, list[int]] = {}
+    line = 0
     try:
         next(reader)
+        line = reader.line_num
         for cells in reader:
+            line = reader.line_num
             if not cells:
                 continue
             read = _read_row(cells, names, chosen)
@@ -131,7 +134,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None) -> Ro
             for name, value in read:
                 held[name].append(value)
     except csv.Error as fault:
-        raise EvaluationError(f"line {reader.line_num + 1} of {path} is no row of a table: {fault}") from None
+        raise EvaluationError(f"line {line + 1} of {path} is no row of a table: {fault}") from None
     reasons = "; ".join(f"{len(lines):,} with {why} ({_lines(lines)})" for why, lines in left.items())
     count = sum(map(len, left.values()))
     if not held["prompt"]:
