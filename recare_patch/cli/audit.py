@@ -27,7 +27,10 @@ def _place(text: str) -> str:
 @option("--base FOLDER|HUB-ID", "The untouched model that all of them are for.", required=True)
 @option("--concept TEXT", "What they claim to have erased.  [default: the suite's, or what a patch among them says]")
 @option("--kind NAME", f"{' | '.join(KINDS)}, of a concept without a bundled suite.")
-@option("--suite NAME|FILE", "Prompts and seeds.  [default: the concept's own, else one from its name]")
+@option(
+    "--suite NAME|FILE",
+    "Prompts and seeds: a suite, or a table of prompts (.csv).  [default: the concept's own, else one from its name]",
+)
 @option("--metric NAME", "{names}; repeatable.  [default: all that need no training]", into="metrics",
         cls=cli.NamesOption, table="METRICS")  # fmt: skip
 @option("--attack NAME", "{names}; repeatable.", into="attacks", cls=cli.NamesOption, table="ATTACKS")

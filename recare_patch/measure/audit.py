@@ -38,6 +38,7 @@ from recare_patch.measure.pictures import PictureCache, default_cache
 from recare_patch.measure.report import write_report
 from recare_patch.measure.run import PICTURES, PICTURES_AT_ONCE, Options, Scores, score
 from recare_patch.measure.suites import Subject, Suite, find_suite_for, load_suite, resolve_suite, suited
+from recare_patch.measure.tables import AS_IT_IS, with_table
 from recare_patch.measure.unwritten import default_suite, subject_in
 from recare_patch.measure.verify import TOLERANCE, Plan, compare, measured_again
 from recare_patch.measure.weights import Weights
@@ -203,8 +204,9 @@ def _suite(
     """What all are judged by: as it is named, or as the first patch among them says."""
     if kind is not None and kind not in KINDS:
         raise EvaluationError(f"'{kind}' is no kind of concept: there are {', '.join(KINDS)}")
+    table = AS_IT_IS.table(suite)
     chosen: Suite | None = suite if isinstance(suite, Suite) else None
-    if suite is not None and chosen is None:
+    if suite is not None and chosen is None and table is None:
         assert isinstance(suite, str | Path)
         chosen = load_suite(suite, concept=concept, kind=kind)
     if chosen is None and concept is not None:
@@ -224,6 +226,8 @@ def _suite(
                 "none of these says what it erases: give --concept TEXT and, where no suite is bundled for it, --kind"
             )
         chosen = resolve_suite(told[0], None, base_id)
+    if table is not None:
+        chosen = with_table(chosen, table, AS_IT_IS)
     return chosen if seed is None else chosen.with_changes(first_seed=seed)
 
 
