@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recare_patch.careset import CareSet, Clip, build_care_set
-from recare_patch.erasure import classifier_free, recare_target
-from recare_patch.models import PLACEHOLDER, BaseModel, PromptEmbeds, sample_timesteps
+from recare_patch.erasure import recare_target
+from recare_patch.models import PLACEHOLDER, BaseModel, PromptEmbeds, classifier_free, sample_timesteps
 from recare_patch.models import lora as adapters
 from recare_patch.recipe import CareSetOptions, Concept
 

@@ -12,7 +12,7 @@ from click import FloatRange, command, echo
 
 from recare_patch import cli
 from recare_patch.cli import flag, option
-from recare_patch.core import OutputError, RecipeError, ResumeError, check_sheet, read_text, save_sheet
+from recare_patch.core import OutputError, RecipeError, ResumeError, read_text
 from recare_patch.recipe import (
     KINDS,
     METHODS,
@@ -339,6 +339,8 @@ def plan(
     if sheet is not None:
         if not collateral:
             raise RecipeError("--sheet draws what --collateral tells: give both")
+        from recare_patch.core import check_sheet
+
         check_sheet(sheet)
     overrides = cli.overrides_from(assignments)
     from recare_patch.erasure import UTILIZATION, choose, is_exact, measured_speed
@@ -381,6 +383,7 @@ def plan(
 
 
 def _tell_collateral(recipe: Recipe, device: str, file: Path | None) -> None:
+    from recare_patch.core import save_sheet
     from recare_patch.erasure import draw_forecast, forecast
     from recare_patch.models import load_base
 

@@ -328,7 +328,7 @@ def prepare(target: Target, method: type[Method]) -> Context:
         retained=RetainedPrompts(tuple(texts), guarded, latents, torch.tensor(pictured, dtype=torch.long)),
         related=related,
         companions=target.care_words,
-        **(_language(target) if needs.words else {}),
+        **(_language(target) if needs.words or run.recipe.erase.start == "closed" else {}),
     )
 
 

@@ -215,7 +215,7 @@ def test_a_replay_takes_everything_from_the_saved_attack(attacked: Run, invoke: 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--patch a-patch", "no attack was named: give --attack NAME (concept-inversion, p4d"),
+        ("--patch a-patch", "no attack was named: give --attack NAME (classifier-guidance, completion, co"),
         ("--patch a-patch --attack concept-inverson", "did you mean 'concept-inversion'?"),
         ("--patch a-patch --attack p4d --budget publishd", "did you mean 'published'?"),
         ("--patch a-patch --attack p4d --vectors 2", "vectors is not an option of p4d"),

@@ -26,8 +26,9 @@ from recare_patch.measure.card import claimed_figures, with_evidence
 from recare_patch.measure.evidence import Evidence
 from recare_patch.measure.finding import find_eraser
 from recare_patch.measure.integrity import check_integrity
+from recare_patch.measure.prompts import read_prompts
 from recare_patch.measure.report import write_report
-from recare_patch.measure.suites import load_suite, parse_suite, read_prompts, subject_of, suites_folder
+from recare_patch.measure.suites import load_suite, parse_suite, subject_of, suites_folder
 from recare_patch.measure.weights import Weights
 from recare_patch.models import read_layout
 from recare_patch.patch import CARD_NAME, EVIDENCE_NAME, Patch, concepts_of, write_kohya

@@ -556,7 +556,7 @@ def test_search(hub: HubStandIn, there: Repo, monkeypatch: pytest.MonkeyPatch) -
     assert "Nothing was found." in sound("search", "no such thing").stdout
     page = sound("search", "--markdown").stdout
     assert f"[hub:{REPO}]({hub.endpoint}/{REPO})" in page
-    assert "two ways to print" in refused("search", "--json", "--markdown")
+    assert "ways to show the same" in refused("search", "--json", "--markdown")
 
 
 def test_cards_of_strangers_are_shown_as_text(hub: HubStandIn) -> None:

@@ -178,10 +178,13 @@ def started(contexts: Sequence[Context], rank: int, generator: torch.Generator) 
     layers = dict(models.base_layers(base.denoiser))
     for name in models.target_modules(base.denoiser, "cross-attention-v"):
         layer = layers[name]
-        if name in trained and isinstance(layer, torch.nn.Linear) and layer.in_features == width:
+        if name not in trained or not isinstance(layer, torch.nn.Linear) or layer.in_features != width:
+            continue
+        # Weights that wait elsewhere or are quantized cannot be read here.
+        if not layer.weight.is_meta and layer.weight.is_floating_point():
             weights[name] = models.in_double(layer.weight.detach())
     if not weights:
-        logger.info("no trained value of base %s reads the prompt itself: training starts from nothing", base.id)
+        logger.info("no trained value of base %s reads the prompt and can be read: training starts from zero", base.id)
         return {}
     asked = [Asked.of(context) for context in contexts]
     reads, writes, went, _ = _solved(asked, _retained(asked, options.words), weights, options, generator)

@@ -67,33 +67,8 @@ class ReCARE(LossMethod):
         searches=True,
         replaces="the prediction under the concept's prompts becomes that under the replacement's",
         separates="what the attribute adds to the subject's prompts is taken away",
-        defaults={
-            # Layers enough to lose the concept itself and not its names alone; see docs/erasure.md for each number.
-            "adapter.layers": "transformer-blocks",
-            "adapter.rank": 2,
-            "adapter.alpha": 8.0,
-            "target_images.count": 24,
-            "target_images.steps": 8,
-            "target_images.scheduler": "dpm-solver++",
-            # Adversaries in the loop take the search's place. What they find is not what the run's own look sees, so
-            # it takes all its steps.
-            "search.rounds": 0,
-            "erase.ends": "steps",
-            "erase.steps": 28,
-            "erase.batch_size": 2,
-            "erase.retain_batch_size": 7,
-            "erase.retain_weight": 6.0,
-            "erase.learning_rate": 3.0e-3,
-            "adversary.count": 2,
-            "adversary.space": "embeddings",
-            "adversary.steps": 1,
-            "adversary.life": 20,
-            "adversary.batch_size": 2,
-            "adversary.learning_rate": 0.1,
-            "adversary.weight": 2.0,
-        },
     )
-    needs = Needs(care_set=True, retained=True, retained_images=True, joined=True, words=True)
+    needs = Needs(care_set=True, retained=True, retained_images=True, joined=True)
 
     def __init__(self, context: Context) -> None:
         base, erased, retained = context.base, context.erased, context.retained
