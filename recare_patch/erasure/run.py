@@ -19,6 +19,7 @@ from recare_patch.careset import CareSet, Clip, default_clip, guess_kind
 from recare_patch.core import (
     NullProgress,
     OutputError,
+    PatchError,
     Progress,
     ResumeError,
     claim_folder,
@@ -410,6 +411,10 @@ def _finish(
     previews = ["preview.png"] if preview is not None else []
     write_text(out / "README.md", card_text(patch.metadata, cost, previews=previews))
     if "kohya" in file_formats and has_kohya_names(patch):
-        write_kohya(patch, out)
+        try:
+            write_kohya(patch, out)
+        except PatchError as fault:
+            # A denoiser of an unusual shape has no original names; the patch itself is whole.
+            run.warn(f"no file for other tools is written: {fault}")
     weights.replace(out / weights.name)
     return cost

@@ -61,6 +61,9 @@ class TestTargetModules:
         assert sorted(cross + own) == sorted(attention)
         assert sorted(cross + outside) == sorted(everything)
         assert "conv_in" in outside
+        blocks = set(adapters.target_modules(base.denoiser, "transformer-blocks"))
+        assert set(attention) < blocks < set(everything) and not any("resnets" in name for name in blocks)
+        assert {name.rpartition(".")[2] for name in blocks} >= {"proj_in", "proj_out"}
         assert len(everything) == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in base.denoiser.modules())
         # An adapter does not change the answer.
         _attach(base)

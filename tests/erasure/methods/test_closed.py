@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from recare_patch.careset import CareSet
-from recare_patch.erasure import EraseResult
+from recare_patch.erasure import EraseResult, forecast
 from recare_patch.erasure.methods.closed import ClosedOptions, solution
 from recare_patch.models import BaseModel, base_layers, in_double
+from recare_patch.patch import Patch
 from recare_patch.recipe import Concept, Recipe
 
 GENERATOR = torch.Generator()
@@ -148,3 +149,28 @@ def test_words_alone_are_read_as_in_whole_prompts(base: BaseModel, length: int) 
     torch.testing.assert_close(base.word_states(words), whole[range(3), places], atol=1e-5, rtol=1e-4)
     assert base.word_states([]).shape == (0, whole.shape[2])
     assert [one.model_max_length for one in base._tokenizers] == [77]
+
+
+def test_training_may_start_from_it(run: Callable[..., EraseResult], small: Callable[..., Recipe]) -> None:
+    """With a rate of almost nothing what comes out is the start: values of names go, other layers stay."""
+    still = {"erase.learning_rate": 1e-12, "erase.steps": 1, "erase.optimizer": "adamw", "search.rounds": 0}
+    recipe = small(**still, **{"erase.start": "closed", "erase.ends": "steps", "adapter.layers": "transformer-blocks"})
+    patch = run(recipe).patch
+    sizes = _sizes(patch)
+    moved = {name for name, size in sizes.items() if size > 1e-6}
+    assert moved and all(name.endswith("attn2.to_v") for name in moved)
+    assert len(moved) == sum(name.endswith("attn2.to_v") for name in sizes) < len(sizes)
+    assert max(_sizes(run(small(**still, **{"erase.ends": "steps"}), "zero").patch).values()) < 1e-6
+
+
+def _sizes(patch: Patch) -> dict[str, float]:
+    factors = {name: patch.factors(name) for name in patch.modules}
+    return {name: float((b.flatten(1) @ a.flatten(1)).norm()) for name, (a, b) in factors.items()}
+
+
+def test_the_forecast_tells_what_the_closed_form_moves_most(small: Callable[..., Recipe]) -> None:
+    found = forecast(small(), most=5)
+    shares = list(found.words.values())
+    assert len(shares) == 5 and shares == sorted(shares, reverse=True) and 0 < shares[0] < 1
+    assert "gogh" not in " ".join(found.words) and found.patch.metadata is not None
+    assert found.patch.metadata.method == "closed"
