@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recare_patch.core import BaseModelError
 from recare_patch.erasure.inversion import name_templates
 from recare_patch.erasure.loop import noised
 from recare_patch.models import LossScale, PromptEmbeds, lora
@@ -52,6 +53,11 @@ class Adversaries:
     """
 
     def __init__(self, base: BaseModel, latents: Tensor, concept: Concept, options: AdversaryOptions) -> None:
+        if type(base.encode_prompts([""])) is not PromptEmbeds:
+            raise BaseModelError(
+                f"base '{base.id}' is known by its pipeline's calls alone, and adversaries are not built for such a "
+                "base: give --set adversary.count=0, and no --preset robust"
+            )
         self.base, self.latents, self.options = base, latents, options
         self.templates = name_templates(concept)
         self._start = base.word_vector(concept.class_word)
