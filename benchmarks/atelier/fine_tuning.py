@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.atelier import scenes
 from benchmarks.atelier.training import (
@@ -21,10 +20,10 @@ from benchmarks.atelier.training import (
     Progress,
     Source,
     _encoded,
+    captioned,
     denoising_loss,
     draw_world,
     save_half,
-    tokenized,
 )
 from recare_patch.models.atelier import PIPELINE
 
@@ -90,13 +89,7 @@ def fine_tune(
     denoiser = pipeline.unet
     denoiser.set_attn_processor(AttnProcessor())
 
-    def conditions(index: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
-        words = world.words(index, generator)
-        dropped = torch.rand(len(words), generator=generator) < 0.1
-        words = ["" if drop else w for w, drop in zip(words, dropped, strict=True)]
-        with torch.no_grad():
-            return pipeline.text_encoder(tokenized(pipeline.tokenizer, words, place)).last_hidden_state, None
-
+    conditions = captioned(world, pipeline.text_encoder, pipeline.tokenizer, place)
     many = theme.steps if steps is None else steps
     loop = Loop("fine-tune", work, denoiser, steps=many, lr=theme.lr, seed=theme.seed, device=place)
     loop.run(denoising_loss(denoiser, latents, conditions, place), progress)

@@ -559,13 +559,7 @@ def train_denoiser(
     denoiser = new()
     denoiser.set_attn_processor(AttnProcessor())
 
-    def conditions(index: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
-        words = world.words(index, generator)
-        dropped = torch.rand(len(words), generator=generator) < 0.1
-        words = ["" if drop else w for w, drop in zip(words, dropped, strict=True)]
-        with torch.no_grad():
-            return text(tokenized(tokenizer, words, device)).last_hidden_state, None
-
+    conditions = captioned(world, text, tokenizer, device)
     loop = Loop("denoiser", work, denoiser, steps=steps, lr=8e-4, seed=seed, ema=0.999, device=device)
     loop.run(denoising_loss(denoiser, latents, conditions, device), progress)
     denoiser.cpu().save_pretrained(work / "unet")
@@ -579,6 +573,19 @@ def tokenized(tokenizer: Any, words: list[str], device: torch.device) -> Tensor:
 
 Conditions = Callable[[Tensor, torch.Generator], tuple[Tensor, dict[str, Tensor] | None]]
 """Gives, for scenes by number, what the denoiser reads of their captions, and what is told beside it."""
+
+
+def captioned(world: World, text: Any, tokenizer: Any, device: torch.device) -> Callable[..., tuple[Tensor, None]]:
+    """What a text encoder says of pictures' captions, one in ten of them empty so that there is guidance."""
+
+    def conditions(index: Tensor, generator: torch.Generator) -> tuple[Tensor, None]:
+        words = world.words(index, generator)
+        dropped = torch.rand(len(words), generator=generator) < 0.1
+        words = ["" if drop else w for w, drop in zip(words, dropped, strict=True)]
+        with torch.no_grad():
+            return text(tokenized(tokenizer, words, device)).last_hidden_state, None
+
+    return conditions
 
 
 def denoising_loss(

@@ -171,6 +171,12 @@ def evaluate(
                 echo("The figures are in the patch's card.")
 
 
+def _beside(patch: str, what: str) -> Path:
+    """The folder of a patch's name and what is in it; "." and ".." have no name to write another beside."""
+    source = Path(patch) if Path(patch).name not in ("", "..") else Path(patch).resolve()
+    return source.with_name(f"{source.name}-{what}")
+
+
 def _transferred(
     patch: str,
     on: Sequence[str],
@@ -187,8 +193,7 @@ def _transferred(
             raise EvaluationError(f"--on names the models in place of the patch's own: leave --{name} out")
     if attacks:
         raise EvaluationError("saved attacks were run on the patch's own base: leave --attacks out, or --on")
-    source = Path(patch) if Path(patch).name not in ("", "..") else Path(patch).resolve()
-    out = options.pop("out") or source.with_name(f"{source.name}-transfer")
+    out = options.pop("out") or _beside(patch, "transfer")
     with cli.shown_progress() as progress:
         shared = {"progress": progress, "memory": cli.given_memory(), "concept": concept}
         found = transferring.transfer(patch, on, out=out, **how, **options, **shared)
@@ -270,10 +275,8 @@ def attack(
         names = ", ".join(measure.ATTACKS.names())
         raise RecipeError(f"no attack was named: give --attack NAME ({names}) or --replay DIR")
     options = attack_options_of(attacks, shared["budget"], overrides)
-    # "." and ".." have no name to write another beside.
-    source = Path(patch) if Path(patch).name not in ("", "..") else Path(patch).resolve()
     # Beside the patch, where `evaluate` and `verify` look for them.
-    folder = out if out is not None else source.with_name(f"{source.name}-attacks")
+    folder = out if out is not None else _beside(patch, "attacks")
     several = cli.several_concepts(patch)
     if several and replay is not None and concept is None:
         concept = measure.replayed_concept(replay)

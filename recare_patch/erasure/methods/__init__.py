@@ -283,14 +283,19 @@ class SolvedMethod(Method):
 
     def weights(self) -> dict[str, Tensor]:
         """The weights of those layers, fp64."""
-        import torch
+        return weights_of(self.context.base, self.modules)
 
-        layers, found = dict(models.base_layers(self.context.base.denoiser)), {}
-        for name in self.modules:
-            weight = layers[name].weight
-            assert isinstance(weight, torch.Tensor)
-            found[name] = models.in_double(weight.detach())
-        return found
+
+def weights_of(base: BaseModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """The weights of some of the denoiser's layers, fp64."""
+    import torch
+
+    layers, found = dict(models.base_layers(base.denoiser)), {}
+    for name in names:
+        weight = layers[name].weight
+        assert isinstance(weight, torch.Tensor)
+        found[name] = models.in_double(weight.detach())
+    return found
 
 
 def at_rank(update: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from recare_patch import models
 from recare_patch.core import Settings
-from recare_patch.erasure.methods import Context, Needs, SolvedMethod, at_rank, padded
+from recare_patch.erasure.methods import Context, Needs, SolvedMethod, at_rank, padded, weights_of
 from recare_patch.recipe import MethodInfo, Paper
 
 if TYPE_CHECKING:
@@ -113,13 +113,12 @@ class Closed(SolvedMethod):
 
         first, base = methods[0], methods[0].context.base
         rank = first.context.recipe.adapter.rank
-        words = _retained([one.asked for one in methods], first.options.words)
+        asked = [one.asked for one in methods]
+        words = _retained(asked, first.options.words)
 
         def solve(generator: torch.Generator) -> dict[str, Tensor]:
             weights = first.weights()
-            reads, writes, went, retained = _solved(
-                [one.asked for one in methods], words, weights, first.options, generator
-            )
+            reads, writes, went, retained = _solved(asked, words, weights, first.options, generator)
             made: dict[str, Tensor] = {}
             missed = total = 0.0
             moved, was = torch.zeros(2, len(words), dtype=reads.dtype).unbind()
@@ -174,20 +173,22 @@ def started(contexts: Sequence[Context], rank: int, generator: torch.Generator) 
     base, options = first.base, ClosedOptions()
     trained = set(models.target_modules(base.denoiser, first.recipe.adapter.layers))
     width = base.empty_states().shape[1]
-    weights: dict[str, Tensor] = {}
-    layers = dict(models.base_layers(base.denoiser))
-    for name in models.target_modules(base.denoiser, "cross-attention-v"):
-        layer = layers[name]
-        if name not in trained or not isinstance(layer, torch.nn.Linear) or layer.in_features != width:
-            continue
+
+    def readable(layer: torch.nn.Module) -> bool:
         # Weights that wait elsewhere or are quantized cannot be read here.
-        if not layer.weight.is_meta and layer.weight.is_floating_point():
-            weights[name] = models.in_double(layer.weight.detach())
-    if not weights:
+        if not isinstance(layer, torch.nn.Linear) or layer.in_features != width:
+            return False
+        return not layer.weight.is_meta and layer.weight.is_floating_point()
+
+    layers = dict(models.base_layers(base.denoiser))
+    values = models.target_modules(base.denoiser, "cross-attention-v")
+    names = [name for name in values if name in trained and readable(layers[name])]
+    if not names:
         logger.info("no trained value of base %s reads the prompt and can be read: training starts from zero", base.id)
         return {}
     asked = [Asked.of(context) for context in contexts]
-    reads, writes, went, _ = _solved(asked, _retained(asked, options.words), weights, options, generator)
+    words = _retained(asked, options.words)
+    reads, writes, went, _ = _solved(asked, words, weights_of(base, names), options, generator)
     logger.info("training starts from the closed form, in which each name goes %.0f %% of its way or more", 100 * went)
     made: dict[str, Tensor] = {}
     for name, out in writes.items():

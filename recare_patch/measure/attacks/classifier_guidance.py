@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.erasure import Checkpoint, Loop, fit, noised
+from recare_patch.erasure import fit, noised
 from recare_patch.measure.attacks import protocol
 from recare_patch.measure.attacks.probes import words
 from recare_patch.measure.attacks.protocol import Attack, AttackError, AttackOptions, AttackRun, AttackTarget, Trial
@@ -99,20 +99,7 @@ class ClassifierGuidance(Attack[ClassifierGuidanceOptions]):
             made = classifier(states, timesteps.to(states.device))
             return F.binary_cross_entropy_with_logits(made, wanted[which])
 
-        fit(
-            list(classifier.parameters()),
-            loss,
-            Loop(
-                self.name,
-                options.steps,
-                options.learning_rate,
-                run.seed,
-                checkpoint=Checkpoint(run.work / "classifier.checkpoint.safetensors") if run.work else None,
-                extra=run.spent,
-                restore_extra=run.catch_up,
-                progress=run.progress,
-            ),
-        )
+        fit(list(classifier.parameters()), loss, run.loop("classifier", options.steps, options.learning_rate))
         return {name: one.detach().float().cpu() for name, one in classifier.state_dict().items()}
 
     @staticmethod

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from recare_patch.erasure import Checkpoint, Loop, invert, name_templates
+from recare_patch.erasure import invert, name_templates
 from recare_patch.measure.attacks import protocol
 from recare_patch.measure.attacks.protocol import AttackOptions, AttackRun, AttackTarget, Trial, Values
 
@@ -68,16 +68,7 @@ class ConceptInversion(protocol.Attack[ConceptInversionOptions]):
             target.latents,
             name_templates(target.concept),
             start.repeat(options.vectors, 1),
-            Loop(
-                self.name,
-                options.steps,
-                options.learning_rate,
-                run.seed,
-                checkpoint=Checkpoint(run.work / "vectors.checkpoint.safetensors") if run.work else None,
-                extra=run.spent,
-                restore_extra=run.catch_up,
-                progress=run.progress,
-            ),
+            run.loop("vectors", options.steps, options.learning_rate),
             batch_size=options.batch_size,
         )
         return {VECTORS: vectors.detach().float().cpu()}

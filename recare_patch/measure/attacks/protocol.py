@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recare_patch.core import Progress
+    from recare_patch.erasure import Loop
     from recare_patch.models import BaseModel
     from recare_patch.recipe import Concept
 
@@ -161,6 +162,21 @@ class AttackRun(Generic[Options]):
         if (kept["evaluations"], kept["seconds"]) > (now["evaluations"], now["seconds"]):
             self._began = time.perf_counter() - float(kept["seconds"])
             self._mark = self.target.base.counter.total - int(kept["evaluations"])
+
+    def loop(self, name: str, steps: int, learning_rate: float) -> Loop:
+        """A training loop whose checkpoint a resume reads, its cost counted."""
+        from recare_patch.erasure import Checkpoint, Loop
+
+        return Loop(
+            self.name,
+            steps,
+            learning_rate,
+            self.seed,
+            checkpoint=Checkpoint(self.work / f"{name}.checkpoint.safetensors") if self.work else None,
+            extra=self.spent,
+            restore_extra=self.catch_up,
+            progress=self.progress,
+        )
 
     def read(self, name: str) -> Any:
         """What a stopped run had found, its cost counted; None where it kept nothing under this name."""
