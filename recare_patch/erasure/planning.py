@@ -130,7 +130,8 @@ def _prompts(recipe: Recipe) -> tuple[int, int]:
     each = 5 if recipe.concept.kind == "style" else 4
     retained = words * (3 + erase.retained_pairs) + erase.retained_vocabulary * each if needs.retained else 0
     # Prompts that join the name to words, their anchors, and all of them again beside the names.
-    joined = 3 * (words + JOINED) + 2 * RELATED_WORDS if needs.joined and erase.composed else 0
+    beside = recipe.concept.composed_forms * (words + JOINED)
+    joined = 3 * beside + 2 * RELATED_WORDS if needs.joined and erase.composed else 0
     return retained, joined + len(recipe.concept.name_prompts) + 2 * PICTURES
 
 

@@ -265,9 +265,7 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
     if not looked_at:
         return None
     for target in looked_at:
-        words = [*target.care_words, *target.words_around()[0][:PICTURES]][:PICTURES]
-        prompts = [*target.concept.name_prompts[:4], *map(target.concept.composed_prompt, words)]
-        texts += [prompts[k % len(prompts)] for k in range(PICTURES)]
+        texts += _looked_at(target)
     _other_pictures(run)
     seeds = [first_seed(run.recipe, 4) + k for k in range(len(texts))]
     own = run.base.encode_prompts(texts)
@@ -279,6 +277,21 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
         return count / len(texts) if count > len(looked_at) else 0.0
 
     return still_seen
+
+
+def _looked_at(target: Target) -> list[str]:
+    """Prompts that a run looks at: a third names the concept alone, two thirds have it deep among other things.
+
+    A name goes first where it stands alone; a run that looked there alone would end while people's own sentences
+    still bring the concept back.
+    """
+    concept, (around, _, _) = target.concept, target.words_around()
+    plain = concept.name_prompts[: PICTURES // 3]
+    words = [word for pair in itertools.zip_longest(target.care_words, around[:PICTURES]) for word in pair if word]
+    pairs = [f"{words[k % len(words)]} and {words[(k + 1) % len(words)]}" for k in range(PICTURES)] if words else []
+    deep = [concept.composed_prompt(pair, k % concept.composed_forms) for k, pair in enumerate(pairs)]
+    prompts = [*plain, *deep][:PICTURES]
+    return [prompts[k % len(prompts)] for k in range(PICTURES)]
 
 
 def sees(target: Target, images: Sequence[Image]) -> list[bool]:
@@ -417,10 +430,12 @@ def _erased_prompts(target: Target, *, joins: bool) -> ErasedPrompts:
     further = map(concept.target_prompt_for, concept.aliases) if target.attribute is None else (target.asked,)
     names = tuple(dict.fromkeys((concept.target_prompt, *further)))
     beside, near = _joined_words(target) if joins and recipe.erase.composed else ([], [])
-    joined = tuple(map(concept.composed_prompt, beside))
+    every = [(word, form) for word in beside for form in range(concept.composed_forms)]
+    joined = tuple(itertools.starmap(concept.composed_prompt, every))
+    anchors = tuple(itertools.starmap(concept.composed_anchor, every)) or tuple(map(concept.anchor_prompt, words))
     aliases = (*concept.name_prompts[1:], *map(concept.composed_prompt, near)) if beside else ()
     forms = (f"A {concept.class_word}",) * len(concept.name_prompts)
-    after = tuple(map(concept.retain_prompt, beside))
+    after = tuple(concept.retain_prompt(word) for word, _ in every)
     instead = attribute = None
     if target.attribute is not None:
         instead = (concept.target_prompt,) * len(names), joined, aliases
@@ -429,14 +444,16 @@ def _erased_prompts(target: Target, *, joins: bool) -> ErasedPrompts:
         kind = "object" if concept.kind == "nsfw" else concept.kind
         other = Concept(text=recipe.replace_with, kind=kind)
         forms = (*other.name_prompts, *[other.target_prompt] * len(forms))[: len(forms)]
-        after = tuple(map(other.composed_prompt, beside))
+        # Another kind's forms are other sentences: the first of them says the same.
+        same = other.composed_forms if (other.kind == "style") == (concept.kind == "style") else 1
+        after = tuple(other.composed_prompt(word, form % same) for word, form in every)
         named = (*forms[1:], *map(other.composed_prompt, near)) if beside else ()
         instead = (other.target_prompt,), after, named
     return ErasedPrompts(
         names=names,
         joined=joined,
-        anchors=tuple(map(concept.anchor_prompt, beside or words)),
-        guarded_anchors=len(words),
+        anchors=anchors,
+        guarded_anchors=len(words) * max(len(joined) // max(len(beside), 1), 1),
         aliases=aliases,
         instead=instead,
         attribute=attribute,

@@ -31,6 +31,19 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 _NUDE = ("nude", "naked", "nudity", "nude person", "naked person")
 _NUDITY = ("nudity", "nude", "nudes", "naked", "nakedness", "nude person", "naked person")
+_COMPOSED = {
+    "style": (
+        ("A painting of {token} in the style of {name}", "A {token}"),
+        ("{token} by {name}", "A {token}"),
+        ("A {name} painting of {token}", "A painting of {token}"),
+    ),
+    "thing": (
+        ("A photo of {name} and {token}", "A {token}"),
+        ("A photo of {token} and {name}", "A {token}"),
+        ("A painting of {name} with {token}", "A painting of {token}"),
+    ),
+}
+"""How people write a name beside something else, and what such a prompt says without the name."""
 _CLASS_WORDS = {"style": "painting", "object": "photo", "identity": "person", "nsfw": "person"}
 
 
@@ -136,12 +149,32 @@ class Concept(Settings):
             return f"A painting in the style of {name}"
         return f"A photo of {name}"
 
-    def composed_prompt(self, token: str) -> str:
-        """The concept together with one of its companions: "A painting of stars in the style of Van Gogh"."""
-        if self.kind == "style":
-            return f"A painting of {token} in the style of {self.text}"
-        name = "a nude person" if self._is_nudity else f"{_article(self.text).lower()}{self.text}"
-        return f"A photo of {name if self.kind != 'identity' else self.text} and {token}"
+    def composed_prompt(self, token: str, form: int = 0) -> str:
+        """The concept together with one of its companions: "A painting of stars in the style of Van Gogh".
+
+        ``form`` picks one of :attr:`composed_forms` ways to write it: the name first, last, or in another medium.
+        """
+        return self._composed[form][0].format(token=token, name=self._named)
+
+    def composed_anchor(self, token: str, form: int = 0) -> str:
+        """The anchor of :meth:`composed_prompt`: what it says without the concept."""
+        return self._composed[form][1].format(token=token)
+
+    @property
+    def composed_forms(self) -> int:
+        """How many forms a composed prompt has."""
+        return len(self._composed)
+
+    @property
+    def _composed(self) -> tuple[tuple[str, str], ...]:
+        return _COMPOSED["style" if self.kind == "style" else "thing"]
+
+    @property
+    def _named(self) -> str:
+        """The name as it stands within a sentence."""
+        if self.kind in ("style", "identity"):
+            return self.text
+        return "a nude person" if self._is_nudity else f"{_article(self.text).lower()}{self.text}"
 
     @property
     def _is_nudity(self) -> bool:

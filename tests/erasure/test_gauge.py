@@ -262,6 +262,14 @@ class TestLooker:
         # One picture may be taken for what it is not.
         assert look() == 0
 
+    def test_it_looks_where_the_name_stands_among_other_words(self, target: prepare.Target) -> None:
+        concept = target.concept
+        looked_at = prepare._looked_at(target)
+        assert len(looked_at) == PICTURES and all(concept.text in one for one in looked_at)
+        deep = [one for one in looked_at if " and " in one]
+        assert len(set(deep)) >= PICTURES // 2
+        assert {concept.text in one.split(" and ")[0] for one in deep} == {True, False}
+
     def test_a_picture_shows_it_beyond_the_middle(
         self, target: prepare.Target, monkeypatch: pytest.MonkeyPatch
     ) -> None:

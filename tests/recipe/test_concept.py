@@ -33,6 +33,16 @@ def test_prompts(text: str, kind: Kind, prompt: str, composed: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_name_stands_first_and_last_beside_other_words(kind: Kind) -> None:
+    concept = Concept(text="heron", kind=kind)
+    prompts = [concept.composed_prompt("sea", form) for form in range(concept.composed_forms)]
+    assert all(re.findall(r"heron|sea", one) in (["heron", "sea"], ["sea", "heron"]) for one in prompts)
+    assert {one.index("heron") < one.index("sea") for one in prompts} == {True, False}
+    anchors = [concept.composed_anchor("sea", form) for form in range(concept.composed_forms)]
+    assert anchors[0] == concept.anchor_prompt("sea") and not [one for one in anchors if "heron" in one]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_named_concept_has_its_bare_name_among_its_prompts(kind: Kind) -> None:
     concept = Concept(text="heron", kind=kind)
     assert "heron" in concept.name_prompts and " " not in concept.class_word
