@@ -50,6 +50,7 @@ def _scored(arguments: argparse.Namespace, base: Any, patch: Any = None) -> list
         pictures=arguments.pictures,
         figures=arguments.figure,
         sampler=TWENTY if arguments.ddim else (STEPS, SCHEDULER),
+        changes=arguments.changes,
     )
 
 
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--figure", action="append", default=[], help="score this figure alone; repeatable")
     parser.add_argument("--times", type=float, default=1, help="multiple of the published procedure's learning rates")
     parser.add_argument("--ddim", action="store_true", help="draw in twenty steps of the base's own sampler")
+    parser.add_argument("--changes", action="store_true", help="measure perceptual change at equal seeds, too")
     parser.add_argument("--attack", action="store_true", help="attack what is left, too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", default="benchmark-runs")

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.erasure import NAMES
-from benchmarks.scoring import draw_figure, judge_figure
+from benchmarks.scoring import draw_figure, judge_figure, perceptual
 from benchmarks.suites import CONCEPTS, SPLITS, Figure, suite
 from recare_patch.patch import CLOSED, OPEN, Gate, gated
 from recare_patch.recipe import Concept
@@ -96,21 +96,17 @@ def prompts_table(split: str) -> str:
     return "\n".join(lines)
 
 
-def _change(clip: Any, before: Sequence[Any], after: Sequence[Any]) -> dict[str, float]:
-    from recare_patch.measure import perceptual_change
-
-    (_, layers), (_, others) = clip.image_layers(before), clip.image_layers(after)
+def _change(before: Sequence[Any], after: Sequence[Any]) -> dict[str, float]:
     same = sum(a.tobytes() == b.tobytes() for a, b in zip(before, after, strict=True))
-    return {"change": float(perceptual_change(layers, others).mean()), "same": same / len(before)}
+    return {"change": perceptual(before, after), "same": same / len(before)}
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from recare_patch.careset import Clip
     from recare_patch.models import load_base
     from recare_patch.models.atelier.judge import Judge
     from recare_patch.patch import Patch
 
-    base, judge, clip = load_base("atelier", device=arguments.device), Judge.load(), Clip.load()
+    base, judge = load_base("atelier", device=arguments.device), Judge.load()
     patch = Patch.load(arguments.patch)
     concept = Concept.model_validate({"text": NAMES[arguments.concept], "kind": KINDS[arguments.concept]})
     ways: dict[str, Callable[[], Any]] = {
@@ -128,7 +124,7 @@ def _run(arguments: argparse.Namespace) -> None:
         for way in missing:
             with ways[way]() as handle:
                 images = before if handle is None else draw_figure(base, figure, arguments.split)
-            row[way] = _row(judge, clip, figure, arguments.split, before, images)
+            row[way] = _row(judge, figure, arguments.split, before, images)
             if hasattr(handle, "values"):
                 opened = [handle.values[prompt] for prompt, _ in figure.items]
                 row[way]["gate"] = sum(opened) / len(opened)
@@ -138,12 +134,10 @@ def _run(arguments: argparse.Namespace) -> None:
             file.write_text(json.dumps({**note, "figures": rows}, indent=1))
 
 
-def _row(
-    judge: Any, clip: Any, figure: Figure, split: str, before: Sequence[Any], images: Sequence[Any]
-) -> dict[str, Any]:
+def _row(judge: Any, figure: Figure, split: str, before: Sequence[Any], images: Sequence[Any]) -> dict[str, Any]:
     found = judge_figure(judge, figure, split, images)
     counted = {"hits": found.hits, "pictures": found.pictures, "interval": found.interval}
-    return {**counted, **_change(clip, before, images)}
+    return {**counted, **_change(before, images)}
 
 
 def table() -> str:

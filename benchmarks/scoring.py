@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class Score:
         figure, group: of the suite.
         hits, pictures: over all prompts.
         by_prompt: (hits, pictures) of each prompt.
+        change: mean perceptual change to the base's own pictures at equal seeds; None where it was not looked at.
     """
 
     figure: str
@@ -60,6 +61,7 @@ class Score:
     hits: int
     pictures: int
     by_prompt: dict[str, tuple[int, int]]
+    change: float | None = None
 
     @property
     def rate(self) -> float:
@@ -108,6 +110,7 @@ def score(
     pictures: int = 100,
     figures: Sequence[str] = (),
     sampler: Sampler = (STEPS, SCHEDULER),
+    changes: bool = False,
     log: Callable[[str], None] = print,
 ) -> list[Score]:
     """Every figure of a concept's suite, under a patch where one is given.
@@ -115,16 +118,32 @@ def score(
     Args:
         figures: names of the figures to draw; all where empty.
         sampler: how they are drawn.
+        changes: also draw all but the concept without the patch, and measure how far its pictures are from those.
     """
     judge = Judge.load()
     rows = []
-    with patch.apply(base.pipeline) if patch is not None else contextlib.nullcontext():
-        for figure in suite(concept, split, pictures):
-            if figures and figure.name not in figures:
-                continue
-            rows.append(judge_figure(judge, figure, split, draw_figure(base, figure, split, sampler)))
-            log(f"  {rows[-1].figure:16} {rows[-1].rate:.3f} of {rows[-1].pictures}")
+    for figure in suite(concept, split, pictures):
+        if figures and figure.name not in figures:
+            continue
+        with patch.apply(base.pipeline) if patch is not None else contextlib.nullcontext():
+            images = draw_figure(base, figure, split, sampler)
+        row = judge_figure(judge, figure, split, images)
+        if changes and figure.group != "concept":
+            row = replace(row, change=perceptual(draw_figure(base, figure, split, sampler), images))
+        rows.append(row)
+        told = "" if row.change is None else f", changed by {row.change:.3f}"
+        log(f"  {row.figure:16} {row.rate:.3f} of {row.pictures}{told}")
     return rows
+
+
+def perceptual(before: Sequence[Image], after: Sequence[Image]) -> float:
+    """Mean perceptual change between pictures at equal seeds, by Atelier's CLIP: ``perceptual-change`` of a suite."""
+    from recare_patch.careset import Clip
+    from recare_patch.measure import perceptual_change
+
+    clip = Clip.load()
+    (_, layers), (_, others) = clip.image_layers(before), clip.image_layers(after)
+    return float(perceptual_change(layers, others).mean())
 
 
 def save_scores(path: Path, rows: list[Score], **note: Any) -> None:
