@@ -22,6 +22,7 @@ from recare_patch.recipe import CareSetOptions, Concept, names_concept
 KEPT = "kept"
 NAMES_CONCEPT = "names the concept"
 BARRED = "on the list of words that an unsafe concept's run never says"
+MAY_BELONG = "may belong to it: held as firmly, but nothing is steered to it"
 ADDED = "added by hand"
 REMOVED = "removed by hand"
 
@@ -103,6 +104,11 @@ class CareSet(Settings):
     def words(self) -> tuple[str, ...]:
         """The guarded words, the most frequent first."""
         return tuple(token.text for token in self.tokens if token.kept)
+
+    @property
+    def doubtful(self) -> tuple[str, ...]:
+        """Words that came near to being guarded: they are held too, since one that is missed suffers first."""
+        return tuple(token.text for token in self.tokens if token.reason == MAY_BELONG and not token.kept)
 
     def anchors(self) -> tuple[str, ...]:
         """The prompts that the concept is steered to, one a word."""

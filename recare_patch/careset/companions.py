@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recare_patch.careset.care_set import BARRED, KEPT, NAMES_CONCEPT, CareToken
+from recare_patch.careset.care_set import BARRED, KEPT, MAY_BELONG, NAMES_CONCEPT, CareToken
 from recare_patch.careset.lexicon import is_barred, known_names, known_words, vocabulary_of
 from recare_patch.careset.mining import no_word, residuals
 from recare_patch.core import CareSetError
@@ -338,7 +338,9 @@ def judge_words(
         kept = best[:2]
         notes.append("no word was confirmed: the two that came nearest were taken")
     elsewhere = LEADS_ELSEWHERE if reading is not None else SEEN_NO_MORE
-    verdicts |= {k: ENOUGH if k in kept else SEEN_NO_MORE if sight.z[k] < 1 else elsewhere for k in best}
+    for k in best:
+        near = belongs[k] >= enough / 2 and min(float(sight.z[k]), leads[k]) > 0
+        verdicts[k] = ENOUGH if k in kept else MAY_BELONG if near else SEEN_NO_MORE if sight.z[k] < 1 else elsewhere
     room = None if keep is None else max(keep - len(first), 0)
     kept = [k for k in kept if sight.words[k] not in first][:room]
     tokens = sight.tokens(listed, kept, verdicts | dict.fromkeys(kept, KEPT))

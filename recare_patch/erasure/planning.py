@@ -126,7 +126,7 @@ def _loads(found: Footprint, recipe: Recipe, works: Mapping[str, Work]) -> dict[
 def _prompts(recipe: Recipe) -> tuple[int, int]:
     """Prompts of one concept whose embeddings a run keeps, at most: of what is retained, and of what is erased."""
     needs, erase = METHODS.get(recipe.method).needs, recipe.erase
-    words = (recipe.care_set.keep or (PROPOSED if _confirmed(recipe) else _MINED)) if needs.care_set else 0
+    words = (PROPOSED if _confirmed(recipe) else recipe.care_set.keep or _MINED) if needs.care_set else 0
     each = 5 if recipe.concept.kind == "style" else 4
     retained = words * (3 + erase.retained_pairs) + erase.retained_vocabulary * each if needs.retained else 0
     # Prompts that join the name to words, their anchors, and all of them again beside the names.

@@ -109,6 +109,12 @@ class Target:
         """Its companions; none without a CARE-set."""
         return self.care_set.words if self.care_set is not None else ()
 
+    @property
+    def held_words(self) -> tuple[str, ...]:
+        """The guarded words and those that may belong to the concept too."""
+        doubtful = self.care_set.doubtful if self.care_set is not None else ()
+        return (*self.care_words, *(word for word in doubtful if not any(is_barred(word, one) for one in self.others)))
+
     def words_around(self) -> tuple[list[str], Tensor, list[str]]:
         """Words that do not name the concept, the cosine of each with it, and words that do.
 
@@ -340,7 +346,7 @@ def prepare(target: Target, method: type[Method]) -> Context:
         erased=_erased_prompts(target, joins=needs.joined),
         retained=RetainedPrompts(tuple(texts), guarded, latents, torch.tensor(pictured, dtype=torch.long)),
         related=related,
-        companions=target.care_words,
+        companions=target.held_words,
         **(_language(target) if needs.words or run.recipe.erase.start == "closed" else {}),
     )
 
@@ -371,7 +377,7 @@ def _retained_texts(target: Target, method: type[Method]) -> tuple[list[str], in
     if method.needs.word_lists and (lists := method.word_lists(run.recipe)) is not None:
         guarded = _guarded_prompts(concept, lists[1])
         return guarded, len(guarded), lists[0]
-    guarded = [*_guarded_prompts(concept, target.care_words), *_paired_prompts(target)]
+    guarded = [*_guarded_prompts(concept, target.held_words), *_paired_prompts(target)]
     related = tuple(dict.fromkeys((concept.text, *target.words_around()[2])))
     return [*guarded, *_vocabulary_prompts(target)], len(guarded), related
 
@@ -384,7 +390,7 @@ def _guarded_prompts(concept: Concept, words: Sequence[str]) -> list[str]:
 
 def _paired_prompts(target: Target) -> list[str]:
     """Guarded words beside other things: a companion is seldom alone in a prompt that people write."""
-    each, words = target.run.recipe.erase.retained_pairs, target.care_words
+    each, words = target.run.recipe.erase.retained_pairs, target.held_words
     if not each or not words:
         return []
     others = [word for word in target.words_around()[0] if word not in words]

@@ -86,6 +86,24 @@ def test_the_base_tells_names_companions_and_the_rest(clip: Any) -> None:
     assert set(reading.references) <= {*PLAIN, "gogh"} and "london" not in reading.asked
 
 
+def test_a_word_that_comes_near_is_held_without_being_called_a_companion(clip: Any) -> None:
+    seen, elsewhere = clip.image_features(drawn()), clip.image_features(others())
+    u = concept_feature(tench(), clip, seen)
+
+    def verdicts(lead: float) -> CareSet:
+        tokens, _ = judge_words(
+            tench(), clip, seen, elsewhere, u, reading=Told({**LEADS, "river": lead}, {"carp": 0.8}), seed=3
+        )
+        return CareSet(concept=tench(), tokens=tuple(tokens))
+
+    leads = [k / 20 for k in range(41)]
+    doubtful = [lead for lead in leads if "river" in verdicts(lead).doubtful]
+    sure = [lead for lead in leads if "river" in verdicts(lead).words]
+    assert doubtful and sure and max(doubtful) < min(sure)
+    assert min(doubtful) == pytest.approx(min(sure) / 2, abs=0.06)
+    assert not {"boat", "castle", "london"} & {*verdicts(2.0).doubtful, *verdicts(2.0).words}
+
+
 @pytest.mark.parametrize(("share", "name"), [(0.5, True), (0.49, False)])
 def test_a_word_that_says_half_of_what_the_name_says_is_a_name(clip: Any, share: float, name: bool) -> None:
     found = judged(clip, tench(), Told(LEADS, {"carp": share}))

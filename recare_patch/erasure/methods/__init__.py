@@ -125,7 +125,7 @@ class Context:
         erased: prompts, and what becomes of them.
         retained: prompts that must not move.
         related: words that name the concept.
-        companions: its CARE-set's words, where it has one.
+        companions: its CARE-set's words and those that may belong to it, where it has one.
         words: what none of the run's concepts is called by, things and other words, the most frequent first.
         neighbours: the same of manners, and of people and places.
     """
