@@ -46,6 +46,7 @@ def look_evaluations(recipe: Recipe, *, pictures: bool) -> int:
     """Denoiser evaluations that a run's looks take at most, with ``pictures`` also at those: it may end early."""
     count, images = len(recipe.concepts), recipe.target_images
     looks = -(-recipe.erase.steps * count // LOOK_EVERY)
+    pictures &= not recipe.adversary.count
     # Pictures are looked at once the rate has fallen twice, which two looks before it have seen to.
     picture = min(images.steps, PICTURE_STEPS) * (2 if images.guidance_scale > 1 else 1)
     return count * (4 * STATES + 2 * STATES * looks + pictures * PICTURES * picture * (looks // 3))
@@ -149,6 +150,9 @@ class Governor:
     drift jumps) the rate falls; and once the concepts are gone the rate falls look by look, so that the run ends on
     small steps as it does on a schedule. The first bar is where to look at pictures: it rises while they still show a
     concept, and falls to where the first number stands. It is a :class:`Watch`.
+
+    Where adversaries train along, what they find is not what a look sees: the run takes all its steps at its own rate, and
+    only the retained weight is steered.
     """
 
     every = LOOK_EVERY
@@ -162,6 +166,7 @@ class Governor:
         drift: float,
         still_seen: Callable[[], float] | None = None,
         carried: Carried | None = None,
+        early: bool = True,
     ) -> None:
         """Make the gauges, one a concept.
 
@@ -171,8 +176,9 @@ class Governor:
             gone, drift: the bars, see :class:`Reading`.
             still_seen: draws pictures and tells in what share of them a concept is seen; None: nobody looks.
             carried: what else must go on where it stopped.
+            early: whether it may end the run, and change its rate.
         """
-        self._still_seen = still_seen
+        self._still_seen, self._early = still_seen, early
         self.seen: float | None = None
         self.methods, self.bars, self._carried, self.asked = methods, Reading(gone, drift), carried, gone
         self.gauges = [Gauge(method, seed + number) for number, method in enumerate(methods)]
@@ -210,6 +216,13 @@ class Governor:
         found, before = [gauge.look() for gauge in self.gauges], self.last
         now = Reading(min(one.gone for one in found), max(one.drift for one in found))
         self.readings.append(now)
+        if self._early:
+            self._steer_rate(before, now)
+        within = now.drift <= self.bars.drift
+        self._retain = min(self._retain * 1.5, _MOST) if not within else max(1.0, self._retain / 1.25)
+        self._tell()
+
+    def _steer_rate(self, before: Reading, now: Reading) -> None:
         if self._stands():
             self.bars = Reading(now.gone, self.bars.drift)
         bars = self.bars
@@ -227,8 +240,6 @@ class Governor:
             self.rate = min(1.0, self.rate / _COOLING)
         elif before.gone - now.gone > _OVERSHOT or now.drift > 2 * max(before.drift, bars.drift):
             self.rate *= _SLOWER
-        self._retain = min(self._retain * 1.5, _MOST) if not within else max(1.0, self._retain / 1.25)
-        self._tell()
 
     def _stands(self) -> bool:
         """Whether the first number has stopped short of its bar: then pictures tell whether it is enough."""

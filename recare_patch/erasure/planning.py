@@ -148,7 +148,8 @@ def _measured(recipe: Recipe) -> bool:
 
 def is_exact(recipe: Recipe) -> bool:
     """Whether a run takes all of :func:`evaluations`: nothing in it ends early, or asks about fewer words."""
-    return recipe.search.patience is None and not _confirmed(recipe) and not _measured(recipe)
+    early = _measured(recipe) and not recipe.adversary.count
+    return recipe.search.patience is None and not _confirmed(recipe) and not early
 
 
 def _measured_base(layout: Layout, recipe: Recipe) -> Footprint:

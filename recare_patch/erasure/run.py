@@ -340,7 +340,7 @@ def _train(
             made.append(method(prepare.prepare(target, method)))
             made[-1].search(Stages(run, number=target.number))
         care_set = _all_companions(targets)
-        if method.needs.care_set and recipe.erase.ends == "measured":
+        if method.needs.care_set and recipe.erase.ends == "measured" and not recipe.adversary.count:
             run.still_seen = prepare.looker(targets)
         with Stages(run).adapter(recipe.seed) as stages:
             method.erase(made, stages)

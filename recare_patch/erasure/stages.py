@@ -329,7 +329,8 @@ class Stages:
 
         def governed() -> Governor:
             bars = {"gone": options.gone, "drift": options.drift}
-            return Governor(methods, recipe.seed, **bars, still_seen=self.run.still_seen, carried=carried)
+            seen, early = self.run.still_seen, not hunters
+            return Governor(methods, recipe.seed, **bars, still_seen=seen, carried=carried, early=early)
 
         self.run.governor = self.fit("erase", loss_at, steps, every=20 * count, governed=governed)
 

@@ -138,7 +138,8 @@ class EraseOptions(Settings):
     )
     ends: Annotated[str, BeforeValidator(one_of("end of the training", ENDS))] = Field(
         "measured",
-        description="measured: when the run sees itself done, at the latest after `steps`; steps: after them",
+        description="measured: when the run sees itself done, at the latest after `steps`, which a run with "
+        "adversaries takes in full; steps: after them, without looking",
     )
     gone: Bar = Field(0.5, description="share of what erased prompts say that is gone before pictures are looked at")
     drift: Bar = Field(0.15, description="how far retained prompts may drift, as a share of what they say")

@@ -145,6 +145,13 @@ class TestSteering:
         governor = steered(monkeypatch, [(0.9, 0.2)] * 5, still_seen=pytest.fail)
         assert looks(governor, 5)[-1] == 0.125 and not governor.over and not governor.reached
 
+    def test_beside_adversaries_it_steers_the_retained_weight_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        governor = steered(monkeypatch, [(0.9, 0.2)] + [(0.9, 0.0)] * 4, still_seen=pytest.fail, early=False)
+        governor.look()
+        assert governor.methods[0].retain_scale == 1.5
+        assert looks(governor, 4) == [1.0] * 4 and not governor.over and governor.reached
+        assert governor.methods[0].retain_scale == 1.0
+
     def test_the_bar_rises_while_pictures_show_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pictures = iter([0.25, 0.0])
         governor = steered(monkeypatch, [(0.6, 0.0)] * 3 + [(0.7, 0.0)] * 3, still_seen=lambda: next(pictures))
