@@ -178,7 +178,7 @@ class Governor:
             carried: what else must go on where it stopped.
             early: whether it may end the run, and change its rate.
         """
-        self._still_seen, self._early = still_seen, early
+        self._still_seen, self.early = still_seen, early
         self.seen: float | None = None
         self.methods, self.bars, self._carried, self.asked = methods, Reading(gone, drift), carried, gone
         self.gauges = [Gauge(method, seed + number) for number, method in enumerate(methods)]
@@ -194,8 +194,11 @@ class Governor:
     def reached(self) -> bool:
         """Whether both numbers are within their bars, and no picture showed the concept at the last look at any.
 
-        That the first number stands short of the recipe's bar is enough only where pictures have told so.
+        That the first number stands short of the recipe's bar is enough only where pictures have told so. Beside
+        adversaries it does not count: a name that became the subject's still says what the subject says.
         """
+        if not self.early:
+            return self.last.drift <= self.bars.drift
         told = self.over or self.bars.gone >= self.asked
         return told and not self.seen and self.last.gone >= self.bars.gone and self.last.drift <= self.bars.drift
 
@@ -216,7 +219,7 @@ class Governor:
         found, before = [gauge.look() for gauge in self.gauges], self.last
         now = Reading(min(one.gone for one in found), max(one.drift for one in found))
         self.readings.append(now)
-        if self._early:
+        if self.early:
             self._steer_rate(before, now)
         within = now.drift <= self.bars.drift
         self._retain = min(self._retain * 1.5, _MOST) if not within else max(1.0, self._retain / 1.25)

@@ -370,6 +370,12 @@ def _tell_measured(run: Run) -> None:
     if governor is None or governor.reached:
         return
     last, bars = governor.last, governor.bars
+    if not governor.early:
+        run.warn(
+            f"retained prompts drifted by {last.drift:.2f} (bar {bars.drift:g}): look at preview.png, and hold more with "
+            "--set erase.retain_weight=…"
+        )
+        return
     gone = max(bars.gone, governor.asked)
     seen = f", CLIP saw it in {governor.seen:.0%} of the pictures that it was shown last" if governor.seen else ""
     run.warn(
