@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from recare_patch.erasure.loop import learning_rate_at
-from recare_patch.models import FULL_SIZE_VALUES, RECARE_VALUES
+from recare_patch.models import FULL_SIZE_VALUES
 from recare_patch.recipe import PRESETS, Beneath, Recipe
 
 WIDTH = 768
@@ -26,10 +26,9 @@ def lora(moved: float, rank: int = 8, alpha: float = 8, *, wide: bool = False) -
     return moved * alpha / rank * math.sqrt(rank) / (1 if wide else math.sqrt(3))
 
 
-def ours(rate: float, steps: int, rank: int = 8, alpha: float | None = None) -> float:
-    """Of a LoRA at the schedule of a run; an alpha that nobody says is the rank."""
-    moved = sum(learning_rate_at(step, steps, rate, "cosine") for step in range(steps))
-    return lora(moved, rank, rank if alpha is None else alpha)
+def ours(rate: float, steps: int, rank: int = 8) -> float:
+    """Of a LoRA at the schedule of a run."""
+    return lora(sum(learning_rate_at(step, steps, rate, "cosine") for step in range(steps)), rank, rank)
 
 
 def whole(rate: float, steps: int) -> float:
@@ -40,7 +39,7 @@ def whole(rate: float, steps: int) -> float:
 def main() -> None:
     """Print the table."""
     plain = Recipe(concept={"text": "x", "kind": "style"})
-    base, own = Beneath(FULL_SIZE_VALUES, {}, {"recare": RECARE_VALUES}), plain.adapter
+    base = Beneath(FULL_SIZE_VALUES)
     rows = {
         "LECO (rank 4, alpha 1, 1e-4, 500 steps)": lora(1e-4 * 500, 4, 1),
         "SPM (rank 1, 1e-4, 3,000 steps, cosine to zero)": lora(1e-4 * 3000 / 2, 1, 1),
@@ -48,14 +47,13 @@ def main() -> None:
         "ReCARE's release, stage 1 (weights, 5e-6, 200 steps)": whole(5e-6, 200),
         "ReCARE's release, stage 2 (weights, 2e-5, 200 steps)": whole(2e-5, 200),
         "ESD today (weights, 5e-5, 200 steps)": whole(5e-5, 200),
-        "here, small bases": ours(plain.erase.learning_rate, plain.erase.steps, own.rank, own.alpha),
+        "here, small bases": ours(plain.erase.learning_rate, plain.erase.steps),
     }
     for name in (None, "quick", "robust"):
-        keys = {**base.unsaid("recare"), **base.preset(PRESETS[name] if name else {})}
+        keys = {**base.values, **base.preset(PRESETS[name] if name else {})}
         title = f"here, full size{f', --preset {name}' if name else ''}"
-        rows[title] = ours(keys["erase.learning_rate"], keys["erase.steps"], own.rank, own.alpha)
-    esd = base.unsaid("esd")
-    rows["here, full size, ESD"] = ours(esd["erase.learning_rate"], esd["erase.steps"])
+        rows[title] = ours(keys["erase.learning_rate"], keys["erase.steps"])
+    rows["here, SDXL (rank 4)"] = ours(base.values["erase.learning_rate"], base.values["erase.steps"], 4)
     search = base.values["erase.learning_rate"] / 4, base.values["search.erase_steps"]
     rows["here, full size, each erasure of the search"] = ours(*search)
     print("| run | reach |\n|---|--:|")

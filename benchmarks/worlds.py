@@ -1,10 +1,10 @@
 """Erasing on every world with one set of numbers, and a run's own two numbers against the judge's figures.
 
     python -m benchmarks.worlds run --world hamlet --concept "van gogh"
-    python -m benchmarks.worlds run --world atelier --concept tench --row measured --set erase.ends=measured
+    python -m benchmarks.worlds run --world atelier --concept tench --row fixed --set erase.ends=steps
     python -m benchmarks.worlds table
 
-Nothing here reads a recipe that was written for a world: every concept starts from the defaults.
+Nothing here reads a recipe that was written for a world: every concept starts from the defaults of ``--preset quick``.
 What is scored are captions that training never used, by the world's own judge, at seeds of their own: those that name
 the concept (does the picture show it), those that name a companion, and those that name neither (is what they name
 there). Each call leaves one JSON file in ``benchmarks/results/worlds``.
@@ -215,8 +215,8 @@ def main() -> None:
     parser.add_argument("--world", choices=["atelier", "atelier-xl", "atelier-flow", "hamlet"], default="atelier")
     parser.add_argument("--weights", type=Path, help="folder of the trained world")
     parser.add_argument("--concept", choices=list(KINDS), default="van gogh")
-    parser.add_argument("--row", default="default", help="name of the row; base: the untouched base alone")
-    parser.add_argument("--preset")
+    parser.add_argument("--row", default="measured", help="name of the row; base: the untouched base alone")
+    parser.add_argument("--preset", default="quick")
     parser.add_argument("--pictures", type=int, default=48, help="captions a figure")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--work", default="benchmark-runs")

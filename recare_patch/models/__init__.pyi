@@ -1,5 +1,4 @@
 from .defaults import FULL_SIZE_VALUES as FULL_SIZE_VALUES
-from .defaults import RECARE_VALUES as RECARE_VALUES
 from .defaults import defaults_for as defaults_for
 from .defaults import device_memory as device_memory
 from .few_steps import FewSteps as FewSteps

@@ -29,32 +29,10 @@ FULL_SIZE_VALUES: dict[str, Any] = {
     "search.erase_steps": 100,
     # How far AdamW can move a weight by then, Σ rate × LoRA scale × rms of A in units of 1/√fan-in: .18. ReCARE's
     # second stage comes to .11, ESD today to .28; LECO, SPM and sliders stay below .1 (`python -m benchmarks.reach`).
-    # Small steps, since one moves 16 to 70 cross-attentions together.
+    # A run ends earlier when it sees itself done; small steps, since one moves 16 to 70 cross-attentions together.
     "erase.steps": 200,
     "erase.learning_rate": 1.0e-3,
 }
-
-
-RECARE_VALUES: dict[str, Any] = {"erase.steps": 68, "erase.learning_rate": 9.7e-4}
-"""ReCARE's own: twice the steps of a small base, and together the reach of its release's second stage (.11)."""
-
-
-TRANSFORMER_RECARE: dict[str, Any] = {
-    # Their values mostly do not read the prompt itself, and adversaries in the loop were not measured on them: the
-    # erasing ends by its own measure.
-    "erase.start": "zero",
-    "erase.steps": 100,
-    "erase.batch_size": 3,
-    "erase.retain_batch_size": 6,
-    "erase.retain_weight": 3.0,
-    "erase.learning_rate": 2.0e-3,
-    "adapter.layers": "cross-attention",
-    "adapter.rank": 8,
-    "adapter.alpha": 8.0,
-    "target_images.scheduler": None,
-    "adversary.count": 0,
-}
-"""ReCARE's on a base whose denoiser is a transformer."""
 
 
 def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:
@@ -72,17 +50,11 @@ def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:
     if (few := layout.few_steps) is not None:
         logger.info("base %s draws in %d steps at guidance %g: %s", layout.name, few.steps, few.guidance, few.why)
         firm = {"steps": few.steps, "guidance_scale": few.guidance, "scheduler": None}
-    values, family = _asked(layout, chosen_device(device)), family_of(layout)
-    of_method: dict[str, dict[str, Any]] = {}
-    if issubclass(family, Captured):
+    values, of_method = _asked(layout, chosen_device(device)), {}
+    if issubclass(family_of(layout), Captured):
         # Layers that prompt and picture share collapse under a naive edit: what only the prompt passes is the default.
         values["adapter.layers"] = "text"
         of_method = {name: {"adapter.layers": "text-input"} for name in ("closed", "uce")}
-    if family.denoiser_name != "unet":
-        of_method["recare"] = TRANSFORMER_RECARE | values
-    elif values:
-        pictures = {key: value for key, value in values.items() if key.startswith("target_images.")}
-        of_method["recare"] = pictures | RECARE_VALUES
     return Beneath(values, {f"target_images.{key}": one for key, one in firm.items()}, of_method)
 
 

@@ -28,7 +28,7 @@ from recare_patch.core import (
 )
 from recare_patch.recipe.concept import Concept, same_concept
 from recare_patch.recipe.methods import METHODS, RANK_KEYS, method_info
-from recare_patch.recipe.recipe import Fill, Recipe
+from recare_patch.recipe.recipe import EraseOptions, Fill, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,40 @@ FIGURES_FILE = Path(__file__).parent / "method_figures.json"
 """What was measured of the methods, where a benchmark has written it."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # The closed form alone: seconds, and no picture is looked at.
+    # The closed form alone: a second, and no picture is looked at.
     "fast": {"method": "closed"},
-    # Half of the default's steps, and twice as many, in which the rate falls as slowly.
-    "quick": {"erase.steps": 17},
-    "robust": {"erase.steps": 68},
+    # Half of the default's evaluations: fewer pictures in fewer steps, no search.
+    "quick": {
+        "target_images.count": 24,
+        "target_images.steps": 8,
+        "target_images.scheduler": "dpm-solver++",
+        "search.rounds": 0,
+        "erase.steps": 100,
+    },
+    # Against learnt names of several vectors, at a third of the default's evaluations and ten times its size:
+    # adversaries in the loop, which take the search's place, and layers enough to lose the concept itself
+    # and not its names alone. Many steps of few states, since what counts is how often patch and adversaries
+    # answer each other; and many retained states, as this is a harsher loss.
+    "robust": {
+        "adapter.layers": "all",
+        "target_images.count": 24,
+        "target_images.steps": 8,
+        "target_images.scheduler": "dpm-solver++",
+        "search.rounds": 0,
+        # What adversaries find is not what the run's own look sees: it takes all its steps.
+        "erase.ends": "steps",
+        "erase.steps": 55,
+        "erase.batch_size": 2,
+        "erase.retain_batch_size": 7,
+        "erase.learning_rate": 3.0e-3,
+        "adversary.count": 2,
+        "adversary.space": "embeddings",
+        "adversary.steps": 1,
+        "adversary.life": 20,
+        "adversary.batch_size": 2,
+        "adversary.learning_rate": 0.1,
+        "adversary.weight": 2.0,
+    },
 }
 """Name → recipe keys that belong together, see ``docs/erasure.md``."""
 
@@ -69,7 +98,7 @@ class Beneath:
     of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def unsaid(self, method: Any) -> dict[str, Any]:
-        """The values of which a method has no default of its own, and those that are for it."""
+        """The values of which a method has no default of its own."""
         if not isinstance(method, str) or method not in METHODS:
             return dict(self.values)
         info = method_info(method)
@@ -87,12 +116,18 @@ class Beneath:
         return filled
 
     def preset(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A preset's keys for this base: its steps are a share of the method's, and here of the base's for it."""
-        steps, method = "erase.steps", str(given.get("method", "recare"))
-        own, here = method_info(method).defaults.get(steps), self.of_method.get(method, {}).get(steps)
-        if steps not in given or not own or not here:
-            return dict(given)
-        return {**given, steps: max(1, round(given[steps] * here / own))}
+        """A preset's keys for this base: its rate, so that steps in another number reach as far as they are to.
+
+        What AdamW can move a weight by is its rate times its steps; where both are the base's own, a preset's number of
+        steps alone would change it by accident.
+        """
+        steps, rate = "erase.steps", "erase.learning_rate"
+        found = dict(given)
+        if steps in given and {steps, rate} <= self.values.keys():
+            plain = EraseOptions()
+            reach = self.values[steps] * self.values[rate] / (plain.steps * plain.learning_rate)
+            found[rate] = float(f"{given.get(rate, plain.learning_rate) * reach:.3g}")
+        return found
 
 
 def _nothing(_: str) -> Beneath:

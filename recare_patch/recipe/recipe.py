@@ -33,7 +33,7 @@ SCHEDULERS = ("ddim", "dpm-solver++", "euler", "pndm", "unipc")
 STATES = ("target-images", "shared-rollout", "rollout")
 ADVERSARY_SPACES = ("words", "embeddings")
 CARE_SOURCES = ("base", "clip")
-STARTS = ("closed", "zero")
+STARTS = ("zero", "closed")
 ENDS = ("measured", "steps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BASE_WEIGHTS = ("full", "int8", "nf4")
@@ -134,7 +134,7 @@ class EraseOptions(Settings):
     """The training that makes the patch."""
 
     start: Annotated[str, BeforeValidator(one_of("start of the training", STARTS))] = Field(
-        "closed", description="of ReCARE's: closed, from the closed form where the base allows it; zero, from the base"
+        "zero", description="of ReCARE's: zero, from the base; closed, from the closed form where the base allows it"
     )
     ends: Annotated[str, BeforeValidator(one_of("end of the training", ENDS))] = Field(
         "measured",

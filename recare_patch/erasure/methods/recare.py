@@ -59,40 +59,16 @@ class ReCARE(LossMethod):
             "International Conference on Learning Representations",
         ),
         what="steers the concept's names to its companions, and holds what must not change",
-        touches="all linear and convolution layers of the denoiser, fewer by name",
+        touches="cross-attention of the denoiser, other layers by name",
         reads="pictures of the concept, its CARE-set, adversarial names",
         strength="keeps companions and neighbours best",
-        weakness="takes minutes, where a closed form takes seconds",
+        weakness="takes longest",
         caution="",
         searches=True,
         replaces="the prediction under the concept's prompts becomes that under the replacement's",
         separates="what the attribute adds to the subject's prompts is taken away",
-        defaults={
-            # Layers enough to lose the concept itself and not its names alone: a style lies in the convolutions as well.
-            # See docs/erasure.md for each number.
-            "adapter.layers": "all",
-            "adapter.rank": 2,
-            "adapter.alpha": 8.0,
-            "target_images.count": 24,
-            "target_images.steps": 8,
-            "target_images.scheduler": "dpm-solver++",
-            # Adversaries in the loop take the search's place.
-            "search.rounds": 0,
-            "erase.steps": 34,
-            "erase.batch_size": 2,
-            "erase.retain_batch_size": 4,
-            "erase.retain_weight": 6.0,
-            "erase.learning_rate": 3.0e-3,
-            "adversary.count": 2,
-            "adversary.space": "embeddings",
-            "adversary.steps": 1,
-            "adversary.life": 20,
-            "adversary.batch_size": 2,
-            "adversary.learning_rate": 0.1,
-            "adversary.weight": 2.0,
-        },
     )
-    needs = Needs(care_set=True, retained=True, retained_images=True, joined=True, words=True)
+    needs = Needs(care_set=True, retained=True, retained_images=True, joined=True)
 
     def __init__(self, context: Context) -> None:
         base, erased, retained = context.base, context.erased, context.retained
