@@ -160,6 +160,10 @@ class CapturedText(PromptEncoding):
         room = max(len(one) for one in rows)
         return torch.stack([torch.cat([one, one[-1:].expand(room - len(one), -1)]) for one in rows])
 
+    def token_states(self, texts: Sequence[str]) -> Tensor:
+        """What they read at all places of some texts, ``[places, width]``, fp64."""
+        return self.prompt_states(texts).flatten(0, 1)
+
     @torch.no_grad()
     def word_states(self, words: Sequence[str]) -> Tensor:
         """What they read at the last token of each text by itself, ``[words, width]``, fp64."""

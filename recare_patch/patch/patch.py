@@ -32,7 +32,7 @@ from recare_patch.core import (
 )
 from recare_patch.models import COMPILED, COMPONENTS, DENOISERS, in_words, named_layers, named_tuner_layers, split_name
 from recare_patch.patch.folder import weights_file
-from recare_patch.patch.metadata import PatchMetadata, PatchPart
+from recare_patch.patch.metadata import Named, PatchMetadata, PatchPart
 from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
 if TYPE_CHECKING:
@@ -407,3 +407,17 @@ class Described(Protocol):
 def concepts_of(patch: Described) -> tuple[str, ...]:
     """What a patch erases; none for a LoRA that does not say."""
     return tuple(one.concept for one in patch.metadata.erased) if patch.metadata is not None else ()
+
+
+def names_of(patch: Patch) -> tuple[Named, ...]:
+    """The names that have a row each in a patch.
+
+    Raises:
+        PatchError: it has none.
+    """
+    found = patch.metadata.names if patch.metadata is not None else None
+    if not found:
+        raise PatchError(
+            f"patch {patch.name} has no row for each name: only closed forms (--method closed) and stacks of them have"
+        )
+    return found
