@@ -189,7 +189,7 @@ def scale(patch: str, concepts: tuple[str, ...], out: Path, file_formats: str) -
     with combine.new_folder(out) as folder:
         size = combine.write_stack(made, folder, chosen).stat().st_size
     names = (made.metadata.names if made.metadata else None) or ()
-    echo(f"Patch: {out}  ({len(names)} names, {size:,} bytes)")
+    echo(f"Patch: {out}  ({len(names)} name{'s' * (len(names) != 1)}, {size:,} bytes)")
 
 
 def _named_scale(text: str) -> tuple[str, float]:

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 from pydantic import Field
 
 from recare_patch import models
-from recare_patch.core import Settings
+from recare_patch.core import PatchError, Settings
 from recare_patch.erasure.methods import Context, Needs, SolvedMethod, at_rank, padded, weights_of
 from recare_patch.patch import Named, Patch, names_of
-from recare_patch.recipe import MethodInfo, Paper
+from recare_patch.recipe import MethodInfo, Paper, concept_key
 
 if TYPE_CHECKING:
     import torch
@@ -110,16 +110,22 @@ class Closed(SolvedMethod):
 
         Raises:
             BaseModelError: values of this base do not read the text embeddings themselves.
-            PatchError: the patch that must be held is not one of named rows.
+            IncompatiblePatchError: the patch that is to be held was made for a base of other shapes.
+        PatchError: it has no row for each name, or has one of these already.
         """
         assert isinstance(context.recipe.own, ClosedOptions)
         self.context, self.options, base = context, context.recipe.own, context.base
         self.asked = Asked.of(context)
-        self.held: tuple[str, ...] = ()
+        self.earlier: Patch | None = None
+        if self.options.hold is not None:
+            self.earlier = Patch.load(self.options.hold)
+            own = {concept_key(name) for name in self.asked.names}
+            if there := [one.name for one in names_of(self.earlier) if concept_key(one.name) in own]:
+                raise PatchError(f"patch {self.earlier.name} has the name '{there[0]}' already: nothing is to be added")
         if not context.number:  # The first of a run's concepts looks for all.
             self.check_reads(base.empty_states().shape[1])
-            if self.options.hold is not None:
-                self.held = tuple(one.name for one in names_of(Patch.load(self.options.hold)))
+            if self.earlier is not None:
+                self.earlier.check_base(base)
 
     @classmethod
     def erase(cls, methods: Sequence[Self], stages: Stages) -> None:
@@ -133,7 +139,14 @@ class Closed(SolvedMethod):
 
         def solve(generator: torch.Generator) -> dict[str, Tensor]:
             weights = first.weights()
-            found = _solved(asked, words, weights, first.options, generator, held=first.held)
+            held: tuple[str, ...] = ()
+            if (earlier := first.earlier) is not None:
+                # What the earlier patch left is the base of this one, and its names stay there.
+                held = tuple(one.name for one in names_of(earlier))
+                full = {name: models.full_name(base.denoiser_name, name) for name in weights}
+                there = {name: one for name, one in full.items() if one in earlier.ranks}
+                weights |= {name: weights[name] + models.in_double(earlier.update(one)) for name, one in there.items()}
+            found = _solved(asked, words, weights, first.options, generator, held=held)
             made: dict[str, Tensor] = {}
             missed = total = 0.0
             for name, out in found.writes.items():
