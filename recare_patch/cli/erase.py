@@ -333,6 +333,8 @@ def _report(concept: str, result: Any) -> None:
     if seen:
         told = [f"{one['what']} in {one['after']} of {one['of']}, before {one['before']}" for one in seen]
         echo(f"CLIP sees in the preview: {'; '.join(told)}.")
+    if alike := result.cost.get("read_as_names"):
+        echo(f"The base reads these as names of it, so they go too: {', '.join(alike)}.")
     if moved := result.cost.get("moved_most"):
         most = [f"{word} {share:.0%}" for word, share in list(moved.items())[:5]]
         echo(f"Of what stays it moves most, in what values make of it: {', '.join(most)}.")

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from recare_patch.careset import CareSet
-from recare_patch.combine.stacking import Weighted, named, parts_of, plan_stack, relative_error
+from recare_patch.combine.stacking import Weighted, parts_of, plan_stack, relative_error
 from recare_patch.core import PatchError, Progress, unknown_name
 from recare_patch.erasure import PLAIN, erase
 from recare_patch.patch import Named, Patch, PatchMetadata, PatchPart, Stacking, names_of
@@ -33,7 +33,7 @@ def closed_forms(patches: Weighted) -> tuple[Weighted, Weighted]:
 
 def _is_closed(patch: Patch, about: PatchMetadata) -> bool:
     parts = about.parts or (patch.as_part(1.0),)
-    return bool(named(patch)) and all(erased.method == "closed" for part in parts for erased in part.erased)
+    return bool(patch.names) and all(erased.method == "closed" for part in parts for erased in part.erased)
 
 
 def solve(
@@ -80,7 +80,7 @@ def solve(
         ).patch
     scales: dict[str, float] = {}
     for patch, weight in alone:
-        for one in named(patch):
+        for one in patch.names:
             key = concept_key(one.name)
             scales[key] = max(scales.get(key, one.scale * weight), one.scale * weight, key=abs)
     made = _rescaled(made, [scales.get(concept_key(one.name), 1.0) for one in names_of(made)])
@@ -111,7 +111,7 @@ def _union(patches: Weighted, base: str | None, clip: str | None, memory: Memory
         assert about is not None
         for erased in about.erased:
             plain = erased.as_concept()
-            own = [one for one in named(patch) if concept_key(one.concept) == concept_key(plain)]
+            own = [one for one in patch.names if concept_key(one.concept) == concept_key(plain)]
             known = {concept_key(name) for name in plain.bare_names}
             other = [one.name for one in own if concept_key(one.name) not in known]
             before = concepts.get(concept_key(plain), plain)

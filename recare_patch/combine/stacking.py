@@ -110,7 +110,7 @@ def plan_stack(
         raise PatchError(f"a density is a share above 0 and at most 1 for {' and '.join(_DENSE)}, {told}")
     modules = tuple(dict.fromkeys(module for patch, _ in patches for module in patch.modules))
     # Rows of names are the first ones in all layers; see named_first.
-    least = [len(named(patch)) if method == "concat" else 0 for patch, _ in patches]
+    least = [len(patch.names) if method == "concat" else 0 for patch, _ in patches]
     full = max(sum(p.ranks.get(module, n) for (p, _), n in zip(patches, least, strict=True)) for module in modules)
     largest = max(r for patch, _ in patches for r in patch.ranks.values())
     whole = method in ("concat", "regmean")
@@ -379,15 +379,9 @@ def _flat(patch: Patch, module: str) -> tuple[Tensor, Tensor]:
     return a.double().flatten(1), b.double().flatten(1)
 
 
-def named(patch: Patch) -> tuple[Named, ...]:
-    """The names that have the patch's first rows; none where they have none of their own."""
-    found = (patch.metadata.names if patch.metadata is not None else None) or ()
-    return found if len(found) <= min(patch.ranks.values()) else ()
-
-
 def _names(patches: Weighted) -> tuple[Named, ...] | None:
     found = tuple(
-        one.model_copy(update={"scale": one.scale * weight}) for patch, weight in patches for one in named(patch)
+        one.model_copy(update={"scale": one.scale * weight}) for patch, weight in patches for one in patch.names
     )
     return found or None
 
@@ -398,7 +392,7 @@ def named_first(patches: Weighted, module: str) -> tuple[Tensor, Tensor]:
     first: list[tuple[Tensor, Tensor]] = []
     rest: list[tuple[Tensor, Tensor]] = []
     for patch, weight in patches:
-        count = len(named(patch))
+        count = len(patch.names)
         if module in patch.ranks:
             down, up = _flat(patch, module)
             first.append((weight * down[:count], up[:, :count]))

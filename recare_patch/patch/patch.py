@@ -174,6 +174,12 @@ class Patch:
         return {module: self.factors(module)[0].shape[0] for module in self.modules}
 
     @property
+    def names(self) -> tuple[Named, ...]:
+        """The names that its first rows belong to, one each; empty where names have no rows of their own."""
+        found = (self.metadata.names if self.metadata is not None else None) or ()
+        return found if len(found) <= min(self.ranks.values()) else ()
+
+    @property
     def parameters(self) -> int:
         """Number of values in all tensors."""
         return sum(tensor.numel() for tensor in self.tensors.values())
@@ -415,9 +421,8 @@ def names_of(patch: Patch) -> tuple[Named, ...]:
     Raises:
         PatchError: it has none.
     """
-    found = patch.metadata.names if patch.metadata is not None else None
-    if not found:
+    if not patch.names:
         raise PatchError(
             f"patch {patch.name} has no row for each name: only closed forms (--method closed) and stacks of them have"
         )
-    return found
+    return patch.names

@@ -162,6 +162,7 @@ class Closed(SolvedMethod):
         logger.info("the closed form at rank %d: %.2g of its norm is left out", rank, float(residual))
         stages.note(RESIDUAL, float(residual))
         stages.note(WENT, round(float(went.min()), 4))
+        # They go with the name, and are among those that move most.
         if alike := [words[k] for k in same.nonzero().flatten().tolist()]:
             stages.note(SAME, alike)
         if went.min() < 0.9 * first.options.gone:
@@ -173,7 +174,7 @@ class Closed(SolvedMethod):
         most = moved[-1].argsort(descending=True)[:told].tolist()
         stages.note(FORECAST, {words[k]: round(float(moved[-1, k]), 4) for k in most})
         if not float(residual):
-            stages.run.named = _told(asked, words, went, moved)
+            stages.run.named = _told(asked, words, went, moved * (same == 0))
         part = base.denoiser_name
         stages.set_adapter({models.full_name(part, m): (made[f"{m}.A"], made[f"{m}.B"]) for m in first.modules})
 
@@ -306,7 +307,6 @@ def _solved(
     size = _length(retained, gram).clamp(min=1e-30)
     alone = (retained @ reads.T).abs().T * _length(shift, gram)[:, None] / size
     moved = torch.cat([alone, (_length(retained @ reads.T @ shift, gram) / size)[None]])
-    moved[:, same] = 0  # They go with the name.
     return Solved(reads, {name: one @ shift.T for name, one in weights.items()}, went, moved.cpu(), same)
 
 
@@ -314,7 +314,7 @@ _JOINS = ("and", "with", "in", "at", "by", "")
 _BEGUN = ("A photo", "A painting")
 _LEAST_BEFORE, _MOST_BEFORE, _NAMES_READ = 2, 16, 256
 """Texts that end with a name: of each so many, and about so many in all."""
-_PROMPTS = 768
+_PROMPTS = 512
 """Prompts of retained words at most; all of their places are read."""
 
 _ALIKE = 0.9
