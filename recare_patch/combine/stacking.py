@@ -150,7 +150,8 @@ class StackPlan:
             if self.method == "concat":
                 down, up = named_first(self.patches, module)
             elif moments is not None:
-                down = torch.cat([self.patches[k][1] * new for k, new in moments.solve(module).items()])
+                rows = {k: _flat(p, module)[0] for k, (p, _) in enumerate(self.patches) if module in p.ranks}
+                down = torch.cat([self.patches[k][1] * new for k, new in moments.solve(module, rows).items()])
                 up = _summed(self.patches, module)[1]
             elif self.method == "svd":
                 down, up = _balanced(*_thin_svd(*_summed(self.patches, module)), self.rank)
