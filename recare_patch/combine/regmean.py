@@ -5,9 +5,9 @@ up, patches meet on inputs that none of them was trained on together. Regression
 arXiv 2212.09849) asks for the one update that does on each concept's inputs what that concept's
 patch does there, and on the inputs of what must stay nothing. In one regression for all of them each
 part counts for less the more there are: of eight, the one that fares worst keeps 91 % of its effect on its own
-prompts. So each part has a regression of its own here, in which its own inputs count twice as much as another part's.
-With ``Gᵢ = mean x xᵀ`` over the inputs ``x [in]`` of concept i, ``G₀`` over those of kept prompts, and ``Δᵢ = Bᵢ Aᵢ`` of
-weight ``wᵢ``,
+prompts. So each part has a regression of its own here, in which its own inputs count twice as much as those of another.
+With ``Gᵢ = mean x xᵀ`` over the inputs ``x [in]`` of concept i, ``G₀`` over those of kept prompts, and ``Δᵢ = Bᵢ Aᵢ``
+of weight ``wᵢ``,
 
     Δ = Σᵢ wᵢ Δᵢ Gᵢ (Gᵢ + ½ Σⱼ Gⱼ + k G₀ + ridge)⁻¹,   j ≠ i
 
