@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from recare_patch.patch import Patch
 
 
+# Long: an argument for each option, and one straight way.
 @command()
 @argument("patches", nargs=-1, required=True, type=cli.PLACE, metavar="PATCH[:SCALE]...")
 @option("--out DIR", "Folder of the stack.", cli.FOLDER, required=True)

@@ -250,6 +250,7 @@ def started(contexts: Sequence[Context], rank: int, generator: torch.Generator) 
     return made
 
 
+# Long: it reads everything that the equation is made of, in the order of its terms.
 def _solved(
     asked: Sequence[Asked],
     words: Sequence[str],
@@ -367,6 +368,7 @@ def _read_as(words: Tensor, instead: Tensor, shift: Tensor, gram: Tensor) -> Ten
     return found
 
 
+# Long for its arguments, which it tells.
 def solution(
     states: Tensor,
     owner: Tensor,
