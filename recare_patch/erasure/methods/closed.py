@@ -250,7 +250,6 @@ def started(contexts: Sequence[Context], rank: int, generator: torch.Generator) 
     return made
 
 
-# Long: it reads everything that the equation is made of, in the order of its terms.
 def _solved(
     asked: Sequence[Asked],
     words: Sequence[str],
