@@ -63,7 +63,7 @@ KEPT = (
 """What no request ever names."""
 
 WAYS = ("stacked", "regmean", "continued", "together")
-MEASURED = (0, 1, 2, 4, 6, 9, 12)
+MEASURED = (0, 1, 2, 4, 6, 8, 9, 12)
 """After how many requests everything is drawn."""
 
 FIRST_SEED = 5_000_000

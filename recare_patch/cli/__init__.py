@@ -45,7 +45,7 @@ _FILES = {
     "doctor": "doctor",
     "measure": "evaluate attack verify",
     "audit": "audit",
-    "stack": "stack merge unmerge",
+    "stack": "stack scale merge unmerge",
     "patch": "inspect convert generate",
     "share": "push pull search index",
     "lists": "methods recipes careset atelier",

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from click import FloatRange, command, echo
@@ -52,6 +53,7 @@ from recare_patch.recipe import (
     into="subject",
 )
 @cli.recipe_option("continue_from", "--continue-from", metavar="PATCH")
+@option("--add PATCH", "Put the concepts into this patch of --method closed; its own names stay as they are in it.")
 @cli.recipe_option("method", "--method", help="see `recare-patch methods`")
 @cli.base_option
 @cli.clip_option
@@ -86,6 +88,7 @@ def erase(
     assignments: tuple[str, ...],
     kind: str | None,
     subject: str | None,
+    add: str | None,
     base: str | None,
     clip: str | None,
     aliases: tuple[str, ...],
@@ -99,6 +102,8 @@ def erase(
     recare-patch erase --recipe nudity-sd-1.5
     recare-patch erase --concept tench --replace-with cat
     recare-patch erase --concepts artists.txt --kind style --out patches --resume
+    recare-patch erase --concepts artists.txt --kind style --method closed --out artists      # one patch of all
+    recare-patch erase --concepts more.txt --kind style --method closed --add artists --out all
 
     Several processes share every step, with the same result:
 
@@ -116,11 +121,16 @@ def erase(
         raise RecipeError(f"--alias is of one concept, and there are {len(texts)}")
     if resume and not texts and recipe is None and out is not None:
         recipe = _recipe_of_run(out)
-    wanted: dict[str, Any] = {"subject": subject, "kind": kind, "recipe": recipe, "base": base, "clip": clip}
     asked = {**preset_overrides(preset), **overrides}
     # What is solved for all names at once is one patch, unless their patches are to be stacked.
     method = METHODS.get(asked["method"]).info if asked.get("method") in METHODS else None
     together = together or bool(method and method.rank_per_name and len(texts) > 1 and stacked is None)
+    if add is not None:
+        overrides["closed.hold"] = asked["closed.hold"] = _adding(add, out, method, resume=resume, stacked=stacked)
+        base = base or cli.base_of([(Path(overrides["closed.hold"]), 1.0)])
+        with contextlib.suppress(RecipeError):  # A stack has none.
+            clip = clip or load_recipe(overrides["closed.hold"]).clip
+    wanted: dict[str, Any] = {"subject": subject, "kind": kind, "recipe": recipe, "base": base, "clip": clip}
     plans = _plans(texts, together, asked, **wanted)
     _check_several(plans, stacked, named)
     alone, place = len(plans) == 1, out or Path()
@@ -139,6 +149,10 @@ def erase(
     from recare_patch.core import Crew, launched_together
     from recare_patch.erasure import erase_concept
 
+    if add is not None and out is not None:
+        words = {"also": [other.text for other in plans[0].also], "overrides": overrides, "preset": preset}
+        _add(overrides["closed.hold"], plans[0], out, chosen, words | wanted | run)
+        return
     crew = Crew.found() if launched_together() else None
     first = crew is None or crew.main
     if first and not alone:
@@ -265,6 +279,41 @@ def _stack(folders: Sequence[Path], out: Path) -> None:
     echo(f"Stack of {len(folders)} patches: {out}")
 
 
+def _adding(add: str, out: Path | None, method: Any, *, resume: bool, stacked: Path | None) -> str:
+    """Where the patch of ``--add`` lies; refused where nothing can be added to it."""
+    if method is None or not method.rank_per_name:
+        raise RecipeError("--add puts names into a patch of the closed form: give --method closed with it")
+    if out is None:
+        raise RecipeError("--add makes a new patch, and the earlier one stays: say where with --out")
+    if resume or stacked is not None:
+        raise RecipeError(f"--add takes seconds, and does not go with {'--resume' if resume else '--stack'}")
+    path, scale = cli.parse_patch(cli.short_patch(add))
+    if scale != 1:
+        raise RecipeError(f"--add adds to a whole patch, and '{add}' has a scale")
+    return str(path)
+
+
+def _add(earlier: str, recipe: Recipe, out: Path, formats: Sequence[str], words: dict[str, Any]) -> None:
+    """Solve for new names beside those of an earlier patch, and write one patch of both."""
+    from recare_patch.combine import new_folder, stack, write_stack
+    from recare_patch.erasure import erase_concept
+    from recare_patch.patch import Patch
+
+    before = Patch.load(earlier)
+    with new_folder(out) as folder, TemporaryDirectory() as place, cli.shown_progress() as progress:
+        result = erase_concept(
+            recipe.concept.text, out=Path(place) / "added", progress=progress, file_formats=["diffusers"], **words
+        )
+        for warning in result.warnings:
+            echo(f"Warning: {warning}", err=True)
+        made = stack([(before, 1.0), (result.patch, 1.0)], dtype=before.dtype)
+        size = write_stack(made, folder, formats).stat().st_size
+    assert made.metadata is not None
+    names, own = made.metadata.names or (), result.patch.metadata.names if result.patch.metadata else None
+    echo(f"Added {recipe.title} to {before.name}, whose names keep their rows.")
+    echo(f"Patch: {out}  ({len(names)} names, {len(own or ())} of them new, {size:,} bytes)")
+
+
 def _report(concept: str, result: Any) -> None:
     for warning in result.warnings:
         echo(f"Warning: {warning}", err=True)
@@ -284,6 +333,8 @@ def _report(concept: str, result: Any) -> None:
     if seen:
         told = [f"{one['what']} in {one['after']} of {one['of']}, before {one['before']}" for one in seen]
         echo(f"CLIP sees in the preview: {'; '.join(told)}.")
+    if alike := result.cost.get("read_as_names"):
+        echo(f"The base reads these as names of it, so they go too: {', '.join(alike)}.")
     if moved := result.cost.get("moved_most"):
         most = [f"{word} {share:.0%}" for word, share in list(moved.items())[:5]]
         echo(f"Of what stays it moves most, in what values make of it: {', '.join(most)}.")

@@ -40,9 +40,20 @@ def inspect(path: Path, as_json: bool, check: bool) -> None:
     if as_json:
         echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
+    names = facts.pop("names", [])
     for name, value in facts.items():
         if value not in (None, [], {}):
             echo(f"{name.replace('_', ' ') + ':':<16}{_in_words(value)}")
+    if names:
+        cli.echo_table([("name", "read as", "scale", "left", "moves most"), *map(_of_name, names)], left=2)
+
+
+def _of_name(told: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line on one name: what is left of it by the text's values, and what its row moves most."""
+    left = "–" if told["left"] is None else f"{1 - told['scale'] * (1 - told['left']):.0%}"
+    lost = "–" if told["lost"] is None else f"{told['worst']} {abs(told['scale']) * told['lost']:.1%}"
+    name = told["name"] if told["name"] == told["concept"] else f"{told['name']} ({told['concept']})"
+    return name, told["instead"], f"{told['scale']:g}", left, lost
 
 
 def _weights_file(path: Path) -> Path:
@@ -92,7 +103,17 @@ def described(file: Path, header: SafetensorsHeader) -> dict[str, Any]:
             "layers": recipe.adapter.layers,
             "seed": recipe.seed,
         }
+    if names := _names(told, str(file)):
+        facts["names"] = names
     return facts | {"metadata": sorted(told)}
+
+
+def _names(header: Mapping[str, str], source: str) -> list[dict[str, Any]]:
+    """The names that have a row each, and what is known of them."""
+    from recare_patch.patch import PatchMetadata
+
+    about = PatchMetadata.from_header(header, source) if f"{_OURS}names" in header else None
+    return [one.model_dump() for one in (about.names or ())] if about is not None else []
 
 
 def _stack(header: Mapping[str, str], source: str) -> dict[str, Any]:

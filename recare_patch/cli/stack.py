@@ -1,7 +1,8 @@
-"""``recare-patch stack``, ``merge`` and ``unmerge``: several patches into one, or into a base's weights."""
+"""``recare-patch stack``, ``scale``, ``merge``, ``unmerge``: several patches in one, parts of one, and in a base."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
     from recare_patch.patch import Patch
 
 
+# Long: an argument for each option, and one straight way.
 @command()
 @argument("patches", nargs=-1, required=True, type=cli.PLACE, metavar="PATCH[:SCALE]...")
 @option("--out DIR", "Folder of the stack.", cli.FOLDER, required=True)
 @option(
-    "--method concat|regmean|ties|dare|svd",
-    "concat is the exact sum; regmean keeps more of what must stay, and draws with the base to learn what "
-    "that is; the others are of smaller rank, at an error that is told.",
-    None,
-    "concat",
+    "--method solved|concat|regmean|ties|dare|svd",
+    "solved solves closed forms anew for all their names and adds other patches; concat is the exact sum; regmean "
+    "keeps more of what must stay, and draws with the base to learn what that is; the others are of smaller rank, at "
+    "an error that is told.  [default: solved for two closed forms or more, else concat]",
 )
 @option("--rank", "Of the stack.  [default: what the method needs]", IntRange(1, 4096))
 @option(
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 def stack(
     patches: tuple[str, ...],
     out: Path,
-    method: str,
+    method: str | None,
     rank: int | None,
     density: float | None,
     kept_weight: float | None,
@@ -69,6 +70,7 @@ def stack(
     recare-patch stack van-gogh nudity:0.8 --out both --method regmean
     recare-patch stack van-gogh nudity --out both --method svd --rank 4
     recare-patch stack van-gogh nudity --out both --evidence --pictures 50
+    recare-patch stack artists people a-trained-patch --out all    # two closed forms, solved anew, and a third added
 
     A patch is a folder or a file; "van-gogh" finds the folder "van-gogh-patch" too.
     """
@@ -83,7 +85,14 @@ def stack(
     cli.quiet_libraries()
     loaded = [(Patch.load(path), scale) for path, scale in chosen]
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    plan = combine.plan_stack(loaded, method=method, rank=rank, density=density)
+    alone, others = combine.closed_forms(loaded)
+    method = method or (combine.SOLVED if len(alone) > 1 else "concat")
+    solved = method == combine.SOLVED
+    plan = combine.plan_stack(
+        loaded, method="concat" if solved else method, rank=None if solved else rank, density=density
+    )
+    if solved and rank is not None:
+        raise PatchError("--rank is that of the names here: --method svd makes smaller stacks")
     if kept_weight is not None and method != "regmean":
         raise PatchError(f"--kept-weight is for --method regmean, and '{method}' takes none")
     moments = None
@@ -91,7 +100,12 @@ def stack(
         if method == "regmean":
             known = plan.known.base if plan.known else "atelier"
             places["base"], moments = _measured(loaded, places, known, kept_weight, seed)
-        made = plan.stack(seed=seed, dtype=dtype, moments=moments)
+        if solved:
+            with cli.shown_progress() as progress:
+                how = {key: places[key] for key in ("base", "clip", "device", "memory")}
+                made = combine.solve(loaded, **how, dtype=dtype, progress=progress)
+        else:
+            made = plan.stack(seed=seed, dtype=dtype, moments=moments)
         in_short, warnings = combine.told_of(plan.interference())
         for warning in warnings:
             echo(f"Warning: {warning}", err=True)
@@ -100,6 +114,10 @@ def stack(
     about = made.metadata
     echo(f"Stack: {out}  ({len(about.parts or ())} patches, rank {about.rank}, {size:,} bytes)")
     echo(f"Differs from the sum of its parts by {made.metadata.stacking.relative_error:.2g} of its norm.")
+    if solved:
+        count = len(about.names or ())
+        added = f"; {len(others)} other{'s are' if len(others) > 1 else ' is'} added" if others else ""
+        echo(f"{len(alone)} closed forms are solved anew for all their names ({count}), not added{added}.")
     if in_short:
         echo(in_short)
     if evidence:
@@ -136,6 +154,57 @@ def _tell_change(patches: Sequence[Patch], out: Path, pictures: int, places: Map
         rows += [(f"  {one.name}", *one.show()) for one in changes if one.concept == concept]
     cli.echo_table(rows)
     echo(f"Side by side: {out / CHANGE_NAME}")
+
+
+@command()
+@argument("patch", type=cli.PLACE)
+@option(
+    "--concept TEXT[:SCALE]",
+    "A concept, or one of its names, and its new strength, 0 if none is told; repeatable.",
+    into="concepts",
+    multiple=True,
+    required=True,
+)
+@option("--out DIR", "The folder of what is left.", cli.FOLDER, required=True)
+@cli.formats_option
+def scale(patch: str, concepts: tuple[str, ...], out: Path, file_formats: str) -> None:
+    """Scale single names of a patch of many, or take them back.
+
+    \b
+    recare-patch scale artists-patch --concept "Monet:0.5" --out weaker
+    recare-patch scale artists-patch --concept Monet --concept Picasso --out without-two
+
+    For closed forms and stacks of them, in which each name has a row of its own: all other names do to the bit
+    what they did. `recare-patch inspect` lists the names.
+    """
+    path, whole = cli.parse_patch(cli.short_patch(patch))
+    if whole != 1:
+        raise PatchError(f"the strength of all names is that of the patch, and '{patch}' has a scale: load it so")
+    asked = dict(map(_named_scale, concepts))
+    from recare_patch import combine
+    from recare_patch.patch import Patch, check_formats
+
+    chosen = check_formats(file_formats.split(","))
+    cli.quiet_libraries()
+    made = combine.scale_names(Patch.load(path), asked)
+    with combine.new_folder(out) as folder:
+        size = combine.write_stack(made, folder, chosen).stat().st_size
+    names = (made.metadata.names if made.metadata else None) or ()
+    echo(f"Patch: {out}  ({len(names)} name{'s' * (len(names) != 1)}, {size:,} bytes)")
+
+
+def _named_scale(text: str) -> tuple[str, float]:
+    """A name and its scale, "NAME:0.5"; a name alone is taken out."""
+    name, colon, said = text.rpartition(":")
+    if not colon:
+        return text, 0.0
+    try:
+        scale = float(said)
+    except ValueError:
+        scale = math.nan
+    if not name or not math.isfinite(scale):
+        raise PatchError(f"--concept takes a name and a number, such as 'Monet:0.5', got '{text}'")
+    return name, scale
 
 
 @command()
@@ -181,6 +250,12 @@ def merge(
         record = combine.merge(loaded, source, out, device=device, **options)
         how: Any = {"device": device, "memory": cli.given_memory(), "vram": vram}
         apart = combine.compare(loaded, source, out, **how) if verify else None
+    if len(combine.closed_forms(loaded)[0]) > 1:
+        echo(
+            "Note: several of these are closed forms, and were added; `recare-patch stack` solves them together, and "
+            "one patch is merged.",
+            err=True,
+        )
     told = ", ".join(f"{part.name} at {part.scale:g}" for part in record.patches)
     echo(f"Merged: {out}  ({told} into {record.base})")
     if single_file is not None:

@@ -1,6 +1,10 @@
 from .merging import compare as compare
 from .merging import merge as merge
 from .merging import unmerge as unmerge
+from .names import SOLVED as SOLVED
+from .names import closed_forms as closed_forms
+from .names import scale_names as scale_names
+from .names import solve as solve
 from .regmean import KEPT_WEIGHT as KEPT_WEIGHT
 from .regmean import Moments as Moments
 from .regmean import measure_moments as measure_moments

@@ -3,11 +3,13 @@
 A patch was trained to change a layer's output on prompts of its concept, and to leave it on others. Added
 up, patches meet on inputs that none of them was trained on together. Regression mean (RegMean, Jin et al.,
 arXiv 2212.09849) asks for the one update that does on each concept's inputs what that concept's
-patch does there, and on the inputs of what must stay nothing. With ``Gᵢ = mean x xᵀ`` over the inputs
-``x [in]`` of concept i, ``G₀`` over those of kept prompts, and ``Δᵢ = Bᵢ Aᵢ`` of weight ``wᵢ``, the least
-squares solution is
+patch does there, and on the inputs of what must stay nothing. In one regression for all of them each
+part counts for less the more there are: of eight, the one that fares worst keeps 91 % of its effect on its own
+prompts. So each part has a regression of its own here, in which its own inputs count twice as much as those of another.
+With ``Gᵢ = mean x xᵀ`` over the inputs ``x [in]`` of concept i, ``G₀`` over those of kept prompts, and ``Δᵢ = Bᵢ Aᵢ``
+of weight ``wᵢ``,
 
-    Δ = Σᵢ wᵢ Δᵢ Gᵢ (Σⱼ Gⱼ + k G₀ + ridge)⁻¹
+    Δ = Σᵢ wᵢ Δᵢ Gᵢ (Gᵢ + ½ Σⱼ Gⱼ + k G₀ + ridge)⁻¹,   j ≠ i
 
 so each part keeps its ``Bᵢ`` and changes its ``Aᵢ`` alone: the ranks add up as in a plain sum, and no
 training is needed. Unlike the paper, which merges whole fine-tuned weights, the base counts as one more
@@ -49,20 +51,22 @@ _Guarded = tuple[Concept, Sequence[str]]  # A concept, and the words that guarde
 class Moments:
     """What the layers of several patches read, fp32 on the CPU."""
 
-    read: tuple[Mapping[str, Tensor], ...]  # For each patch, layer → Aᵢ Gᵢ [rank, in].
-    total: Mapping[str, Tensor]  # Layer → Σⱼ Gⱼ + k G₀ [in, in].
+    own: tuple[Mapping[str, Tensor], ...]  # For each patch, layer → Gᵢ [in, in].
+    kept: Mapping[str, Tensor]  # Layer → G₀ [in, in].
     kept_weight: float  # k
     evaluations: int  # Of the denoiser, that measuring took.
 
-    def solve(self, module: str) -> dict[int, Tensor]:
-        """A layer's new ``Aᵢ`` by the patch's place: ``Aᵢ Gᵢ (total + ridge)⁻¹ [rank, in]``, fp64."""
-        total = self.total[module].double()
-        ridge = RIDGE * total.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        steadied = total + ridge * torch.eye(len(total), dtype=torch.float64)
-        read = {k: one[module].double() for k, one in enumerate(self.read) if module in one}
-        # All parts at once: the matrix is decomposed a single time.
-        found = torch.linalg.solve(steadied, torch.cat(list(read.values())).T).T
-        return dict(zip(read, found.split([len(rows) for rows in read.values()]), strict=True))
+    def solve(self, module: str, factors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """A layer's new ``Aᵢ [rank, in]`` from the old ones, both by the patch's place, fp64."""
+        grams = [one[module].double() for one in self.own]
+        shared = sum(grams, self.kept_weight * 2 * self.kept[module].double()) / 2
+        found = {}
+        for k, rows in factors.items():
+            total = shared + grams[k] / 2
+            ridge = RIDGE * total.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+            steadied = total + ridge * torch.eye(len(total), dtype=torch.float64)
+            found[k] = torch.linalg.solve(steadied, (rows @ grams[k]).T).T
+        return found
 
 
 def measure_moments(
@@ -94,27 +98,24 @@ def measure_moments(
     asked = Asked([one for own in concepts for one, _ in own], clip, seed)
     modules = tuple(dict.fromkeys(module for patch in patches for module in patch.modules))
     before, first = base.counter.total, seed
-    total: dict[str, Tensor] = {}
     read: list[dict[str, Tensor]] = []
 
-    def look(prompts: list[str], weight: float) -> tuple[dict[str, Tensor], Tensor]:
+    def look(prompts: list[str]) -> tuple[dict[str, Tensor], Tensor]:
         nonlocal first
-        found, latents = _second_moments(base, modules, prompts, first, progress)
+        found = _second_moments(base, modules, prompts, first, progress)
         first += len(prompts)
-        for module, own in found.items():
-            total[module] = total[module] + weight * own if module in total else weight * own
-        return found, latents
+        return found
 
-    for patch, own in zip(patches, concepts, strict=True):
+    for own in concepts:
         prompts = asked.of_concepts(own)
-        found, latents = look(prompts, 1.0)
-        read.append({m: patch.factors(m)[0].float().flatten(1) @ found[m] for m in patch.modules})
+        found, latents = look(prompts)
+        read.append(found)
         for concept, guarded in own:
             shown = [prompts.index(one) for one in concept.name_prompts]
             asked.look(concept, guarded, base.decode_latents(latents[shown]))
     # Last come those that must stay: which these are is seen in the concepts' pictures.
-    look(asked.kept(concepts), kept_weight)
-    return Moments(tuple(read), total, kept_weight, base.counter.total - before)
+    kept, _ = look(asked.kept(concepts))
+    return Moments(tuple(read), kept, kept_weight, base.counter.total - before)
 
 
 def _concepts(patch: Patch) -> list[_Guarded]:

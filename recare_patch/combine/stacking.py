@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,6 +36,7 @@ from recare_patch.core import (
 from recare_patch.patch import (
     FORMATS,
     STACK_NAME,
+    Named,
     Patch,
     PatchMetadata,
     PatchPart,
@@ -108,7 +109,9 @@ def plan_stack(
         told = f"got {density!r}" if method in _DENSE else f"and '{method}' takes none"
         raise PatchError(f"a density is a share above 0 and at most 1 for {' and '.join(_DENSE)}, {told}")
     modules = tuple(dict.fromkeys(module for patch, _ in patches for module in patch.modules))
-    full = max(sum(patch.ranks.get(module, 0) for patch, _ in patches) for module in modules)
+    # Rows of names are the first ones in all layers; see named_first.
+    least = [len(patch.names) if method == "concat" else 0 for patch, _ in patches]
+    full = max(sum(p.ranks.get(module, n) for (p, _), n in zip(patches, least, strict=True)) for module in modules)
     largest = max(r for patch, _ in patches for r in patch.ranks.values())
     whole = method in ("concat", "regmean")
     chosen = rank if rank is not None else (full if whole else largest)
@@ -143,31 +146,27 @@ class StackPlan:
             )
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, Tensor] = {}
-        missed = total = 0.0
         for module in self.modules:
-            own = [(w, *_flat(patch, module)) for patch, w in self.patches if module in patch.ranks]
-            # Factors of Σ wᵢ Δᵢ.
-            a, b = torch.cat([w * a for w, a, _ in own]), torch.cat([b for _, _, b in own], 1)
             if self.method == "concat":
-                down, up = a, b
+                down, up = named_first(self.patches, module)
             elif moments is not None:
-                down = torch.cat([self.patches[k][1] * new for k, new in moments.solve(module).items()])
-                up = b
+                rows = {k: _flat(p, module)[0] for k, (p, _) in enumerate(self.patches) if module in p.ranks}
+                down = torch.cat([self.patches[k][1] * new for k, new in moments.solve(module, rows).items()])
+                up = _summed(self.patches, module)[1]
             elif self.method == "svd":
-                down, up = _balanced(*_thin_svd(a, b), self.rank)
+                down, up = _balanced(*_thin_svd(*_summed(self.patches, module)), self.rank)
             else:
+                own = [(w, *_flat(patch, module)) for patch, w in self.patches if module in patch.ranks]
                 way, deltas = _DENSE[self.method], torch.stack([w * (b @ a) for w, a, b in own])
                 dense = way.reduce(way.agree(way.sparsify(deltas, self.density or way.density, generator)))
                 down, up = _balanced(*_truncated_svd(dense, self.rank, generator), self.rank)
             down = F.pad(down, (0, 0, 0, self.rank - len(down))).to(dtype)
             up = F.pad(up, (0, self.rank - up.shape[1])).to(dtype)
-            missed += _norm(torch.cat([down.double(), -a]), torch.cat([up.double(), b], 1)) ** 2
-            total += _norm(a, b) ** 2
             shape = next(one for one, _ in self.patches if module in one.ranks).factors(module)[0].shape[1:]
             ones = (1,) * (len(shape) - 1)
             tensors[f"{module}.lora_A.weight"] = down.reshape(self.rank, *shape).contiguous()
             tensors[f"{module}.lora_B.weight"] = up.reshape(up.shape[0], self.rank, *ones).contiguous()
-        error = math.sqrt(missed / total) if total else math.sqrt(missed)
+        error = relative_error(tensors, self.patches)
         if not math.isfinite(error):
             raise PatchError(
                 f"a value of this stack does not fit into {str(dtype).removeprefix('torch.')}: "
@@ -180,9 +179,10 @@ class StackPlan:
             relative_error=error,
             kept_weight=moments.kept_weight if moments is not None else None,
         )
-        return Patch(tensors, self._metadata(how), "the stack")
+        return Patch(tensors, self.metadata(how), "the stack")
 
-    def _metadata(self, how: Stacking) -> PatchMetadata:
+    def metadata(self, how: Stacking) -> PatchMetadata:
+        """What a stack of these patches says of itself."""
         told = [patch.metadata for patch, _ in self.patches if patch.metadata is not None]
         parts = parts_of(self.patches)
         same = {key: getattr(self.known, key) if self.known else "unknown" for key in _OF_BASE}
@@ -199,6 +199,7 @@ class StackPlan:
             seed=how.seed,
             parts=parts,
             stacking=how,
+            names=_names(self.patches) if self.method == "concat" else None,
             base_text_encoders_sha256=self.known.base_text_encoders_sha256 if self.known else None,
             base_denoiser_class=self.known.base_denoiser_class if self.known else None,
         )
@@ -377,6 +378,46 @@ def _flat(patch: Patch, module: str) -> tuple[Tensor, Tensor]:
     """``A [r, in]`` and ``B [out, r]``, fp64; a convolution's kernel is a part of ``in``."""
     a, b = patch.factors(module)
     return a.double().flatten(1), b.double().flatten(1)
+
+
+def _names(patches: Weighted) -> tuple[Named, ...] | None:
+    found = tuple(
+        one.model_copy(update={"scale": one.scale * weight}) for patch, weight in patches for one in patch.names
+    )
+    return found or None
+
+
+def named_first(patches: Weighted, module: str) -> tuple[Tensor, Tensor]:
+    """Factors of ``Σ wᵢ Δᵢ`` with the rows of all names first; those have zeros in layers that their patch leaves."""
+    a, b = _summed(patches, module)
+    first: list[tuple[Tensor, Tensor]] = []
+    rest: list[tuple[Tensor, Tensor]] = []
+    for patch, weight in patches:
+        count = len(patch.names)
+        if module in patch.ranks:
+            down, up = _flat(patch, module)
+            first.append((weight * down[:count], up[:, :count]))
+            rest.append((weight * down[count:], up[:, count:]))
+        else:
+            first.append((a.new_zeros(count, a.shape[1]), b.new_zeros(len(b), count)))
+    return torch.cat([one for one, _ in first + rest]), torch.cat([one for _, one in first + rest], 1)
+
+
+def _summed(patches: Weighted, module: str) -> tuple[Tensor, Tensor]:
+    """Factors of ``Σ wᵢ Δᵢ`` of a layer that one of them changes at least, fp64."""
+    own = [(weight, *_flat(patch, module)) for patch, weight in patches if module in patch.ranks]
+    return torch.cat([weight * a for weight, a, _ in own]), torch.cat([b for _, _, b in own], 1)
+
+
+def relative_error(tensors: Mapping[str, Tensor], patches: Weighted) -> float:
+    """How far an update is from the plain sum of several patches, as a share of its norm."""
+    missed = total = 0.0
+    for module in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors):
+        down, up = (tensors[f"{module}.lora_{side}.weight"].double().flatten(1) for side in "AB")
+        a, b = _summed(patches, module)
+        missed += _norm(torch.cat([down, -a]), torch.cat([up, b], 1)) ** 2
+        total += _norm(a, b) ** 2
+    return math.sqrt(missed / total) if total else math.sqrt(missed)
 
 
 def _norm(a: Tensor, b: Tensor) -> float:

@@ -345,6 +345,7 @@ def _train(
         with Stages(run).adapter(recipe.seed) as stages:
             method.erase(made, stages)
             metadata = PatchMetadata.describe(recipe, run.base, care_set, versions(PACKAGES))
+            metadata = metadata.model_copy(update={"names": run.named})
             patch = Patch.from_adapter(run.base, ADAPTER, recipe.adapter.rank, recipe.adapter.alpha, metadata)
     if earlier is not None or recipe.also:
         told = metadata.with_concepts(Erased.by(recipe, [one.care_words for one in targets]), earlier)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from recare_patch.erasure.gauge import Governor
     from recare_patch.erasure.methods import LossMethod
     from recare_patch.models import PromptEmbeds
+    from recare_patch.patch import Named
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Run:
         governor: what ended the erasing, where it was measured.
         others: pictures of plain other things, drawn once.
         language: words that none of its concepts has, by what they are, looked up once.
+        named: whose rows the adapter has, where each name has one.
         still_seen: draws a few pictures as the model stands, and tells in what share of them CLIP sees a concept.
     """
 
@@ -141,6 +143,7 @@ class Run:
         self.governor: Governor | None = None
         self.still_seen: Callable[[], float] | None = None
         self.others: list[Image] = []
+        self.named: tuple[Named, ...] | None = None
         self.language: dict[str, tuple[str, ...]] = {}
 
     def warn(self, sentence: str) -> None:

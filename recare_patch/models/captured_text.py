@@ -160,28 +160,39 @@ class CapturedText(PromptEncoding):
         room = max(len(one) for one in rows)
         return torch.stack([torch.cat([one, one[-1:].expand(room - len(one), -1)]) for one in rows])
 
-    @torch.no_grad()
     def word_states(self, words: Sequence[str]) -> Tensor:
         """What they read at the last token of each text by itself, ``[words, width]``, fp64."""
-        if not words:
-            return self.prompt_states([""])[0, :0]
+        found = [rows[-1] for rows in self._read_to_the_end(words)]
+        return torch.stack(found) if found else self.prompt_states([""])[0, :0]
+
+    def token_states(self, texts: Sequence[str]) -> Tensor:
+        """What they read up to the last token of each text, ``[places, width]``, fp64."""
+        found = list(self._read_to_the_end(texts))
+        return torch.cat(found) if found else self.prompt_states([""])[0, :0]
+
+    @torch.no_grad()
+    def _read_to_the_end(self, texts: Sequence[str]) -> Iterator[Tensor]:
+        """The same of each text without what stands behind it, ``[places, width]``; a few texts at a time."""
         encoder, shift = self._reader
-        places: list[int] = []
+        for part in parts_of(len(texts), _AT_ONCE):
+            some, places = list(texts[part]), list[int]()
 
-        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given = kwargs.get("input_ids", args[0] if args else None)
-            for row in given:
-                last = self._ids_of(self.encoder_names[encoder], texts[len(places)])[-1:]
-                there = (row == last[0]).nonzero() if last else row[:0].nonzero()
-                places.append(int(there[-1]) if len(there) else 0)
+            def look(
+                module: nn.Module, args: Any, kwargs: Any, some: list[str] = some, places: list[int] = places
+            ) -> None:
+                given = kwargs.get("input_ids", args[0] if args else None)
+                for row in given:
+                    last = self._ids_of(self.encoder_names[encoder], some[len(places)])[-1:]
+                    there = (row == last[0]).nonzero() if last else row[:0].nonzero()
+                    places.append(int(there[-1]) if len(there) else 0)
 
-        texts = list(words)
-        hook = self._encoders[encoder].register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            rows = self._entered([(word, None) for word in words])
-        finally:
-            hook.remove()
-        return torch.stack([row[min(max(at + shift, 0), len(row) - 1)] for row, at in zip(rows, places, strict=True)])
+            hook = self._encoders[encoder].register_forward_pre_hook(look, with_kwargs=True)
+            try:
+                rows = self._entered([(text, None) for text in some])
+            finally:
+                hook.remove()
+            for row, at in zip(rows, places, strict=True):
+                yield row[: min(max(at + shift, 0), len(row) - 1) + 1].clone()
 
     def _entered(self, sources: Sequence[tuple[str, Tensor | None]]) -> list[Tensor]:
         """What the text's first layer reads of each prompt, ``[tokens, width]``, fp64."""

@@ -85,19 +85,27 @@ class PromptEncoding:
             return PromptEmbeds.cat([encoded(prompts[rows]) for rows in parts_of(len(prompts), ENCODED_AT_ONCE)])
 
     def word_states(self, words: Sequence[str]) -> Tensor:
-        """What the denoiser reads at the last token of each text by itself, ``[words, width]``, fp64.
-
-        CLIP's text encoders look back only, so what would follow is left out: a word takes a twentieth of a prompt's
-        time.
-        """
-        places = [min(len(self.token_ids(word)), self._tokenizers[0].model_max_length - 2) for word in words]
+        """What the denoiser reads at the last token of each text by itself, ``[words, width]``, fp64."""
         found = self.empty_states()[:1].repeat(len(words), 1)
+        for place, rows, read in self._read_short(words):
+            found[rows] = in_double(read[:, place])
+        return found
+
+    def token_states(self, texts: Sequence[str]) -> Tensor:
+        """What it reads at all places of some texts but the first, to the end of each, ``[places, width]``, fp64."""
+        found = [read[:, 1 : place + 2].flatten(0, 1) for place, _, read in self._read_short(texts)]
+        return in_double(torch.cat(found)) if found else self.empty_states()[:0]
+
+    def _read_short(self, texts: Sequence[str]) -> Iterator[tuple[int, list[int], Tensor]]:
+        """Texts by their length: the place of their last token, which these are, and what is read of them.
+
+        CLIP's text encoders look back only, so padding is left out: a word takes a twentieth of a prompt's time.
+        """
+        places = [min(len(self.token_ids(text)), self._tokenizers[0].model_max_length - 2) for text in texts]
         for place in sorted(set(places)):
             rows = [k for k, one in enumerate(places) if one == place]
             with self._short_prompts(place + 2):
-                read = self.encode_prompts([words[k] for k in rows]).prompt_embeds
-            found[rows] = in_double(read[:, place])
-        return found
+                yield place, rows, self.encode_prompts([texts[k] for k in rows]).prompt_embeds
 
     def empty_states(self) -> Tensor:
         """What the denoiser reads of the empty prompt, ``[tokens, width]``, fp64; the start token's first."""

@@ -47,6 +47,7 @@ from .kohya import output_name as output_name
 from .kohya import write_kohya as write_kohya
 from .metadata import FORMAT_VERSION as FORMAT_VERSION
 from .metadata import Erased as Erased
+from .metadata import Named as Named
 from .metadata import PatchMetadata as PatchMetadata
 from .metadata import PatchPart as PatchPart
 from .metadata import Stacking as Stacking
@@ -60,5 +61,6 @@ from .patch import FLOATS as FLOATS
 from .patch import Patch as Patch
 from .patch import check_finite as check_finite
 from .patch import concepts_of as concepts_of
+from .patch import names_of as names_of
 from .reading import from_any as from_any
 from .reading import transformers_of as transformers_of

@@ -91,6 +91,21 @@ class PatchPart(_Told):
         return (Erased.model_validate(self, from_attributes=True),)
 
 
+class Named(_Told):
+    """One name that a patch reads as something else, by a row of each layer's ``A`` and a column of its ``B``.
+
+    The first name has the first row. Figures are of the text's values, without a picture.
+    """
+
+    name: str
+    concept: str = Field(description="that it names")
+    instead: str = Field(description="what it is read as")
+    scale: float = Field(1.0, description="of its row, as it is in the tensors")
+    left: float | None = Field(None, description="share of its way to that which it does not go at scale 1")
+    worst: str | None = Field(None, description="the word that must stay and is moved most by its row alone")
+    lost: float | None = Field(None, description="by how much of the length of what values make of that word")
+
+
 class Stacking(_Told):
     """How a stack was made; see :func:`stack`."""
 
@@ -130,6 +145,10 @@ class PatchMetadata(_Told):
         None,
         max_length=_MOST_CONCEPTS,
         description="each, the earliest first, of a patch of several concepts or a continued one",
+    )
+
+    names: tuple[Named, ...] | None = Field(
+        None, max_length=10 * _MOST_CONCEPTS, description="which the first rows belong to, where each has its own"
     )
 
     @model_validator(mode="after")

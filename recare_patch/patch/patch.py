@@ -32,7 +32,7 @@ from recare_patch.core import (
 )
 from recare_patch.models import COMPILED, COMPONENTS, DENOISERS, in_words, named_layers, named_tuner_layers, split_name
 from recare_patch.patch.folder import weights_file
-from recare_patch.patch.metadata import PatchMetadata, PatchPart
+from recare_patch.patch.metadata import Named, PatchMetadata, PatchPart
 from recare_patch.recipe import WEIGHTS_NAME, slug_of
 
 if TYPE_CHECKING:
@@ -172,6 +172,12 @@ class Patch:
     def ranks(self) -> dict[str, int]:
         """Rank of each module."""
         return {module: self.factors(module)[0].shape[0] for module in self.modules}
+
+    @property
+    def names(self) -> tuple[Named, ...]:
+        """The names that its first rows belong to, one each; empty where names have no rows of their own."""
+        found = (self.metadata.names if self.metadata is not None else None) or ()
+        return found if len(found) <= min(self.ranks.values()) else ()
 
     @property
     def parameters(self) -> int:
@@ -407,3 +413,16 @@ class Described(Protocol):
 def concepts_of(patch: Described) -> tuple[str, ...]:
     """What a patch erases; none for a LoRA that does not say."""
     return tuple(one.concept for one in patch.metadata.erased) if patch.metadata is not None else ()
+
+
+def names_of(patch: Patch) -> tuple[Named, ...]:
+    """The names that have a row each in a patch.
+
+    Raises:
+        PatchError: it has none.
+    """
+    if not patch.names:
+        raise PatchError(
+            f"patch {patch.name} has no row for each name: only closed forms (--method closed) and stacks of them have"
+        )
+    return patch.names

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from recare_patch.core import OutputError
 from recare_patch.patch import Patch
@@ -280,3 +281,29 @@ def test_names_that_are_solved_together_are_one_patch(invoke: Invoke, tiny_sd: P
     assert set(made.ranks.values()) == {3} and made.metadata is not None
     assert [one.concept for one in made.metadata.erased] == ["tench", "boat", "red car"]
     assert "erases:" in invoke("inspect all").stdout
+    _names_are_added(invoke, made)
+
+
+def _names_are_added(invoke: Invoke, made: Patch) -> None:
+    result = invoke("erase --concept lighthouse --kind object --method closed --add all --out more --device cpu")
+    assert result.exit_code == 0, result.output
+    assert "4 names, 1 of them new" in result.stdout
+    more = Patch.load("more")
+    assert more.metadata is not None and more.metadata.names is not None
+    assert [one.name for one in more.metadata.names] == ["tench", "boat", "red car", "lighthouse"]
+    for module in made.modules:
+        for old, new, rows in zip(made.factors(module), more.factors(module), (0, 1), strict=True):
+            assert torch.equal(old, new.narrow(rows, 0, 3))
+    shown = invoke("inspect more").stdout
+    assert "lighthouse" in shown and "moves most" in shown
+    for words, told in (
+        ("--concept boat --add all --out x", "has the name 'boat' already"),
+        ("--concept oak --add all", "say where with --out"),
+        ("--concept oak --add all:0.5 --out x", "has a scale"),
+        ("--concept oak --add all --out x --resume", "does not go with --resume"),
+    ):
+        refused = invoke(f"erase --kind object --method closed --device cpu {words}")
+        assert refused.exit_code == 2 and told in refused.stderr, refused.output
+        assert not Path("x").exists()
+    refused = invoke("erase --kind object --method esd --concept oak --add all --out x")
+    assert refused.exit_code == 2 and "give --method closed" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,34 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         assert result.exit_code == 2, (words, result.output)
         assert told in result.stderr and len(result.stderr.strip().splitlines()) <= 4, result.stderr
         assert not Path("bad").exists(), words
+
+
+def test_closed_forms_are_solved_and_scaled(invoke: Invoke, tiny_sd: Path, tiny_clip: Path) -> None:
+    for name in ("tench", "boat"):
+        made = invoke(
+            f"erase --concept {name} --kind object --method closed --out {name}-patch --device cpu --base {tiny_sd} "
+            f"--clip {tiny_clip} --set target_images.steps=2"
+        )
+        assert made.exit_code == 0, made.output
+    result = invoke(f"stack tench boat:0.5 --out both --device cpu --clip {tiny_clip}")
+    assert result.exit_code == 0, result.output
+    assert "2 closed forms are solved anew for all their names (2), not added." in result.stdout
+    assert _stacking("both").method == "solved" and _stacking("both").relative_error > 1e-4
+    added = invoke("stack tench boat:0.5 --out sum --method concat")
+    assert added.exit_code == 0 and _stacking("sum").relative_error < 1e-3
+    shown = json.loads(invoke("inspect both --json").stdout)
+    assert [(one["name"], one["scale"]) for one in shown["names"]] == [("tench", 1.0), ("boat", 0.5)]
+    less = invoke("scale both --concept boat:2 --concept tench --out less")
+    assert less.exit_code == 0 and "1 name," in less.stdout, less.output
+    both, one = Patch.load("both"), Patch.load("less")
+    for module in both.modules:
+        a, b = both.factors(module)
+        assert torch.equal(one.update(module), (2 * b[:, 1:]).float() @ a[1:].float())
+    for words, told in (
+        ("scale both --concept boot:1 --out x", "boat"),
+        ("scale both --concept boat:no --out x", "a name and a number"),
+        ("scale both:0.5 --concept boat --out x", "has a scale"),
+        ("stack tench boat --out x --rank 3", "--rank is that of the names"),
+    ):
+        refused = invoke(words)
+        assert refused.exit_code == 2 and told in refused.stderr and not Path("x").exists(), refused.output
