@@ -242,7 +242,7 @@ def erase(
     check_files(recipe)
     crew, device = _crew(device)
     base = base or load_base(recipe.base, precision=recipe.precision, device=device, memory=recipe.memory)
-    check_names(recipe, base.pipeline.tokenizer, base.id)
+    check_names(recipe, base.tokenizer, base.id)
     # What the record says is what was computed in: a card may have no bf16.
     if base.precision != recipe.precision:
         recipe = recipe.with_overrides({"precision": base.precision})

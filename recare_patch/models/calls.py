@@ -180,7 +180,7 @@ def likeness(value: Any, shared: bool = False) -> Any:
 
 def one_row(trail: Record) -> bool:
     """Whether a denoiser predicted one row for each sample of its scheduler: there was no guidance."""
-    return all(len(_stacked(one)) == len(step[2]) for one, step in zip(trail.outputs, trail.steps, strict=False))
+    return all(len(stacked(one)) == len(step[2]) for one, step in zip(trail.outputs, trail.steps, strict=False))
 
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -354,13 +354,15 @@ def _scale(value: Tensor, of: Tensor) -> float | None:
 def _fill(values: Sequence[Any], samples: Sequence[Tensor], scaled: bool) -> Fill | None:
     """How the scheduler's samples become an argument; None where they do not."""
     if isinstance(values[0], list | tuple):
-        inner = [one[0] for one in values if len(one) == 1 and isinstance(one[0], Tensor)]
+        inner = [one for value in values if isinstance(one := _alone(value), Tensor)]
         if len(inner) < len(values) or inner[0].numel() != samples[0].numel():
             return None
         if any(not _holds(one, sample, scaled) for one, sample in zip(inner, samples, strict=False)):
             return None
-        kind, each = type(values[0]), inner[0]
-        return lambda states: kind(states.to(each.dtype).reshape(-1, *each.shape).unbind(0))
+        like, each = values[0], inner[0]
+        return lambda states: type(like)(
+            _with_alone(like, one)[0] for one in states.to(each.dtype).reshape(-1, *each.shape).unbind(0)
+        )
     if not isinstance(values[0], Tensor) or not values[0].is_floating_point():
         return None
     like = values[0]
@@ -369,6 +371,17 @@ def _fill(values: Sequence[Any], samples: Sequence[Tensor], scaled: bool) -> Fil
             return None
         return lambda states: states.to(like.dtype).reshape(-1, *like.shape[1:])
     return _beside(values, samples)
+
+
+def _alone(value: Any) -> Any:
+    """What lists of one item hold in the end."""
+    while isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    return value
+
+
+def _with_alone(value: Any, held: Tensor) -> Any:
+    return type(value)([_with_alone(value[0], held)]) if isinstance(value, list | tuple) else held
 
 
 def _beside(values: Sequence[Tensor], samples: Sequence[Tensor]) -> Fill | None:
@@ -402,7 +415,7 @@ def _output(name: str, trail: Record) -> Callable[[Any], Tensor]:
     # A learnt variance beside the prediction is the scheduler's business.
     targets = [_narrowed(one, shape, 0) for one in wanted]
     for place in (0, -1):
-        pairs = [(_narrowed(_stacked(one), shape, place), b) for one, b in zip(trail.outputs, targets, strict=False)]
+        pairs = [(_narrowed(stacked(one), shape, place), b) for one, b in zip(trail.outputs, targets, strict=False)]
         found = [_scale(b, a) if a is not None and b is not None else None for a, b in pairs]
         first = found[0]
         if first is not None and all(one is not None and abs(one - first) < 2e-2 * abs(first) for one in found):
@@ -414,12 +427,12 @@ def _output(name: str, trail: Record) -> Callable[[Any], Tensor]:
 
 
 def _returned(shape: Sequence[int], place: int, factor: float, output: Any) -> Tensor:
-    taken = _narrowed(_stacked(output), shape, place)
+    taken = _narrowed(stacked(output), shape, place)
     assert taken is not None
     return taken * factor
 
 
-def _stacked(returned: Any) -> Tensor:
+def stacked(returned: Any) -> Tensor:
     return torch.stack(list(returned)) if isinstance(returned, list | tuple) else returned
 
 

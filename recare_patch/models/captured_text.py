@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recare_patch.core import BaseModelError, noted
 from recare_patch.models import calls, lora
 from recare_patch.models.captured_prompts import CapturedPrompts, Said
-from recare_patch.models.encoding import PromptEncoding, parts_of, tokenizer_of
+from recare_patch.models.encoding import PromptEncoding, parts_of
 from recare_patch.models.inputs import PLACEHOLDER, EvaluationCounter, PromptEmbeds
 from recare_patch.models.precision import check_finite, in_double
 
@@ -71,7 +71,7 @@ class CapturedText(PromptEncoding):
 
     @contextmanager
     def _words_of(self, name: str, encoder: Any, vectors: Tensor) -> Iterator[None]:
-        held, part = vars(self.pipeline), tokenizer_of(name)
+        held, part = vars(self.pipeline), self.tokenizer_name(name)
         own = held[part]
         known = copy.deepcopy(own)
         inner = getattr(known, "tokenizer", known)
@@ -293,16 +293,18 @@ def _word(number: int) -> str:
 @contextmanager
 def _with_gradients(pipeline: Any) -> Iterator[None]:
     """Inside, the pipeline's own call and its encoding let gradients through, which they are decorated not to."""
-    held, kind, without = vars(pipeline), type(pipeline), torch.no_grad
+    held, kind, without, detach = vars(pipeline), type(pipeline), torch.no_grad, Tensor.detach
     names = [name for name in dir(kind) if "encode" in name or "embeds" in name]
     names = [name for name in names if hasattr(getattr(kind, name), "__wrapped__")]
     for name in names:
         held[name] = types.MethodType(getattr(kind, name).__wrapped__, pipeline)
-    # Some call their encoder under it, which nothing but its name reaches.
+    # Some call their encoder under it, or detach what it returns, which nothing but their names reaches.
     torch.no_grad = torch.enable_grad  # type: ignore[misc,assignment]
+    Tensor.detach = lambda tensor: tensor  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         torch.no_grad = without  # type: ignore[misc]
+        Tensor.detach = detach  # type: ignore[method-assign]
         for name in names:
             del held[name]

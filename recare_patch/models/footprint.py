@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recare_patch.core import BaseModelError
 from recare_patch.models import lora
-from recare_patch.models.encoding import tokenizer_of
 from recare_patch.models.inputs import PromptEmbeds
 from recare_patch.models.layout import Layout, family_of
 from recare_patch.models.loading import PRECISIONS
@@ -161,7 +160,7 @@ def phantom(layout: Layout, precision: str, memory: MemoryOptions | None = None)
         upcast = name == "vae" and family.upcast_vae and dtype is torch.float16
         nn.Module.to(parts[name], dtype=torch.float32 if upcast else dtype)
     scheduler = getattr(diffusers, layout.index["scheduler"][1]).from_config(layout.require("scheduler", weights=False))
-    tokenizers = {tokenizer_of(name): None for name in family.encoder_names}
+    tokenizers = {family.tokenizer_name(name): None for name in family.encoder_names}
     left_out = dict.fromkeys(name for name in family.left_out)
     extra = {"requires_safety_checker": False} if "safety_checker" in left_out else {}
     pipeline = getattr(diffusers, family.pipeline_class)(

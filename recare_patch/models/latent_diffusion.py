@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recare_patch.core import BaseModelError, noted
 from recare_patch.models import memory as levers
-from recare_patch.models.encoding import PromptEncoding, parts_of, tokenizer_of
+from recare_patch.models.encoding import PromptEncoding, parts_of
 from recare_patch.models.few_steps import FewSteps
 from recare_patch.models.inputs import EvaluationCounter, PromptEmbeds
 from recare_patch.models.layout import Layout
@@ -112,7 +112,7 @@ class LatentDiffusion(PromptEncoding, Noising):
         """Refuse what could not be patched: a component or its ``weights`` are missing, or of another kind."""
         for component in (cls.denoiser_name, "vae", *cls.encoder_names):
             layout.require(component, weights=weights)
-        for component in (*map(tokenizer_of, cls.encoder_names), "scheduler"):
+        for component in (*map(cls.tokenizer_name, cls.encoder_names), "scheduler"):
             layout.require(component, weights=False)
 
     @classmethod
