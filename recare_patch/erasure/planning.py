@@ -220,7 +220,9 @@ def _sampler_steps(layout: Layout, recipe: Recipe) -> int:
     kind, images = getattr(diffusers, layout.index["scheduler"][1]), recipe.target_images
     holder = types.SimpleNamespace(scheduler=kind.from_config(layout.require("scheduler", weights=False)))
     with scheduled(holder, images.scheduler):
-        holder.scheduler.set_timesteps(images.steps)
+        # How far its timesteps are shifted does not change their number.
+        shifted = {"mu": 1.0} if holder.scheduler.config.get("use_dynamic_shifting") else {}
+        holder.scheduler.set_timesteps(images.steps, **shifted)
         return len(holder.scheduler.timesteps)
 
 

@@ -39,8 +39,6 @@ from recare_patch.models import (
     defaults_for,
     device_memory,
     device_name,
-    family_of,
-    find_layout,
     load_base,
     lora,
     scheduled,
@@ -133,7 +131,7 @@ def levers_for(recipe: Recipe, device: str) -> float | None:
     plain = MemoryOptions(resolution=recipe.memory.resolution)
     if recipe.precision == "fp32" or recipe.memory != plain or (size := device_memory(device)) is None:
         return None
-    return size if family_of(find_layout(recipe.base, weights=False)[0]).counted else None
+    return size
 
 
 def resolve_recipe(

@@ -359,10 +359,7 @@ def _fill(values: Sequence[Any], samples: Sequence[Tensor], scaled: bool) -> Fil
             return None
         if any(not _holds(one, sample, scaled) for one, sample in zip(inner, samples, strict=False)):
             return None
-        like, each = values[0], inner[0]
-        return lambda states: type(like)(
-            _with_alone(like, one)[0] for one in states.to(each.dtype).reshape(-1, *each.shape).unbind(0)
-        )
+        return functools.partial(_as_lists, values[0], inner[0])
     if not isinstance(values[0], Tensor) or not values[0].is_floating_point():
         return None
     like = values[0]
@@ -378,6 +375,11 @@ def _alone(value: Any) -> Any:
     while isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     return value
+
+
+def _as_lists(like: Any, each: Tensor, states: Tensor) -> Any:
+    rows = states.to(each.dtype).reshape(-1, *each.shape).unbind(0)
+    return type(like)(_with_alone(like, one)[0] for one in rows)
 
 
 def _with_alone(value: Any, held: Tensor) -> Any:
@@ -433,6 +435,7 @@ def _returned(shape: Sequence[int], place: int, factor: float, output: Any) -> T
 
 
 def stacked(returned: Any) -> Tensor:
+    """Rows in one tensor, where they came as a list."""
     return torch.stack(list(returned)) if isinstance(returned, list | tuple) else returned
 
 

@@ -42,7 +42,7 @@ _PLAIN = {"use_resolution_binning": False, "use_kv_cache": False, "enable_prompt
 class Captured(CapturedText, LatentDiffusion):
     """A base around any text-to-image pipeline of diffusers; :meth:`of` makes the class for one of them."""
 
-    counted = False
+    large_encoders = True
     _draws_batches: bool  # whether pictures drawn together are what they are alone
 
     @classmethod

@@ -300,7 +300,7 @@ def _with_gradients(pipeline: Any) -> Iterator[None]:
         held[name] = types.MethodType(getattr(kind, name).__wrapped__, pipeline)
     # Some call their encoder under it, or detach what it returns, which nothing but their names reaches.
     torch.no_grad = torch.enable_grad  # type: ignore[misc,assignment]
-    Tensor.detach = lambda tensor: tensor  # type: ignore[method-assign,assignment]
+    Tensor.detach = lambda tensor: tensor  # type: ignore[method-assign,assignment,return-value]
     try:
         yield
     finally:

@@ -58,17 +58,26 @@ class Load:
 
 def resident(found: Footprint, memory: MemoryOptions) -> int:
     """Bytes of the weights that stay on the device throughout."""
-    saved = found.linear * (found.size - _WEIGHT_BYTES.get(memory.weights, found.size))
-    denoiser = found.block if memory.offload else found.denoiser - saved
-    encoders = 0 if memory.encoders_off_device else found.encoders
+    denoiser = found.block if memory.offload else found.denoiser - _saved(found, memory, found.linear)
+    encoders = 0 if memory.encoders_off_device else reading_weights(found, memory)
     vae = 0 if memory.vae_off_device else found.vae
     return int(denoiser + encoders + vae)
+
+
+def _saved(found: Footprint, memory: MemoryOptions, linear: int) -> float:
+    """Bytes that quantizing so many weights saves."""
+    return linear * (found.size - _WEIGHT_BYTES.get(memory.weights, found.size))
+
+
+def reading_weights(found: Footprint, memory: MemoryOptions) -> int:
+    """Bytes of the text encoders' weights on the device."""
+    return int(found.encoders - _saved(found, memory, found.read_linear))
 
 
 def peak(found: Footprint, memory: MemoryOptions, load: Load) -> int:
     """Bytes on the device at the worst moment of a piece of work."""
     fixed, most = resident(found, memory) + load.held, memory.micro_batch or 10**6
-    encoders = found.encoders if memory.encoders_off_device else 0
+    encoders = reading_weights(found, memory) if memory.encoders_off_device else 0
     # It waits on the host as the text encoders do, and comes to look while nothing else works.
     moments = [fixed + load.looks]
     if not memory.encoders_off_device:
@@ -87,7 +96,8 @@ def peak(found: Footprint, memory: MemoryOptions, load: Load) -> int:
         one = found.checkpointed if memory.checkpointing else found.training
         work = max(min(load.trained, most) * one, min(load.predicted, most) * found.predicting)
         # Where word vectors are fitted, the encoders take part in the backward pass.
-        moments.append(fixed + (encoders if load.reads else 0) + load.reads * found.reading + work)
+        reads = load.reads * (found.forgetful if memory.checkpointing else found.reading)
+        moments.append(fixed + (encoders if load.reads else 0) + reads + work)
     return max(moments)
 
 

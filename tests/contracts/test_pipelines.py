@@ -21,10 +21,10 @@ from torch import Tensor
 
 from recare_patch.careset import Clip
 from recare_patch.combine import merge, save_stack, stack
-from recare_patch.erasure import erase
+from recare_patch.erasure import erase, plan
 from recare_patch.measure import evaluate
 from recare_patch.measure.suites import Suite
-from recare_patch.models import BaseModel, load_base, lora
+from recare_patch.models import BaseModel, find_layout, load_base, lora, measure
 from recare_patch.models.captured import Captured
 from recare_patch.patch import Patch
 from recare_patch.recipe import WEIGHTS_NAME, MemoryOptions
@@ -233,6 +233,37 @@ def test_the_essential_part(trial: Trial) -> None:
     for part in ESSENTIAL:
         if part not in NOT_THERE.get(trial.name, ()):
             CONTRACT[part](trial)
+
+
+@pytest.mark.parametrize(("trial", "space"), [("FLUX.1 dev", "embeddings"), ("Z-Image", "words")], indirect=["trial"])
+def test_adversaries_train_beside_a_patch(trial: Trial, space: str) -> None:
+    """They are found in changed embeddings as in word vectors, and a stopped run goes on to the same bits."""
+    hunt = {"count": 2, "space": space, "steps": 1, "life": 2, "batch_size": 1, "vectors": 2}
+    changes = {f"adversary.{key}": one for key, one in hunt.items()} | {"search.rounds": 0}
+    recipe = trial.recipe("recare", **changes)
+    counting, common = Killer(float("inf")), {"device": "cpu", "preview": False, "clip": trial.clip_model}
+    whole = erase(recipe, trial.work / "whole", progress=counting, base=trial.base, **common).patch
+    with pytest.raises(Killed):
+        erase(recipe, trial.work / "killed", progress=Killer(max(1, counting.seen - 2)), base=trial.base, **common)
+    resumed = erase(recipe, trial.work / "killed", resume=True, **common).patch
+    assert all(torch.equal(whole.tensors[key], one) for key, one in resumed.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["FLUX.1 dev", "Z-Image", "Qwen-Image", "FLUX.2 Klein"])
+def test_what_a_base_takes_is_counted_by_a_run_without_values(name: str, tmp_path: Path) -> None:
+    """Its weights, and the layers that its patch would change, are those of the loaded base."""
+    trial = Trial(name, tmp_path)
+    recipe = trial.recipe("esd")
+    found = measure(find_layout(trial.folder)[0], recipe)
+    base = trial.base
+    assert found.denoiser == sum(one.nbytes for one in base.denoiser.parameters())
+    assert found.encoders == sum(one.nbytes for encoder in base._encoders for one in encoder.parameters())
+    options = recipe.adapter
+    mine = lora.attach(
+        base.denoiser, layers=options.layers, rank=options.rank, alpha=options.alpha, generator=torch.Generator()
+    )
+    assert found.adapter == sum(one.numel() for one in mine)
+    assert plan(recipe, speed=1e9, footprint=found).peak > found.denoiser
 
 
 @pytest.mark.slow

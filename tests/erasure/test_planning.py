@@ -30,6 +30,7 @@ MONET = {"text": "Monet", "kind": "style"}
 LARGE = Footprint(
     denoiser=5 * GIB,
     linear=2 * GIB,
+    read_linear=0,
     size=2,
     block=GIB // 10,
     encoders=GIB,
@@ -44,6 +45,7 @@ LARGE = Footprint(
     decoded_at_once=1,
     encoding=10 * 2**20,
     reading=GIB // 8,
+    forgetful=GIB // 8,
     row=300_000,
     latent=260_000,
 )
