@@ -235,7 +235,12 @@ def _seconds(found: Footprint, recipe: Recipe, work: Work, speed: float) -> floa
 
 
 def choose(
-    recipe: Recipe, gigabytes: float, *, guessed: bool = False, only: Sequence[str] = ()
+    recipe: Recipe,
+    gigabytes: float,
+    *,
+    guessed: bool = False,
+    only: Sequence[str] = (),
+    footprint: Footprint | None = None,
 ) -> tuple[Recipe, Footprint]:
     """The recipe with the fastest set of levers that is expected to fit a card, and what its base takes.
 
@@ -244,14 +249,14 @@ def choose(
         gigabytes: GB (10⁹ bytes) of the card's memory, of which a part is filled; see :func:`first_fit`.
         guessed: whether the concept's kind is still to be seen in pictures.
         only: stages that must fit; none said: all.
+        footprint: of its base, where it is known already.
 
     Raises:
         BaseModelError: the base is not found, or of no supported family.
         RecipeError: nothing fits.
     """
     half = recipe if recipe.precision != "fp32" else recipe.with_overrides({"precision": "bf16"})
-    layout, _ = find_layout(half.base, weights=False)
-    found = _measured_base(layout, half)
+    found = footprint or _measured_base(find_layout(half.base, weights=False)[0], half)
     works = _works(half, guessed=guessed)
     loads = [load for stage, load in _loads(found, half, works).items() if not only or stage in only]
     sets = lever_sets(half.memory)

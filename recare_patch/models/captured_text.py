@@ -23,13 +23,11 @@ from recare_patch.models.precision import check_finite, in_double
 SHORT, LONG = "cat", "a photo of a cat and a dog under a tree at night"
 """Two prompts that a call's arguments are told apart by."""
 
-_AT_ONCE = 8
-"""Prompts that are encoded together, where the pipeline pads them all to one length."""
-
 
 class CapturedText(PromptEncoding):
     """What :class:`Captured` does with prompts and token vectors."""
 
+    encoded_at_once = 8  # where the pipeline pads them all to one length
     form: calls.Form
     denoiser: nn.Module
     counter: EvaluationCounter
@@ -118,7 +116,7 @@ class CapturedText(PromptEncoding):
     def _encode(self, sources: Sequence[tuple[str, Tensor | None]]) -> CapturedPrompts:
         rows: list[Said] = []
         grad = torch.is_grad_enabled() and any(own is not None and own.requires_grad for _, own in sources)
-        for part in parts_of(len(sources), _AT_ONCE if self._padded else 1):
+        for part in parts_of(len(sources), self.encoded_at_once if self._padded else 1):
             some = sources[part]
             with ExitStack() as stack:
                 stack.enter_context(self._on_device(self._encoders, self.memory.encoders_off_device, keep=grad))
@@ -195,7 +193,7 @@ class CapturedText(PromptEncoding):
         found: dict[int, Tensor] = {}
         with self.counter.stage(None):
             for chosen in groups.values():
-                for part in parts_of(len(chosen), _AT_ONCE):
+                for part in parts_of(len(chosen), self.encoded_at_once):
                     some = chosen[part]
                     state = torch.zeros((len(some), *self.latent_shape), device=self.device)
                     at = torch.full((len(some),), float(self.num_train_timesteps // 2))

@@ -36,6 +36,7 @@ class PromptEncoding:
     # The text encoders' components. A token's vector is those of all encoders end to end, in this order.
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizer_names: ClassVar[dict[str, str]] = {}  # text encoder → its tokenizer's component, where it is another
+    encoded_at_once: ClassVar[int] = ENCODED_AT_ONCE  # prompts, at most
     other_prompts: ClassVar[tuple[str, ...]] = ()  # the pipeline asks for them when it encodes prompts
 
     id: str  # atelier, a hub id, or the name of the folder it came from

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recare_patch.core import RecipeError
-from recare_patch.models.encoding import ENCODED_AT_ONCE
 from recare_patch.models.footprint import Footprint, measure
 from recare_patch.models.loading import chosen_device, find_layout, load_base, usable_precision
 from recare_patch.recipe import Concept, MemoryOptions, Recipe
@@ -84,7 +83,7 @@ def peak(found: Footprint, memory: MemoryOptions, load: Load) -> int:
         fixed += load.looks
     # Every stage reads a prompt or two: the parts of a table of embeddings, and the table that they are joined to.
     encoded = max(load.encoded, load.pictures, 1)
-    moments.append(fixed + encoders + min(encoded, ENCODED_AT_ONCE) * found.encoding + 2 * encoded * found.row)
+    moments.append(fixed + encoders + min(encoded, found.encoded_at_once) * found.encoding + 2 * encoded * found.row)
     if load.pictures:
         each = 2 if load.guided else 1
         samples = max(1, min(load.pictures, most // each)) * each

@@ -123,6 +123,7 @@ class Footprint:
     tiled: int  # the same in tiles
     decoded_at_once: int  # pictures
     encoding: int  # while one of several prompts is encoded
+    encoded_at_once: int  # prompts
     reading: int  # the same with its backward pass
     forgetful: int  # the same, activations forgotten
     row: int  # of an encoded prompt
@@ -177,7 +178,7 @@ def _parts(family: type[LatentDiffusion], layout: Layout, precision: str) -> tup
             else:
                 parts[name] = getattr(diffusers, kind).from_config(config)
         upcast = name == "vae" and family.upcast_vae and dtype is torch.float16
-        nn.Module.to(parts[name].eval(), dtype=torch.float32 if upcast else dtype)
+        nn.Module.to(parts[name].eval().requires_grad_(False), dtype=torch.float32 if upcast else dtype)
     kind = layout.index["scheduler"][1]
     return parts, getattr(diffusers, kind).from_config(layout.require("scheduler", weights=False))
 
@@ -246,19 +247,19 @@ class _Run(_Subject):
         self.run = run = Rehearsal(family, layout, parts, scheduler)
         self.denoiser, self.vae = parts[family.denoiser_name], parts["vae"]
         self.encoders = [parts[name] for name in family.encoder_names]
-        run.run(width // 2, height // 2)
-        smaller = run.told()
+        run.run(width * 2, height * 2)
+        larger = run.told()
         run.run(width, height)
         self._told = run.told()
         self._reads = [run.calls[name][0] for name in family.encoder_names]
         self._decodes = run.calls["vae"][0]
-        lora.TEXT_SIDES[self.denoiser] = text_side(run, smaller, self._told)
+        lora.TEXT_SIDES[self.denoiser] = text_side(run, larger, self._told)
         self.adapted = {family.denoiser_name: self.denoiser}
         if recipe.adapter.layers in TEXT_LAYER_SETS:
             self.adapted = {name: parts[name] for name in family.encoder_names[:2]}
-        self._text = text_of(self._told, smaller)
+        self._text = text_of(self._told, larger)
         self.row = sum(one.nbytes for one in self._text)
-        self.latent = 4 * latents_of(self._told, smaller)
+        self.latent = 4 * latents_of(self._told, larger)
         self.decoded_at_once = max(1, min(8, 512**2 // (width * height)))
         self.tile = lambda: tile(self.vae, width, height)  # type: ignore[method-assign]
 
@@ -347,6 +348,7 @@ def measure(layout: Layout, recipe: Recipe) -> Footprint:
         tiled=tiled,
         decoded_at_once=one.decoded_at_once,
         encoding=encoding,
+        encoded_at_once=family.encoded_at_once,
         reading=reading,
         forgetful=forgetful,
         row=one.row,

@@ -92,7 +92,7 @@ def forget_activations(*encoders: nn.Module) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for encoder in encoders:
-        encoder.gradient_checkpointing_enable()  # type: ignore[operator]
+        getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()  # type: ignore[operator]
         for layer in encoder.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 # Such a layer does it only while it trains; what is in it stays as it is.

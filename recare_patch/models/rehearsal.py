@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recare_patch.core import BaseModelError
@@ -26,6 +27,19 @@ META, HOST = torch.device("meta"), torch.device("cpu")
 
 TOKENS = 128
 """Of a prompt with its template, where a pipeline does not pad it further."""
+
+
+class _Copies(TorchFunctionMode):
+    """What a pipeline itself takes from a network, such as a batch norm's mean, comes to the CPU as zeros."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except NotImplementedError:
+            if func not in (Tensor.to, Tensor.cpu) or not args[0].is_meta:
+                raise
+            return func(torch.zeros(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
 
 
 @contextmanager
@@ -100,7 +114,7 @@ class Rehearsal:
         base.denoiser = parts[family.denoiser_name]
         base._config = base.denoiser.config
         self.calls: dict[str, list[tuple[Callable[..., Any], Any, Any]]] = {}
-        self._parts = parts
+        self._parts, self._made = parts, torch.empty(0)
 
     def run(self, width: int, height: int) -> None:
         """Draw one picture in two steps.
@@ -108,12 +122,16 @@ class Rehearsal:
         Raises:
             BaseModelError: the pipeline asks for values.
         """
-        self.calls = {name: [] for name in self._parts}
         base = self.base
         base._draw_at(width, height)
         try:
-            with self._listening(), without_values(), torch.no_grad():
-                base._run(["a"], seeds=[0], guidance_scale=None, num_inference_steps=2, output_type="pt")
+            # Some have no guidance at 1, others at 0.
+            for base._none in (1.0, 0.0):
+                self.calls = {name: [] for name in self._parts}
+                with self._listening(), without_values(), _Copies(), torch.no_grad():
+                    base._run(["a"], seeds=[0], guidance_scale=None, num_inference_steps=2, output_type="pt")
+                if len(self.calls[base.denoiser_name]) == 2 and len(self._made) == 1:
+                    break
         except Exception as fault:
             # Whatever a pipeline, or torch without values, raises.
             reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
@@ -148,7 +166,10 @@ class Rehearsal:
             part = self._parts[name]
             heard, part.__class__ = part.__class__, type(part).__mro__[1]
             try:
-                return tree_map(_empty, own(*given[0], **given[1]))
+                made = own(*given[0], **given[1])
+                if name == self.base.denoiser_name:
+                    self._made = stacked(first_of(made))
+                return tree_map(_empty, made)
             finally:
                 part.__class__ = heard
 

@@ -44,6 +44,7 @@ LARGE = Footprint(
     tiled=GIB // 4,
     decoded_at_once=1,
     encoding=10 * 2**20,
+    encoded_at_once=32,
     reading=GIB // 8,
     forgetful=GIB // 8,
     row=300_000,
