@@ -241,14 +241,16 @@ class Form:
     def call(self, states: Tensor, timesteps: Tensor, texts: Sequence[Mapping[Path, Any]]) -> dict[str, Any]:
         """The arguments for states ``[rows, …]`` at timesteps ``[rows]`` under texts that are alike."""
         count = len(states)
-        values = {path: joined([value_at(self.frame, path)] * count, axis) for path, axis in self.axes.items()}
+        kept = {path: axis for path, axis in self.axes.items() if path not in self.times}
+        values = {path: joined([value_at(self.frame, path)] * count, axis) for path, axis in kept.items()}
         values |= {path: joined([one[path] for one in texts], self.axis(path)) for path in self.text}
         values |= {path: fill(states) for path, fill in self.state.items()}
         for path, (start, slope) in self.times.items():
             like = value_at(self.frame, path)
             at = start + slope * (timesteps if self.axes.get(path) is not None else timesteps[:1]).cpu().double()
             if isinstance(like, Tensor):
-                shape = (len(at), *like.shape[1:]) if like.ndim else ()
+                # One without a batch axis may have been given one.
+                shape = (len(at), *like.shape[1:]) if like.ndim or self.axes.get(path) is not None else ()
                 values[path] = at.to(like.device, like.dtype).reshape(shape)
             else:
                 values[path] = float(at[0])
