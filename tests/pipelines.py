@@ -6,6 +6,7 @@ weights, which follow from its name; nothing is fetched. Pictures are 16 pixels 
 
 from __future__ import annotations
 
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,82 +14,26 @@ from typing import Any
 
 import torch
 
-from tests.tiny import WORDS, _saved, _seeded, _text_config, _tiny_vae, make_tiny_tokenizer
-
-_CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }} "
-    "{{ m['content'] if m['content'] is string else m['content'][-1]['text'] }}<|im_end|>{% endfor %}"
+from tests.parts import (
+    _LANGUAGE,
+    _THIN,
+    _clip,
+    _encoders,
+    _flow,
+    _flux2_vae,
+    _language,
+    _mistral,
+    _network,
+    _qwen3_vl,
+    _qwen25_vl,
+    _spread,
+    _t5,
+    _t5_wide,
+    _vae,
+    _video_vae,
+    word_tokenizer,
 )
-
-
-def word_tokenizer(length: int = 64) -> Any:
-    """A tokenizer with a token for each of :data:`tests.tiny.WORDS`, padded on the right, with a chat template."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "</s>", "<unk>", "<bos>"]
-    words = [*special, *dict.fromkeys(WORDS)]
-    inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
-    inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 3)])
-    names = dict(zip(("pad_token", "eos_token", "unk_token", "bos_token"), special, strict=True))
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=length, padding_side="right", **names)
-    made.chat_template = _CHAT
-    return made
-
-
-VOCABULARY = 4 + len(dict.fromkeys(WORDS))
-_LANGUAGE = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3,
-}  # fmt: skip
-
-
-def _clip(width: int = 32, *, projection: bool = False) -> tuple[Any, Any]:
-    import transformers
-
-    tokenizer = make_tiny_tokenizer()
-    kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
-    return kind(transformers.CLIPTextConfig(**_text_config(tokenizer, width))), tokenizer
-
-
-def _t5(kind: str = "T5") -> tuple[Any, Any]:
-    import transformers
-
-    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
-    config = getattr(transformers, f"{kind}Config")(**sizes, feed_forward_proj="gated-gelu")
-    return getattr(transformers, f"{kind}EncoderModel")(config), word_tokenizer()
-
-
-def _language(kind: str, model: str = "Model", **changes: Any) -> tuple[Any, Any]:
-    import transformers
-
-    config = getattr(transformers, f"{kind}Config")(**{**_LANGUAGE, **changes})
-    return getattr(transformers, f"{kind}{model}")(config), word_tokenizer()
-
-
-def _encoders(*pairs: tuple[Any, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for k, (encoder, tokenizer) in enumerate(pairs):
-        ending = f"_{k + 1}" if k else ""
-        found |= {f"text_encoder{ending}": encoder, f"tokenizer{ending}": tokenizer}
-    return found
-
-
-def _flow(**options: Any) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(**options)
-
-
-def _vae(**changes: Any) -> Any:
-    return _tiny_vae(8, 2, **{"shift_factor": 0.1, "scaling_factor": 0.5, **changes})
-
-
-def _network(kind: str, **sizes: Any) -> Any:
-    import diffusers
-
-    return getattr(diffusers, kind)(**sizes)
+from tests.tiny import _saved, _seeded, _tiny_vae, make_tiny_sd, make_tiny_sdxl
 
 
 def _flux(guided: bool) -> dict[str, Any]:
@@ -119,13 +64,6 @@ def _sd3() -> dict[str, Any]:
     }
 
 
-def _t5_wide(width: int) -> tuple[Any, Any]:
-    import transformers
-
-    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return transformers.T5EncoderModel(config), word_tokenizer()
-
-
 def _z_image() -> dict[str, Any]:
     sizes = {"all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 32, "n_layers": 1}
     sizes |= {"n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32, "axes_dims": (8, 4, 4)}
@@ -137,18 +75,6 @@ def _z_image() -> dict[str, Any]:
     }
 
 
-def _qwen25_vl() -> tuple[Any, Any]:
-    import transformers
-
-    text = {**_LANGUAGE, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4], "rope_type": "default"}}
-    text.pop("head_dim")
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=5, video_token_id=6, vision_start_token_id=7
-    )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), word_tokenizer()
-
-
 def _qwen_image() -> dict[str, Any]:
     sizes = {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16}
     sizes |= {"num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)}
@@ -158,13 +84,6 @@ def _qwen_image() -> dict[str, Any]:
         "vae": _video_vae(),
         **_encoders(_qwen25_vl()),
     }
-
-
-def _video_vae() -> Any:
-    return _network(
-        "AutoencoderKLQwenImage", base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
-        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-    )  # fmt: skip
 
 
 def _sana(**changes: Any) -> dict[str, Any]:
@@ -193,6 +112,10 @@ def _sana(**changes: Any) -> dict[str, Any]:
     }
 
 
+def _klein() -> dict[str, Any]:
+    return _flux2(_language("Qwen3", "ForCausalLM", **_THIN, num_hidden_layers=28), False)
+
+
 def _flux2(encoder: tuple[Any, Any], guided: bool) -> dict[str, Any]:
     sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
     sizes |= {"num_attention_heads": 2, "joint_attention_dim": 48, "timestep_guidance_channels": 16}
@@ -204,44 +127,6 @@ def _flux2(encoder: tuple[Any, Any], guided: bool) -> dict[str, Any]:
         "vae": _flux2_vae(),
         **_encoders(encoder),
     }
-
-
-def _flux2_vae() -> Any:
-    return _network(
-        "AutoencoderKLFlux2", block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, sample_size=32,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        mid_block_add_attention=False,
-    )  # fmt: skip
-
-
-_THIN = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8}
-
-
-def _mistral(model: str, layers: int) -> tuple[Any, Any]:
-    import transformers
-
-    text = {**_LANGUAGE, **_THIN, "num_hidden_layers": layers}
-    text = transformers.MistralConfig(**text)
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = transformers.PixtralVisionConfig(**vision, image_size=32, patch_size=16)
-    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=5)
-    return getattr(transformers, model)(config), word_tokenizer()
-
-
-def _qwen3_vl(**changes: Any) -> tuple[Any, Any]:
-    import transformers
-
-    text = {
-        **_LANGUAGE,
-        **changes,
-        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 4], "mrope_interleaved": True},
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
-    vision["out_hidden_size"] = text["hidden_size"]
-    config = transformers.Qwen3VLConfig(
-        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0], "num_position_embeddings": 4}
-    )
-    return transformers.Qwen3VLModel(config), word_tokenizer()
 
 
 def _chroma() -> dict[str, Any]:
@@ -262,8 +147,9 @@ def _chroma() -> dict[str, Any]:
 
 
 def _lumina2() -> dict[str, Any]:
-    sizes = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "num_layers": 1}
-    sizes |= {"num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16}
+    # A key for three queries, as its original checkpoints have.
+    sizes = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 48, "num_layers": 1}
+    sizes |= {"num_refiner_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 16}
     return {
         "transformer": _network(
             "Lumina2Transformer2DModel", **sizes, axes_dim_rope=(8, 4, 4), axes_lens=(300, 64, 64), cap_feat_dim=32
@@ -290,13 +176,15 @@ def _aura_flow() -> dict[str, Any]:
 def _cogview4() -> dict[str, Any]:
     sizes = {"patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16}
     sizes |= {"num_attention_heads": 2, "text_embed_dim": 32, "time_embed_dim": 16, "condition_dim": 8}
+    encoder, tokenizer = _language("Glm")
+    tokenizer.padding_side = "left"  # as GLM's own
     return {
         "transformer": _network(
             "CogView4Transformer2DModel", **sizes, pos_embed_max_size=32, sample_size=16, rope_axes_dim=(8, 8)
         ),
         "scheduler": _flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"),
         "vae": _vae(),
-        **_encoders(_language("Glm")),
+        **_encoders((encoder, tokenizer)),
     }
 
 
@@ -441,18 +329,104 @@ def _ovis() -> dict[str, Any]:
     }
 
 
+def _qwen_image21() -> dict[str, Any]:
+    sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16}
+    return {
+        "transformer": _network(
+            "QwenImage21Transformer2DModel", **sizes, num_attention_heads=2, context_in_dim=32, axes_dims_rope=(4, 4, 8)
+        ),
+        "scheduler": _flow(use_dynamic_shifting=True),
+        "vae": _network(
+            "AutoencoderKLQwenImage21", base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1, 1], patch_size=1,
+            num_res_blocks=1, temperal_downsample=[False] * 4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ),
+        **_with_processor(*_qwen3_vl(model="Qwen3VLForConditionalGeneration")),
+    }  # fmt: skip
+
+
+def _with_processor(encoder: Any, tokenizer: Any) -> dict[str, Any]:
+    import transformers
+
+    # In its place: Qwen's own needs torchvision, and is called in the same way where there is no picture.
+    template = {"patch_size": 16, "image_token": "</s>", "chat_template": tokenizer.chat_template}
+    pictures = transformers.CLIPImageProcessorPil()
+    return {"text_encoder": encoder, "processor": transformers.LlavaProcessor(pictures, tokenizer, **template)}
+
+
+def _fibo2() -> dict[str, Any]:
+    sizes = {"in_channels": 4, "patch_size": 2, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2}
+    sizes |= {
+        "injection_layer_ids": (0,),
+        "perceiver_num_layers": 1,
+        "min_num_gist_tokens": 4,
+        "max_num_gist_tokens": 4,
+    }
+    return {
+        "transformer": _network(
+            "BriaFibo2Transformer2DModel", **sizes, cap_feat_dim=48, gist_step=4, gist_min_text_len=4,
+            gist_max_text_len=64, axes_dims=(4, 4, 8), axes_lens=(512, 64, 64),
+        ),
+        "scheduler": _flow(use_dynamic_shifting=True),
+        "vae": _flux2_vae(),
+        **_with_processor(*_qwen3_vl(model="Qwen3VLForConditionalGeneration", hidden_size=16, num_hidden_layers=36)),
+    }  # fmt: skip
+
+
+def _bria() -> dict[str, Any]:
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    return {
+        "transformer": _network(
+            "BriaTransformer2DModel", **sizes, num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=[4, 4, 8]
+        ),
+        "scheduler": _flow(),
+        "vae": _vae(),
+        **_encoders(_t5()),
+    }
+
+
+def _longcat() -> dict[str, Any]:
+    sizes = {"in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32}
+    return {
+        "transformer": _network("LongCatImageTransformer2DModel", **sizes, axes_dims_rope=[4, 4, 8]),
+        "scheduler": _flow(use_dynamic_shifting=True),
+        "vae": _vae(latent_channels=16),
+        **_encoders(_qwen25_vl()),
+        "text_processor": word_tokenizer(),
+    }
+
+
+def _parts_of(make: Callable[[Path], Path], kind: str, **changes: Any) -> dict[str, Any]:
+    """The parts of a pipeline that tests.tiny makes."""
+    import diffusers
+
+    with tempfile.TemporaryDirectory() as folder:
+        return {**getattr(diffusers, kind).from_pretrained(make(Path(folder))).components, **changes}
+
+
+def _lcm() -> dict[str, Any]:
+    from diffusers import LCMScheduler, UNet2DConditionModel
+
+    parts = _parts_of(make_tiny_sd, "StableDiffusionPipeline", scheduler=LCMScheduler())
+    return {**parts, "unet": UNet2DConditionModel.from_config({**parts["unet"].config, "time_cond_proj_dim": 16})}
+
+
 PIPELINES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "SD 1, 2": ("StableDiffusionPipeline", lambda: _parts_of(make_tiny_sd, "StableDiffusionPipeline")),
+    "SD XL": ("StableDiffusionXLPipeline", lambda: _parts_of(make_tiny_sdxl, "StableDiffusionXLPipeline")),
+    "LCM": ("LatentConsistencyModelPipeline", _lcm),
     "SD 3.5": ("StableDiffusion3Pipeline", _sd3),
     "FLUX.1 dev": ("FluxPipeline", lambda: _flux(True)),
     "FLUX.1 schnell": ("FluxPipeline", lambda: _flux(False)),
+    "FLUX.1 Kontext": ("FluxKontextPipeline", lambda: _flux(True)),
     "FLUX.2": ("Flux2Pipeline", lambda: _flux2(_mistral("Mistral3ForConditionalGeneration", 31), True)),
-    "FLUX.2 Klein": (
-        "Flux2KleinPipeline",
-        lambda: _flux2(_language("Qwen3", "ForCausalLM", **_THIN, num_hidden_layers=28), False),
-    ),
+    "FLUX.2 Klein": ("Flux2KleinPipeline", _klein),
+    "FLUX.2 Klein KV": ("Flux2KleinKVPipeline", _klein),
     "Chroma": ("ChromaPipeline", _chroma),
     "Z-Image": ("ZImagePipeline", _z_image),
+    "Z-Image Omni": ("ZImageOmniPipeline", lambda: {**_z_image(), "siglip": None, "siglip_processor": None}),
     "Qwen-Image": ("QwenImagePipeline", _qwen_image),
+    "Qwen-Image 2.1": ("QwenImage21Pipeline", _qwen_image21),
     "Krea 2": ("Krea2Pipeline", _krea2),
     "Sana": ("SanaPipeline", _sana),
     "Sana Sprint": ("SanaSprintPipeline", _sana_sprint),
@@ -461,12 +435,15 @@ PIPELINES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "CogView 4": ("CogView4Pipeline", _cogview4),
     "HiDream": ("HiDreamImagePipeline", _hidream),
     "Bria Fibo": ("BriaFiboPipeline", _fibo),
+    "Bria Fibo 2": ("BriaFibo2Pipeline", _fibo2),
     "ERNIE-Image": ("ErnieImagePipeline", _ernie),
     "Ideogram 4": ("Ideogram4Pipeline", _ideogram),
     "Kandinsky 5": ("Kandinsky5T2IPipeline", _kandinsky5),
     "PRX": ("PRXPipeline", _prx),
     "PixArt Sigma": ("PixArtSigmaPipeline", _pixart),
     "Ovis-Image": ("OvisImagePipeline", _ovis),
+    "Bria 3.2": ("BriaPipeline", _bria),
+    "LongCat-Image": ("LongCatImagePipeline", _longcat),
 }
 """What people call it → the pipeline's class, and its parts."""
 
@@ -482,10 +459,3 @@ def make_pipeline(name: str, folder: Path) -> Path:
             if isinstance(part, torch.nn.Module):
                 _spread(part)
     return _saved(folder, getattr(diffusers, kind)(**made))
-
-
-def _spread(network: torch.nn.Module) -> None:
-    """Give zeroed layers values: some families start with outputs that do not depend on their inputs."""
-    for parameter in network.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)

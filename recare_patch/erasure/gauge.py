@@ -151,8 +151,8 @@ class Governor:
     small steps as it does on a schedule. The first bar is where to look at pictures: it rises while they still show a
     concept, and falls to where the first number stands. It is a :class:`Watch`.
 
-    Where adversaries train along, what they find is not what a look sees: the run takes all its steps at its own rate, and
-    only the retained weight is steered.
+    Where adversaries train along, what they find is not what a look sees: the run takes all its steps at its own rate,
+    and only the retained weight is steered.
     """
 
     every = LOOK_EVERY

@@ -222,7 +222,9 @@ def _sampler_steps(layout: Layout, recipe: Recipe) -> int:
     kind, images = getattr(diffusers, layout.index["scheduler"][1]), recipe.target_images
     holder = types.SimpleNamespace(scheduler=kind.from_config(layout.require("scheduler", weights=False)))
     with scheduled(holder, images.scheduler):
-        holder.scheduler.set_timesteps(images.steps)
+        # How far its timesteps are shifted does not change their number.
+        shifted = {"mu": 1.0} if holder.scheduler.config.get("use_dynamic_shifting") else {}
+        holder.scheduler.set_timesteps(images.steps, **shifted)
         return len(holder.scheduler.timesteps)
 
 
@@ -235,7 +237,12 @@ def _seconds(found: Footprint, recipe: Recipe, work: Work, speed: float) -> floa
 
 
 def choose(
-    recipe: Recipe, gigabytes: float, *, guessed: bool = False, only: Sequence[str] = ()
+    recipe: Recipe,
+    gigabytes: float,
+    *,
+    guessed: bool = False,
+    only: Sequence[str] = (),
+    footprint: Footprint | None = None,
 ) -> tuple[Recipe, Footprint]:
     """The recipe with the fastest set of levers that is expected to fit a card, and what its base takes.
 
@@ -244,14 +251,14 @@ def choose(
         gigabytes: GB (10⁹ bytes) of the card's memory, of which a part is filled; see :func:`first_fit`.
         guessed: whether the concept's kind is still to be seen in pictures.
         only: stages that must fit; none said: all.
+        footprint: of its base, where it is known already.
 
     Raises:
         BaseModelError: the base is not found, or of no supported family.
         RecipeError: nothing fits.
     """
     half = recipe if recipe.precision != "fp32" else recipe.with_overrides({"precision": "bf16"})
-    layout, _ = find_layout(half.base, weights=False)
-    found = _measured_base(layout, half)
+    found = footprint or _measured_base(find_layout(half.base, weights=False)[0], half)
     works = _works(half, guessed=guessed)
     loads = [load for stage, load in _loads(found, half, works).items() if not only or stage in only]
     sets = lever_sets(half.memory)

@@ -39,8 +39,6 @@ from recare_patch.models import (
     defaults_for,
     device_memory,
     device_name,
-    family_of,
-    find_layout,
     load_base,
     lora,
     scheduled,
@@ -133,7 +131,7 @@ def levers_for(recipe: Recipe, device: str) -> float | None:
     plain = MemoryOptions(resolution=recipe.memory.resolution)
     if recipe.precision == "fp32" or recipe.memory != plain or (size := device_memory(device)) is None:
         return None
-    return size if family_of(find_layout(recipe.base, weights=False)[0]).counted else None
+    return size
 
 
 def resolve_recipe(
@@ -242,7 +240,7 @@ def erase(
     check_files(recipe)
     crew, device = _crew(device)
     base = base or load_base(recipe.base, precision=recipe.precision, device=device, memory=recipe.memory)
-    check_names(recipe, base.pipeline.tokenizer, base.id)
+    check_names(recipe, base.tokenizer, base.id)
     # What the record says is what was computed in: a card may have no bf16.
     if base.precision != recipe.precision:
         recipe = recipe.with_overrides({"precision": base.precision})
@@ -373,8 +371,8 @@ def _tell_measured(run: Run) -> None:
     last, bars = governor.last, governor.bars
     if not governor.early:
         run.warn(
-            f"retained prompts drifted by {last.drift:.2f} (bar {bars.drift:g}): look at preview.png, and hold more with "
-            "--set erase.retain_weight=…"
+            f"retained prompts drifted by {last.drift:.2f} (bar {bars.drift:g}): look at preview.png, and hold more "
+            "with --set erase.retain_weight=…"
         )
         return
     gone = max(bars.gone, governor.asked)

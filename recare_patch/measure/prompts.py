@@ -255,7 +255,7 @@ def tell_lengths(base: BaseModel, rows: Rows) -> None:
 
 
 def _overlong(base: BaseModel, prompts: Sequence[str]) -> Iterator[tuple[int, int, int]]:
-    most = int(base.pipeline.tokenizer.model_max_length) - 2
+    most = int(base.tokenizer.model_max_length) - 2
     for number, prompt in enumerate(prompts, 1):
         if (tokens := len(base.token_ids(prompt))) > most:
             yield number, tokens, most

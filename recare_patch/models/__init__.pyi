@@ -54,6 +54,7 @@ from .lora import base_layers as base_layers
 from .lora import frozen as frozen
 from .lora import full_name as full_name
 from .lora import in_words as in_words
+from .lora import inject as inject
 from .lora import kept_requires_grad as kept_requires_grad
 from .lora import named_layers as named_layers
 from .lora import named_tuner_layers as named_tuner_layers

@@ -180,7 +180,7 @@ def likeness(value: Any, shared: bool = False) -> Any:
 
 def one_row(trail: Record) -> bool:
     """Whether a denoiser predicted one row for each sample of its scheduler: there was no guidance."""
-    return all(len(_stacked(one)) == len(step[2]) for one, step in zip(trail.outputs, trail.steps, strict=False))
+    return all(len(stacked(one)) == len(step[2]) for one, step in zip(trail.outputs, trail.steps, strict=False))
 
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -241,14 +241,16 @@ class Form:
     def call(self, states: Tensor, timesteps: Tensor, texts: Sequence[Mapping[Path, Any]]) -> dict[str, Any]:
         """The arguments for states ``[rows, …]`` at timesteps ``[rows]`` under texts that are alike."""
         count = len(states)
-        values = {path: joined([value_at(self.frame, path)] * count, axis) for path, axis in self.axes.items()}
+        kept = {path: axis for path, axis in self.axes.items() if path not in self.times}
+        values = {path: joined([value_at(self.frame, path)] * count, axis) for path, axis in kept.items()}
         values |= {path: joined([one[path] for one in texts], self.axis(path)) for path in self.text}
         values |= {path: fill(states) for path, fill in self.state.items()}
         for path, (start, slope) in self.times.items():
             like = value_at(self.frame, path)
             at = start + slope * (timesteps if self.axes.get(path) is not None else timesteps[:1]).cpu().double()
             if isinstance(like, Tensor):
-                shape = (len(at), *like.shape[1:]) if like.ndim else ()
+                # One without a batch axis may have been given one.
+                shape = (len(at), *like.shape[1:]) if like.ndim or self.axes.get(path) is not None else ()
                 values[path] = at.to(like.device, like.dtype).reshape(shape)
             else:
                 values[path] = float(at[0])
@@ -354,13 +356,12 @@ def _scale(value: Tensor, of: Tensor) -> float | None:
 def _fill(values: Sequence[Any], samples: Sequence[Tensor], scaled: bool) -> Fill | None:
     """How the scheduler's samples become an argument; None where they do not."""
     if isinstance(values[0], list | tuple):
-        inner = [one[0] for one in values if len(one) == 1 and isinstance(one[0], Tensor)]
+        inner = [one for value in values if isinstance(one := _alone(value), Tensor)]
         if len(inner) < len(values) or inner[0].numel() != samples[0].numel():
             return None
         if any(not _holds(one, sample, scaled) for one, sample in zip(inner, samples, strict=False)):
             return None
-        kind, each = type(values[0]), inner[0]
-        return lambda states: kind(states.to(each.dtype).reshape(-1, *each.shape).unbind(0))
+        return functools.partial(_as_lists, values[0], inner[0])
     if not isinstance(values[0], Tensor) or not values[0].is_floating_point():
         return None
     like = values[0]
@@ -369,6 +370,22 @@ def _fill(values: Sequence[Any], samples: Sequence[Tensor], scaled: bool) -> Fil
             return None
         return lambda states: states.to(like.dtype).reshape(-1, *like.shape[1:])
     return _beside(values, samples)
+
+
+def _alone(value: Any) -> Any:
+    """What lists of one item hold in the end."""
+    while isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    return value
+
+
+def _as_lists(like: Any, each: Tensor, states: Tensor) -> Any:
+    rows = states.to(each.dtype).reshape(-1, *each.shape).unbind(0)
+    return type(like)(_with_alone(like, one)[0] for one in rows)
+
+
+def _with_alone(value: Any, held: Tensor) -> Any:
+    return type(value)([_with_alone(value[0], held)]) if isinstance(value, list | tuple) else held
 
 
 def _beside(values: Sequence[Tensor], samples: Sequence[Tensor]) -> Fill | None:
@@ -402,7 +419,7 @@ def _output(name: str, trail: Record) -> Callable[[Any], Tensor]:
     # A learnt variance beside the prediction is the scheduler's business.
     targets = [_narrowed(one, shape, 0) for one in wanted]
     for place in (0, -1):
-        pairs = [(_narrowed(_stacked(one), shape, place), b) for one, b in zip(trail.outputs, targets, strict=False)]
+        pairs = [(_narrowed(stacked(one), shape, place), b) for one, b in zip(trail.outputs, targets, strict=False)]
         found = [_scale(b, a) if a is not None and b is not None else None for a, b in pairs]
         first = found[0]
         if first is not None and all(one is not None and abs(one - first) < 2e-2 * abs(first) for one in found):
@@ -414,12 +431,13 @@ def _output(name: str, trail: Record) -> Callable[[Any], Tensor]:
 
 
 def _returned(shape: Sequence[int], place: int, factor: float, output: Any) -> Tensor:
-    taken = _narrowed(_stacked(output), shape, place)
+    taken = _narrowed(stacked(output), shape, place)
     assert taken is not None
     return taken * factor
 
 
-def _stacked(returned: Any) -> Tensor:
+def stacked(returned: Any) -> Tensor:
+    """Rows in one tensor, where they came as a list."""
     return torch.stack(list(returned)) if isinstance(returned, list | tuple) else returned
 
 

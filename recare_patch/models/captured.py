@@ -22,7 +22,7 @@ from recare_patch.core import BaseModelError, noted
 from recare_patch.models import calls, lora
 from recare_patch.models.captured_prompts import CapturedPrompts, Said
 from recare_patch.models.captured_text import LONG, SHORT, CapturedText
-from recare_patch.models.encoding import parts_of
+from recare_patch.models.encoding import parts_of, tokenizer_of
 from recare_patch.models.inputs import PromptEmbeds
 from recare_patch.models.latent_diffusion import LatentDiffusion
 from recare_patch.models.precision import check_finite
@@ -35,11 +35,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_PLAIN = {"use_resolution_binning": False, "use_kv_cache": False, "enable_prompt_rewrite": False}
+"""What pipelines are asked not to do where they offer it: other sizes, kept keys and values, other prompts."""
+
+
 class Captured(CapturedText, LatentDiffusion):
     """A base around any text-to-image pipeline of diffusers; :meth:`of` makes the class for one of them."""
 
-    counted = False
-    _draws_batches = True
+    large_encoders = True
+    _draws_batches: bool  # whether pictures drawn together are what they are alone
 
     @classmethod
     def of(cls, layout: Layout) -> type[Captured]:
@@ -51,24 +55,27 @@ class Captured(CapturedText, LatentDiffusion):
         refused = f"base {layout.name} is a {name}"
         if not isinstance(kind, type) or not issubclass(kind, diffusers.DiffusionPipeline):
             raise BaseModelError(f"{refused}, which is no pipeline of the installed diffusers {diffusers.__version__}")
-        asked = inspect.signature(kind.__call__).parameters
+        asked, parts = inspect.signature(kind.__call__).parameters, inspect.signature(kind).parameters
         if "prompt" not in asked:
             raise BaseModelError(f"{refused}, which reads no prompt: a text-to-image pipeline is needed")
-        if videos := {"num_frames", "video", "frames"} & set(asked) or "video" in name.casefold():
+        if {"num_frames", "video", "frames"} & set(asked) or "video" in name.casefold():
             raise BaseModelError(f"{refused}, which draws videos: a text-to-image pipeline is needed")
         if "mask_image" in asked:
             raise BaseModelError(f"{refused}, which fills holes in pictures: a text-to-image pipeline is needed")
         if any(asked[one].default is inspect.Parameter.empty for one in ("image", "control_image") if one in asked):
             raise BaseModelError(f"{refused}, which starts from a picture: a text-to-image pipeline is needed")
-        del videos
-        parts = inspect.signature(kind).parameters
         denoiser = next((part for part in lora.DENOISERS if part in layout.listed and part in parts), None)
         if denoiser is None:
             missing = next((part for part in lora.DENOISERS if part in parts), None)
             if missing is not None:
                 raise BaseModelError(f"base {layout.name} lacks its component '{missing}'")
             raise BaseModelError(f"{refused}, whose denoiser is not called 'unet' or 'transformer'")
+        if apart := sorted({"prior", "movq", "controlnet"} & set(parts)) or sorted({"vae"} - set(parts)):
+            told = "draws in pixels" if apart == ["vae"] else f"has a part '{apart[0]}'"
+            raise BaseModelError(f"{refused}, which {told}: a pipeline with one denoiser and one autoencoder is needed")
         encoders = tuple(part for part in layout.listed if part.startswith("text_encoder"))
+        # Some have a processor of texts and pictures in its place.
+        named = {one: one.replace("text_encoder", "processor") for one in encoders if tokenizer_of(one) not in parts}
         absent = {key for key, value in layout.index.items() if isinstance(value, list) and value[:1] == [None]}
         absent |= {"safety_checker", "feature_extractor", "image_encoder"}
         optional = [part for part in parts if part in absent]
@@ -77,6 +84,7 @@ class Captured(CapturedText, LatentDiffusion):
             "pipeline_class": name,
             "denoiser_name": denoiser,
             "encoder_names": encoders,
+            "tokenizer_names": {one: name for one, name in named.items() if name in parts},
             "left_out": tuple(optional),
         }
         return type(cls.__name__, (cls,), facts)
@@ -213,7 +221,9 @@ class Captured(CapturedText, LatentDiffusion):
         asked = self._asked
         given: dict[str, Any] = {"prompt": list(prompts), "output_type": "latent", **self._size, **more}
         given |= {
-            "use_resolution_binning": False,
+            **_PLAIN,
+            # Kontext brings every size to this one.
+            "max_area": self._size["width"] * self._size["height"],
             "max_sequence_length": self._longest,
             **self._guided(guidance_scale, len(prompts)),
         }
@@ -256,12 +266,19 @@ class Captured(CapturedText, LatentDiffusion):
                     break
             other = self._record([LONG], most=0).calls[0]
             two = self._record([SHORT, SHORT], most=0).calls[0]
-        self._padded = calls.alike(trail.calls[0], other)
+            self._draws_batches = self._pads_unseen(trail)
+            self._padded = self._draws_batches and calls.alike(trail.calls[0], other)
         discrete = self.alphas_cumprod is not None
         form = calls.learn(self.id, trail, other, two, scaled=discrete)
         self.latent_shape = tuple(trail.steps[0][2].shape[1:])
         self._returned = trail.outputs[0]
         return self._prove(form, trail, other)
+
+    def _pads_unseen(self, trail: calls.Record) -> bool:
+        """Whether a prompt beside a longer one draws as it does alone: what it is padded with goes unread."""
+        beside = self._record([SHORT, LONG], most=1)
+        alone, both = (one.steps[0][0] for one in (trail, beside))
+        return len(both) == 2 and _near(both[:1], alone)
 
     def _prove(self, form: calls.Form, trail: calls.Record, other: Any) -> calls.Form:
         """Hold the form against the pipeline's own calls, and a batch against its rows; else rows go one by one.
@@ -400,7 +417,7 @@ class Captured(CapturedText, LatentDiffusion):
         finally:
             del scheduler.step
             del vars(self.denoiser)["forward"]
-        return images
+        return [_opaque(one) for one in images]
 
     @property
     def _vaes(self) -> list[nn.Module]:
@@ -429,6 +446,17 @@ def _family(name: str) -> str:
 
     plain = name.removesuffix("Pipeline")
     return re.sub(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", plain).lower()
+
+
+def _opaque(image: Image) -> Image:
+    """A picture without transparency, on white."""
+    if image.mode == "RGB":
+        return image
+    image = image.convert("RGBA")
+    white = image.copy()
+    white.paste("white", (0, 0, *image.size))
+    white.alpha_composite(image)
+    return white.convert("RGB")
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

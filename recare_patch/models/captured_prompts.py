@@ -77,6 +77,17 @@ class CapturedPrompts(PromptEmbeds):
         """All rows, ``count`` times over."""
         return CapturedPrompts(self.rows * count, self.main)
 
+    def said_by(self, prompt_embeds: Tensor) -> PromptEmbeds:
+        """All else of it with other token embeddings, one row ``[1, tokens, width]``; no prompt of its own any more."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return prompt_embeds.reshape(value.shape).to(value.dtype)
+            return type(value)(map(changed, value))
+
+        (row,) = self.rows
+        return CapturedPrompts([Said({**row.told, self.main: changed(row.told[self.main])}, None)], self.main)
+
     def detach(self) -> PromptEmbeds:
         """The same numbers without their gradient."""
         return self._with(Tensor.detach)

@@ -16,20 +16,18 @@ from torch import Tensor, nn
 from recare_patch.core import BaseModelError, noted
 from recare_patch.models import calls, lora
 from recare_patch.models.captured_prompts import CapturedPrompts, Said
-from recare_patch.models.encoding import PromptEncoding, parts_of, tokenizer_of
+from recare_patch.models.encoding import PromptEncoding, parts_of
 from recare_patch.models.inputs import PLACEHOLDER, EvaluationCounter, PromptEmbeds
 from recare_patch.models.precision import check_finite, in_double
 
 SHORT, LONG = "cat", "a photo of a cat and a dog under a tree at night"
 """Two prompts that a call's arguments are told apart by."""
 
-_AT_ONCE = 8
-"""Prompts that are encoded together, where the pipeline pads them all to one length."""
-
 
 class CapturedText(PromptEncoding):
     """What :class:`Captured` does with prompts and token vectors."""
 
+    encoded_at_once = 8  # where the pipeline pads them all to one length
     form: calls.Form
     denoiser: nn.Module
     counter: EvaluationCounter
@@ -71,7 +69,7 @@ class CapturedText(PromptEncoding):
 
     @contextmanager
     def _words_of(self, name: str, encoder: Any, vectors: Tensor) -> Iterator[None]:
-        held, part = vars(self.pipeline), tokenizer_of(name)
+        held, part = vars(self.pipeline), self.tokenizer_name(name)
         own = held[part]
         known = copy.deepcopy(own)
         inner = getattr(known, "tokenizer", known)
@@ -118,7 +116,7 @@ class CapturedText(PromptEncoding):
     def _encode(self, sources: Sequence[tuple[str, Tensor | None]]) -> CapturedPrompts:
         rows: list[Said] = []
         grad = torch.is_grad_enabled() and any(own is not None and own.requires_grad for _, own in sources)
-        for part in parts_of(len(sources), _AT_ONCE if self._padded else 1):
+        for part in parts_of(len(sources), self.encoded_at_once if self._padded else 1):
             some = sources[part]
             with ExitStack() as stack:
                 stack.enter_context(self._on_device(self._encoders, self.memory.encoders_off_device, keep=grad))
@@ -174,7 +172,7 @@ class CapturedText(PromptEncoding):
     def _read_to_the_end(self, texts: Sequence[str]) -> Iterator[Tensor]:
         """The same of each text without what stands behind it, ``[places, width]``; a few texts at a time."""
         encoder, shift = self._reader
-        for part in parts_of(len(texts), _AT_ONCE):
+        for part in parts_of(len(texts), self.encoded_at_once):
             some, places = list(texts[part]), list[int]()
 
             def look(
@@ -206,7 +204,7 @@ class CapturedText(PromptEncoding):
         found: dict[int, Tensor] = {}
         with self.counter.stage(None):
             for chosen in groups.values():
-                for part in parts_of(len(chosen), _AT_ONCE):
+                for part in parts_of(len(chosen), self.encoded_at_once):
                     some = chosen[part]
                     state = torch.zeros((len(some), *self.latent_shape), device=self.device)
                     at = torch.full((len(some),), float(self.num_train_timesteps // 2))
@@ -304,16 +302,18 @@ def _word(number: int) -> str:
 @contextmanager
 def _with_gradients(pipeline: Any) -> Iterator[None]:
     """Inside, the pipeline's own call and its encoding let gradients through, which they are decorated not to."""
-    held, kind, without = vars(pipeline), type(pipeline), torch.no_grad
+    held, kind, without, detach = vars(pipeline), type(pipeline), torch.no_grad, Tensor.detach
     names = [name for name in dir(kind) if "encode" in name or "embeds" in name]
     names = [name for name in names if hasattr(getattr(kind, name), "__wrapped__")]
     for name in names:
         held[name] = types.MethodType(getattr(kind, name).__wrapped__, pipeline)
-    # Some call their encoder under it, which nothing but its name reaches.
+    # Some call their encoder under it, or detach what it returns, which nothing but their names reaches.
     torch.no_grad = torch.enable_grad  # type: ignore[misc,assignment]
+    Tensor.detach = lambda tensor: tensor  # type: ignore[method-assign,assignment,return-value]
     try:
         yield
     finally:
         torch.no_grad = without  # type: ignore[misc]
+        Tensor.detach = detach  # type: ignore[method-assign]
         for name in names:
             del held[name]

@@ -26,7 +26,7 @@ def parts_of(count: int, most: int) -> list[slice]:
 
 
 def tokenizer_of(encoder: str) -> str:
-    """The component that makes a text encoder's tokens."""
+    """What the component that makes a text encoder's tokens is usually called."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
@@ -35,6 +35,8 @@ class PromptEncoding:
 
     # The text encoders' components. A token's vector is those of all encoders end to end, in this order.
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    tokenizer_names: ClassVar[dict[str, str]] = {}  # text encoder → its tokenizer's component, where it is another
+    encoded_at_once: ClassVar[int] = ENCODED_AT_ONCE  # prompts, at most
     other_prompts: ClassVar[tuple[str, ...]] = ()  # the pipeline asks for them when it encodes prompts
 
     id: str  # atelier, a hub id, or the name of the folder it came from
@@ -49,13 +51,23 @@ class PromptEncoding:
         """What the denoiser reads, from the outputs of the text encoders with all their hidden states."""
         raise NotImplementedError
 
+    @classmethod
+    def tokenizer_name(cls, encoder: str) -> str:
+        """The component that makes a text encoder's tokens."""
+        return cls.tokenizer_names.get(encoder, tokenizer_of(encoder))
+
     @property
     def _encoders(self) -> list[Any]:
         return [getattr(self.pipeline, name) for name in self.encoder_names]
 
     @property
+    def tokenizer(self) -> Any:
+        """Of the first text encoder."""
+        return self._tokenizers[0]
+
+    @property
     def _tokenizers(self) -> list[Any]:
-        return [getattr(self.pipeline, tokenizer_of(name)) for name in self.encoder_names]
+        return [getattr(self.pipeline, self.tokenizer_name(name)) for name in self.encoder_names]
 
     @contextmanager
     def _on_device(self, parts: Sequence[nn.Module], parked: bool, *, keep: bool = False) -> Iterator[None]:
@@ -101,7 +113,7 @@ class PromptEncoding:
 
         CLIP's text encoders look back only, so padding is left out: a word takes a twentieth of a prompt's time.
         """
-        places = [min(len(self.token_ids(text)), self._tokenizers[0].model_max_length - 2) for text in texts]
+        places = [min(len(self.token_ids(text)), self.tokenizer.model_max_length - 2) for text in texts]
         for place in sorted(set(places)):
             rows = [k for k, one in enumerate(places) if one == place]
             with self._short_prompts(place + 2):
@@ -131,16 +143,16 @@ class PromptEncoding:
 
     def token_ids(self, text: str) -> list[int]:
         """The ids of a text's tokens, without start, end and padding."""
-        return list(self._tokenizers[0](text, add_special_tokens=False).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def token_text(self, ids: Sequence[int]) -> str:
         """The text that token ids spell; special ones are left out."""
-        text: str = self._tokenizers[0].decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
 
     def token_table(self) -> Tensor:
         """The vectors of all tokens, ``[vocabulary, token_width]``, fp32."""
-        count = len(self._tokenizers[0])
+        count = len(self.tokenizer)
         return self.token_vectors(torch.arange(count))
 
     def token_vectors(self, ids: Tensor) -> Tensor:
@@ -151,7 +163,7 @@ class PromptEncoding:
     @property
     def special_token_ids(self) -> tuple[int, ...]:
         """Ids that stand for no text: start, end and the like."""
-        return tuple(sorted(set(self._tokenizers[0].all_special_ids)))
+        return tuple(sorted(set(self.tokenizer.all_special_ids)))
 
     @torch.no_grad()
     def word_vector(self, word: str) -> Tensor:
@@ -192,7 +204,7 @@ class PromptEncoding:
             raise BaseModelError("there are no token vectors to encode")
         for row in rows:
             self._check_vectors(row)
-        kept = [row[: self._tokenizers[0].model_max_length - 2] for row in rows]
+        kept = [row[: self.tokenizer.model_max_length - 2] for row in rows]
         places = [(row, position) for row, one in enumerate(kept) for position in range(len(one))]
         read = [[0] * len(one) for one in kept], places
         return self._encode_tokens([read] * len(self._encoders), torch.cat(kept))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recare_patch.core import RecipeError
-from recare_patch.models.encoding import ENCODED_AT_ONCE
 from recare_patch.models.footprint import Footprint, measure
 from recare_patch.models.loading import chosen_device, find_layout, load_base, usable_precision
 from recare_patch.recipe import Concept, MemoryOptions, Recipe
@@ -58,24 +57,33 @@ class Load:
 
 def resident(found: Footprint, memory: MemoryOptions) -> int:
     """Bytes of the weights that stay on the device throughout."""
-    saved = found.linear * (found.size - _WEIGHT_BYTES.get(memory.weights, found.size))
-    denoiser = found.block if memory.offload else found.denoiser - saved
-    encoders = 0 if memory.encoders_off_device else found.encoders
+    denoiser = found.block if memory.offload else found.denoiser - _saved(found, memory, found.linear)
+    encoders = 0 if memory.encoders_off_device else reading_weights(found, memory)
     vae = 0 if memory.vae_off_device else found.vae
     return int(denoiser + encoders + vae)
+
+
+def _saved(found: Footprint, memory: MemoryOptions, linear: int) -> float:
+    """Bytes that quantizing so many weights saves."""
+    return linear * (found.size - _WEIGHT_BYTES.get(memory.weights, found.size))
+
+
+def reading_weights(found: Footprint, memory: MemoryOptions) -> int:
+    """Bytes of the text encoders' weights on the device."""
+    return int(found.encoders - _saved(found, memory, found.read_linear))
 
 
 def peak(found: Footprint, memory: MemoryOptions, load: Load) -> int:
     """Bytes on the device at the worst moment of a piece of work."""
     fixed, most = resident(found, memory) + load.held, memory.micro_batch or 10**6
-    encoders = found.encoders if memory.encoders_off_device else 0
+    encoders = reading_weights(found, memory) if memory.encoders_off_device else 0
     # It waits on the host as the text encoders do, and comes to look while nothing else works.
     moments = [fixed + load.looks]
     if not memory.encoders_off_device:
         fixed += load.looks
     # Every stage reads a prompt or two: the parts of a table of embeddings, and the table that they are joined to.
     encoded = max(load.encoded, load.pictures, 1)
-    moments.append(fixed + encoders + min(encoded, ENCODED_AT_ONCE) * found.encoding + 2 * encoded * found.row)
+    moments.append(fixed + encoders + min(encoded, found.encoded_at_once) * found.encoding + 2 * encoded * found.row)
     if load.pictures:
         each = 2 if load.guided else 1
         samples = max(1, min(load.pictures, most // each)) * each
@@ -87,7 +95,8 @@ def peak(found: Footprint, memory: MemoryOptions, load: Load) -> int:
         one = found.checkpointed if memory.checkpointing else found.training
         work = max(min(load.trained, most) * one, min(load.predicted, most) * found.predicting)
         # Where word vectors are fitted, the encoders take part in the backward pass.
-        moments.append(fixed + (encoders if load.reads else 0) + load.reads * found.reading + work)
+        reads = load.reads * (found.forgetful if memory.checkpointing else found.reading)
+        moments.append(fixed + (encoders if load.reads else 0) + reads + work)
     return max(moments)
 
 

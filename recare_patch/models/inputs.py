@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -53,6 +53,10 @@ class PromptEmbeds:
     def repeat(self, count: int) -> PromptEmbeds:
         """All rows, ``count`` times over: ``[a, b]`` becomes ``[a, b, a, b]``."""
         return self._map(lambda rows: rows.repeat(count, *(1,) * (rows.ndim - 1)))
+
+    def said_by(self, prompt_embeds: Tensor) -> PromptEmbeds:
+        """All else of it with other token embeddings, one row ``[1, tokens, width]``."""
+        return replace(self, prompt_embeds=prompt_embeds)
 
     def detach(self) -> PromptEmbeds:
         """The same numbers without their gradient."""

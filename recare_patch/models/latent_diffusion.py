@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recare_patch.core import BaseModelError, noted
 from recare_patch.models import memory as levers
-from recare_patch.models.encoding import PromptEncoding, parts_of, tokenizer_of
+from recare_patch.models.encoding import PromptEncoding, parts_of
 from recare_patch.models.few_steps import FewSteps
 from recare_patch.models.inputs import EvaluationCounter, PromptEmbeds
 from recare_patch.models.layout import Layout
@@ -50,7 +50,7 @@ class LatentDiffusion(PromptEncoding, Noising):
     pipeline_class: ClassVar[str]  # the diffusers pipeline that loads it
     denoiser_name: ClassVar[str] = "unet"  # the denoiser's component
     left_out: ClassVar[tuple[str, ...]] = ()  # loaded as None, where the folder lists them or not
-    counted: ClassVar[bool] = True  # whether what it takes is known beforehand, see footprint.measure
+    large_encoders: ClassVar[bool] = False  # levers of weights and activations are for its text encoders too
     upcast_vae: ClassVar[bool] = False  # keep the autoencoder in fp32 where fp16 overflows in it
 
     few_steps: FewSteps | None = None  # how it is drawn with, where it was distilled to few steps
@@ -112,7 +112,7 @@ class LatentDiffusion(PromptEncoding, Noising):
         """Refuse what could not be patched: a component or its ``weights`` are missing, or of another kind."""
         for component in (cls.denoiser_name, "vae", *cls.encoder_names):
             layout.require(component, weights=weights)
-        for component in (*map(tokenizer_of, cls.encoder_names), "scheduler"):
+        for component in (*map(cls.tokenizer_name, cls.encoder_names), "scheduler"):
             layout.require(component, weights=False)
 
     @classmethod
@@ -177,7 +177,7 @@ class LatentDiffusion(PromptEncoding, Noising):
             for part in (*encoders, pipeline.vae, denoiser):
                 nn.Module.to(part, device)
         else:
-            levers.place(pipeline, denoiser, encoders, memory, device, dtype)
+            levers.place(pipeline, denoiser, encoders, memory, device, dtype, large_encoders=cls.large_encoders)
         base = cls(pipeline, base_id, device=device, memory=memory)
         base._files, base._hashes = files, hashes
         base.few_steps = layout.few_steps
@@ -243,11 +243,7 @@ class LatentDiffusion(PromptEncoding, Noising):
 
     def tile_pictures(self) -> None:
         """Let the autoencoder work on one picture at a time, in tiles of half a side."""
-        vae, side = self.pipeline.vae, max(self.latent_shape[1:]) // 2
-        vae.enable_slicing()
-        vae.enable_tiling()
-        # Its own tiles are as large as the pictures that it was trained on, which would never be cut.
-        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * self.pipeline.vae_scale_factor
+        levers.tile(self.pipeline.vae, *self.picture_size)
 
     def _at_once(self, pictures: int, samples: int = 1) -> int:
         """How many pictures of so many samples each go through a network together."""

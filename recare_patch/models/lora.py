@@ -12,6 +12,7 @@ transformers 5 leaves ``text_model.`` out in some of its classes, in memory and 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -261,24 +262,11 @@ def attach(
         UnknownNameError, NoMatchingModuleError: see :func:`target_modules`.
         ValueError: the network already holds an adapter of this name.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
     kind = type(network).__name__
     if name in getattr(network, "peft_config", {}):
         raise ValueError(f"the {kind} already holds an adapter named '{name}'")
     targets = target_modules(network, layers)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none")
-    modes = [(module, module.training) for module in network.modules()]
-    # PEFT draws its own start from the global generator: keep that one where it was. It also warns of
-    # a second adapter, which is what was asked for.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, network, adapter_name=name)
-    settle_adapter(network, name)
-    for module, training in modes:
-        module.training = training
-    _tell_network(network, True)
-    wrapped = {full: layer for full, layer in tuner_layers(network) if name in layer.lora_A}
+    wrapped = inject(network, dict.fromkeys(targets, rank), name, alpha=alpha)
     if sorted(wrapped) != sorted(targets):
         # PEFT matches names by their ends; silence here would train the wrong layers.
         remove_adapter(network, name)
@@ -298,6 +286,38 @@ def attach(
         layer.eval()
         parameters += [down.weight.requires_grad_(True), up.weight.requires_grad_(True)]
     return parameters
+
+
+def inject(network: nn.Module, ranks: Mapping[str, int], name: str, *, alpha: float | None = None) -> dict[str, Any]:
+    """Put a LoRA without values into layers of a network, each of its rank; by default ``alpha`` is the rank too.
+
+    Returns:
+        The layers that hold it now, by name.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    rank = max(ranks.values())
+    odd = {f"^{re.escape(layer)}": one for layer, one in ranks.items() if one != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        target_modules=list(ranks),
+        rank_pattern=odd,
+        alpha_pattern=odd if alpha is None else {},
+        lora_dropout=0.0,
+        bias="none",
+    )
+    modes = [(module, module.training) for module in network.modules()]
+    # PEFT draws its own start from the global generator: keep that one where it was. It also warns of
+    # a second adapter, which is what was asked for.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, network, adapter_name=name)
+    settle_adapter(network, name)
+    for module, training in modes:
+        module.training = training
+    _tell_network(network, True)
+    return {full: layer for full, layer in tuner_layers(network) if name in layer.lora_A}
 
 
 def _tell_network(network: nn.Module, loaded: bool) -> None:

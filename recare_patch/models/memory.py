@@ -7,7 +7,7 @@ method, loop or metric knows which of them are in use, and nothing here is calle
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,18 @@ def place(
     memory: MemoryOptions,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    large_encoders: bool = False,
 ) -> None:
-    """Put the networks of a pipeline loaded on the host where the levers want them, as they want them."""
+    """Put the networks of a pipeline loaded on the host where the levers want them, as they want them.
+
+    Where text encoders are large, weights are quantized in them and activations forgotten as in the denoiser.
+    """
+    if large_encoders and memory.checkpointing:
+        forget_activations(*encoders)
     for encoder in encoders:
+        if large_encoders and memory.weights != "full":
+            quantize(encoder, memory.weights, dtype)
         nn.Module.to(encoder, HOST if memory.encoders_off_device else device)
     nn.Module.to(pipeline.vae, HOST if memory.vae_off_device else device)
     if memory.channels_last:
@@ -78,6 +87,30 @@ def compile_blocks(denoiser: nn.Module) -> None:
             module.compile(backend=COMPILER)
 
 
+def forget_activations(*encoders: nn.Module) -> None:
+    """Let text encoders forget their layers' activations and compute them again (Chen et al., arXiv 1604.06174)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for encoder in encoders:
+        getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()  # type: ignore[operator]
+        for layer in encoder.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                # Such a layer does it only while it trains; what is in it stays as it is.
+                layer.training = True
+
+
+def linear_layers(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers that can be quantized, by the module that holds each and their name there.
+
+    Left out are those of a text encoder that transformers keeps in fp32, as T5's last ones.
+    """
+    plain = getattr(network, "_keep_in_fp32_modules", None) or ()
+    for parent in network.modules():
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear and name not in plain:
+                yield parent, name, layer
+
+
 def quantize(denoiser: nn.Module, weights: str, dtype: torch.dtype) -> None:
     """Exchange linear layers in place for bitsandbytes', with frozen 8-bit or 4-bit weights.
 
@@ -86,21 +119,18 @@ def quantize(denoiser: nn.Module, weights: str, dtype: torch.dtype) -> None:
     """
     from bitsandbytes import nn as kinds
 
-    for parent in list(denoiser.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is not nn.Linear:
-                continue
-            sizes = (layer.in_features, layer.out_features, layer.bias is not None)
-            if weights == "nf4":
-                made = kinds.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
-                made.weight = kinds.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
-                # Its packing for certain CPUs has no backward pass.
-                made.support_avx512bf16_for_cpu = False
-            else:
-                made = kinds.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
-                made.weight = kinds.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-            made.bias = layer.bias
-            setattr(parent, name, made)
+    for parent, name, layer in list(linear_layers(denoiser)):
+        sizes = (layer.in_features, layer.out_features, layer.bias is not None)
+        if weights == "nf4":
+            made = kinds.Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4", device="meta")
+            made.weight = kinds.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            # Its packing for certain CPUs has no backward pass.
+            made.support_avx512bf16_for_cpu = False
+        else:
+            made = kinds.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+            made.weight = kinds.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        made.bias = layer.bias
+        setattr(parent, name, made)
     # What PEFT looks at to wrap such layers by its own kinds.
     setattr(denoiser, f"is_loaded_in_{4 if weights == 'nf4' else 8}bit", True)
 
@@ -132,6 +162,20 @@ def in_chunks(
 def deciding(memory: MemoryOptions) -> dict[str, Any]:
     """The levers that are set and decide what is drawn; the others change it by rounding."""
     return memory.model_dump(include={"weights", "vae_tiling", "resolution"}, exclude_defaults=True)
+
+
+def tile(vae: Any, width: int, height: int) -> None:
+    """Let an autoencoder work on one picture at a time, in tiles of half a side."""
+    vae.enable_slicing()
+    vae.enable_tiling()
+    # Its own tiles are as large as the pictures that it was trained on, which would never be cut.
+    side = max(width, height) // 2
+    if hasattr(vae, "tile_latent_min_size"):
+        scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side // scale, side
+    elif hasattr(vae, "tile_sample_min_height"):
+        vae.tile_sample_min_height = vae.tile_sample_min_width = side
+        vae.tile_sample_stride_height = vae.tile_sample_stride_width = side * 3 // 4
 
 
 def latent_size(name: str, resolution: str, scale: int, step: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from recare_patch.models import (
     base_layers,
     full_name,
     in_words,
+    inject,
     kept_requires_grad,
     named_tuner_layers,
     networks,
@@ -57,8 +58,7 @@ class AppliedPatch:
         """See :meth:`Patch.apply`."""
         parts = networks(pipe)
         for part in patch.components:
-            loader = f"load_lora_into_{'text_encoder' if part in TEXT_ENCODERS else part}"
-            if part not in parts or not hasattr(pipe, loader):
+            if part not in parts or (part in TEXT_ENCODERS and not hasattr(pipe, "load_lora_into_text_encoder")):
                 raise IncompatiblePatchError(
                     f"patch {patch.name} does not fit a {type(pipe).__name__}: it has no {in_words(part)} "
                     "that takes LoRAs"
@@ -151,6 +151,9 @@ class AppliedPatch:
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             if part in TEXT_ENCODERS:
                 self.pipe.load_lora_into_text_encoder(tensors, None, network, prefix=part, **common)
+            elif not hasattr(network, "load_lora_adapter"):
+                # A pipeline without a loader, such as PixArt's.
+                inject(network, {self._raw[name]: len(self.patch.factors(name)[0]) for name in own}, self.adapter_name)
             else:
                 loader: Any = network
                 loader.load_lora_adapter(tensors, prefix=part, low_cpu_mem_usage=True, **common)

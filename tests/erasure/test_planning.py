@@ -30,6 +30,7 @@ MONET = {"text": "Monet", "kind": "style"}
 LARGE = Footprint(
     denoiser=5 * GIB,
     linear=2 * GIB,
+    read_linear=0,
     size=2,
     block=GIB // 10,
     encoders=GIB,
@@ -43,7 +44,9 @@ LARGE = Footprint(
     tiled=GIB // 4,
     decoded_at_once=1,
     encoding=10 * 2**20,
+    encoded_at_once=32,
     reading=GIB // 8,
+    forgetful=GIB // 8,
     row=300_000,
     latent=260_000,
 )

@@ -77,6 +77,8 @@ class TestRefusals:
             ("FluxFillPipeline", "fills holes in pictures"),
             ("WanImageToVideoPipeline", "draws videos"),
             ("StableCascadeDecoderPipeline", "not called 'unet' or 'transformer'"),
+            ("PRXPixelPipeline", "draws in pixels: a pipeline with one denoiser and one autoencoder is needed"),
+            ("FluxControlNetPipeline", "has a part 'controlnet'"),
             ("ToTheMoonPipeline", "no pipeline of the installed diffusers"),
         ],
     )

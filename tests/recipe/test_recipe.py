@@ -232,7 +232,8 @@ def test_assignments() -> None:
 
 
 def test_the_bundled_recipes_are_sound_and_headed_by_their_command() -> None:
-    bases = ("atelier", "sd-1.4", "sd-1.5", "sd-2.1", "sdxl")
+    bases = ["atelier", "sd-1.4", "sd-1.5", "sd-2.1", "sdxl"]
+    bases += ["sd-3.5-medium", "flux-1-dev", "flux-2-klein", "z-image", "qwen-image"]
     expected = {f"{concept}-{base}" for concept in ("nudity", "tench", "van-gogh") for base in bases}
     assert {info.name for info in list_recipes()} == {*expected, "van-gogh-atelier-xl"}
     for info in list_recipes():

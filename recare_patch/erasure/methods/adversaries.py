@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recare_patch.core import BaseModelError
 from recare_patch.erasure.inversion import name_templates
 from recare_patch.erasure.loop import noised
 from recare_patch.models import LossScale, PromptEmbeds, lora
@@ -40,8 +39,10 @@ _SPREAD = 0.1
 class _Member:
     learnt: nn.Parameter  # word vectors [vectors, width], or a prompt's embeddings [1, tokens, width]
     optimizer: torch.optim.Optimizer
+    first: Tensor  # word vectors that it started from
+    template: int  # the one in which these stood
     age: int = 0  # in steps
-    pooled: Tensor | None = None  # the rest of a prompt's embeddings, where the base has more
+    prompt: PromptEmbeds | None = None  # whose embeddings are learnt, with all else that is told of it
 
 
 class Adversaries:
@@ -53,11 +54,6 @@ class Adversaries:
     """
 
     def __init__(self, base: BaseModel, latents: Tensor, concept: Concept, options: AdversaryOptions) -> None:
-        if type(base.encode_prompts([""])) is not PromptEmbeds:
-            raise BaseModelError(
-                f"base '{base.id}' is known by its pipeline's calls alone, and adversaries are not built for such a "
-                "base: give --set adversary.count=0, and no --preset robust"
-            )
         self.base, self.latents, self.options = base, latents, options
         self.templates = name_templates(concept)
         self._start = base.word_vector(concept.class_word)
@@ -104,10 +100,9 @@ class Adversaries:
 
     def _said(self, member: _Member, generator: torch.Generator) -> PromptEmbeds:
         """An adversary as the denoiser is told it, one row; names stand in a template drawn by lot."""
-        if self.options.space == "embeddings":
-            dtype = self.base.dtype
-            return PromptEmbeds(member.learnt.to(dtype), member.pooled)
-        return self.base.encode_with_vectors([self._template(generator)], member.learnt)
+        if member.prompt is not None:
+            return member.prompt.said_by(member.learnt.to(self.base.dtype))
+        return self.base.encode_with_vectors([self.templates[self._lot(generator)]], member.learnt)
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed run needs, as tensors."""
@@ -116,8 +111,7 @@ class Adversaries:
             if member is not None:
                 learnt = member.learnt
                 found |= {f"{place}.vectors": learnt.detach().cpu(), f"{place}.age": torch.tensor(member.age)}
-                if member.pooled is not None:
-                    found[f"{place}.pooled"] = member.pooled.cpu()
+                found |= {f"{place}.first": member.first.cpu(), f"{place}.template": torch.tensor(member.template)}
                 for key, value in member.optimizer.state[learnt].items():
                     found[f"{place}.optimizer.{key}"] = value.detach().cpu()
         return found
@@ -127,7 +121,9 @@ class Adversaries:
         self._turn, self._scaling.state = int(state["turn"]), state["scaling"].tolist()
         for place in range(len(self._members)):
             if f"{place}.vectors" in state:
-                member = self._member(state[f"{place}.vectors"], state.get(f"{place}.pooled"))
+                member = self._member(state[f"{place}.first"], int(state[f"{place}.template"]))
+                with torch.no_grad():
+                    member.learnt.copy_(state[f"{place}.vectors"])
                 prefix, device = f"{place}.optimizer.", self.base.device
                 member.optimizer.state[member.learnt] = {
                     # torch keeps the step count on the CPU.
@@ -138,9 +134,6 @@ class Adversaries:
                 member.age = int(state[f"{place}.age"])
                 self._members[place] = member
 
-    def _template(self, generator: torch.Generator) -> str:
-        return self.templates[int(torch.randint(0, len(self.templates), (1,), generator=generator))]
-
     def _newcomer(self, generator: torch.Generator) -> _Member:
         single, of_class = (torch.rand(2, generator=generator) < torch.tensor([_SINGLE, 0.5])).tolist()
         count = 1 if single else self.options.vectors
@@ -148,13 +141,18 @@ class Adversaries:
         first = self._start.repeat(count, 1) if of_class else self.base.token_vectors(tokens)
         noise = torch.randn(first.shape, generator=generator).to(first.device)
         first = first + self._spread * noise
-        if self.options.space == "words":
-            return self._member(first)
-        with torch.no_grad():
-            said = self.base.encode_with_vectors([self._template(generator)], first)
-        return self._member(said.prompt_embeds, said.pooled_prompt_embeds)
+        return self._member(first, self._lot(generator) if self.options.space == "embeddings" else 0)
 
-    def _member(self, learnt: Tensor, pooled: Tensor | None = None) -> _Member:
-        parameter = nn.Parameter(learnt.detach().clone().float().to(self.base.device))
+    def _lot(self, generator: torch.Generator) -> int:
+        return int(torch.randint(0, len(self.templates), (1,), generator=generator))
+
+    def _member(self, first: Tensor, template: int) -> _Member:
+        first, prompt = first.detach().float().to(self.base.device), None
+        learnt = first
+        if self.options.space == "embeddings":
+            with torch.no_grad():
+                prompt = self.base.encode_with_vectors([self.templates[template]], first).detach()
+            learnt = prompt.prompt_embeds
+        parameter = nn.Parameter(learnt.clone().float())
         optimizer = torch.optim.Adam([parameter], lr=self.options.learning_rate)
-        return _Member(parameter, optimizer, pooled=None if pooled is None else pooled.to(self.base.device))
+        return _Member(parameter, optimizer, first, template, prompt=prompt)
