@@ -53,8 +53,8 @@ _DROPPED, _UNPOOLED = 0.1, 0.4
 class FlowTraining(Training):
     """Optimiser steps of each stage."""
 
-    denoiser_steps: int = 3_200
-    guidance_steps: int = 250
+    denoiser_steps: int = 5_600
+    guidance_steps: int = 400
 
 
 def _train_tokenizer(
