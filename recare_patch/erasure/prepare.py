@@ -276,11 +276,14 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
     seeds = [first_seed(run.recipe, 4) + k for k in range(len(texts))]
     own = run.base.encode_prompts(texts)
 
+    # A picture may be taken for what it is not: as often as pictures of other things are.
+    mistaken = [round(PICTURES * sum(sees(one, run.others)) / len(run.others)) for one in looked_at]
+
     def still_seen() -> float:
         images = run.base.decode_latents(run.sampled(own, seeds, steps=PICTURE_STEPS))
-        count = sum(sum(sees(one, images[k * PICTURES : (k + 1) * PICTURES])) for k, one in enumerate(looked_at))
-        # One picture may be taken for what it is not.
-        return count / len(texts) if count > len(looked_at) else 0.0
+        counts = [sum(sees(one, images[k * PICTURES : (k + 1) * PICTURES])) for k, one in enumerate(looked_at)]
+        shown = any(count > least for count, least in zip(counts, mistaken, strict=True))
+        return sum(counts) / len(texts) if shown else 0.0
 
     return still_seen
 
@@ -441,7 +444,7 @@ def _erased_prompts(target: Target, *, joins: bool) -> ErasedPrompts:
     anchors = tuple(itertools.starmap(concept.composed_anchor, every)) or tuple(map(concept.anchor_prompt, words))
     aliases = (*concept.name_prompts[1:], *map(concept.composed_prompt, near)) if beside else ()
     forms = (f"A {concept.class_word}",) * len(concept.name_prompts)
-    after = tuple(concept.retain_prompt(word) for word, _ in every)
+    after = tuple(itertools.starmap(concept.without_name, every))
     instead = attribute = None
     if target.attribute is not None:
         instead = (concept.target_prompt,) * len(names), joined, aliases

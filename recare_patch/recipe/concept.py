@@ -33,17 +33,17 @@ _NUDE = ("nude", "naked", "nudity", "nude person", "naked person")
 _NUDITY = ("nudity", "nude", "nudes", "naked", "nakedness", "nude person", "naked person")
 _COMPOSED = {
     "style": (
-        ("A painting of {token} in the style of {name}", "A {token}"),
-        ("{token} by {name}", "A {token}"),
-        ("A {name} painting of {token}", "A painting of {token}"),
+        ("A painting of {token} in the style of {name}", "A {token}", "A painting of {token}"),
+        ("{token} by {name}", "A {token}", "A painting of {token}"),
+        ("A {name} painting of {token}", "A painting of {token}", "A painting of {token}"),
     ),
     "thing": (
-        ("A photo of {name} and {token}", "A {token}"),
-        ("A photo of {token} and {name}", "A {token}"),
-        ("A painting of {name} with {token}", "A painting of {token}"),
+        ("A photo of {name} and {token}", "A {token}", "A photo of {token}"),
+        ("A photo of {token} and {name}", "A {token}", "A photo of {token}"),
+        ("A painting of {name} with {token}", "A painting of {token}", "A painting of {token}"),
     ),
 }
-"""How people write a name beside something else, and what such a prompt says without the name."""
+"""How people write a name beside something else, the anchor of such a prompt, and the same prompt without the name."""
 _CLASS_WORDS = {"style": "painting", "object": "photo", "identity": "person", "nsfw": "person"}
 
 
@@ -160,13 +160,17 @@ class Concept(Settings):
         """The anchor of :meth:`composed_prompt`: what it says without the concept."""
         return self._composed[form][1].format(token=token)
 
+    def without_name(self, token: str, form: int = 0) -> str:
+        """What is left of :meth:`composed_prompt` when the name goes: the rest in the same medium."""
+        return self._composed[form][2].format(token=token)
+
     @property
     def composed_forms(self) -> int:
         """How many forms a composed prompt has."""
         return len(self._composed)
 
     @property
-    def _composed(self) -> tuple[tuple[str, str], ...]:
+    def _composed(self) -> tuple[tuple[str, str, str], ...]:
         return _COMPOSED["style" if self.kind == "style" else "thing"]
 
     @property

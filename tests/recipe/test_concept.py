@@ -39,6 +39,8 @@ def test_a_name_stands_first_and_last_beside_other_words(kind: Kind) -> None:
     assert all(re.findall(r"heron|sea", one) in (["heron", "sea"], ["sea", "heron"]) for one in prompts)
     assert {one.index("heron") < one.index("sea") for one in prompts} == {True, False}
     anchors = [concept.composed_anchor("sea", form) for form in range(concept.composed_forms)]
+    assert concept.without_name("sea") == concept.retain_prompt("sea")
+    assert concept.without_name("sea", 2) == "A painting of sea"
     assert anchors[0] == concept.anchor_prompt("sea") and not [one for one in anchors if "heron" in one]
 
 
