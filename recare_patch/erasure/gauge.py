@@ -33,6 +33,9 @@ STATES = 8
 PICTURES, PICTURE_STEPS = 12, 8
 """Pictures of each concept, and steps of each, when a run looks whether CLIP still sees it."""
 
+LOOKED_AT = ("looked-at pictures", "looked-at pictures, unnamed")
+"""Stages that draw what a run looks at by the untouched base: with the concept's name, and without it."""
+
 _COOLING, _SMALL, _SLOWER, _OVERSHOT, _MOST, _FURTHER = 0.5, 0.25, 0.7, 0.15, 8.0, 1.25
 """By how much the rate falls from look to look once the concept has gone; the rate at which a run may end; by how much
 it falls after a step too far; how much may come back between two looks; the most that the

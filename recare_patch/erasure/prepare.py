@@ -30,7 +30,7 @@ from recare_patch.careset import (
     spoken,
 )
 from recare_patch.core import CareSetError, keep_json, kept_json, load_json, save_sheet, told_at
-from recare_patch.erasure.gauge import PICTURE_STEPS, PICTURES
+from recare_patch.erasure.gauge import LOOKED_AT, PICTURE_STEPS, PICTURES
 from recare_patch.erasure.methods import Context, ErasedPrompts, Method, RetainedPrompts
 from recare_patch.erasure.stages import Run, stage_name
 from recare_patch.recipe import Concept, Recipe, names_concept
@@ -265,40 +265,51 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
 
     None where CLIP does not see the concepts in the base's own pictures: it would see nothing in any.
     """
-    run, texts = targets[0].run, []
+    run = targets[0].run
     goes = run.recipe.replace_with is None
     looked_at = [one for one in targets if goes and one.attribute is None and one.seen_by_clip]
     if not looked_at:
         return None
-    for target in looked_at:
-        texts += _looked_at(target)
     _other_pictures(run)
-    seeds = [first_seed(run.recipe, 4) + k for k in range(len(texts))]
-    own = run.base.encode_prompts(texts)
-
-    # A picture may be taken for what it is not: as often as pictures of other things are.
-    mistaken = [round(PICTURES * sum(sees(one, run.others)) / len(run.others)) for one in looked_at]
+    pairs = [pair for target in looked_at for pair in _looked_at(target)]
+    texts, bare = zip(*pairs, strict=True)
+    seed, shown = first_seed(run.recipe, 4), []
+    for stage, prompts in zip(LOOKED_AT, (texts, bare), strict=True):
+        latents = run.pictures(stage, prompts, len(prompts), seed, steps=PICTURE_STEPS)
+        with told_at(stage):
+            shown.append(_margins_in_turn(looked_at, run.base.decode_latents(latents)))
+    # Each picture is its own measure: half way from what the prompt draws without the name to what it draws with it.
+    halfway, tells = (shown[0] + shown[1]) / 2, shown[0] > shown[1]
+    own, seeds = run.base.encode_prompts(list(texts)), [seed + k for k in range(len(texts))]
 
     def still_seen() -> float:
         images = run.base.decode_latents(run.sampled(own, seeds, steps=PICTURE_STEPS))
-        counts = [sum(sees(one, images[k * PICTURES : (k + 1) * PICTURES])) for k, one in enumerate(looked_at)]
-        shown = any(count > least for count, least in zip(counts, mistaken, strict=True))
-        return sum(counts) / len(texts) if shown else 0.0
+        count = int(((_margins_in_turn(looked_at, images) > halfway) & tells).sum())
+        # One picture may be taken for what it is not.
+        return count / len(texts) if count > len(looked_at) else 0.0
 
     return still_seen
 
 
-def _looked_at(target: Target) -> list[str]:
-    """Prompts that a run looks at: a third names the concept alone, two thirds have it deep among other things.
+def _margins_in_turn(targets: Sequence[Target], images: Sequence[Image]) -> Tensor:
+    """Of :data:`PICTURES` pictures for each target in turn, by how much CLIP sees it in them."""
+    clip, parts = targets[0].run.clip, [images[k * PICTURES : (k + 1) * PICTURES] for k in range(len(targets))]
+    own = [(one.concept.name_prompts, plain_rivals(one.concept.text)) for one in targets]
+    return torch.cat([margins(part, clip, *texts) for part, texts in zip(parts, own, strict=True)])
+
+
+def _looked_at(target: Target) -> list[tuple[str, str]]:
+    """Prompts that a run looks at, and each without the name: in two thirds it stands deep among other things.
 
     A name goes first where it stands alone; a run that looked there alone would end while people's own sentences
     still bring the concept back.
     """
     concept, (around, _, _) = target.concept, target.words_around()
-    plain = concept.name_prompts[: PICTURES // 3]
+    plain = [(prompt, concept.plain_prompt) for prompt in concept.name_prompts[: PICTURES // 3]]
     words = [word for pair in itertools.zip_longest(target.care_words, around[:PICTURES]) for word in pair if word]
     pairs = [f"{words[k % len(words)]} and {words[(k + 1) % len(words)]}" for k in range(PICTURES)] if words else []
-    deep = [concept.composed_prompt(pair, k % concept.composed_forms) for k, pair in enumerate(pairs)]
+    forms = [(pair, k % concept.composed_forms) for k, pair in enumerate(pairs)]
+    deep = [(concept.composed_prompt(*form), concept.without_name(*form)) for form in forms]
     prompts = [*plain, *deep][:PICTURES]
     return [prompts[k % len(prompts)] for k in range(PICTURES)]
 

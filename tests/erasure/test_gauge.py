@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recare_patch.careset import OTHERS
 from recare_patch.erasure import EraseResult, erase, evaluations, gauge, prepare
-from recare_patch.erasure.gauge import LOOK_EVERY, PICTURE_STEPS, PICTURES, STATES, Gauge, Governor, Reading
+from recare_patch.erasure.gauge import LOOK_EVERY, LOOKED_AT, PICTURE_STEPS, PICTURES, STATES, Gauge, Governor, Reading
 from recare_patch.models import BaseModel
 from recare_patch.recipe import Recipe
 from tests.erasure.making import STARS_FROM_VAN_GOGH, Killed, Killer, disturb, prepared
@@ -259,21 +259,28 @@ class TestLooker:
         assert prepare.looker([target]) is None
 
     def test_it_draws_the_concept_and_counts(self, target: prepare.Target, monkeypatch: pytest.MonkeyPatch) -> None:
-        # One of the other pictures is taken for it, so one more may be.
-        counts = [[True] + [False] * (OTHERS - 1), [True] * 3 + [False] * 9, [True] + [False] * 11]
-        target.seen_by_clip, base, shown = True, target.run.base, iter(sum(counts, []))
-        monkeypatch.setattr(prepare, "sees", lambda asked, images: [next(shown) for _ in images])
+        target.seen_by_clip, base = True, target.run.base
+        # With the name, and without it; in the last picture the name says nothing. Then what the model draws later.
+        rows = [[1.0] * 12, [0.0] * 11 + [1.0], [0.6] * 3 + [0.4] * 8 + [2.0], [0.6] + [0.4] * 11]
+        told = iter(torch.tensor(row) for row in rows)
+        monkeypatch.setattr(prepare, "margins", lambda images, *asked: next(told))
+        steps = min(PICTURE_STEPS, target.run.recipe.target_images.steps)
+        before = base.counter.total
         look = prepare.looker([target])
         assert look is not None and len(target.run.others) == OTHERS
-        before, steps = base.counter.total, min(PICTURE_STEPS, target.run.recipe.target_images.steps)
+        booked = [target.run.ledger.stages[stage]["evaluations"] for stage in LOOKED_AT]
+        assert booked == [PICTURES * steps * 2] * 2 and base.counter.total - before >= sum(booked)
+        before = base.counter.total
         assert look() == 3 / PICTURES
         assert base.counter.total - before == PICTURES * steps * 2
+        # One picture may be taken for what it is not.
         assert look() == 0
 
     def test_it_looks_where_the_name_stands_among_other_words(self, target: prepare.Target) -> None:
         concept = target.concept
-        looked_at = prepare._looked_at(target)
+        looked_at, unnamed = zip(*prepare._looked_at(target), strict=True)
         assert len(looked_at) == PICTURES and all(concept.text in one for one in looked_at)
+        assert not [one for one in unnamed if concept.text in one]
         deep = [one for one in looked_at if " and " in one]
         assert len(set(deep)) >= PICTURES // 2
         assert {concept.text in one.split(" and ")[0] for one in deep} == {True, False}
