@@ -141,7 +141,7 @@ class EraseOptions(Settings):
         description="measured: when the run sees itself done, at the latest after `steps`, which a run with "
         "adversaries takes in full; steps: after them, without looking",
     )
-    gone: Bar = Field(0.5, description="share of what erased prompts say that is gone before pictures are looked at")
+    gone: Bar = Field(0.9, description="share of what erased prompts say that is gone before pictures are looked at")
     drift: Bar = Field(0.15, description="how far retained prompts may drift, as a share of what they say")
     steps: Count = Field(130, description="training steps of the patch, at most")
     batch_size: Count = Field(3, description="states a step")
