@@ -389,13 +389,14 @@ def _names(patches: Weighted) -> tuple[Named, ...] | None:
 
 def named_first(patches: Weighted, module: str) -> tuple[Tensor, Tensor]:
     """Factors of ``Σ wᵢ Δᵢ`` with the rows of all names first; those have zeros in layers that their patch leaves."""
-    a, b = _summed(patches, module)
+    flat = {k: _flat(patch, module) for k, (patch, _) in enumerate(patches) if module in patch.ranks}
+    a, b = next(iter(flat.values()))
     first: list[tuple[Tensor, Tensor]] = []
     rest: list[tuple[Tensor, Tensor]] = []
-    for patch, weight in patches:
+    for k, (patch, weight) in enumerate(patches):
         count = len(patch.names)
-        if module in patch.ranks:
-            down, up = _flat(patch, module)
+        if k in flat:
+            down, up = flat[k]
             first.append((weight * down[:count], up[:, :count]))
             rest.append((weight * down[count:], up[:, count:]))
         else:

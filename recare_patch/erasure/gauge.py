@@ -49,7 +49,6 @@ def look_evaluations(recipe: Recipe, *, pictures: bool) -> int:
     """Denoiser evaluations that a run's looks take at most, with ``pictures`` also at those: it may end early."""
     count, images = len(recipe.concepts), recipe.target_images
     looks = -(-recipe.erase.steps * count // LOOK_EVERY)
-    pictures &= not recipe.adversary.count
     # Pictures are looked at once the rate has fallen twice, which two looks before it have seen to.
     picture = min(images.steps, PICTURE_STEPS) * (2 if images.guidance_scale > 1 else 1)
     return count * (4 * STATES + 2 * STATES * looks + pictures * PICTURES * picture * (looks // 3))

@@ -92,9 +92,8 @@ def _works(recipe: Recipe, sampler_steps: int | None = None, *, guessed: bool = 
     found |= method.work(recipe)
     if _measured(recipe):
         one, plain = found["erase"], recipe.subject is None and recipe.replace_with is None
-        seen = plain and method.needs.care_set
+        seen = plain and method.needs.care_set and ends_early(recipe)
         looks = one.evaluations + look_evaluations(recipe, pictures=seen)
-        seen = seen and not recipe.adversary.count
         drawn = min(batch, PICTURES * len(recipe.concepts)) if seen else 0
         before = PICTURES * len(recipe.concepts) * min(images.steps, PICTURE_STEPS) * each
         found |= dict.fromkeys(LOOKED_AT if seen else (), Work(before, pictures=batch))
@@ -145,14 +144,18 @@ def _confirmed(recipe: Recipe) -> bool:
 
 
 def _measured(recipe: Recipe) -> bool:
-    """Whether the run may end by what it measures of itself: what has one loss is trained in the one loop that can."""
+    """Whether the run measures itself: what has one loss is trained in the one loop that can."""
     return recipe.erase.ends == "measured" and issubclass(METHODS.get(recipe.method), LossMethod)
+
+
+def ends_early(recipe: Recipe) -> bool:
+    """Whether the run may end before its last step: beside adversaries it takes all of them, whatever it measures."""
+    return _measured(recipe) and not recipe.adversary.count
 
 
 def is_exact(recipe: Recipe) -> bool:
     """Whether a run takes all of :func:`evaluations`: nothing in it ends early, or asks about fewer words."""
-    early = _measured(recipe) and not recipe.adversary.count
-    return recipe.search.patience is None and not _confirmed(recipe) and not early
+    return recipe.search.patience is None and not _confirmed(recipe) and not ends_early(recipe)
 
 
 def _measured_base(layout: Layout, recipe: Recipe) -> Footprint:

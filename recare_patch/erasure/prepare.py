@@ -293,9 +293,13 @@ def looker(targets: Sequence[Target]) -> Callable[[], float] | None:
 
 def _margins_in_turn(targets: Sequence[Target], images: Sequence[Image]) -> Tensor:
     """Of :data:`PICTURES` pictures for each target in turn, by how much CLIP sees it in them."""
-    clip, parts = targets[0].run.clip, [images[k * PICTURES : (k + 1) * PICTURES] for k in range(len(targets))]
-    own = [(one.concept.name_prompts, plain_rivals(one.concept.text)) for one in targets]
-    return torch.cat([margins(part, clip, *texts) for part, texts in zip(parts, own, strict=True)])
+    parts = (images[k * PICTURES : (k + 1) * PICTURES] for k in range(len(targets)))
+    return torch.cat([_margins(target, part) for target, part in zip(targets, parts, strict=True)])
+
+
+def _margins(target: Target, images: Sequence[Image]) -> Tensor:
+    """By how much CLIP sees a concept in each picture rather than a plain thing, ``[pictures]``."""
+    return margins(images, target.run.clip, target.concept.name_prompts, plain_rivals(target.concept.text))
 
 
 def _looked_at(target: Target) -> list[tuple[str, str]]:
@@ -316,11 +320,10 @@ def _looked_at(target: Target) -> list[tuple[str, str]]:
 
 def sees(target: Target, images: Sequence[Image]) -> list[bool]:
     """Whether CLIP sees a concept in each picture: more of it than half way from other pictures to its own."""
-    own, rivals = target.concept.name_prompts, plain_rivals(target.concept.text)
     if target.level is None:
-        ends = [margins(some, target.run.clip, own, rivals) for some in (target.images, target.run.others)]
+        ends = [_margins(target, some) for some in (target.images, target.run.others)]
         target.level = float(sum(one.mean() for one in ends)) / 2 if all(map(len, ends)) else 0.0
-    return [bool(one > target.level) for one in margins(images, target.run.clip, own, rivals)]
+    return [bool(one > target.level) for one in _margins(target, images)]
 
 
 def plain_rivals(named: str) -> list[str]:
@@ -473,7 +476,7 @@ def _erased_prompts(target: Target, *, joins: bool) -> ErasedPrompts:
         names=names,
         joined=joined,
         anchors=anchors,
-        guarded_anchors=len(words) * max(len(joined) // max(len(beside), 1), 1),
+        guarded_anchors=len(words) * (concept.composed_forms if beside else 1),
         aliases=aliases,
         instead=instead,
         attribute=attribute,

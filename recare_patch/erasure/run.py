@@ -30,7 +30,8 @@ from recare_patch.core import (
     write_text,
 )
 from recare_patch.erasure import prepare
-from recare_patch.erasure.methods import LossMethod, Method
+from recare_patch.erasure.methods import Method
+from recare_patch.erasure.planning import ends_early
 from recare_patch.erasure.preflight import check_files, check_names
 from recare_patch.erasure.preview import Preview, draw_preview
 from recare_patch.erasure.stages import ADAPTER, Run, Stages, continued, earlier_patch, quick_sampler
@@ -338,8 +339,7 @@ def _train(
             made.append(method(prepare.prepare(target, method)))
             made[-1].search(Stages(run, number=target.number))
         care_set = _all_companions(targets)
-        looks = issubclass(method, LossMethod) and recipe.erase.ends == "measured" and not recipe.adversary.count
-        if looks and method.needs.care_set:
+        if method.needs.care_set and ends_early(recipe):
             run.still_seen = prepare.looker(targets)
         with Stages(run).adapter(recipe.seed) as stages:
             method.erase(made, stages)

@@ -111,7 +111,7 @@ class Closed(SolvedMethod):
         Raises:
             BaseModelError: values of this base do not read the text embeddings themselves.
             IncompatiblePatchError: the patch that is to be held was made for a base of other shapes.
-        PatchError: it has no row for each name, or has one of these already.
+            PatchError: it has no row for each name, or has one of these already.
         """
         assert isinstance(context.recipe.own, ClosedOptions)
         self.context, self.options, base = context, context.recipe.own, context.base
