@@ -34,18 +34,22 @@ adversarial name counts as one."""
 NAME_LIKENESS = 0.4
 """Where no base is asked: the cosine with the concept's name, beyond what all words have in common."""
 
-BELONGS, BELONGS_BESIDE = 3.5, 2.0
+BELONGS, BELONGS_BESIDE = 4.0, 2.0
 """A companion's least product of two z-scores: how much more it is seen in the concept's pictures than in others, and
 how much further it leads towards the concept than words taken at random. Of words that have nothing to do with the
 concept one in a hundred passes, and a companion may be plain to one of the two and faint to the other. Said beside a
 style's name, words lead more surely, and less is enough."""
 
-PROPOSED, ASKED_AT, OTHERS = 13, 9, 12
+_PLAINLY = 4.0
+"""A z-score of what CLIP sees beyond which it counts no more: how a concept looks can be like a word that is nowhere in
+its pictures, in each of them alike, and then the base must say so too."""
+
+PROPOSED, ASKED_AT, OTHERS = 20, 7, 12
 """Words that the base is asked about, states that it is asked at, and pictures of other things: with these numbers all
 of it costs less than 400 denoiser evaluations."""
 
 OTHER_STEPS = 6
-_REFERENCES, _SUSPECTS = 10, 3
+_REFERENCES, _SUSPECTS = 9, 3
 
 MOST_ASKED = (2 + PROPOSED + _REFERENCES + _SUSPECTS) * ASKED_AT
 """Denoiser evaluations that the base takes to confirm words, at most."""
@@ -331,7 +335,9 @@ def judge_words(
         elif asked:
             notes.append("the base was not asked: CLIP knows too few words to tell chance by")
     verdicts |= {k: NAMES_CONCEPT for k, share in zip(suspects, shares, strict=True) if share >= NAME_SHARE}
-    belongs = {k: float(sight.z[k]) * leads[k] for k in asked if k not in verdicts}
+    most, least = (_PLAINLY, enough / _PLAINLY) if reading is not None else (math.inf, math.inf)
+    seen_by = {k: min(float(sight.z[k]), most) for k in asked}
+    belongs = {k: seen_by[k] * leads[k] for k in asked if k not in verdicts}
     best = sorted(belongs, key=lambda k: -belongs[k])
     kept, first = [k for k in best if belongs[k] >= enough], _class_words(concept)
     if best and not kept and not first:
@@ -339,8 +345,9 @@ def judge_words(
         notes.append("no word was confirmed: the two that came nearest were taken")
     elsewhere = LEADS_ELSEWHERE if reading is not None else SEEN_NO_MORE
     for k in best:
-        near = belongs[k] >= enough / 2 and min(float(sight.z[k]), leads[k]) > 0
-        verdicts[k] = ENOUGH if k in kept else MAY_BELONG if near else SEEN_NO_MORE if sight.z[k] < 1 else elsewhere
+        # What is faint to CLIP may still be drawn along: the base says so as plainly as it must of any companion.
+        near = min(seen_by[k], leads[k]) > 0 and (belongs[k] >= enough / 2 or leads[k] >= least)
+        verdicts[k] = ENOUGH if k in kept else MAY_BELONG if near else SEEN_NO_MORE if seen_by[k] < 1 else elsewhere
     room = None if keep is None else max(keep - len(first), 0)
     kept = [k for k in kept if sight.words[k] not in first][:room]
     tokens = sight.tokens(listed, kept, verdicts | dict.fromkeys(kept, KEPT))
