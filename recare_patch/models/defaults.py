@@ -21,6 +21,7 @@ FULL_SIZE_VALUES: dict[str, Any] = {
     # More pictures in more steps than a base of 64 pixels needs, a few at once.
     "target_images.count": 48,
     "target_images.steps": 25,
+    "target_images.scheduler": None,
     # Textual inversion at the rate of its paper and of ReCARE's release (arXiv 2208.01618): about a third of the spread
     # of CLIP's token vectors a step, where the plain default would take more than all of it.
     "search.inversion_steps": 300,

@@ -59,10 +59,10 @@ class AdapterOptions(Settings):
 class TargetImageOptions(Settings):
     """The pictures of the concept, drawn by the untouched base."""
 
-    count: int = Field(30, ge=1, le=100_000, description="how many pictures")
-    steps: int = Field(20, ge=1, le=1000, description="denoising steps of each")
+    count: int = Field(24, ge=1, le=100_000, description="how many pictures")
+    steps: int = Field(8, ge=1, le=1000, description="denoising steps of each")
     scheduler: Annotated[str, BeforeValidator(one_of("scheduler", SCHEDULERS))] | None = Field(
-        None, description="what takes the steps, a name of SCHEDULERS; null: the base's own"
+        "dpm-solver++", description="what takes the steps, a name of SCHEDULERS; null: the base's own"
     )
     guidance_scale: Scale = Field(5.0, description="classifier-free guidance; 1 is none")
     batch_size: Count = Field(8, description="pictures drawn together; changes memory and speed only")

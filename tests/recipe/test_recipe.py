@@ -185,7 +185,7 @@ def test_another_method_starts_from_its_own_defaults(recipe: Recipe) -> None:
     asked = recipe.with_overrides({"target_images.count": 5}).with_overrides({"method": "uce"})
     assert asked.target_images.count == 5 and asked.adapter.rank == 16
     back = changed.with_overrides({"method": "recare"})
-    assert back.own is None and back.target_images.count == 30 and "s_grace" not in back.as_data()
+    assert back.own is None and back.target_images == recipe.target_images and "s_grace" not in back.as_data()
     with pytest.raises(RecipeError, match="s_grace is that of method 's-grace'"):
         recipe.with_overrides({"method": "uce", "s_grace.rounds": 1})
 
