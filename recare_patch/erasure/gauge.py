@@ -30,6 +30,10 @@ LOOK_EVERY = 10
 STATES = 8
 """States of each kind that a look predicts; the frozen model's predictions at them are made once."""
 
+WORD_STATES, MOST_WORDS = 2, 24
+"""States at which a look predicts each guarded word, and of how many words at most. Many are held and few of them
+drift, which all of them together hardly show."""
+
 PICTURES, PICTURE_STEPS = 12, 8
 """Pictures of each concept, and steps of each, when a run looks whether CLIP still sees it."""
 
@@ -41,17 +45,28 @@ _COOLING, _SMALL, _SLOWER, _OVERSHOT, _MOST, _FURTHER = 0.5, 0.25, 0.7, 0.15, 8.
 it falls after a step too far; how much may come back between two looks; the most that the
 retained weight rises; by how much the first bar rises where pictures still show the concept."""
 
+_FLOOR = 0.25
+"""How often a guarded word that does not drift at all is held, beside one that drifts as far as all do on average."""
+
 _STANDS, _CREEPS = 3, 0.05
 """Looks in which the first number must have risen by so much, or it stands."""
 
 
-def look_evaluations(recipe: Recipe, *, pictures: bool) -> int:
-    """Denoiser evaluations that a run's looks take at most, with ``pictures`` also at those: it may end early."""
+def look_evaluations(recipe: Recipe, *, words: int, pictures: bool) -> int:
+    """Denoiser evaluations that a run's looks take at most.
+
+    Args:
+        recipe: of the run.
+        words: that it guards, of each concept.
+        pictures: whether they look at pictures too: the run may end early.
+    """
     count, images = len(recipe.concepts), recipe.target_images
     looks = -(-recipe.erase.steps * count // LOOK_EVERY)
     # Pictures are looked at once the rate has fallen twice, which two looks before it have seen to.
     picture = min(images.steps, PICTURE_STEPS) * (2 if images.guidance_scale > 1 else 1)
-    return count * (4 * STATES + 2 * STATES * looks + pictures * PICTURES * picture * (looks // 3))
+    guarded = WORD_STATES * min(words, MOST_WORDS)
+    each = (4 + 2 * looks) * STATES + (2 + looks) * guarded
+    return count * (each + pictures * PICTURES * picture * (looks // 3))
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,9 @@ class Reading:
         gone: of what the erased prompts say along the concept's own direction, the share that is no longer said: 0
             untouched, 1 as the empty prompt or what they become, above 1 pushed away from it. Of names alone or
             prompts that have one in them, whichever has less of it.
-        drift: mean squared change of retained prompts' predictions beside what they say: 0 untouched, 1 as far as
-            from the prompt to the empty one.
+        drift: mean squared change of predictions beside what their prompts say, of retained prompts together or of
+            the guarded word that has drifted farthest, whichever is more: 0 untouched, 1 as far as from the prompt to
+            the empty one.
     """
 
     gone: float
@@ -74,7 +90,10 @@ class Gauge:
     """Looks at one concept, always at the same states."""
 
     def __init__(self, method: LossMethod, seed: int) -> None:
-        """Draw the states, and predict at them by the frozen model: ``4 * STATES`` evaluations."""
+        """Draw the states, and predict at them by the frozen model.
+
+        That takes ``4 * STATES`` evaluations, and ``2 * WORD_STATES`` for each guarded word.
+        """
         context = method.context
         self.base: BaseModel = context.base
         base, erased, texts = self.base, context.erased, context.retained
@@ -97,11 +116,14 @@ class Gauge:
         self._group = (rows >= half).long()
         self._states, self._times = self._noised(context.latents[rows * len(context.latents) // STATES], generator)
         self._held: PromptEmbeds | None = None
+        self.words: GuardedWords | None = None
         with torch.no_grad(), off(*base.components.values()):
             self._without = base.denoise(self._states, self._times, plain).float()
             self._said = base.denoise(self._states, self._times, self._named).float() - self._without
             if texts.prompts:
                 self._held_at(texts, context.latents, empty, generator)
+            if texts.guarded and context.companions:
+                self.words = GuardedWords(method, generator)
 
     def _held_at(
         self, texts: RetainedPrompts, latents: Tensor, empty: PromptEmbeds, generator: torch.Generator
@@ -129,7 +151,10 @@ class Gauge:
 
     @torch.no_grad()
     def look(self) -> Reading:
-        """Measure the model as it stands: ``2 * STATES`` evaluations, half of them where nothing is retained."""
+        """Measure the model as it stands, and hold each guarded word as often as it drifts.
+
+        That takes ``2 * STATES`` evaluations, half of them where nothing is retained, and ``WORD_STATES`` a word.
+        """
         base = self.base
         now = base.denoise(self._states, self._times, self._named).float() - self._without
         along, whole = ((one * self._said).flatten(1).sum(1).cpu() for one in (now, self._said))
@@ -140,18 +165,63 @@ class Gauge:
         if self._held is not None:
             moved = base.denoise(self._held_states, self._held_times, self._held).float() - self._kept
             drift = float(moved.square().sum()) / max(self._contributed, 1e-12)
+        if self.words is not None:
+            drift = max(drift, self.words.look())
         if not math.isfinite(sum(gone) + drift):
             raise NonFiniteError(f"the predictions at a look are NaN or infinite: {advice(base.dtype, trained=True)}")
         return Reading(min(gone), drift)
 
 
+class GuardedWords:
+    """How far each guarded word of a concept drifts, and so how often the method is to hold its prompts."""
+
+    def __init__(self, method: LossMethod, generator: torch.Generator) -> None:
+        """Predict by the frozen model, which is on, under each word and the empty prompt."""
+        self._method, context = method, method.context
+        self._base, texts = context.base, context.retained
+        words = context.companions[:MOST_WORDS]
+        prompts = [context.concept.retain_prompt(word) for word in words for _ in range(WORD_STATES)]
+        own = {texts.prompts[prompt]: k for k, prompt in enumerate(texts.pictured.tolist())}
+        others = len(context.latents)
+        clean = torch.stack(
+            [texts.latents[own[p]] if p in own else context.latents[k % others] for k, p in enumerate(prompts)]
+        )
+        base = self._base
+        levels = (torch.arange(len(prompts)) % WORD_STATES + 0.5) / WORD_STATES * 0.8 + 0.1
+        self._times = (levels * base.num_train_timesteps).long().to(base.device)
+        noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
+        self._states, self._named = base.add_noise(clean, noise, self._times), base.encode_prompts(prompts)
+        self._kept = self._predict(self._named)
+        self._said = self._apart(self._predict(base.encode_prompts([""]).repeat(len(prompts))))
+        # A prompt counts as the word that drifts farthest of those it names.
+        told = [f" {text.casefold()} " for text in texts.prompts[: texts.guarded]]
+        self._names = torch.tensor([[f" {word.casefold()} " in text for word in words] for text in told])
+
+    def _predict(self, embeds: PromptEmbeds) -> Tensor:
+        rows = torch.arange(len(self._states)).split(STATES)
+        return torch.cat([self._base.denoise(self._states[k], self._times[k], embeds[k]).float() for k in rows])
+
+    def _apart(self, predicted: Tensor) -> Tensor:
+        """Of each word, the squared distance from what the frozen model predicts, ``[words]``."""
+        return (predicted - self._kept).flatten(1).square().sum(1).view(-1, WORD_STATES).sum(1).cpu()
+
+    def look(self) -> float:
+        """How far the word has drifted that has drifted farthest."""
+        drift = self._apart(self._predict(self._named)) / self._said.clamp(min=1e-12)
+        shares = _FLOOR + drift / drift.mean().clamp(min=1e-12)
+        found = torch.where(self._names, shares, 0).amax(1)
+        self._method.held_shares = torch.where(found > 0, found, shares.mean())
+        return float(drift.max())
+
+
 class Governor:
     """Ends an erasing when all of its concepts are gone and nothing retained has drifted, and steers until then.
 
-    While a retained prompt has drifted too far its weight rises; when steps overshoot (what was gone comes back, or
-    drift jumps) the rate falls; and once the concepts are gone the rate falls look by look, so that the run ends on
-    small steps as it does on a schedule. The first bar is where to look at pictures: it rises while they still show a
-    concept, and falls to where the first number stands. It is a :class:`Watch`.
+    While a retained prompt has drifted too far the weight of all rises, and those that drift are held more often; when
+    steps overshoot (what was gone comes back, or drift jumps) the rate falls; and once the concepts are gone the rate
+    falls look by look, so that the run ends on small steps as it does on a schedule. The first bar is where to look at
+    pictures: it rises while they still show a concept, and falls to where the first number stands. It is a
+    :class:`Watch`.
 
     Where adversaries train along, what they find is not what a look sees: the run takes all its steps at its own rate,
     and only the retained weight is steered.
@@ -268,6 +338,9 @@ class Governor:
             "steering": torch.tensor([self.rate, self._retain, float(self.over), self.bars.gone], dtype=torch.float64),
             "seen": torch.tensor([] if self.seen is None else [self.seen], dtype=torch.float64),
         }
+        for k, method in enumerate(self.methods):
+            if method.held_shares is not None:
+                found[f"shares:{k}"] = method.held_shares
         inner = self._carried.state() if self._carried is not None else {}
         return found | {f"inner:{key}": one for key, one in inner.items()}
 
@@ -277,6 +350,8 @@ class Governor:
         self.rate, self._retain, over, gone = state["steering"].tolist()
         self.over, self.bars = bool(over), Reading(gone, self.bars.drift)
         self.seen = float(state["seen"]) if len(state["seen"]) else None
+        for k, method in enumerate(self.methods):
+            method.held_shares = state.get(f"shares:{k}")
         if self._carried is not None:
             self._carried.load_state(
                 {key.removeprefix("inner:"): one for key, one in state.items() if key.startswith("inner:")}

@@ -93,7 +93,7 @@ def _works(recipe: Recipe, sampler_steps: int | None = None, *, guessed: bool = 
     if _measured(recipe):
         one, plain = found["erase"], recipe.subject is None and recipe.replace_with is None
         seen = plain and method.needs.care_set and ends_early(recipe)
-        looks = one.evaluations + look_evaluations(recipe, pictures=seen)
+        looks = one.evaluations + look_evaluations(recipe, words=_held_words(recipe), pictures=seen)
         drawn = min(batch, PICTURES * len(recipe.concepts)) if seen else 0
         before = PICTURES * len(recipe.concepts) * min(images.steps, PICTURE_STEPS) * each
         found |= dict.fromkeys(LOOKED_AT if seen else (), Work(before, pictures=batch))
@@ -127,14 +127,20 @@ def _loads(found: Footprint, recipe: Recipe, works: Mapping[str, Work]) -> dict[
 
 def _prompts(recipe: Recipe) -> tuple[int, int]:
     """Prompts of one concept whose embeddings a run keeps, at most: of what is retained, and of what is erased."""
-    needs, erase = METHODS.get(recipe.method).needs, recipe.erase
-    words = (PROPOSED if _confirmed(recipe) else recipe.care_set.keep or _MINED) if needs.care_set else 0
+    needs, erase, words = METHODS.get(recipe.method).needs, recipe.erase, _held_words(recipe)
     each = 5 if recipe.concept.kind == "style" else 4
     retained = words * (3 + erase.retained_pairs) + erase.retained_vocabulary * each if needs.retained else 0
     # Prompts that join the name to words, their anchors, and all of them again beside the names.
     beside = recipe.concept.composed_forms * (words + JOINED)
     joined = 3 * beside + 2 * RELATED_WORDS if needs.joined and erase.composed else 0
     return retained, joined + len(recipe.concept.name_prompts) + 2 * PICTURES
+
+
+def _held_words(recipe: Recipe) -> int:
+    """Words that a run guards of each concept, at most: what a person is comes on top of those it is asked about."""
+    if not METHODS.get(recipe.method).needs.care_set:
+        return 0
+    return PROPOSED + 1 if _confirmed(recipe) else recipe.care_set.keep or _MINED
 
 
 def _confirmed(recipe: Recipe) -> bool:

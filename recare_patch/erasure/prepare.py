@@ -492,7 +492,7 @@ def _joined_words(target: Target) -> tuple[list[str], list[str]]:
     words, (others, _, names) = target.care_words, target.words_around()
     shuffle = torch.Generator().manual_seed(target.run.recipe.seed + 2)
     shuffled = [others[k] for k in torch.randperm(len(others), generator=shuffle).tolist()]
-    beside = [*words, *[word for word in shuffled if word not in words]]
+    beside = list(dict.fromkeys((*target.held_words, *shuffled)))
     if target.attribute is not None:
         beside = [word for word in beside if not names_concept(word, target.attribute)]
     kept = sum(word in words for word in beside)

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from recare_patch.careset import OTHERS
 from recare_patch.erasure import EraseResult, erase, evaluations, gauge, prepare
-from recare_patch.erasure.gauge import LOOK_EVERY, LOOKED_AT, PICTURE_STEPS, PICTURES, STATES, Gauge, Governor, Reading
+from recare_patch.erasure.gauge import (
+    LOOK_EVERY,
+    LOOKED_AT,
+    PICTURE_STEPS,
+    PICTURES,
+    STATES,
+    WORD_STATES,
+    Gauge,
+    Governor,
+    Reading,
+)
 from recare_patch.models import BaseModel
 from recare_patch.recipe import Recipe
 from tests.erasure.making import STARS_FROM_VAN_GOGH, Killed, Killer, disturb, prepared
@@ -49,36 +59,67 @@ def recorder(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 def test_the_numbers_by_hand(base: BaseModel, method: Callable[..., Any], recorder: Recorder) -> None:
     one = method("recare", **SHORT)
+    rows = WORD_STATES * len(one.context.companions)
     recorder.said.clear()
     before = base.counter.total
     measure = Gauge(one, 0)
-    plain, named, kept, nothing = recorder.said
+    plain, named, kept, nothing, *words = recorder.said
     untouched = measure.look()
     assert untouched.gone == pytest.approx(0, abs=1e-5) and untouched.drift == pytest.approx(0, abs=1e-8)
     disturb(base)
+    recorder.said.clear()
     found = measure.look()
-    assert base.counter.total - before == 4 * STATES + 2 * 2 * STATES
-    now, moved = recorder.said[-2:]
+    assert base.counter.total - before == 4 * STATES + 2 * 2 * STATES + 4 * rows
+    now, moved, *after = recorder.said
     said, left = (named - plain).double(), (now - plain).double()
     halves = slice(None, STATES // 2), slice(STATES // 2, None)
     gone = [1 - float((left[half] * said[half]).sum() / said[half].square().sum()) for half in halves]
     assert found.gone == pytest.approx(min(gone), rel=1e-3) and found.gone != pytest.approx(0, abs=1e-3)
     drift = (moved - kept).double().square().sum() / (kept - nothing).double().square().sum()
-    assert found.drift == pytest.approx(float(drift), rel=1e-3) and found.drift > 1e-3
+    own = drifts(torch.cat(words)[:rows], torch.cat(words)[rows:], torch.cat(after))
+    assert found.drift == pytest.approx(max(float(drift), *own.tolist()), rel=1e-3) and found.drift > 1e-3
     # Always at the same states: other seeds have others.
     assert measure.look() == found != Gauge(one, 1).look()
 
 
-def test_what_says_no_more_than_what_it_becomes_is_gone(method: Callable[..., Any], recorder: Recorder) -> None:
+def drifts(kept: Tensor, nothing: Tensor, after: Tensor) -> Tensor:
+    """How far each guarded word has drifted beside what it says."""
+    moved, said = ((one - kept).double().flatten(1).square().sum(1) for one in (after, nothing))
+    return moved.view(-1, WORD_STATES).sum(1) / said.view(-1, WORD_STATES).sum(1)
+
+
+def test_guarded_words_are_held_as_often_as_they_drift(
+    base: BaseModel, method: Callable[..., Any], recorder: Recorder
+) -> None:
     one = method("recare", **SHORT)
+    words, rows = one.context.companions, WORD_STATES * len(one.context.companions)
     recorder.said.clear()
     measure = Gauge(one, 0)
-    plain, named, kept, nothing = recorder.said
-    recorder.says = iter([plain, nothing, 2 * plain - named, kept])
+    kept, nothing = torch.cat(recorder.said[4:])[:rows], torch.cat(recorder.said[4:])[rows:]
+    assert one.held_shares is None
+    # The first word goes half of the way to nothing, the others stay.
+    after = kept.clone()
+    after[:WORD_STATES] = (kept + nothing)[:WORD_STATES] / 2
+    recorder.says = iter([recorder.said[0], recorder.said[2], *after.split(STATES)])
+    assert measure.look().drift == pytest.approx(0.25, rel=1e-3) and len(words) > 1
+    shares = one.held_shares
+    named = torch.tensor([words[0] in text for text in one.context.retained.prompts[: one.context.retained.guarded]])
+    assert shares is not None and len(shares) == len(named) and named.any() and not named.all()
+    assert bool((shares[named] == shares.max()).all()) and float(shares[~named].min()) < shares.max() / 4
+
+
+def test_what_says_no_more_than_what_it_becomes_is_gone(method: Callable[..., Any], recorder: Recorder) -> None:
+    one = method("recare", **SHORT)
+    rows = WORD_STATES * len(one.context.companions)
+    recorder.said.clear()
+    measure = Gauge(one, 0)
+    plain, named, kept, nothing, *words = recorder.said
+    held = torch.cat(words)[:rows].split(STATES)
+    recorder.says = iter([plain, nothing, *held, 2 * plain - named, kept, *held])
     assert measure.look() == Reading(pytest.approx(1, abs=1e-5), pytest.approx(1, rel=1e-4))
     assert measure.look() == Reading(pytest.approx(2, abs=1e-5), pytest.approx(0, abs=1e-8))
     # Half of the rows gone is not gone: the least counts.
-    recorder.says = iter([torch.cat([plain[: STATES // 2], named[STATES // 2 :]]), kept])
+    recorder.says = iter([torch.cat([plain[: STATES // 2], named[STATES // 2 :]]), kept, *held])
     assert measure.look().gone == pytest.approx(0, abs=1e-5)
 
 
@@ -105,7 +146,7 @@ def steered(monkeypatch: pytest.MonkeyPatch, readings: list[tuple[float, float]]
     """A governor at bars of 0.5 and 0.1 whose gauges find what is told, in turn."""
     found = iter([Reading(*one) for one in readings])
     monkeypatch.setattr(gauge, "Gauge", lambda method, seed: SimpleNamespace(look=lambda: next(found)))
-    methods: Any = [SimpleNamespace(retain_scale=1.0) for _ in range(options.pop("concepts", 1))]
+    methods: Any = [SimpleNamespace(retain_scale=1.0, held_shares=None) for _ in range(options.pop("concepts", 1))]
     return Governor(methods, 0, gone=0.5, drift=0.1, **options)
 
 

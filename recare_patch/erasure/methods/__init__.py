@@ -230,6 +230,7 @@ class LossMethod(Method):
         sure_names: which of them the base is sure to know it by; none said: all.
         adversaries: what else changes while the loop runs, and must go on where it stopped.
         retain_scale: by how much the run has raised the weight of what must not change.
+        held_shares: how often each guarded prompt is to be held, beside the others, ``[guarded]``; None: equally.
     """
 
     context: Context
@@ -237,6 +238,7 @@ class LossMethod(Method):
     sure_names: tuple[int, ...] = ()
     adversaries: Adversaries | None = None
     retain_scale: float = 1.0
+    held_shares: Tensor | None = None
 
     @abstractmethod
     def loss(self, latents: Tensor, timesteps: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:

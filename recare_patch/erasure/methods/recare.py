@@ -262,11 +262,11 @@ class ReCARE(LossMethod):
         latents, timesteps = latents[again], timesteps[again.to(timesteps.device)]
         picks = torch.randint(0, len(self.retained), (rows,), generator=generator)
         if texts.guarded:
-            guarded = torch.randint(0, texts.guarded, (rows,), generator=generator)
+            guarded = self._drawn(torch.arange(texts.guarded), rows, generator)
             picks = torch.where(torch.rand(rows, generator=generator) < 0.5, guarded, picks)
         if not len(texts.latents):
             return latents, timesteps, self.retained[picks]
-        pictures = torch.randint(0, len(texts.latents), (rows,), generator=generator)
+        pictures = self._drawn(texts.pictured, rows, generator)
         states, times, _ = noised(context.base, texts.latents[pictures], generator)
         ours = torch.rand(rows, generator=generator) < 0.5
         picks = torch.where(ours, texts.pictured[pictures], picks)
@@ -280,6 +280,16 @@ class ReCARE(LossMethod):
             picks = torch.where(void, len(table), picks)
             table = models.PromptEmbeds.cat([table, self.empty])
         return states, torch.where(here, times, timesteps), table[picks]
+
+    def _drawn(self, prompts: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+        """Places in a table of retained prompts, ``[rows]``: guarded ones as often as the run's looks say."""
+        import torch
+
+        shares = self.held_shares
+        if shares is None:
+            return torch.randint(0, len(prompts), (rows,), generator=generator)
+        weights = torch.where(prompts < len(shares), shares[prompts.clamp(max=len(shares) - 1)], shares.mean())
+        return torch.multinomial(weights, rows, replacement=True, generator=generator)
 
     def _chosen(self, which: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The rows of all erased prompts to take, and the index of each one's anchor.
