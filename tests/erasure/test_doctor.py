@@ -36,7 +36,7 @@ def test_every_stage_of_the_plan_takes_a_step(words: dict[str, Any], tmp_path: P
     assert {"target images", "search 1 inversion", "erase"} <= names
     assert all(one.planned and (one.seconds is not None or not one.evaluations) for one in found.stages)
     assert found.command.startswith("recare-patch erase --concept 'van gogh' --kind style --base")
-    assert Recipe.from_yaml(found.recipe).target_images.count == 30
+    assert Recipe.from_yaml(found.recipe).target_images.count == 24
     assert not list(tmp_path.iterdir())
 
 

@@ -1,9 +1,8 @@
 """Small runs end with the very tensors that they ended with before.
 
 ``same_tensors.json`` holds each run's command line and the SHA-256 of its files' tensors. Those of esd and
-forget-me-not are from before the package was rebuilt. Those of recare, s-grace and uce were recorded anew when
-companions came to be confirmed by the base, retained words to be taken from a lexicon, and runs to end by what they
-measure of themselves; a run without any is still to be recorded.
+forget-me-not are from before the package was rebuilt, and ask for the pictures of that time. Those of recare, s-grace
+and uce are still to be recorded: companions, what is held and how often have changed on purpose.
 
 Floating-point sums depend on the machine, so elsewhere these tests say why they are skipped. Who changes a
 result on purpose records anew, and says so in the change log: ``python -m tests.erasure.test_same_tensors NAME …``.
