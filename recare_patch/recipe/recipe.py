@@ -142,7 +142,7 @@ class EraseOptions(Settings):
         "adversaries takes in full; steps: after them, without looking",
     )
     gone: Bar = Field(0.9, description="share of what erased prompts say that is gone before pictures are looked at")
-    drift: Bar = Field(0.15, description="how far retained prompts may drift, as a share of what they say")
+    drift: Bar = Field(0.15, description="how far what is retained may drift, as a share of what it says")
     steps: Count = Field(130, description="training steps of the patch, at most")
     batch_size: Count = Field(3, description="states a step")
     learning_rate: Rate = Field(2.0e-3, description="its highest value")
