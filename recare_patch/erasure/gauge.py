@@ -45,8 +45,9 @@ _COOLING, _SMALL, _SLOWER, _OVERSHOT, _MOST, _FURTHER = 0.5, 0.25, 0.7, 0.15, 8.
 it falls after a step too far; how much may come back between two looks; the most that the
 retained weight rises; by how much the first bar rises where pictures still show the concept."""
 
-_FLOOR = 0.25
-"""How often a guarded word that does not drift at all is held, beside one that drifts as far as all do on average."""
+_FLOOR, _LEAST = 0.25, 0.5
+"""How often a guarded word that does not drift at all is held, beside one that drifts as far as all do on average; and
+what a word is taken to say at least, as a share of what the median one does."""
 
 _STANDS, _CREEPS = 3, 0.05
 """Looks in which the first number must have risen by so much, or it stands."""
@@ -192,7 +193,9 @@ class GuardedWords:
         noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
         self._states, self._named = base.add_noise(clean, noise, self._times), base.encode_prompts(prompts)
         self._kept = self._predict(self._named)
-        self._said = self._apart(self._predict(base.encode_prompts([""]).repeat(len(prompts))))
+        said = self._apart(self._predict(base.encode_prompts([""]).repeat(len(prompts))))
+        # What hardly says anything would have drifted far at every step.
+        self._said = said.clamp(min=max(_LEAST * float(said.median()), 1e-12))
         # A prompt counts as the word that drifts farthest of those it names.
         told = [f" {text.casefold()} " for text in texts.prompts[: texts.guarded]]
         self._names = torch.tensor([[f" {word.casefold()} " in text for word in words] for text in told])
@@ -207,7 +210,7 @@ class GuardedWords:
 
     def look(self) -> float:
         """How far the word has drifted that has drifted farthest."""
-        drift = self._apart(self._predict(self._named)) / self._said.clamp(min=1e-12)
+        drift = self._apart(self._predict(self._named)) / self._said
         shares = _FLOOR + drift / drift.mean().clamp(min=1e-12)
         found = torch.where(self._names, shares, 0).amax(1)
         self._method.held_shares = torch.where(found > 0, found, shares.mean())
