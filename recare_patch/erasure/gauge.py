@@ -78,9 +78,8 @@ class Reading:
         gone: of what the erased prompts say along the concept's own direction, the share that is no longer said: 0
             untouched, 1 as the empty prompt or what they become, above 1 pushed away from it. Of names alone or
             prompts that have one in them, whichever has less of it.
-        drift: mean squared change of predictions beside what their prompts say, of retained prompts together or of
-            the guarded word that has drifted farthest, whichever is more: 0 untouched, 1 as far as from the prompt to
-            the empty one.
+        drift: mean squared change of retained prompts' predictions beside what they say: 0 untouched, 1 as far as
+            from the prompt to the empty one.
     """
 
     gone: float
@@ -167,7 +166,7 @@ class Gauge:
             moved = base.denoise(self._held_states, self._held_times, self._held).float() - self._kept
             drift = float(moved.square().sum()) / max(self._contributed, 1e-12)
         if self.words is not None:
-            drift = max(drift, self.words.look())
+            self.words.look()
         if not math.isfinite(sum(gone) + drift):
             raise NonFiniteError(f"the predictions at a look are NaN or infinite: {advice(base.dtype, trained=True)}")
         return Reading(min(gone), drift)
@@ -208,13 +207,15 @@ class GuardedWords:
         """Of each word, the squared distance from what the frozen model predicts, ``[words]``."""
         return (predicted - self._kept).flatten(1).square().sum(1).view(-1, WORD_STATES).sum(1).cpu()
 
-    def look(self) -> float:
-        """How far the word has drifted that has drifted farthest."""
+    def look(self) -> None:
+        """Hold each word as often as it has drifted.
+
+        Not more firmly all together: where companions are much of what the concept's name says, that kept the concept.
+        """
         drift = self._apart(self._predict(self._named)) / self._said
         shares = _FLOOR + drift / drift.mean().clamp(min=1e-12)
         found = torch.where(self._names, shares, 0).amax(1)
         self._method.held_shares = torch.where(found > 0, found, shares.mean())
-        return float(drift.max())
 
 
 class Governor:
