@@ -275,7 +275,7 @@ class Governor:
         """
         if not self.early:
             return self.last.drift <= self.bars.drift
-        told = self.over or self.bars.gone >= self.asked
+        told = self.over or self.last.gone >= self.asked
         return told and not self.seen and self.last.gone >= self.bars.gone and self.last.drift <= self.bars.drift
 
     def told(self) -> dict[str, Any]:

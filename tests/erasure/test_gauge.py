@@ -220,6 +220,14 @@ class TestSteering:
         blind = steered(monkeypatch, standing)
         assert looks(blind, 7) == [1.0] * 7 and blind.bars.gone == 0.5 and not blind.reached
 
+    def test_what_stood_and_went_on_to_the_bar_is_reached(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        readings = [(gone, 0.0) for gone in (0.3, 0.31, 0.32, 0.32, 0.52)]
+        governor = steered(monkeypatch, readings, still_seen=lambda: 1.0)
+        looks(governor, 4)
+        assert governor.bars.gone == 0.32 and not governor.reached
+        governor.look()
+        assert governor.seen is None and governor.reached
+
     def test_the_concept_that_has_gone_least_counts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         governor = steered(monkeypatch, [(0.9, 0.0), (0.3, 0.05)], concepts=2)
         governor.look()
