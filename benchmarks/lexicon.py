@@ -14,10 +14,12 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
-from recare_patch.careset import FUNCTION_WORDS, MEDIUM_WORDS
+from recare_patch.careset import FUNCTION_WORDS, MEDIUM_WORDS, is_barred
+from recare_patch.recipe import Concept
 
 FREQUENT = 30_000
 """Rank of the rarest word that is taken."""
@@ -39,10 +41,12 @@ def word_lists() -> dict[str, list[str]]:
     """The lists, the most frequent word first."""
     frequent = (files("symspellpy") / "frequency_dictionary_en_82_765.txt").read_text(encoding="utf-8-sig")
     forms: dict[str, set[str]] = {}
-    packed = (files("lemminflect") / "resources" / "lemma_lu.csv.gz").read_bytes()
-    with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
-        for word, part, *_ in csv.reader(lines):
-            forms.setdefault(word, set()).add(part)
+    for word, part, *_ in _rows("lemma_lu"):
+        forms.setdefault(word, set()).add(part)
+    compared = {word for word, part, *steps in _rows("infl_lu") if part == "adj" and any(steps)}
+    # What nobody wants to see must be known for what it is, said of things or not.
+    unsafe = Concept(text="nudity", kind="nsfw")
+    compared = {word for word in compared if not is_barred(word, unsafe)}
     found: dict[str, list[str]] = {"nouns": [], "names": []}
     for line in frequent.splitlines()[:FREQUENT]:
         word = line.split()[0]
@@ -50,9 +54,15 @@ def word_lists() -> dict[str, list[str]]:
             continue
         if word not in forms:
             found["names"].append(word)
-        elif "noun" in forms[word]:
+        elif "noun" in forms[word] and word not in compared:
             found["nouns"].append(word)
     return found
+
+
+def _rows(name: str) -> Iterator[list[str]]:
+    packed = (files("lemminflect") / "resources" / f"{name}.csv.gz").read_bytes()
+    with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
+        yield from csv.reader(lines)
 
 
 def main() -> None:

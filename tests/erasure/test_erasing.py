@@ -27,7 +27,7 @@ from recare_patch.core import (
     kept_json,
 )
 from recare_patch.erasure import EraseResult, erase, stages
-from recare_patch.erasure.gauge import STATES
+from recare_patch.erasure.gauge import STATES, WORD_STATES
 from recare_patch.erasure.run import RUN_FOLDER
 from recare_patch.models import BaseModel, lora
 from recare_patch.patch import Patch, from_any, generate_pictures
@@ -57,6 +57,8 @@ def test_a_run_leaves_a_whole_patch_and_nothing_else(finished: Path) -> None:
     assert cost["denoiser_evaluations"] == sum(counted.values()) and cost["peak_memory_bytes"] > 0
     # How many words the base is asked about depends on what CLIP proposes.
     assert 0 < counted.pop("CARE-set") <= MOST_ASKED
+    care_set = CareSet.load(finished / "care_set.json")
+    held = len(care_set.words) + len(care_set.doubtful)
     assert counted == {
         # 4 pictures of 2 steps, both halves of the guidance; and 3.
         "target images": 16,
@@ -67,8 +69,8 @@ def test_a_run_leaves_a_whole_patch_and_nothing_else(finished: Path) -> None:
         "search 1 inversion": 3 * 2 * 3,
         "search 1 check": 3 * 4,
         # Erased rows: ∅, anchor, one name, and a trained sample; retained rows: one frozen, one trained.
-        # What the frozen model says at the gauge's states, and one look after the last step.
-        "erase": 6 * (2 * (3 + 3) + 2 * (1 + 3)) + 4 * STATES + 2 * STATES,
+        # What the frozen model says at the gauge's states and words, and one look after the last step.
+        "erase": 6 * (2 * (3 + 3) + 2 * (1 + 3)) + (4 + 2) * STATES + (2 + 1) * WORD_STATES * held,
     }
     assert len(cost["losses"]["erase"]) == 6 and len(cost["measured"]["looks"]) == 1
     assert [one["role"] for one in cost["seen"]].count("erased") == 1
