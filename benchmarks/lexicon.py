@@ -43,10 +43,9 @@ def word_lists() -> dict[str, list[str]]:
     forms: dict[str, set[str]] = {}
     for word, part, *_ in _rows("lemma_lu"):
         forms.setdefault(word, set()).add(part)
-    compared = {word for word, part, *steps in _rows("infl_lu") if part == "adj" and any(steps)}
     # What nobody wants to see must be known for what it is, said of things or not.
-    unsafe = Concept(text="nudity", kind="nsfw")
-    compared = {word for word in compared if not is_barred(word, unsafe)}
+    unsafe, rows = Concept(text="nudity", kind="nsfw"), _rows("infl_lu")
+    compared = {word for word, part, *steps in rows if part == "adj" and any(steps) and not is_barred(word, unsafe)}
     found: dict[str, list[str]] = {"nouns": [], "names": []}
     for line in frequent.splitlines()[:FREQUENT]:
         word = line.split()[0]

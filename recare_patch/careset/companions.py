@@ -36,8 +36,8 @@ NAME_LIKENESS = 0.4
 
 BELONGS, BELONGS_BESIDE = 4.0, 2.0
 """A companion's least product of two z-scores: how much more it is seen in the concept's pictures than in others, and
-how much further it leads towards the concept than words taken at random. Of words that have nothing to do with the
-concept one in a hundred passes, and a companion may be plain to one of the two and faint to the other. Said beside a
+how much further it leads towards the concept than words taken at random. Of products of two standard normal numbers
+one in three hundred is as large, and a companion may be plain to one of the two and faint to the other. Said beside a
 style's name, words lead more surely, and less is enough."""
 
 _PLAINLY = 4.0

@@ -61,13 +61,18 @@ def look_evaluations(recipe: Recipe, *, words: int, pictures: bool) -> int:
         words: that it guards, of each concept.
         pictures: whether they look at pictures too: the run may end early.
     """
-    count, images = len(recipe.concepts), recipe.target_images
+    count = len(recipe.concepts)
     looks = -(-recipe.erase.steps * count // LOOK_EVERY)
+    each = (4 + 2 * looks) * STATES + (2 + looks) * WORD_STATES * min(words, MOST_WORDS)
     # Pictures are looked at once the rate has fallen twice, which two looks before it have seen to.
-    picture = min(images.steps, PICTURE_STEPS) * (2 if images.guidance_scale > 1 else 1)
-    guarded = WORD_STATES * min(words, MOST_WORDS)
-    each = (4 + 2 * looks) * STATES + (2 + looks) * guarded
-    return count * (each + pictures * PICTURES * picture * (looks // 3))
+    return count * each + pictures * picture_evaluations(recipe) * (looks // 3)
+
+
+def picture_evaluations(recipe: Recipe) -> int:
+    """Denoiser evaluations of all the pictures that one look draws."""
+    images = recipe.target_images
+    each = min(images.steps, PICTURE_STEPS) * (2 if images.guidance_scale > 1 else 1)
+    return len(recipe.concepts) * PICTURES * each
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,7 @@ class Gauge:
         self._contributed = float((self._kept - nothing).square().sum())
 
     def _noised(self, clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        base = self.base
-        levels = (torch.randperm(STATES, generator=generator) + 0.5) / STATES * 0.8 + 0.1
-        times = (levels * base.num_train_timesteps).long().to(base.device)
-        noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
-        return base.add_noise(clean, noise, times), times
+        return _noised(self.base, clean, torch.randperm(STATES, generator=generator) + 0.5, STATES, generator)
 
     @torch.no_grad()
     def look(self) -> Reading:
@@ -172,6 +173,15 @@ class Gauge:
         return Reading(min(gone), drift)
 
 
+def _noised(
+    base: BaseModel, clean: Tensor, places: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Noisy latents and their timesteps, at ``places`` ``[rows]`` of ``count`` over the process but for its ends."""
+    times = ((places / count * 0.8 + 0.1) * base.num_train_timesteps).long().to(base.device)
+    noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
+    return base.add_noise(clean, noise, times), times
+
+
 class GuardedWords:
     """How far each guarded word of a concept drifts, and so how often the method is to hold its prompts."""
 
@@ -186,11 +196,9 @@ class GuardedWords:
         clean = torch.stack(
             [texts.latents[own[p]] if p in own else context.latents[k % others] for k, p in enumerate(prompts)]
         )
-        base = self._base
-        levels = (torch.arange(len(prompts)) % WORD_STATES + 0.5) / WORD_STATES * 0.8 + 0.1
-        self._times = (levels * base.num_train_timesteps).long().to(base.device)
-        noise = torch.randn(clean.shape, generator=generator).to(base.device, clean.dtype)
-        self._states, self._named = base.add_noise(clean, noise, self._times), base.encode_prompts(prompts)
+        base, turns = self._base, torch.arange(len(prompts)) % WORD_STATES + 0.5
+        self._states, self._times = _noised(base, clean, turns, WORD_STATES, generator)
+        self._named = base.encode_prompts(prompts)
         self._kept = self._predict(self._named)
         said = self._apart(self._predict(base.encode_prompts([""]).repeat(len(prompts))))
         # What hardly says anything would have drifted far at every step.

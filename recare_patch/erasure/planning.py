@@ -16,7 +16,7 @@ import torch
 
 from recare_patch.careset import ASKED_AT, MOST_ASKED, OTHER_STEPS, OTHERS, PROPOSED, clip_bytes, default_clip
 from recare_patch.core import RecipeError
-from recare_patch.erasure.gauge import LOOKED_AT, PICTURE_STEPS, PICTURES, STATES, look_evaluations
+from recare_patch.erasure.gauge import LOOKED_AT, PICTURES, STATES, look_evaluations, picture_evaluations
 from recare_patch.erasure.methods import LossMethod, Work
 from recare_patch.erasure.preflight import check_files, check_names, tokenizer_of
 from recare_patch.erasure.prepare import JOINED, RELATED_WORDS
@@ -95,8 +95,7 @@ def _works(recipe: Recipe, sampler_steps: int | None = None, *, guessed: bool = 
         seen = plain and method.needs.care_set and ends_early(recipe)
         looks = one.evaluations + look_evaluations(recipe, words=_held_words(recipe), pictures=seen)
         drawn = min(batch, PICTURES * len(recipe.concepts)) if seen else 0
-        before = PICTURES * len(recipe.concepts) * min(images.steps, PICTURE_STEPS) * each
-        found |= dict.fromkeys(LOOKED_AT if seen else (), Work(before, pictures=batch))
+        found |= dict.fromkeys(LOOKED_AT if seen else (), Work(picture_evaluations(recipe), pictures=batch))
         found["erase"] = replace(one, evaluations=looks, predicted=max(one.predicted, STATES), pictures=drawn)
     found = {stage: work for stage, work in found.items() if work.evaluations or work.reads}
     return found | {"preview": Work(0, pictures=batch)}
