@@ -53,7 +53,7 @@ _DROPPED, _UNPOOLED = 0.1, 0.4
 class FlowTraining(Training):
     """Optimiser steps of each stage."""
 
-    denoiser_steps: int = 5_600
+    denoiser_steps: int = 10_400
     guidance_steps: int = 400
 
 

@@ -13,6 +13,7 @@ from .loop import fit as fit
 from .loop import noised as noised
 from .loop import step_generator as step_generator
 from .methods.closed import PLAIN as PLAIN
+from .methods.recare import found_target as found_target
 from .methods.recare import recare_target as recare_target
 from .planning import ENCODING as ENCODING
 from .planning import PREPARING as PREPARING

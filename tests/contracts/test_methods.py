@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from recare_patch.combine import save_stack, stack
 from recare_patch.core import CareSetError, RecarePatchError
-from recare_patch.erasure import EraseResult, Loop, erase, fit, recare_target
+from recare_patch.erasure import EraseResult, Loop, erase, fit, found_target, recare_target
 from recare_patch.erasure.methods import Context, ErasedPrompts, RetainedPrompts
 from recare_patch.erasure.methods.esd import esd_target
 from recare_patch.erasure.stages import Stages
@@ -164,6 +164,25 @@ class TestTargets:
         assert [classifier_free(zero, one, scale).item() for scale in (0.0, 1.0, 5.0)] == [0, 1, 5]
         # ∅ = 1, anchor = 4, names 3 and 7: 1 + 2 (4 − 1) − 0.5 (mean(3, 7) − 1) = 5.
         assert recare_target(one, 4 * one, torch.stack([3 * one, 7 * one]), 2.0, 0.5).item() == 5
+
+    @pytest.mark.parametrize(
+        ("found", "wanted"),
+        [
+            # The concept itself goes where its name goes; half of it half of the way; twice it is taken out twice.
+            ((2.0, 0.0), (-3.0, 1.0)),
+            ((1.0, 0.0), (-1.5, 0.5)),
+            ((4.0, 1.0), (-3.0, 2.0)),
+            # What says nothing of it, or the opposite, may say what it says.
+            ((0.0, 5.0), (0.0, 5.0)),
+            ((-1.0, 1.0), (-1.0, 1.0)),
+        ],
+    )
+    def test_what_was_found_loses_the_concept_alone(
+        self, found: tuple[float, float], wanted: tuple[float, float]
+    ) -> None:
+        empty, concept, target = (torch.tensor([one]) + 7 for one in ((0.0, 0.0), (2.0, 0.0), (-3.0, 1.0)))
+        made = found_target(torch.tensor([found]) + 7, empty, concept, target)
+        torch.testing.assert_close(made, torch.tensor([wanted]) + 7)
 
     def test_they_mirror_each_other(self) -> None:
         uncond, cond, name = torch.randn((3, 3, 4, 5, 5), generator=torch.Generator().manual_seed(0))

@@ -44,6 +44,26 @@ def recare_target(uncond: Tensor, anchor: Tensor, erased: Tensor, w_plus: float,
     return uncond + w_plus * (anchor - uncond) - w_minus * (erased.mean(0) - uncond)
 
 
+def found_target(found: Tensor, uncond: Tensor, erased: Tensor, target: Tensor) -> Tensor:
+    """``y = ε*(f) − max(s, 0) d + min(max(s, 0), 1) [y_c − ε*(∅)]``: what a found prompt ``f`` is to say.
+
+    ``d = ε*(c) − ε*(∅)`` is what the concept's name says and ``s = ⟨ε*(f) − ε*(∅), d⟩ / ‖d‖²`` how much of it the
+    found prompt says: that much is taken out of it, and for a name of the concept's own it is the name's target.
+    What an adversary found in the adapted model need not name the concept in the frozen one. Were it sent to the
+    name's target all the same, whatever else it says would go with it.
+
+    Args:
+        found: frozen prediction under the found prompt, ``[batch, ...]``.
+        uncond: the same under ``∅``.
+        erased: the same under the concept's name.
+        target: ``y_c``, where the concept's name is sent.
+    """
+    concept, places = erased - uncond, tuple(range(1, erased.ndim))
+    said = ((found - uncond) * concept).sum(places, keepdim=True)
+    share = (said / concept.square().sum(places, keepdim=True).clamp(min=1e-12)).clamp(min=0)
+    return found - share * concept + share.clamp(max=1) * (target - uncond)
+
+
 class ReCARE(LossMethod):
     """Steers the concept's names to a composition of anchors, and holds retained prompts where they are.
 
@@ -108,7 +128,9 @@ class ReCARE(LossMethod):
                 }
         rows, held = erase.batch_size, erase.retain_batch_size or erase.batch_size
         hunts = bool(hunt.count) and not separates
-        frozen = rows * (3 if separates or recipe.replace_with is None else 1) + held
+        # An anchor or a replacement, and ∅ and the name to measure by; an attribute's prompts are as many.
+        parts = 3 if separates or hunts or recipe.replace_with is None else 1
+        frozen = rows * (parts + hunts) + held
         trained = rows * (1 + hunts) + held
         step = frozen + 3 * trained + hunts * hunt.steps * hunt.batch_size * 3
         found["erase"] = Work(
@@ -212,27 +234,27 @@ class ReCARE(LossMethod):
         # gradient is the same on average, and one prediction does where there were as many as names.
         pushed = torch.tensor(self.sure_names)
         names = pushed[torch.randint(0, len(pushed), (rows,), generator=generator)]
-        # One forward pass of the frozen model: ∅, anchor, erased name, retained.
-        parts = [self.empty.repeat(rows), self.anchors[picks], self.names[names]]
-        if self.instead is not None:
-            parts = self.instead.conditions(chosen)
+        towards = [self.anchors[picks]] if self.instead is None else self.instead.conditions(chosen)
+        sides, hunted = [], []
+        if self.instead is None or self.adversaries is not None:
+            sides = [self.empty.repeat(rows), self.names[names]]
+        if self.adversaries is not None:
+            # What was found a moment ago is erased on the same states.
+            self.adversaries.improve(generator)
+            hunted = [self.adversaries.names(rows, generator)]
+        # One forward pass of the frozen model: the anchor or what stands instead, ∅, erased name, found name, retained.
+        parts, again = [*towards, *sides, *hunted], 1 + len(hunted)
         count = len(parts)
         with torch.no_grad(), models.off(*base.components.values()):
             states = torch.cat([latents.repeat(count, *(1,) * (latents.ndim - 1)), held])
             times = torch.cat([timesteps.repeat(count), held_times])
             frozen = base.denoise(states, times, cat([*parts, retained])).float()
-        steered, kept = frozen[: count * rows].chunk(count), frozen[count * rows :]
+        told, kept = frozen[: count * rows].chunk(count), frozen[count * rows :]
         if self.instead is not None:
-            target = self.instead.target(steered, options.guidance_minus)
+            target = self.instead.target(told[: len(towards)], options.guidance_minus)
         else:
-            empty, anchor, erased = steered
+            anchor, empty, erased = told[:3]
             target = recare_target(empty, anchor, erased[None], options.guidance_plus, options.guidance_minus)
-        hunted = []
-        if self.adversaries is not None:
-            # What was found a moment ago is erased on the same states, so the frozen model's part is there.
-            self.adversaries.improve(generator)
-            hunted = [self.adversaries.names(rows, generator)]
-        again = 1 + len(hunted)
         student = base.denoise(
             torch.cat([*[latents] * again, held]),
             torch.cat([*[timesteps] * again, held_times]),
@@ -241,7 +263,9 @@ class ReCARE(LossMethod):
         loss = F.mse_loss(student[:rows], target)
         loss = loss + options.retain_weight * self.retain_scale * F.mse_loss(student[again * rows :], kept)
         if self.adversaries is not None:
-            loss = loss + self.adversaries.options.weight * F.mse_loss(student[rows : 2 * rows], target)
+            empty, erased, found = told[-3:]
+            aim = found_target(found, empty, erased, target)
+            loss = loss + self.adversaries.options.weight * F.mse_loss(student[rows : 2 * rows], aim)
         return loss
 
     def _held(
