@@ -55,21 +55,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search.rounds": 0,
         "erase.steps": 100,
     },
-    # Against learnt names of several vectors, at a third of the default's evaluations and ten times its size:
-    # adversaries in the loop, which take the search's place, and layers enough to lose the concept itself
-    # and not its names alone. Many steps of few states, since what counts is how often patch and adversaries
-    # answer each other; and many retained states, as this is a harsher loss.
+    # Against learnt names of several vectors, at half of the default's evaluations: adversaries in the loop, which take
+    # the search's place, and all linear layers of the transformer blocks, to lose the concept itself and not its names
+    # alone; a rank of two is enough there. Many steps of few states, since what counts is how often patch and
+    # adversaries answer each other.
     "robust": {
-        "adapter.layers": "all",
+        "adapter.layers": "transformer-blocks",
+        "adapter.rank": 2,
+        "adapter.alpha": 4.0,
         "target_images.count": 24,
         "target_images.steps": 8,
         "target_images.scheduler": "dpm-solver++",
         "search.rounds": 0,
         # What adversaries find is not what the run's own look sees: it takes all its steps.
         "erase.ends": "steps",
-        "erase.steps": 55,
+        "erase.steps": 72,
         "erase.batch_size": 2,
-        "erase.retain_batch_size": 7,
+        "erase.retain_batch_size": 4,
         "erase.learning_rate": 3.0e-3,
         "adversary.count": 2,
         "adversary.space": "embeddings",
