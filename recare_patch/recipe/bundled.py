@@ -121,10 +121,12 @@ class Beneath:
         """A preset's keys for this base: its rate, so that steps in another number reach as far as they are to.
 
         What AdamW can move a weight by is its rate times its steps; where both are the base's own, a preset's number of
-        steps alone would change it by accident.
+        steps alone would change it by accident. And a base that says which layers are trained says it of every run.
         """
         steps, rate = "erase.steps", "erase.learning_rate"
         found = dict(given)
+        if "adapter.layers" in self.values:
+            found = {key: one for key, one in found.items() if not key.startswith("adapter.")}
         if steps in given and {steps, rate} <= self.values.keys():
             plain = EraseOptions()
             reach = self.values[steps] * self.values[rate] / (plain.steps * plain.learning_rate)

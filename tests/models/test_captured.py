@@ -13,7 +13,7 @@ import torch
 from recare_patch.core import BaseModelError
 from recare_patch.models import defaults_for, load_base, lora, read_layout
 from recare_patch.models.captured import Captured
-from recare_patch.recipe import MemoryOptions
+from recare_patch.recipe import MemoryOptions, preset_overrides
 from tests.pipelines import make_pipeline
 
 
@@ -45,6 +45,8 @@ def test_the_general_way_is_the_class_of_its_own(name: str, request: pytest.Fixt
 def test_a_flux_shaped_base_asks_for_the_layers_of_its_text(flux: Path) -> None:
     asked = defaults_for(str(flux))
     assert asked.values["adapter.layers"] == "text" and asked.of_method["closed"]["adapter.layers"] == "text-input"
+    # A preset was chosen on other layers: here it says nothing of them.
+    assert not any(key.startswith("adapter.") for key in asked.preset(preset_overrides("robust")))
     base = load_base(flux, device="cpu", memory=MemoryOptions(resolution="32x32"))
     assert lora.target_modules(base.denoiser, "text-input") == ["context_embedder"]
     text = lora.target_modules(base.denoiser, "text")
