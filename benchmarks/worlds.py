@@ -200,7 +200,9 @@ def _table() -> None:
             ]
             print(f"| {name} | {concept} | {file.name.split('.', 2)[2][:-5]} | " + " | ".join(cells) + " |")
             if measured:
-                rate, kept = scores["concept"], [a / b for a, b in (scores["everything else"], sums[0])]
+                # Worlds differ in what their untouched base draws: kept are shares of that.
+                rate, parts = scores["concept"], ((scores["everything else"], base["everything else"]), sums)
+                kept = [(hits / looks) / (before[0] / before[1]) for (hits, looks), before in parts]
                 points.append((measured["gone"], rate[0] / rate[1], measured["drift"], sum(kept) / 2))
     if len(points) > 3:
         gone, shown, drift, kept = np.array(points).T
