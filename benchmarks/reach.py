@@ -26,10 +26,11 @@ def lora(moved: float, rank: int = 8, alpha: float = 8, *, wide: bool = False) -
     return moved * alpha / rank * math.sqrt(rank) / (1 if wide else math.sqrt(3))
 
 
-def ours(rate: float, steps: int, rank: int = 8, alpha: float | None = None) -> float:
-    """Of a LoRA at the schedule of a run; an alpha that nobody says is the rank."""
-    moved = sum(learning_rate_at(step, steps, rate, "cosine") for step in range(steps))
-    return lora(moved, rank, rank if alpha is None else alpha)
+def ours(recipe: Recipe) -> float:
+    """Of a recipe's LoRA at the schedule of its run."""
+    erase, adapter = recipe.erase, recipe.adapter
+    moved = sum(learning_rate_at(k, erase.steps, erase.learning_rate, erase.schedule) for k in range(erase.steps))
+    return lora(moved, adapter.rank, adapter.alpha)
 
 
 def whole(rate: float, steps: int) -> float:
@@ -48,16 +49,15 @@ def main() -> None:
         "ReCARE's release, stage 1 (weights, 5e-6, 200 steps)": whole(5e-6, 200),
         "ReCARE's release, stage 2 (weights, 2e-5, 200 steps)": whole(2e-5, 200),
         "ESD today (weights, 5e-5, 200 steps)": whole(5e-5, 200),
-        "here, small bases": ours(plain.erase.learning_rate, plain.erase.steps),
+        "here, small bases": ours(plain),
     }
+    full = plain.with_overrides(base.values)
     for name in (None, "quick", "robust"):
-        keys = {**base.values, **base.preset(PRESETS[name] if name else {})}
         title = f"here, full size{f', --preset {name}' if name else ''}"
-        size = keys.get("adapter.rank", 8), keys.get("adapter.alpha")
-        rows[title] = ours(keys["erase.learning_rate"], keys["erase.steps"], *size)
-    rows["here, SDXL (rank 4)"] = ours(base.values["erase.learning_rate"], base.values["erase.steps"], 4)
-    search = base.values["erase.learning_rate"] / 4, base.values["search.erase_steps"]
-    rows["here, full size, each erasure of the search"] = ours(*search)
+        rows[title] = ours(full.with_overrides(base.preset(PRESETS[name] if name else {})))
+    rows["here, SDXL (rank 4)"] = ours(full.with_overrides({"adapter.rank": 4, "adapter.alpha": 4.0}))
+    search = {"erase.learning_rate": full.erase.learning_rate / 4, "erase.steps": full.search.erase_steps}
+    rows["here, full size, each erasure of the search"] = ours(full.with_overrides(search))
     print("| run | reach |\n|---|--:|")
     for title, reach in rows.items():
         print(f"| {title} | {reach:.3f} |")

@@ -169,10 +169,15 @@ def _run(arguments: argparse.Namespace) -> None:
     print(kept, cost["denoiser_evaluations"], cost.get("measured"), cost["warnings"], flush=True)
 
 
+def _share(found: Sequence[int], base: Sequence[int]) -> float:
+    """Of the untouched base's rate."""
+    return found[0] / found[1] / (base[0] / base[1])
+
+
 def _cell(found: Sequence[int], base: Sequence[int] | None) -> str:
     hits, looks = found
     low, high = wilson_interval(hits, looks)
-    share = f" = {hits / looks / (base[0] / base[1]):.0%}" if base and base[0] else ""
+    share = f" = {_share(found, base):.0%}" if base and base[0] else ""
     return f"{hits / looks:.2f} ({low:.2f}–{high:.2f}){share}"
 
 
@@ -201,8 +206,8 @@ def _table() -> None:
             print(f"| {name} | {concept} | {file.name.split('.', 2)[2][:-5]} | " + " | ".join(cells) + " |")
             if measured:
                 # Worlds differ in what their untouched base draws: kept are shares of that.
-                rate, parts = scores["concept"], ((scores["everything else"], base["everything else"]), sums)
-                kept = [(hits / looks) / (before[0] / before[1]) for (hits, looks), before in parts]
+                rate = scores["concept"]
+                kept = _share(scores["everything else"], base["everything else"]), _share(*sums)
                 points.append((measured["gone"], rate[0] / rate[1], measured["drift"], sum(kept) / 2))
     if len(points) > 3:
         gone, shown, drift, kept = np.array(points).T

@@ -44,17 +44,19 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 FIGURES_FILE = Path(__file__).parent / "method_figures.json"
 """What was measured of the methods, where a benchmark has written it."""
 
+_BRIEF: dict[str, Any] = {
+    "target_images.count": 24,
+    "target_images.steps": 8,
+    "target_images.scheduler": "dpm-solver++",
+    "search.rounds": 0,
+}
+"""Few pictures in few steps, which small bases have by themselves, and no search."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The closed form alone: a second, and no picture is looked at.
     "fast": {"method": "closed"},
     # Half of the default's evaluations: fewer pictures in fewer steps, no search.
-    "quick": {
-        "target_images.count": 24,
-        "target_images.steps": 8,
-        "target_images.scheduler": "dpm-solver++",
-        "search.rounds": 0,
-        "erase.steps": 100,
-    },
+    "quick": {**_BRIEF, "erase.steps": 100},
     # Against learnt names of several vectors, at half of the default's evaluations: adversaries in the loop, which take
     # the search's place, and all linear layers of the transformer blocks, to lose the concept itself and not its names
     # alone; a rank of two is enough there. Many steps of few states, since what counts is how often patch and
@@ -63,10 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adapter.layers": "transformer-blocks",
         "adapter.rank": 2,
         "adapter.alpha": 4.0,
-        "target_images.count": 24,
-        "target_images.steps": 8,
-        "target_images.scheduler": "dpm-solver++",
-        "search.rounds": 0,
+        **_BRIEF,
         # What adversaries find is not what the run's own look sees: it takes all its steps.
         "erase.ends": "steps",
         "erase.steps": 72,
