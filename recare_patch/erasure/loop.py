@@ -153,6 +153,59 @@ class EarlyStop:
         self._kept = [state[f"kept.{k}"].to(parameter.device) for k, parameter in enumerate(self.parameters)]
 
 
+class Average:
+    """The exponential moving average of parameters over a loop's steps.
+
+    Large steps of a few states each leave noise in the parameters, and the mean of the last of them has little of it
+    (an equal mean of a whole stretch: Izmailov et al., arXiv 1803.05407).
+    Early steps count less: after ``n`` steps the weight of what came before is ``n / (n + 9)``, ``decay`` at most.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay, self._taken = parameters, decay, 0
+        self._mean = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Take in the parameters as they stand after a step."""
+        self._taken += 1
+        new = 1 - min(self.decay, (self._taken - 1) / (self._taken + 8))
+        for mean, parameter in zip(self._mean, self.parameters, strict=True):
+            mean.lerp_(parameter.detach(), new)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the parameters their mean."""
+        for mean, parameter in zip(self._mean, self.parameters, strict=True):
+            parameter.copy_(mean)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything, as tensors on the CPU."""
+        return {f"mean.{k}": mean.cpu() for k, mean in enumerate(self._mean)} | {"taken": torch.tensor(self._taken)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state` returned."""
+        self._taken = int(state["taken"])
+        self._mean = [state[f"mean.{k}"].to(one.device) for k, one in enumerate(self.parameters)]
+
+
+class _Both:
+    """An average and what else is carried, as one."""
+
+    def __init__(self, average: Average, other: Carried | None) -> None:
+        self.average, self.other = average, other
+
+    def state(self) -> dict[str, Tensor]:
+        found = {f"average.{key}": one for key, one in self.average.state().items()}
+        return found | dict(self.other.state() if self.other is not None else {})
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        own = {key for key in state if key.startswith("average.")}
+        self.average.load_state({key.removeprefix("average."): state[key] for key in own})
+        if self.other is not None:
+            self.other.load_state({key: one for key, one in state.items() if key not in own})
+
+
 class Checkpoint:
     """Parameters, optimiser states and losses of one loop in one safetensors file, replaced in one rename."""
 
@@ -246,6 +299,7 @@ class Loop:
         stage: names it in progress, seeds and messages.
         learning_rate: peak of the ``schedule``, ``cosine`` (to a tenth) or ``constant``.
         optimizer: a name in :data:`OPTIMIZERS`.
+        average: decay of the parameters' :class:`Average`, which the loop ends with; 0: it ends with the last ones.
         checkpoint: where to save and resume every ``save_every`` steps; ``None`` keeps nothing.
         dtype: in which the base computes that the loss goes through.
         extra, restore_extra: JSON values to carry across a resume.
@@ -259,6 +313,7 @@ class Loop:
     seed: int
     optimizer: str = "adamw8bit"
     schedule: str = "cosine"
+    average: float = 0.0
     dtype: torch.dtype = torch.float32
     checkpoint: Checkpoint | None = None
     save_every: int = 20
@@ -281,16 +336,17 @@ def fit(
     Args:
         loss_at: the scalar loss of a step, given its number and its generator; gradients are clipped to norm 1.
         carried: what else must go on where it stopped.
-        stop: may end the loop before its last step; not together with ``carried``.
+        stop: may end the loop before its last step; not together with ``carried`` or an average.
 
     Raises:
         ResumeError: if the checkpoint does not fit.
         NonFiniteError: a loss, a gradient or a parameter is no number; the last checkpoint is left as it is.
     """
-    assert stop is None or carried is None
+    assert stop is None or (carried is None and not loop.average)
     scaling = LossScale(loop.dtype)
     optimizer: torch.optim.Optimizer = OPTIMIZERS.get(loop.optimizer)(list(parameters), loop.learning_rate)
-    carried, steps, start = carried or stop, loop.steps, 0
+    average = Average(parameters, loop.average) if loop.average else None
+    carried, steps, start = _Both(average, carried) if average else carried or stop, loop.steps, 0
     losses: list[float] = []
     if loop.checkpoint is not None and (found := loop.checkpoint.load(parameters, optimizer, carried, scaling)):
         start, losses, kept = found
@@ -309,6 +365,8 @@ def fit(
             if scaling.backward(loss, parameters, loop.crew):
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
+            if average is not None:
+                average.take()
             losses.append(round(loss.item(), 6))
             last = step + 1 == steps
             if last or (step + 1) % loop.save_every == 0:
@@ -323,8 +381,9 @@ def fit(
             if loop.crew is None or loop.crew.main:
                 state = carried.state() if carried is not None else None
                 loop.checkpoint.save(step + 1, parameters, optimizer, losses, note, state, scaling)
-    if stop is not None:
-        stop.settle()
+    for one in (stop, average):
+        if one is not None:
+            one.settle()
     return Fitted(losses, dict(loop.extra()))
 
 

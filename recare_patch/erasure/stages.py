@@ -270,6 +270,7 @@ class Stages:
         carried: Carried | None = None,
         rate: float | None = None,
         governed: Callable[[], Governor] | None = None,
+        average: float = 0.0,
     ) -> Governor | None:
         """Train the adapter.
 
@@ -279,12 +280,14 @@ class Stages:
             carried: what else goes on where it stopped.
             rate: of learning; None: the recipe's of the erasing.
             governed: makes what ends the loop before its last step, and steers it on the way; it is returned.
+            average: decay of the mean of its weights that the adapter ends with; 0: it ends with the last ones.
         """
         run, options = self.run, self.run.recipe.erase
         loop = replace(
             self._loop(stage, steps, rate or options.learning_rate),
             optimizer=options.optimizer,
             schedule=options.schedule if governed is None else "constant",
+            average=average,
             save_every=every,
             crew=run.base.crew,
         )
@@ -326,7 +329,7 @@ class Stages:
         carried = hunters[0] if len(hunters) == 1 else _AllCarried(hunters) if hunters else None
         options, steps = recipe.erase, recipe.erase.steps * count
         if options.ends == "steps":
-            self.fit("erase", loss_at, steps, every=20 * count, carried=carried)
+            self.fit("erase", loss_at, steps, every=20 * count, carried=carried, average=options.average)
             return
         from recare_patch.erasure.gauge import Governor
 

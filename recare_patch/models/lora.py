@@ -43,15 +43,18 @@ _SIDES: dict[str, tuple[str | None, ...]] = {
     "cross-attention": ("cross",),
     "cross-attention-kv": ("cross",),
     "cross-attention-v": ("cross",),
-    "text": ("cross",),
+    "text": ("cross", "pooled"),
     "self-attention": ("self",),
     "attention": ("cross", "self"),
-    "transformer-blocks": ("cross", "self", "block"),
-    "outside-cross-attention": ("self", "block", None),
-    "all": ("cross", "self", "block", None),
+    "transformer-blocks": ("cross", "self", "block", "pooled"),
+    "outside-cross-attention": ("self", "block", "pooled", None),
+    "all": ("cross", "self", "block", "pooled", None),
 }
 """Layer set of a denoiser → whose layers are in it: the prompt's, the picture's own, other linear ones
-of a transformer's blocks, all others."""
+of a transformer's blocks, those that take in a pooled prompt, all others."""
+
+_POOLED = "add_embedding."
+"""Where a UNet takes in a pooled prompt: Stable Diffusion XL's way beside its cross-attention."""
 
 _ENDS = {
     "cross-attention-kv": ("to_k", "to_v", "add_k_proj", "add_v_proj"),
@@ -171,12 +174,13 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
 
     In a denoiser these are ``cross-attention`` (queries, keys, values and output of the blocks that read
     the prompt), ``cross-attention-kv`` (their keys and values only), ``cross-attention-v`` (their values), ``text``
-    (``cross-attention`` and all layers that only the prompt passes), ``text-input`` (those that read it first),
-    ``self-attention``, ``attention`` (both), ``transformer-blocks`` (these, the blocks' feed-forward layers and what
-    leads into and out of the blocks; linear layers alone, as most LoRAs of Stable Diffusion have them),
-    ``outside-cross-attention`` (every linear and convolution layer
-    but those; what ReCARE's release trains, arXiv 2606.24192) or ``all``; in a text encoder
-    ``text-encoder`` (every linear layer of its blocks, not what projects its pooled output).
+    (``cross-attention`` and all layers that only the prompt passes, pooled or not), ``text-input`` (those that
+    read it first), ``self-attention``, ``attention`` (both), ``transformer-blocks`` (these, the blocks'
+    feed-forward layers, what leads into and out of the blocks, and what takes in a pooled prompt, which brings the
+    concept along; linear layers alone, as most LoRAs of Stable Diffusion have them),
+    ``outside-cross-attention`` (every linear and convolution layer but those; what ReCARE's release trains,
+    arXiv 2606.24192) or ``all``; in a text encoder ``text-encoder`` (every linear layer of its blocks, not what
+    projects its pooled output).
 
     Raises:
         UnknownNameError: for another name.
@@ -208,6 +212,7 @@ def target_modules(network: nn.Module, layers: str) -> list[str]:
             reads = cross is None or inner.split(".")[0] in cross
             side[f"{name}.{inner}"] = "cross" if reads else "self"
     side = dict.fromkeys(_in_blocks(network, tuple(blocks)), "block") | side
+    side |= {name: "pooled" for name, _ in everything if name.startswith(_POOLED)}
     every = [name for name, module in everything if isinstance(module, nn.Linear | nn.Conv2d)]
     seen = TEXT_SIDES.get(network, TextSide(frozenset(), ()))
     found = [name for name in every if side.get(name) in _SIDES.get(layers, ())]

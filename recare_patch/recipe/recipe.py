@@ -152,6 +152,7 @@ class EraseOptions(Settings):
     schedule: Annotated[str, BeforeValidator(one_of("schedule", SCHEDULES))] = Field(
         "cosine", description="how the learning rate runs, a name of SCHEDULES"
     )
+    average: float = Field(0.0, ge=0, lt=1, description="decay of the mean of weights a fixed run ends with; 0: none")
     states: Annotated[str, BeforeValidator(one_of("source of states", STATES))] = Field(
         "target-images", description="where noisy latents come from, a name of STATES"
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from recare_patch.core import NonFiniteError, NullProgress, RecipeError, ResumeError, UnknownNameError
 from recare_patch.erasure import EraseResult, step_generator
 from recare_patch.erasure.inversion import HELD_OUT, invert, most_evaluations
-from recare_patch.erasure.loop import STATES, Checkpoint, EarlyStop, Fitted, Loop, fit, learning_rate_at
+from recare_patch.erasure.loop import STATES, Average, Checkpoint, EarlyStop, Fitted, Loop, fit, learning_rate_at
 from recare_patch.models import SCHEDULERS, BaseModel, load_base, scheduled
 from recare_patch.recipe import STATES as NAMES
 from recare_patch.recipe import Recipe
@@ -31,6 +31,7 @@ def _run(
     checkpoint: Checkpoint | None = None,
     stopped: int | None = None,
     dtype: torch.dtype = torch.float32,
+    average: float = 0.0,
 ) -> Any:
     """Parameters and losses of a small problem; the loop is left in the middle where it is ``stopped``."""
     generator = torch.Generator().manual_seed(3)
@@ -47,7 +48,7 @@ def _run(
         missed = (large.to(dtype) - (goal - noise).to(dtype)).float()
         return missed.pow(2).mean() * (5e4 if dtype is torch.float16 else 1) + small.pow(2).mean()
 
-    loop = Loop("t", total, 1e-2, 0, optimizer, dtype=dtype, checkpoint=checkpoint, save_every=4)
+    loop = Loop("t", total, 1e-2, 0, optimizer, dtype=dtype, checkpoint=checkpoint, save_every=4, average=average)
     fitted = Fitted()
     with contextlib.suppress(KeyboardInterrupt):
         fitted = fit([large, small], loss_at, loop)
@@ -68,6 +69,30 @@ def test_resume_is_bit_exact(tmp_path: Path, optimizer: str, stopped: int, dtype
     resumed, again = _run(optimizer, 12, checkpoint, dtype=dtype)
     assert again == losses
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize("stopped", [3, 6, 11])
+def test_a_resumed_loop_ends_with_the_same_mean(tmp_path: Path, stopped: int) -> None:
+    whole, _ = _run("adamw", 12, average=0.9)
+    last, _ = _run("adamw", 12)
+    assert not torch.equal(whole[0], last[0])
+    checkpoint = Checkpoint(tmp_path / "c.safetensors")
+    _run("adamw", 12, checkpoint, stopped, average=0.9)
+    resumed, _ = _run("adamw", 12, checkpoint, average=0.9)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_mean_weighs_its_steps() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    average, expected = Average([weight], 0.5), 0.0
+    for taken, value in enumerate([3.0, -1.0, *[float(k) for k in range(20)]]):
+        with torch.no_grad():
+            weight.fill_(value)
+        average.take()
+        before = min(0.5, taken / (taken + 9))
+        expected = before * expected + (1 - before) * value
+    average.settle()
+    assert weight.item() == pytest.approx(expected)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(
