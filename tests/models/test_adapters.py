@@ -69,6 +69,14 @@ class TestTargetModules:
         _attach(base)
         assert adapters.target_modules(base.denoiser, "all") == everything
 
+    @pytest.mark.parametrize("layers", ["text", "transformer-blocks", "outside-cross-attention"])
+    def test_a_pooled_prompt_is_a_prompt_too(self, layers: str, tiny_sdxl: Path, tiny_sd: Path) -> None:
+        pooled = ["add_embedding.linear_1", "add_embedding.linear_2"]
+        for source, expected in ((tiny_sdxl, pooled), (tiny_sd, [])):
+            found = adapters.target_modules(load_base(str(source)).denoiser, layers)
+            assert [name for name in found if name.startswith("add_embedding")] == expected
+        assert not set(pooled) & set(adapters.target_modules(load_base(str(tiny_sdxl)).denoiser, "cross-attention"))
+
     def test_added_projections_of_shared_blocks(self) -> None:
         """Where prompt and picture share a block, only the added projections read the prompt."""
         from diffusers.models.attention_processor import Attention
