@@ -19,7 +19,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.erasure import NAMES, assignments
+from benchmarks.erasure import NAMES, assignments, made_before
 from benchmarks.scoring import PROBES, SCHEDULER, STEPS, TRIALS
 from benchmarks.suites import CONCEPTS
 
@@ -34,9 +34,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
     name = f"{arguments.concept.replace(' ', '-')}-{arguments.row}"
     out = Path(arguments.work) / name
-    if not (out / "pytorch_lora_weights.safetensors").exists():
-        overrides = {**preset_overrides(arguments.preset), **assignments(arguments.set)}
-        recipe = resolve_recipe(NAMES[arguments.concept], overrides=overrides)
+    overrides = {**preset_overrides(arguments.preset), **assignments(arguments.set)}
+    recipe = resolve_recipe(NAMES[arguments.concept], overrides=overrides)
+    if not made_before(out, recipe):
         erase(recipe, out, device=arguments.device, resume=out.exists())
     file = _folder(arguments) / f"{arguments.concept.replace(' ', '-')}.{arguments.row}.json"
     found = json.loads(file.read_text())["attacks"] if file.exists() else {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,6 +84,17 @@ def _attacked(goals: Any) -> dict[str, Any]:
     return {"attacks": attack_in_place(goals)}
 
 
+def made_before(out: Path, recipe: Any) -> bool:
+    """Whether the finished patch of a recipe lies in its folder; what another recipe made there is refused."""
+    from recare_patch.recipe import WEIGHTS_NAME, load_recipe
+
+    if not (out / WEIGHTS_NAME).exists():
+        return False
+    if load_recipe(str(out)) != recipe:
+        sys.exit(f"{out} holds a patch of another recipe: remove it, or give another --row or --work")
+    return True
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from recare_patch.erasure import erase
     from recare_patch.models import load_base
@@ -94,7 +106,7 @@ def _run(arguments: argparse.Namespace) -> None:
     overrides = {"method": arguments.method, **preset_overrides(arguments.preset)}
     overrides |= assignments(arguments.set)
     recipe = _recipe(arguments.concept, overrides)
-    if (out / "pytorch_lora_weights.safetensors").exists():
+    if made_before(out, recipe):
         patch, cost = Patch.load(out), json.loads((out / "training.json").read_text())
     else:
         result = erase(recipe, out, device=arguments.device, resume=out.exists())

@@ -30,7 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.erasure import assignments
+from benchmarks.erasure import assignments, made_before
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS, score
 from benchmarks.suites import ALL_CONCEPTS, SPLITS, suite
 from recare_patch.recipe import FIGURES_FILE, METHODS
@@ -84,10 +84,10 @@ def _erased(arguments: argparse.Namespace, method: str, row: str) -> Path:
     from recare_patch.erasure import erase, resolve_recipe
 
     out = _folder(arguments, row)
-    if not (out / "pytorch_lora_weights.safetensors").exists():
-        overrides = {"method": method, **assignments(arguments.set)}
-        kind = "identity" if arguments.concept == "mira vale" else None
-        recipe = resolve_recipe(NAMES[arguments.concept], kind=kind, overrides=overrides)
+    overrides = {"method": method, **assignments(arguments.set)}
+    kind = "identity" if arguments.concept == "mira vale" else None
+    recipe = resolve_recipe(NAMES[arguments.concept], kind=kind, overrides=overrides)
+    if not made_before(out, recipe):
         erase(recipe, out, device=arguments.device, resume=out.exists())
     return out
 

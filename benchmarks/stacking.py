@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.erasure import assignments
+from benchmarks.erasure import assignments, made_before
 from benchmarks.scoring import Score, draw_figure, judge_figure, save_scores
 from benchmarks.suites import CONCEPTS as WITH_SUITE
 from benchmarks.suites import SPLITS, Figure, shared_figures, suite
@@ -133,10 +133,10 @@ def _erase(arguments: argparse.Namespace, labels: Sequence[str]) -> None:
 
     for label in labels:
         out = _folder(arguments, label)
-        if (out / "pytorch_lora_weights.safetensors").exists():
-            continue
         name, kind = CONCEPTS[label]
         recipe = resolve_recipe(name, kind=kind, overrides=assignments(arguments.set))
+        if made_before(out, recipe):
+            continue
         result = erase(recipe, out, device=arguments.device, resume=out.exists())
         print(f"{label}: {result.cost['seconds']:.0f} s", flush=True)
 

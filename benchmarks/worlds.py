@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.erasure import NAMES, RESULTS, assignments
+from benchmarks.erasure import NAMES, RESULTS, assignments, made_before
 from benchmarks.scoring import GUIDANCE_SCALE, SCHEDULER, STEPS
 from recare_patch.core import write_json
 from recare_patch.measure import wilson_interval
@@ -155,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     recipe = _recipe(place, arguments)
     out = Path(arguments.work) / f"{file}-{arguments.row}"
-    if not (out / "pytorch_lora_weights.safetensors").exists():
+    if not made_before(out, recipe):
         erase(recipe, out, device="cpu", resume=out.exists(), base=base, clip=Clip.load(place.clip))
     patch, cost = Patch.load(out), json.loads((out / "training.json").read_text(encoding="utf-8"))
     care = out / "care_set.json"  # Not of every method.

@@ -73,11 +73,11 @@ ORIGINAL_UNET: dict[str, str] = {
 }
 """diffusers' names of a UNet's layers, and inside its resnets → those of the original checkpoints."""
 
+_POOLED = {"label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2"}
+_POOLED_TO = {ours: theirs for theirs, ours in _POOLED.items()}
 _SGM_RESNET = {theirs.replace(".", "_"): ours for ours, theirs in ORIGINAL_RESNET.items()}
-_SGM_SINGLE = {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs in ORIGINAL_UNET.items()} | {
-    "label_emb_0_0": "add_embedding_linear_1",
-    "label_emb_0_2": "add_embedding_linear_2",
-}
+_SGM_SINGLE = {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs in ORIGINAL_UNET.items()}
+_SGM_SINGLE |= _POOLED
 
 
 def has_kohya_names(patch: Patch) -> bool:
@@ -101,11 +101,15 @@ def transformer_of(patch: Patch, told: str | None = None) -> OriginalNames | Non
 
 
 def _kohya_name(name: str, *, numbered: bool) -> str:
-    """``unet.mid_block.x`` → ``lora_unet_mid_block_x``; the first text encoder has a number where there are two."""
+    """``unet.mid_block.x`` → ``lora_unet_mid_block_x``; the first text encoder has a number where there are two.
+
+    What takes in SDXL's pooled prompt has its original name, since A1111 knows no other.
+    """
     component, module = split_name(name)
     first = "lora_te1" if numbered else "lora_te"
     prefix = {"unet": "lora_unet", TRANSFORMER: "lora_unet", "text_encoder": first}.get(component, "lora_te2")
-    return f"{prefix}_{module.replace('.', '_')}"
+    short = module.replace(".", "_")
+    return f"{prefix}_{_POOLED_TO.get(short, short) if component == 'unet' else short}"
 
 
 def resolver(

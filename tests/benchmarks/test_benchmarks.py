@@ -10,15 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from safetensors.torch import save_file
 
 from benchmarks import cost, methods, stacking
+from benchmarks.erasure import made_before
 from benchmarks.in_place import interval_of_runs
 from benchmarks.paper_procedure import PaperSettings, expected_evaluations
 from benchmarks.suites import ALL_CONCEPTS, suite
 from recare_patch.measure import wilson_interval
 from recare_patch.models.atelier.judge import LABELS
+from recare_patch.recipe import METADATA_KEY, WEIGHTS_NAME, Concept, Recipe
 
 
 @pytest.mark.parametrize("concept", ALL_CONCEPTS)
@@ -139,3 +143,12 @@ def test_the_interval_of_several_attacks_is_that_of_their_rates() -> None:
     # Attacks that agree do not make it narrower than their pictures do.
     assert interval_of_runs([0] * 5, 50) == wilson_interval(0, 250)
     assert interval_of_runs([2], 50) == wilson_interval(2, 50)
+
+
+def test_a_row_is_not_another_recipes_patch(tmp_path: Path) -> None:
+    recipe = Recipe(concept=Concept(text="cat", kind="object"))
+    assert not made_before(tmp_path, recipe)
+    save_file({"x": torch.zeros(1)}, tmp_path / WEIGHTS_NAME, metadata={METADATA_KEY: recipe.to_yaml()})
+    assert made_before(tmp_path, recipe)
+    with pytest.raises(SystemExit, match="another recipe"):
+        made_before(tmp_path, recipe.with_overrides({"erase.retain_weight": 6}))

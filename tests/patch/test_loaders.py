@@ -49,9 +49,9 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }  # fmt: skip
-# By diffusers' names A1111 takes the first upsampler of SDXL for SD 1's, which stands at another place, and
-# does not know the embedding of sizes. Only the layer set "all" changes them.
-SDXL_MISSES = {"up_blocks.0.upsamplers.0.conv", "add_embedding.linear_1", "add_embedding.linear_2"}
+# By diffusers' names A1111 takes the first upsampler of SDXL for SD 1's, which stands at another place. Only the
+# layer set "all" changes it.
+SDXL_MISSES = {"up_blocks.0.upsamplers.0.conv"}
 RESNET = {
     "conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1",
     "conv_shortcut": "skip_connection",
