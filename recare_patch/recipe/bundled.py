@@ -60,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Against learnt names of several vectors, at half of the default's evaluations: adversaries in the loop, which take
     # the search's place, and all linear layers of the transformer blocks, to lose the concept itself and not its names
     # alone; a rank of two is enough there. Many steps of few states, since what counts is how often patch and
-    # adversaries answer each other; a doubled λ, since companions pay for what they win.
+    # adversaries answer each other.
     "robust": {
         "adapter.layers": "transformer-blocks",
         "adapter.rank": 2,
@@ -71,7 +71,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "erase.steps": 72,
         "erase.batch_size": 2,
         "erase.retain_batch_size": 4,
-        "erase.retain_weight": 6.0,
         "erase.learning_rate": 3.0e-3,
         "adversary.count": 2,
         "adversary.space": "embeddings",
