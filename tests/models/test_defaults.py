@@ -42,6 +42,17 @@ def test_the_family_tells_guidance_and_rank_and_the_device_precision(folders: di
     assert [one.target_images.guidance_scale for one in made.values()] == [7.5, 7.5, 5.0]
     assert [one.adapter.rank for one in made.values()] == [8, 8, 4]
     assert {one.precision for one in made.values()} == {"fp32"}
+    # What takes in a pooled prompt is trained with the cross-attention.
+    assert [one.adapter.layers for one in made.values()] == ["cross-attention", "cross-attention", "text"]
+    layers = {
+        name: resolve_recipe("x", kind="style", base=str(folders["sdxl"]), **how).adapter.layers
+        for name, how in {
+            "esd": {"overrides": {"method": "esd"}},
+            "robust": {"preset": "robust"},
+            "quick": {"preset": "quick"},
+        }.items()
+    }
+    assert layers == {"esd": "text", "robust": "transformer-blocks", "quick": "text"}
     half = resolve_recipe("x", kind="style", base=str(folders["sdxl"]), device="meta")
     assert half.precision == "bf16"
     # A small base is left alone.
