@@ -21,6 +21,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from benchmarks.erasure import made_before
 from recare_patch.core import write_text
 
 RESULTS = Path(__file__).parent / "results" / "audits"
@@ -46,8 +47,9 @@ def patch_of(work: Path, name: str) -> Path:
     from recare_patch.erasure import erase, resolve_recipe
 
     out = work / "patches" / name
-    if not (out / "pytorch_lora_weights.safetensors").is_file():
-        erase(resolve_recipe(CONCEPT, overrides=METHODS[name]), out, resume=out.exists())
+    recipe = resolve_recipe(CONCEPT, overrides=METHODS[name])
+    if not made_before(out, recipe):
+        erase(recipe, out, resume=out.exists())
     return out
 
 

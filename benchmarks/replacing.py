@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.erasure import assignments
+from benchmarks.erasure import assignments, made_before
 from benchmarks.scoring import draw_figure
 from benchmarks.suites import SPLITS, Figure, suite
 from recare_patch.measure import wilson_interval
@@ -110,8 +110,9 @@ def _run(arguments: argparse.Namespace) -> None:
         data: dict[str, Any] = {"row": name, "what": arguments.what}
         patch: Any = contextlib.nullcontext()
         if name != "base":
-            if not (out / "pytorch_lora_weights.safetensors").exists():
-                erase(_recipe(arguments), out, device=arguments.device, resume=out.exists())
+            recipe = _recipe(arguments)
+            if not made_before(out, recipe):
+                erase(recipe, out, device=arguments.device, resume=out.exists())
             cost = json.loads((out / "training.json").read_text())
             data |= {"overrides": arguments.set, "seconds": cost["seconds"]}
             data["evaluations"] = cost["denoiser_evaluations"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from recare_patch.core import Crew, Progress, Registry, ResumeError, keep_tensors, kept_tensors, told_at
 from recare_patch.models import LossScale, check_trained, sample_timesteps
@@ -162,48 +163,46 @@ class Average:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay, self._taken = parameters, decay, 0
-        self._mean = [parameter.detach().clone() for parameter in parameters]
+        def averaged(mean: Tensor, now: Tensor, taken: Tensor | int) -> Tensor:
+            return mean.lerp(now, 1 - min(decay, int(taken) / (int(taken) + 9)))
 
-    @torch.no_grad()
+        self.parameters = nn.ParameterList(parameters)
+        self._mean = AveragedModel(self.parameters, avg_fn=averaged)
+
     def take(self) -> None:
         """Take in the parameters as they stand after a step."""
-        self._taken += 1
-        new = 1 - min(self.decay, (self._taken - 1) / (self._taken + 8))
-        for mean, parameter in zip(self._mean, self.parameters, strict=True):
-            mean.lerp_(parameter.detach(), new)
+        self._mean.update_parameters(self.parameters)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Give the parameters their mean."""
-        for mean, parameter in zip(self._mean, self.parameters, strict=True):
+        for mean, parameter in zip(self._mean.parameters(), self.parameters, strict=True):
             parameter.copy_(mean)
 
     def state(self) -> dict[str, Tensor]:
         """Everything, as tensors on the CPU."""
-        return {f"mean.{k}": mean.cpu() for k, mean in enumerate(self._mean)} | {"taken": torch.tensor(self._taken)}
+        return {key: one.cpu() for key, one in self._mean.state_dict().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what :meth:`state` returned."""
-        self._taken = int(state["taken"])
-        self._mean = [state[f"mean.{k}"].to(one.device) for k, one in enumerate(self.parameters)]
+        self._mean.load_state_dict(dict(state))
 
 
-class _Both:
-    """An average and what else is carried, as one."""
+class AllCarried:
+    """Several things to carry as one."""
 
-    def __init__(self, average: Average, other: Carried | None) -> None:
-        self.average, self.other = average, other
+    def __init__(self, parts: Sequence[Carried]) -> None:
+        self.parts = parts
 
-    def state(self) -> dict[str, Tensor]:
-        found = {f"average.{key}": one for key, one in self.average.state().items()}
-        return found | dict(self.other.state() if self.other is not None else {})
+    def state(self) -> Mapping[str, Tensor]:
+        """That of each, its keys behind its place."""
+        return {f"{k}:{key}": one for k, part in enumerate(self.parts) for key, one in part.state().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        own = {key for key in state if key.startswith("average.")}
-        self.average.load_state({key.removeprefix("average."): state[key] for key in own})
-        if self.other is not None:
-            self.other.load_state({key: one for key, one in state.items() if key not in own})
+        """Go on from what :meth:`state` returned."""
+        for k, part in enumerate(self.parts):
+            prefix = f"{k}:"
+            part.load_state({key[len(prefix) :]: one for key, one in state.items() if key.startswith(prefix)})
 
 
 class Checkpoint:
@@ -346,7 +345,9 @@ def fit(
     scaling = LossScale(loop.dtype)
     optimizer: torch.optim.Optimizer = OPTIMIZERS.get(loop.optimizer)(list(parameters), loop.learning_rate)
     average = Average(parameters, loop.average) if loop.average else None
-    carried, steps, start = _Both(average, carried) if average else carried or stop, loop.steps, 0
+    carried, steps, start = carried or stop, loop.steps, 0
+    if average is not None:
+        carried = AllCarried([average, carried] if carried is not None else [average])
     losses: list[float] = []
     if loop.checkpoint is not None and (found := loop.checkpoint.load(parameters, optimizer, carried, scaling)):
         start, losses, kept = found

@@ -25,7 +25,7 @@ from recare_patch.core import (
     told_at,
 )
 from recare_patch.erasure.inversion import invert
-from recare_patch.erasure.loop import Carried, Checkpoint, Loop, fit, state_source, step_generator
+from recare_patch.erasure.loop import AllCarried, Carried, Checkpoint, Loop, fit, state_source, step_generator
 from recare_patch.models import BaseModel, forget_peak_memory, full_name, lora, peak_memory, scheduled
 from recare_patch.patch import Patch
 from recare_patch.recipe import Recipe
@@ -326,7 +326,7 @@ class Stages:
             return method.loss(latents, timesteps, which, generator)
 
         hunters = [one.adversaries for one in methods if one.adversaries is not None]
-        carried = hunters[0] if len(hunters) == 1 else _AllCarried(hunters) if hunters else None
+        carried = hunters[0] if len(hunters) == 1 else AllCarried(hunters) if hunters else None
         options, steps = recipe.erase, recipe.erase.steps * count
         if options.ends == "steps":
             self.fit("erase", loss_at, steps, every=20 * count, carried=carried, average=options.average)
@@ -404,21 +404,6 @@ class Stages:
     def note(self, key: str, value: Any) -> None:
         """A figure, or several by name, for ``training.json``."""
         self.run.notes[key] = value
-
-
-class _AllCarried:
-    """Several things to carry as one."""
-
-    def __init__(self, parts: Sequence[Carried]) -> None:
-        self.parts = parts
-
-    def state(self) -> Mapping[str, Tensor]:
-        return {f"{k}:{key}": one for k, part in enumerate(self.parts) for key, one in part.state().items()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for k, part in enumerate(self.parts):
-            prefix = f"{k}:"
-            part.load_state({key[len(prefix) :]: one for key, one in state.items() if key.startswith(prefix)})
 
 
 def attach(recipe: Recipe, network: nn.Module, name: str, generator: torch.Generator) -> list[nn.Parameter]:

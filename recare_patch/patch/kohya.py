@@ -73,11 +73,11 @@ ORIGINAL_UNET: dict[str, str] = {
 }
 """diffusers' names of a UNet's layers, and inside its resnets → those of the original checkpoints."""
 
-_POOLED = {"label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2"}
-_POOLED_TO = {ours: theirs for theirs, ours in _POOLED.items()}
+_POOLED = {"add_embedding_linear_1": "label_emb_0_0", "add_embedding_linear_2": "label_emb_0_2"}
 _SGM_RESNET = {theirs.replace(".", "_"): ours for ours, theirs in ORIGINAL_RESNET.items()}
-_SGM_SINGLE = {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs in ORIGINAL_UNET.items()}
-_SGM_SINGLE |= _POOLED
+_SGM_SINGLE = {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs in ORIGINAL_UNET.items()} | {
+    theirs: ours for ours, theirs in _POOLED.items()
+}
 
 
 def has_kohya_names(patch: Patch) -> bool:
@@ -109,7 +109,7 @@ def _kohya_name(name: str, *, numbered: bool) -> str:
     first = "lora_te1" if numbered else "lora_te"
     prefix = {"unet": "lora_unet", TRANSFORMER: "lora_unet", "text_encoder": first}.get(component, "lora_te2")
     short = module.replace(".", "_")
-    return f"{prefix}_{_POOLED_TO.get(short, short) if component == 'unet' else short}"
+    return f"{prefix}_{_POOLED.get(short, short) if component == 'unet' else short}"
 
 
 def resolver(
