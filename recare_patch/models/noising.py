@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from recare_patch.core import BaseModelError, unknown_name
@@ -70,3 +71,22 @@ class Noising:
             raise unknown_name("prediction type", self.prediction_type, PREDICTION_TYPES)
         signal, sigma = self._coefficients(timesteps, latents)
         return signal * noise.to(latents) - sigma * latents
+
+    def picture_weights(self, timesteps: Tensor, most: float) -> Tensor:
+        """What the squared error of a prediction counts in the clean picture that it stands for, ``[timesteps]``.
+
+        ``z_0 = (z_t − √(1−ᾱ_t) ε) / √ᾱ_t`` is wrong by ``(1−ᾱ_t) / ᾱ_t`` times the squared error of ``ε``; by ``1−ᾱ_t``
+        times that of ``v``, and by ``σ²`` times that of the line's velocity. Over the whole process the mean is one.
+
+        Args:
+            timesteps: of the process, any shape.
+            most: bounds the factor before the mean is taken: pure noise stands for no picture.
+        """
+
+        def factor(at: Tensor) -> Tensor:
+            signal, sigma = self._coefficients(at.flatten(), at.float().flatten())
+            found = (sigma / signal.clamp(min=1e-6) if self.prediction_type == "epsilon" else sigma).square()
+            return found.clamp(max=most)
+
+        whole = factor(torch.arange(self.num_train_timesteps, device=timesteps.device))
+        return (factor(timesteps) / whole.mean()).view(timesteps.shape)

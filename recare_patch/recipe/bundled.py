@@ -28,7 +28,8 @@ from recare_patch.core import (
 )
 from recare_patch.recipe.concept import Concept, same_concept
 from recare_patch.recipe.methods import METHODS, RANK_KEYS, method_info
-from recare_patch.recipe.recipe import EraseOptions, Fill, Recipe
+from recare_patch.recipe.options import EraseOptions
+from recare_patch.recipe.recipe import Fill, Recipe
 
 logger = logging.getLogger(__name__)
 

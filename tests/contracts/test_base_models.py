@@ -233,6 +233,26 @@ class Discrete(BaseModelContract):
             back = scheduler.step(perfect[row], int(at[row]), noisy[row]).pred_original_sample
             torch.testing.assert_close(back, clean[row], rtol=1e-3, atol=1e-3)
 
+    def test_an_error_counts_as_it_does_in_the_schedulers_picture(
+        self, base: BaseModel, noised: tuple[Tensor, Tensor]
+    ) -> None:
+        clean, noise = noised
+        at, scheduler = torch.tensor([1, 250, 500, 731]), base.pipeline.scheduler
+        scheduler.set_timesteps(1000)
+        noisy, perfect = base.add_noise(clean[:4], noise[:4], at), base.training_target(clean[:4], noise[:4], at)
+        wrong = [
+            scheduler.step(perfect[row] + 0.1, int(at[row]), noisy[row]).pred_original_sample - clean[row]
+            for row in range(4)
+        ]
+        expected = torch.stack(wrong).flatten(1).square().mean(1)
+        found = base.picture_weights(at, most=1e9)
+        torch.testing.assert_close(found / found[2], expected / expected[2], rtol=1e-2, atol=1e-3)
+        whole = base.picture_weights(torch.arange(base.num_train_timesteps), most=20.0)
+        torch.testing.assert_close(whole.mean(), torch.tensor(1.0))
+        assert (whole.diff() >= 0).all()
+        if self.prediction_type == "epsilon":
+            assert (whole == whole.max()).sum() > 1  # bounded, where hardly a picture is left
+
 
 class TestEpsilon(Discrete):
     source = "tiny_sd"
@@ -297,6 +317,9 @@ class TestFlowMatchingAndJointAttention(BaseModelContract):
         perfect = base.training_target(clean, noise, at)
         found = scheduler.step(perfect, at[0], base.add_noise(clean, noise, at)).prev_sample
         torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)
+        # Wrong by δ, it leads to a picture that is wrong by σ δ.
+        weights = base.picture_weights(torch.tensor([250.0, 500.0, 1000.0]), most=20.0)
+        torch.testing.assert_close(weights / weights[2], torch.tensor([0.25, 0.5, 1.0]).square())
 
 
 class TestRefusals:

@@ -272,6 +272,26 @@ class TestLosses:
         # The retained half is zero as long as the adapter changes nothing.
         assert any(loss == pytest.approx((a + b) / 2, rel=1e-4) for a, b in itertools.product(*errors))
 
+    def test_recare_can_count_what_is_retained_in_pictures(
+        self, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(base, "picture_weights", lambda at, most: torch.full(at.shape, 3.0))
+        method = self.make("recare", base)
+        for parameter in attach(base, method.context.recipe):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
+        plain = method.context
+
+        def loss(share: float, weight: float = 2.0) -> float:
+            keys = {"erase.retain_in_picture": share, "erase.retain_weight": weight}
+            method.context = dataclasses.replace(plain, recipe=plain.recipe.with_overrides(keys))
+            return self.loss(method, base)
+
+        erased, prediction = loss(0, 0), loss(0)
+        assert prediction > erased
+        for share in (0.5, 1):
+            held = (1 - share) * (prediction - erased) + share * 3 * (prediction - erased)
+            assert loss(share) == pytest.approx(erased + held, rel=1e-4)
+
     @pytest.mark.parametrize("rows", [None, 5])
     def test_recare_counts_every_sample_once(self, base: BaseModel, rows: int | None) -> None:
         method, before = self.make("recare", base, rows=rows), base.counter.total

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 NAME_RECOVERY = 0.5
 """What share of the concept an adversarial name must explain to count as one."""
 
+_MOST_IN_PICTURE = 20.0
+"""By how much an error at high noise counts more in the picture, at most: beyond it there is hardly a picture left."""
+
 
 def recare_target(uncond: Tensor, anchor: Tensor, erased: Tensor, w_plus: float, w_minus: float) -> Tensor:
     """``y = ε*(∅) + w⁺ [ε*(a) − ε*(∅)] − w⁻ · mean_k [ε*(k) − ε*(∅)]``, the composed target of stage 2.
@@ -69,7 +72,8 @@ class ReCARE(LossMethod):
 
     The loss is ``‖ε(z_t,e) − sg y‖² + λ ‖ε(z_t,r) − sg ε*(z_t,r)‖²`` with ``y`` of :func:`recare_target`. All of the
     frozen model's conditions go through it in one batch, and so do both of the adapted model's. A replacement, or
-    a subject without its attribute, takes the place of ``y``.
+    a subject without its attribute, takes the place of ``y``. The second term is published as an error of the
+    prediction; ``retain_in_picture`` counts it in the clean picture that the prediction stands for.
     """
 
     info = MethodInfo(
@@ -261,7 +265,11 @@ class ReCARE(LossMethod):
             cat([named, *hunted, retained]),
         ).float()
         loss = F.mse_loss(student[:rows], target)
-        loss = loss + options.retain_weight * self.retain_scale * F.mse_loss(student[again * rows :], kept)
+        missed = F.mse_loss(student[again * rows :], kept, reduction="none")
+        if share := options.retain_in_picture:
+            weights = base.picture_weights(held_times, _MOST_IN_PICTURE).to(missed)
+            missed = missed.flatten(1).mean(1) * (1 - share + share * weights)
+        loss = loss + options.retain_weight * self.retain_scale * missed.mean()
         if self.adversaries is not None:
             empty, erased, found = told[-3:]
             aim = found_target(found, empty, erased, target)

@@ -12,7 +12,7 @@ from recare_patch.erasure import EraseResult
 from recare_patch.erasure.methods.adversaries import Adversaries
 from recare_patch.models import BaseModel
 from recare_patch.recipe import AdversaryOptions, Concept, Recipe
-from recare_patch.recipe.recipe import ADVERSARY_SPACES
+from recare_patch.recipe.options import ADVERSARY_SPACES
 from tests.erasure.making import TENCH, Killed, Killer, attach
 
 pytestmark = pytest.mark.parametrize("space", ADVERSARY_SPACES)
