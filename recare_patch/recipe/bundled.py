@@ -73,13 +73,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "erase.batch_size": 2,
         "erase.retain_batch_size": 4,
         "erase.learning_rate": 3.0e-3,
+        # The further the push beyond nothing, the better it stands, and the more of the companions goes along.
+        "erase.guidance_minus": 2.0,
+        "erase.retain_weight": 6.0,
+        "erase.retain_in_picture": 1.0,
         "adversary.count": 2,
         "adversary.space": "embeddings",
         "adversary.steps": 1,
         "adversary.life": 20,
         "adversary.batch_size": 2,
         "adversary.learning_rate": 0.1,
-        "adversary.weight": 2.0,
     },
 }
 """Name → recipe keys that belong together, see ``docs/erasure.md``."""

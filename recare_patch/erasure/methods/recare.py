@@ -233,7 +233,7 @@ class ReCARE(LossMethod):
         rows = len(latents)
         chosen, picks = self._chosen(which, generator)
         named = self.named[chosen]
-        held, held_times, retained = self._held(latents, timesteps, generator)
+        held, held_times, retained, empty_ones = self._held(latents, timesteps, generator)
         # The mean over names is drawn, one name a row: the loss is quadratic in its target, so the
         # gradient is the same on average, and one prediction does where there were as many as names.
         pushed = torch.tensor(self.sure_names)
@@ -268,6 +268,9 @@ class ReCARE(LossMethod):
         missed = F.mse_loss(student[again * rows :], kept, reduction="none")
         if share := options.retain_in_picture:
             weights = base.picture_weights(held_times, _MOST_IN_PICTURE).to(missed)
+            # Guidance takes the empty prompt's prediction away at every noise: were that let go at low noise, where a
+            # picture does not tell, it would go along with the concept, and what is drawn would keep it.
+            weights = torch.where(empty_ones.to(weights.device), 1.0, weights)
             missed = missed.flatten(1).mean(1) * (1 - share + share * weights)
         loss = loss + options.retain_weight * self.retain_scale * missed.mean()
         if self.adversaries is not None:
@@ -278,8 +281,8 @@ class ReCARE(LossMethod):
 
     def _held(
         self, latents: Tensor, timesteps: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, PromptEmbeds]:
-        """States, timesteps and prompts of the retained rows, ``retain_batch_size`` of them.
+    ) -> tuple[Tensor, Tensor, PromptEmbeds, Tensor]:
+        """States, timesteps and prompts of the retained rows, ``retain_batch_size``, and which have the empty prompt.
 
         Half of the rows are noised pictures of their own prompt. The others take any retained prompt
         on the erased prompt's states, so that many prompts are held although few pictures are drawn.
@@ -296,8 +299,9 @@ class ReCARE(LossMethod):
         if texts.guarded:
             guarded = self._drawn(torch.arange(texts.guarded), rows, generator)
             picks = torch.where(torch.rand(rows, generator=generator) < 0.5, guarded, picks)
+        void = torch.zeros(rows, dtype=torch.bool)
         if not len(texts.latents):
-            return latents, timesteps, self.retained[picks]
+            return latents, timesteps, self.retained[picks], void
         pictures = self._drawn(texts.pictured, rows, generator)
         states, times, _ = noised(context.base, texts.latents[pictures], generator)
         ours = torch.rand(rows, generator=generator) < 0.5
@@ -311,7 +315,7 @@ class ReCARE(LossMethod):
             void = ~ours & (torch.rand(rows, generator=generator) < 0.5)
             picks = torch.where(void, len(table), picks)
             table = models.PromptEmbeds.cat([table, self.empty])
-        return states, torch.where(here, times, timesteps), table[picks]
+        return states, torch.where(here, times, timesteps), table[picks], void
 
     def _drawn(self, prompts: Tensor, rows: int, generator: torch.Generator) -> Tensor:
         """Places in a table of retained prompts, ``[rows]``: guarded ones as often as the run's looks say."""
