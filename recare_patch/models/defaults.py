@@ -59,7 +59,9 @@ def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:
     elif family.denoiser_name == "unet" and len(family.encoder_names) > 1:
         # The pooled prompt says the concept beside the cross-attention, and brings it back where that alone is trained.
         of_method = {name: {"adapter.layers": "text"} for name in ("recare", "esd")}
-    return Beneath(values, {f"target_images.{key}": one for key, one in firm.items()}, of_method)
+    # Adversaries were not measured enough on transformers to be their default.
+    unet = family.denoiser_name == "unet" and not issubclass(family, Captured)
+    return Beneath(values, {f"target_images.{key}": one for key, one in firm.items()}, of_method, by_default=unet)
 
 
 def device_memory(device: str | torch.device = "auto") -> float | None:

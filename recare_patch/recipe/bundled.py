@@ -56,12 +56,15 @@ _BRIEF: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # The closed form alone: a second, and no picture is looked at.
     "fast": {"method": "closed"},
-    # Half of the default's evaluations: fewer pictures in fewer steps, no search.
+    # A search for adversarial names, and an erasing that ends by its own measure: what bases with a transformer have by
+    # default, and runs that replace a concept or take it out of a subject.
+    "measured": {},
+    # The same with fewer pictures in fewer steps, and no search.
     "quick": {**_BRIEF, "erase.steps": 100},
-    # Against learnt names of several vectors, at half of the default's evaluations: adversaries in the loop, which take
-    # the search's place, and all linear layers of the transformer blocks, to lose the concept itself and not its names
-    # alone; a rank of two is enough there. Many steps of few states, since what counts is how often patch and
-    # adversaries answer each other.
+    # The default elsewhere, and against learnt names of several vectors: adversaries in the loop, which take the search's
+    # place, and all linear layers of the transformer blocks, to lose the concept itself and not its names alone; a rank
+    # of two is enough there. Many steps of few states, since what counts is how often patch and adversaries answer each
+    # other.
     "robust": {
         "adapter.layers": "transformer-blocks",
         "adapter.rank": 2,
@@ -87,6 +90,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Name → recipe keys that belong together, see ``docs/erasure.md``."""
 
+DEFAULT_PRESET = "robust"
+"""What a plain erasing by ReCARE starts from where nobody names a preset and the base allows it."""
+
 
 @dataclass(frozen=True)
 class Beneath:
@@ -96,11 +102,13 @@ class Beneath:
         values: hold where neither a recipe, a method nor a user says otherwise.
         firm: go before a recipe and a preset too: a base that draws in four steps draws in no other way.
         of_method: method → values that go before the method's own defaults.
+        by_default: whether :data:`DEFAULT_PRESET` is for it.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     firm: Mapping[str, Any] = field(default_factory=dict)
     of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_default: bool = False
 
     def unsaid(self, method: Any) -> dict[str, Any]:
         """The values of which a method has no default of its own."""
@@ -112,13 +120,7 @@ class Beneath:
 
     def under(self, data: Mapping[str, Any], method: str | None = None) -> dict[str, Any]:
         """A recipe's plain data, filled where neither it nor its method's own defaults say anything."""
-        filled = dict(data)
-        for key, value in self.unsaid(method or data.get("method", "recare")).items():
-            section, _, option = key.rpartition(".")
-            said = filled.get(section, {}) if section else filled
-            if isinstance(said, Mapping) and option not in said:
-                filled |= {section: {**said, option: value}} if section else {option: value}
-        return filled
+        return _filled(data, self.unsaid(method or data.get("method", "recare")))
 
     def preset(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """A preset's keys for this base: its rate, so that steps in another number reach as far as they are to.
@@ -135,6 +137,22 @@ class Beneath:
             reach = self.values[steps] * self.values[rate] / (plain.steps * plain.learning_rate)
             found[rate] = float(f"{given.get(rate, plain.learning_rate) * reach:.3g}")
         return found
+
+    def default(self) -> dict[str, Any]:
+        """The keys of :data:`DEFAULT_PRESET` for this base, but for pictures where it asks for other ones itself."""
+        found = self.preset(PRESETS[DEFAULT_PRESET])
+        return {key: one for key, one in found.items() if not (key.startswith("target_images.") and key in self.values)}
+
+
+def _filled(data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's plain data with values by dotted keys where it says nothing."""
+    filled = dict(data)
+    for key, value in values.items():
+        section, _, option = key.rpartition(".")
+        said = filled.get(section, {}) if section else filled
+        if isinstance(said, Mapping) and option not in said:
+            filled |= {section: {**said, option: value}} if section else {option: value}
+    return filled
 
 
 def _nothing(_: str) -> Beneath:
@@ -306,7 +324,12 @@ def recipe_for(
 
     def fill(data: dict[str, Any]) -> dict[str, Any]:
         own = base or data.get("base", "atelier")
-        return asked_of(own).under(data, method) if isinstance(own, str) else data
+        if not isinstance(own, str):
+            return data
+        asked = asked_of(own)
+        if asked.by_default and preset is None and _plain(data, told, subject, method):
+            data = _filled(data, asked.default())
+        return asked.under(data, method)
 
     def named(text: str) -> Concept:
         if kind is not None:
@@ -348,6 +371,16 @@ def recipe_for(
         changes = asked.unsaid(method) | changes
     changes |= {**asked.preset(given), **asked.firm, **told}
     return made.with_overrides(changes) if changes else made
+
+
+def _plain(data: Mapping[str, Any], told: Mapping[str, Any], subject: str | None, method: str | None) -> bool:
+    """Whether a recipe's plain data asks for an erasing by ReCARE, from nothing and of the whole concept."""
+    other = ("replace_with", "subject", "continue_from")
+    return (
+        (method or data.get("method", "recare")) == "recare"
+        and subject is None
+        and not any(told.get(key) or data.get(key) for key in other)
+    )
 
 
 def _earlier_adapter(patch: str | None) -> dict[str, Any]:

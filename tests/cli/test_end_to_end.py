@@ -40,7 +40,7 @@ def test_the_life_of_a_patch(invoke: Callable[..., Result], tiny_sd: Path, tiny_
 
     facts = json.loads(invoke("inspect", "patch", "--json").stdout)
     assert (facts["erases"], facts["format"], facts["made_by"]) == ("van gogh", "diffusers", "recare-patch")
-    assert facts["checked"] and facts["ranks"] == {"8": facts["modules"]}
+    assert facts["checked"] and facts["ranks"] == {"2": facts["modules"]}
 
     shown = invoke("careset", "show", "patch", "--all")
     assert shown.exit_code == 0 and "kept of" in shown.stdout

@@ -28,14 +28,18 @@ def _told(found: Diagnosis, name: str) -> tuple[str, str]:
     return one.state, one.told
 
 
-def test_every_stage_of_the_plan_takes_a_step(words: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("more", "stage"), [({}, "CARE-set"), ({"preset": "measured"}, "search 1 inversion")])
+def test_every_stage_of_the_plan_takes_a_step(
+    words: dict[str, Any], more: dict[str, str], stage: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
-    found = rehearse("van gogh", **words)
+    found = rehearse("van gogh", **words, **more)
     assert found.ready, found.checks
     names = {one.name for one in found.stages}
-    assert {"target images", "search 1 inversion", "erase"} <= names
+    assert {"target images", stage, "erase"} <= names
     assert all(one.planned and (one.seconds is not None or not one.evaluations) for one in found.stages)
-    assert found.command.startswith("recare-patch erase --concept 'van gogh' --kind style --base")
+    assert found.command.startswith("recare-patch erase --concept 'van gogh'")
+    assert " --kind style --base " in found.command
     assert Recipe.from_yaml(found.recipe).target_images.count == 24
     assert not list(tmp_path.iterdir())
 

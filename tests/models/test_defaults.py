@@ -11,7 +11,7 @@ import pytest
 from benchmarks.bases import write_configurations
 from recare_patch.erasure import erase_concept, resolve_recipe
 from recare_patch.models import defaults
-from recare_patch.recipe import Recipe, find_recipe_for
+from recare_patch.recipe import Recipe, find_recipe_for, preset_overrides
 
 
 @pytest.fixture
@@ -40,19 +40,23 @@ def test_a_fine_tune_gets_what_the_model_of_its_shape_gets(folders: dict[str, Pa
 def test_the_family_tells_guidance_and_rank_and_the_device_precision(folders: dict[str, Path]) -> None:
     made = {name: resolve_recipe("x", kind="style", base=str(folder)) for name, folder in folders.items()}
     assert [one.target_images.guidance_scale for one in made.values()] == [7.5, 7.5, 5.0]
-    assert [one.adapter.rank for one in made.values()] == [8, 8, 4]
+    assert [one.adapter.rank for one in made.values()] == [2, 2, 2]
+    searched = [resolve_recipe("x", kind="style", base=str(one), preset="measured") for one in folders.values()]
+    assert [one.adapter.rank for one in searched] == [8, 8, 4]
     assert {one.precision for one in made.values()} == {"fp32"}
     # What takes in a pooled prompt is trained with the cross-attention.
-    assert [one.adapter.layers for one in made.values()] == ["cross-attention", "cross-attention", "text"]
+    assert [one.adapter.layers for one in searched] == ["cross-attention", "cross-attention", "text"]
     layers = {
         name: resolve_recipe("x", kind="style", base=str(folders["sdxl"]), **how).adapter.layers
         for name, how in {
             "esd": {"overrides": {"method": "esd"}},
             "robust": {"preset": "robust"},
+            "default": {},
             "quick": {"preset": "quick"},
         }.items()
     }
-    assert layers == {"esd": "text", "robust": "transformer-blocks", "quick": "text"}
+    blocks = dict.fromkeys(("robust", "default"), "transformer-blocks")
+    assert layers == {"esd": "text", "quick": "text", **blocks}
     half = resolve_recipe("x", kind="style", base=str(folders["sdxl"]), device="meta")
     assert half.precision == "bf16"
     # A small base is left alone.
@@ -78,14 +82,14 @@ def test_what_is_said_goes_before_the_base(folders: dict[str, Path], tmp_path: P
     assert _settings(again) == _settings(mine)
 
 
-@pytest.mark.parametrize("preset", ["quick", "robust"])
-def test_a_preset_keeps_its_share_of_the_reach(folders: dict[str, Path], preset: str) -> None:
+@pytest.mark.parametrize("preset", ["quick", "robust", None])
+def test_a_preset_keeps_its_share_of_the_reach(folders: dict[str, Path], preset: str | None) -> None:
     def reach(base: str, chosen: str | None) -> float:
         erase = resolve_recipe("cat", kind="object", base=base, preset=chosen).erase
         return erase.steps * erase.learning_rate
 
     full, small = str(folders["sd-1.5"]), "atelier"
-    shares = [reach(base, preset) / reach(base, None) for base in (full, small)]
+    shares = [reach(base, preset) / reach(base, "measured") for base in (full, small)]
     assert shares[0] == pytest.approx(shares[1], rel=0.01)
     told = resolve_recipe("cat", kind="object", base=full, preset=preset, overrides={"erase.learning_rate": 1e-4})
     assert told.erase.learning_rate == 1e-4
@@ -115,3 +119,28 @@ def test_levers_are_those_of_the_card_at_hand(folders: dict[str, Path], monkeypa
     erase_concept("Greg Rutkowski", **words, overrides={"precision": "bf16", "memory.vae_off_device": True})
     assert [one.memory.encoders_off_device for one in seen] == [True, False, False]
     assert defaults.device_memory("cpu") is None
+
+
+def test_a_plain_erasing_is_the_robust_one_where_the_base_allows_it(tiny_sd: Path, tiny_sd3: Path) -> None:
+    robust, base = preset_overrides("robust"), str(tiny_sd)
+
+    def as_robust(**words: Any) -> list[str]:
+        """Of the preset's keys, those that a recipe has otherwise."""
+        made = resolve_recipe(**{"concept": "cat", "kind": "object", "base": base, **words}).as_data()
+        found = {key: made[key.partition(".")[0]][key.partition(".")[2]] for key in robust}
+        return sorted(key for key, value in robust.items() if found[key] != value)
+
+    assert as_robust() == as_robust(preset="robust") == []
+    assert as_robust(overrides={"erase.steps": 9}) == ["erase.steps"]
+    assert "adversary.count" in as_robust(preset="measured")
+    # Another method, an attribute, a replacement, and a base whose denoiser is a transformer.
+    others: list[dict[str, Any]] = [{"subject": "dog"}, {"overrides": {"replace_with": "dog"}}, {"base": str(tiny_sd3)}]
+    for words in ({"overrides": {"method": "esd"}}, *others):
+        assert "adversary.count" in as_robust(**words)
+
+
+def test_a_recipe_file_says_what_it_says(tiny_sd: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("concept: {text: cat, kind: object}\nerase: {guidance_minus: 2.5}\nadversary: {count: 0}\n")
+    made = resolve_recipe("", recipe=str(mine), base=str(tiny_sd))
+    assert (made.erase.guidance_minus, made.adversary.count, made.adapter.layers) == (2.5, 0, "transformer-blocks")

@@ -83,7 +83,7 @@ class ReCARE(LossMethod):
             "International Conference on Learning Representations",
         ),
         what="steers the concept's names to its companions, and holds what must not change",
-        touches="cross-attention of the denoiser, other layers by name",
+        touches="linear layers of the denoiser's transformer blocks, other layers by name",
         reads="pictures of the concept, its CARE-set, adversarial names",
         strength="keeps companions and neighbours best",
         weakness="takes longest",
