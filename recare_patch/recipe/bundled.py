@@ -61,10 +61,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "measured": {},
     # The same with fewer pictures in fewer steps, and no search.
     "quick": {**_BRIEF, "erase.steps": 100},
-    # The default elsewhere, and against learnt names of several vectors: adversaries in the loop, which take the search's
-    # place, and all linear layers of the transformer blocks, to lose the concept itself and not its names alone; a rank
-    # of two is enough there. Many steps of few states, since what counts is how often patch and adversaries answer each
-    # other.
+    # The default elsewhere, and against learnt names of several vectors: adversaries in the loop, which take the
+    # search's place, and all linear layers of the transformer blocks, to lose the concept itself and not its names
+    # alone; a rank of two is enough there. Many steps of few states, since what counts is how often patch and
+    # adversaries answer each other.
     "robust": {
         "adapter.layers": "transformer-blocks",
         "adapter.rank": 2,
