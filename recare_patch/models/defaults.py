@@ -52,15 +52,15 @@ def defaults_for(source: str, device: str | torch.device = "auto") -> Beneath:
         logger.info("base %s draws in %d steps at guidance %g: %s", layout.name, few.steps, few.guidance, few.why)
         firm = {"steps": few.steps, "guidance_scale": few.guidance, "scheduler": None}
     values, of_method, family = _asked(layout, chosen_device(device)), {}, family_of(layout)
+    unet = family.denoiser_name == "unet" and not issubclass(family, Captured)
     if issubclass(family, Captured):
         # Layers that prompt and picture share collapse under a naive edit: what only the prompt passes is the default.
         values["adapter.layers"] = "text"
         of_method = {name: {"adapter.layers": "text-input"} for name in ("closed", "uce")}
-    elif family.denoiser_name == "unet" and len(family.encoder_names) > 1:
+    elif unet and len(family.encoder_names) > 1:
         # The pooled prompt says the concept beside the cross-attention, and brings it back where that alone is trained.
         of_method = {name: {"adapter.layers": "text"} for name in ("recare", "esd")}
     # Adversaries were not measured enough on transformers to be their default.
-    unet = family.denoiser_name == "unet" and not issubclass(family, Captured)
     return Beneath(values, {f"target_images.{key}": one for key, one in firm.items()}, of_method, by_default=unet)
 
 

@@ -327,7 +327,7 @@ def recipe_for(
         if not isinstance(own, str):
             return data
         asked = asked_of(own)
-        if asked.by_default and preset is None and _plain(data, told, subject, method):
+        if asked.by_default and preset is None and subject is None and _plain({**data, **told}):
             data = _filled(data, asked.default())
         return asked.under(data, method)
 
@@ -373,14 +373,10 @@ def recipe_for(
     return made.with_overrides(changes) if changes else made
 
 
-def _plain(data: Mapping[str, Any], told: Mapping[str, Any], subject: str | None, method: str | None) -> bool:
+def _plain(data: Mapping[str, Any]) -> bool:
     """Whether a recipe's plain data asks for an erasing by ReCARE, from nothing and of the whole concept."""
     other = ("replace_with", "subject", "continue_from")
-    return (
-        (method or data.get("method", "recare")) == "recare"
-        and subject is None
-        and not any(told.get(key) or data.get(key) for key in other)
-    )
+    return data.get("method", "recare") == "recare" and not any(data.get(key) for key in other)
 
 
 def _earlier_adapter(patch: str | None) -> dict[str, Any]:

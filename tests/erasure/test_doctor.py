@@ -38,8 +38,8 @@ def test_every_stage_of_the_plan_takes_a_step(
     names = {one.name for one in found.stages}
     assert {"target images", stage, "erase"} <= names
     assert all(one.planned and (one.seconds is not None or not one.evaluations) for one in found.stages)
-    assert found.command.startswith("recare-patch erase --concept 'van gogh'")
-    assert " --kind style --base " in found.command
+    preset = " --preset measured" if more else ""
+    assert found.command.startswith(f"recare-patch erase --concept 'van gogh'{preset} --kind style --base")
     assert Recipe.from_yaml(found.recipe).target_images.count == 24
     assert not list(tmp_path.iterdir())
 
